@@ -1,0 +1,35 @@
+VENV := .venv
+PY := $(VENV)/bin/python
+# Any Python from 3.11 on makes the environment; PYTHON=python3.12 chooses another.
+PYTHON ?= python3
+# The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
+
+.PHONY: setup quickstart test lint format clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: setup  ## set-up, then the paper in a box on the built-in world
+	$(VENV)/bin/pivot quickstart
+
+test: setup  ## the default suite
+	$(PY) -m pytest
+
+lint: setup  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) quickstart runs hub dist .pytest_cache .mypy_cache .ruff_cache

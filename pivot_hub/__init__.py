@@ -1,0 +1,39 @@
+"""PIVOT vision encoders: make them, measure them, publish them, load them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives: importing pivot_hub must not cost the seconds that torch and TRL take.
+_HOMES = {
+    "PivotVisionConfig": "pivot_hub.encoder",
+    "PivotVisionModel": "pivot_hub.encoder",
+    "extract_encoder": "pivot_hub.encoder.repository",
+    "build_mllm": "pivot_hub.mllm",
+    "load_mllm": "pivot_hub.mllm",
+    "load_recipe": "pivot_hub.recipe",
+    "run_stage": "pivot_hub.training.stage",
+    "gradient_map": "pivot_hub.gradcam",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from pivot_hub.encoder import PivotVisionConfig as PivotVisionConfig
+    from pivot_hub.encoder import PivotVisionModel as PivotVisionModel
+    from pivot_hub.encoder.repository import extract_encoder as extract_encoder
+    from pivot_hub.gradcam import gradient_map as gradient_map
+    from pivot_hub.mllm import build_mllm as build_mllm
+    from pivot_hub.mllm import load_mllm as load_mllm
+    from pivot_hub.recipe import load_recipe as load_recipe
+    from pivot_hub.training.stage import run_stage as run_stage
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pivot_hub' has no attribute {name!r}")

@@ -1,0 +1,37 @@
+"""What can go wrong, by whose hand it is mended; each message is one sentence that names the remedy."""
+
+from __future__ import annotations
+
+
+class PivotError(Exception):
+    """Base of every error this package raises on purpose. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RecipeError(PivotError):
+    """A recipe, an override or a command-line value is wrong: nothing was loaded yet."""
+
+    exit_code = 2
+
+
+class DataError(PivotError):
+    """A row, an image or a data file cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(PivotError):
+    """A checkpoint or an encoder repository is missing, incomplete or does not fit."""
+
+    exit_code = 2
+
+
+class TrainingError(PivotError):
+    """Training cannot go on: the loss is not finite, or a checkpoint cannot be written."""
+
+
+class ProbeError(PivotError):
+    """A probe cannot measure what it was asked to."""
+
+    exit_code = 2

@@ -1,0 +1,63 @@
+"""Figures: gradient maps over the image they are of, on one colour scale that colour-blind people can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
+from PIL import Image
+
+from pivot_hub.gradcam import enlarge
+
+COLOURS = "viridis"  # perceptually uniform and safe for colour-blind people
+
+
+def draw_maps(image: Image.Image, maps: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
+    """Draw an image and its maps side by side.
+
+    Args:
+        image: square.
+        maps: (title, (H, W) map) pairs.
+        path: of the PNG.
+    """
+    draw_rows([("", image, None, maps)], path)
+
+
+def draw_rows(
+    rows: Sequence[tuple[str, Image.Image, np.ndarray | None, Sequence[tuple[str, np.ndarray]]]], path: Path
+) -> None:
+    """Draw one row a scene: the image with its target outlined, then each map as an overlay.
+
+    Maps of one row are brought to a share of their own sum, then drawn on one scale, so that a colour means the
+    same share of the gradient in every map of the row.
+
+    Args:
+        rows: (caption, image, (px, px) target mask or None, (title, (H, W) map) pairs).
+        path: of the PNG.
+    """
+    columns = 1 + max(len(maps) for *_, maps in rows)
+    figure = Figure(figsize=(2.4 * columns, 2.75 * len(rows)))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (caption, image, mask, maps) in zip(grid, rows, strict=True):
+        shares = [_share(enlarge(m, image.width)) for _, m in maps]
+        top = max(s.max() for s in shares)
+        axes[0].imshow(image)
+        axes[0].set_title(caption, fontsize=7.5, wrap=True)
+        for ax, (title, _), share in zip(axes[1:], maps, shares, strict=False):
+            ax.imshow(image.convert("L"), cmap="gray")
+            ax.imshow(share, cmap=COLOURS, alpha=0.72, vmin=0, vmax=top)
+            ax.set_title(title, fontsize=7.5)
+        for ax in axes:
+            if mask is not None:
+                ax.contour(mask, levels=[0.5], colors="white", linewidths=1.2)
+            ax.set_axis_off()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _share(grid: np.ndarray) -> np.ndarray:
+    total = grid.sum()
+    return grid / total if total > 0 else grid

@@ -1,0 +1,221 @@
+"""Gradient maps: where on the image a loss or an answer depends, on the encoder's token grid.
+
+Two methods: Grad-CAM (Selvaraju et al., 2017) at the feature layer, and the paper's gradient map, the L1 norm
+over channels of the gradient at the projector's output tokens, border cells replaced by inner neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from pivot_hub.data.source import open_image
+from pivot_hub.errors import DataError
+from pivot_hub.mllm import load_mllm
+
+Explain = Literal["answer", "sft", "dpo"]
+Method = Literal["gradcam", "gradient"]
+EXPLAINS: tuple[Explain, ...] = ("answer", "sft", "dpo")
+METHODS: tuple[Method, ...] = ("gradcam", "gradient")
+
+
+@dataclass(frozen=True)
+class GradientMaps:
+    """Maps of one image by method, each (H, W) float32 and non-negative, and the value explained."""
+
+    maps: dict[Method, np.ndarray]
+    value: float
+
+
+def gradient_map(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    image: Image.Image,
+    question: str,
+    answer: str,
+    explain: Explain = "answer",
+    rejected: str | None = None,
+    reference: LlavaForConditionalGeneration | None = None,
+    beta: float = 0.1,
+) -> GradientMaps:
+    """Explain one answer of an MLLM by gradients on its image tokens.
+
+    Args:
+        model: an MLLM; its weights get no gradient and are left as they are.
+        processor: the model's processor.
+        image: any size; the processor brings it to the encoder's.
+        question: what the user asks.
+        answer: the answer to explain; for `dpo` the chosen one.
+        explain: `answer`, the summed log-probability of the answer; `sft`, its mean negative; `dpo`, the sigmoid
+            loss of the pair.
+        rejected: the worse answer, for `dpo`.
+        reference: the frozen parent, for `dpo`.
+        beta: of the DPO loss.
+
+    Returns:
+        Both maps and the value they explain.
+
+    Raises:
+        ValueError: `dpo` without `rejected` or `reference`.
+    """
+    if explain == "dpo" and (rejected is None or reference is None):
+        raise ValueError("the dpo loss compares two answers under two models: give `rejected` and `reference`.")
+    answers = [answer] if explain != "dpo" else [answer, str(rejected)]
+    batch = answer_batch(processor, image, question, answers)
+    with torch.no_grad():
+        anchor = answer_log_probs(reference, batch) if explain == "dpo" and reference is not None else None
+    with torch.enable_grad(), _tokens_of(model) as tokens:
+        log_probs = answer_log_probs(model, batch)
+        if explain == "answer":
+            value = log_probs[0]
+        elif explain == "sft":
+            value = -log_probs[0] / batch["completion_mask"][0].sum()
+        else:
+            assert anchor is not None
+            ratio = log_probs - anchor
+            value = -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
+        features, projected = tokens["features"], tokens["projected"]
+        by_feature, by_token = torch.autograd.grad(value, [features, projected])
+    # A loss falls where the evidence is: Grad-CAM looks at what raises the answer, so its sign is turned.
+    sign = 1.0 if explain == "answer" else -1.0
+    # Both answers of a pair look at copies of one image, whose gradients add up.
+    maps: dict[Method, np.ndarray] = {
+        "gradcam": _square(_grad_cam(features[0].detach(), sign * by_feature.sum(0))),
+        "gradient": inner_border(_square(by_token.sum(0).abs().sum(-1))),
+    }
+    return GradientMaps(maps, float(value.detach()))
+
+
+def answer_batch(
+    processor: LlavaProcessor, image: Image.Image, question: str, answers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Token ids of one question with each of several answers, right-padded.
+
+    Returns:
+        input_ids, attention_mask, completion_mask (A, S), and pixel_values (A, 3, height, width).
+    """
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    first = processor(text=[prompt], images=[image], return_tensors="pt", add_special_tokens=False)
+    end = processor.tokenizer.eos_token
+    tails = [processor.tokenizer(f"{a}{end}", add_special_tokens=False)["input_ids"] for a in answers]
+    width, length = max(len(t) for t in tails), first["input_ids"].shape[1]
+    pad = processor.tokenizer.pad_token_id
+    ids = torch.full((len(answers), length + width), pad)
+    seen = torch.zeros_like(ids)
+    for i, tail in enumerate(tails):
+        ids[i, :length] = first["input_ids"][0]
+        ids[i, length : length + len(tail)] = torch.tensor(tail)
+        seen[i, : length + len(tail)] = 1
+    answered = seen.clone()
+    answered[:, :length] = 0
+    pixels = first["pixel_values"].expand(len(answers), -1, -1, -1)
+    return {"input_ids": ids, "attention_mask": seen, "completion_mask": answered, "pixel_values": pixels}
+
+
+def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """Summed log-probability of each answer: (A,)."""
+    inputs = {k: v.to(model.device) for k, v in batch.items()}
+    logits = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        pixel_values=inputs["pixel_values"],
+    ).logits
+    log_probs = logits[:, :-1].float().log_softmax(-1)
+    picked = log_probs.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+    return (picked * inputs["completion_mask"][:, 1:]).sum(-1)
+
+
+def inner_border(grid: np.ndarray) -> np.ndarray:
+    """Replace border cells by their inner neighbours, as the paper's maps do: attention sinks sit there."""
+    if min(grid.shape) < 3:
+        return grid
+    return np.pad(grid[1:-1, 1:-1], 1, mode="edge")
+
+
+def enlarge(grid: np.ndarray, image_px: int) -> np.ndarray:
+    """Bilinear interpolation of a (H, W) map to (image_px, image_px)."""
+    sheet = Image.fromarray(grid.astype(np.float32))
+    return np.asarray(sheet.resize((image_px, image_px), Image.Resampling.BILINEAR))
+
+
+def _grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
+    """(H*W, D) features and gradients -> (H*W,): channels weighted by their mean gradient, positive part."""
+    weights = gradient.mean(dim=0, keepdim=True)
+    return (weights * features).sum(-1).relu()
+
+
+def _square(flat: Tensor) -> np.ndarray:
+    side = round(flat.numel() ** 0.5)
+    return flat.reshape(side, side).detach().float().cpu().numpy()
+
+
+@contextmanager
+def _tokens_of(model: LlavaForConditionalGeneration) -> Iterator[dict[str, Any]]:
+    """Catch what enters and leaves the projector, as leaves of the graph; the model is left as it was."""
+    caught: dict[str, Any] = {}
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+
+    def enter(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught["features"] = inputs[0].detach().requires_grad_()
+        return (caught["features"], *inputs[1:])
+
+    def leave(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        caught["projected"] = output
+
+    projector = model.model.multi_modal_projector
+    hooks = [projector.register_forward_pre_hook(enter), projector.register_forward_hook(leave)]
+    for parameter, _ in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield caught
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, wanted in frozen:
+            parameter.requires_grad_(wanted)
+
+
+def explain_file(
+    checkpoint: str | Path,
+    image: Path,
+    question: str,
+    answer: str,
+    explain: str = "answer",
+    rejected: str | None = None,
+    reference: str | Path | None = None,
+) -> tuple[GradientMaps, Image.Image]:
+    """Explain an MLLM's answer on an image file.
+
+    Args:
+        checkpoint: folder of the MLLM.
+        image: the file.
+        reference: folder of the parent, for `dpo`.
+
+    Returns:
+        The maps, and the image as the encoder sees it.
+
+    Raises:
+        DataError: the image cannot be decoded, or `dpo` lacks its rejected answer or its reference.
+    """
+    if explain not in EXPLAINS:
+        raise DataError(f"explain is {explain!r}: it is one of {', '.join(EXPLAINS)}.")
+    if explain == "dpo" and (rejected is None or reference is None):
+        raise DataError("the dpo loss compares two answers under two models: give --rejected and --reference.")
+    picture = open_image(image, "image")
+    model, processor = load_mllm(checkpoint)
+    parent = load_mllm(reference)[0].eval() if reference is not None else None
+    made = gradient_map(
+        model.eval(), processor, picture, question, answer, cast(Explain, explain), rejected, parent
+    )
+    side = model.config.vision_config.image_size
+    return made, picture.resize((side, side))

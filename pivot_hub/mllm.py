@@ -1,0 +1,216 @@
+"""The MLLM: vision encoder, projector and language head, joined in transformers' own LLaVA classes.
+
+Features enter the language head at hidden layer -2, all patch tokens and no CLS, through a 2-layer MLP with
+GELU (paper, section 3). Which part trains, and at which rate, is decided here too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.errors import CheckpointError
+
+IMAGE_TOKEN = "<|image_pad|>"  # already a token of Qwen2.5's vocabulary, so its embedding keeps its size
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+SYSTEM = "You are a helpful assistant."
+# Qwen's chat format (the paper's qwen_1_5), with an image where a message says one.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_mllm(
+    vision: str,
+    language: str,
+    feature_layer: int = -2,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
+    seed: int = 0,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Join a vision encoder and a causal language model with a fresh projector.
+
+    Args:
+        vision: folder or Hub name of the encoder; of a two-tower model the vision tower is taken.
+        language: folder or Hub name of the causal language model.
+        feature_layer: hidden state that enters the projector, -2 in the paper.
+        seed: of the projector's weights, the only new ones.
+
+    Returns:
+        The model in float32 and its processor, chat template included.
+
+    Raises:
+        CheckpointError: a part is missing or some of its weights are.
+    """
+    tower = load_vision_tower(vision, vision_revision)
+    head = _load_whole(AutoModelForCausalLM, language, language_revision)
+    tokenizer = _load_tokenizer(language, language_revision)
+    _add_tokens(tokenizer, head)
+    backbone = backbone_of(tower.config)
+    strategy = "default" if backbone.prefix_tokens else "full"
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=head.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        projector_hidden_act="gelu",
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=strategy,
+        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        tie_word_embeddings=head.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):  # the parts bring their weights: none is drawn twice
+        model = LlavaForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = LlavaMultiModalProjector(config)
+    model.model.vision_tower = tower
+    model.model.multi_modal_projector = projector
+    model.model.language_model = head.model
+    model.lm_head = head.lm_head
+    model.tie_weights()
+    stop = tokenizer.convert_tokens_to_ids(TURN_END)
+    model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
+    processor = LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(vision, revision=vision_revision, backend="pil"),
+        tokenizer=tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=backbone.prefix_tokens,
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return model, processor
+
+
+def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a stage checkpoint in float32.
+
+    Raises:
+        CheckpointError: the folder holds no LLaVA model, or not all of its weights.
+    """
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llava":
+        raise CheckpointError(f"{path} holds a {config.model_type} model, not an MLLM; give a LLaVA checkpoint.")
+    model = _load_whole(LlavaForConditionalGeneration, str(path), None)
+    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
+
+
+def load_vision_tower(name: str, revision: str | None = None) -> PreTrainedModel:
+    """Load an encoder; of a two-tower model such as SigLIP's, the vision tower."""
+    model = _load_whole(AutoModel, name, revision)
+    tower = getattr(model, "vision_model", model)
+    try:
+        backbone_of(tower.config)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    return tower
+
+
+def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The three parts a recipe gives rates to."""
+    inner = model.model
+    return {
+        "vision": [inner.vision_tower],
+        "projector": [inner.multi_modal_projector],
+        "language": [inner.language_model, model.lm_head],
+    }
+
+
+def freeze_parts(model: LlavaForConditionalGeneration, trained: dict[str, float]) -> None:
+    """Let only the parts with a rate train."""
+    for part, modules in parts_of(model).items():
+        for module in modules:
+            module.requires_grad_(part in trained)
+
+
+def parameter_groups(
+    model: LlavaForConditionalGeneration, rates: dict[str, float], weight_decay: float, decayed: set[str]
+) -> list[dict[str, Any]]:
+    """One optimizer group per trained part and decay, each with its part's rate.
+
+    Args:
+        model: the MLLM, frozen parts already without gradients.
+        rates: peak learning rate of each trained part.
+        weight_decay: for the parameters named in `decayed`; others (norms, biases) get none.
+        decayed: names of parameters that decay.
+    """
+    part_of = {id(p): part for part, modules in parts_of(model).items() for m in modules for p in m.parameters()}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of[id(parameter)], name in decayed
+        group = groups.setdefault(
+            (part, decays),
+            {"params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "part": part},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _load_whole(loader: Any, name: str, revision: str | None) -> Any:
+    """Load a model in float32 and refuse one with weights missing: random weights must never pass for trained."""
+    try:
+        model, info = loader.from_pretrained(
+            name, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: cannot be loaded: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    if missing or info["mismatched_keys"]:
+        named = missing or [str(k[0]) for k in info["mismatched_keys"]]
+        raise CheckpointError(
+            f"{name}: {len(named)} weights are missing or of another shape, {named[0]} first; "
+            "download the checkpoint again or give its config.json the sizes of its weights."
+        )
+    return model
+
+
+def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, head: PreTrainedModel) -> None:
+    """Give the tokenizer the image and turn tokens where it lacks them, and the embedding room for them."""
+    known = tokenizer.get_vocab()
+    new = [t for t in (IMAGE_TOKEN, TURN_START, TURN_END) if t not in known]
+    if new:
+        tokenizer.add_special_tokens({"extra_special_tokens": new})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > head.get_input_embeddings().num_embeddings:
+        head.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,0 +1,201 @@
+"""Linear classification on mean-pooled patch tokens, the regularisation chosen apart from the reported split."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene
+from pivot_hub.data.source import open_image
+from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.probes.features import patch_features, pooled, standardised
+from pivot_hub.probes.result import ProbeResult, bootstrap
+
+CS = (0.001, 0.01, 0.1, 1.0)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """What is in each scene: colours (N, 14), shapes (N, 6) and positions (N, 9) present, as bool; count (N,)."""
+    return {
+        "colour": np.array([[any(t.colour == c for t in s.things) for c in COLOUR_NAMES] for s in scenes]),
+        "shape": np.array([[any(t.shape == c for t in s.things) for c in SHAPES] for s in scenes]),
+        "position": np.array([[any(t.position == c for t in s.things) for c in range(9)] for s in scenes]),
+        "count": np.array([len(s.things) for s in scenes]),
+    }
+
+
+def classify_shapes(
+    features: dict[str, np.ndarray], scenes: dict[str, list[Scene]], conditions: dict[str, Any], seed: int = 0
+) -> list[ProbeResult]:
+    """Probe a world's colours, shapes, positions and count from one pooled vector an image.
+
+    Colour, shape and position are multi-label: for each value, is it in the scene? Balanced accuracy, averaged
+    over values, has its chance at 50. Count is one label: accuracy, chance at the commonest count's share.
+
+    Args:
+        features: (N, D) pooled features of train, validation and test scenes.
+        scenes: the same splits' scenes.
+        conditions: encoder, encoder_sha256, feature_layer of the results.
+    """
+    scale = standardised(features["train"])
+    x = {split: scale(f) for split, f in features.items()}
+    y = {split: shapes_labels(s) for split, s in scenes.items()}
+    results = []
+    for task in ("colour", "shape", "position"):
+        started = time.monotonic()
+        best = max(CS, key=lambda c: _balanced(y["validation"][task], _fit_each(x, y, task, c, "validation")))
+        predicted = _fit_each(x, y, task, best, "test")
+        tallies = _tallies(y["test"][task], predicted)
+        value, interval = bootstrap(tallies, _balanced_accuracy, seed)
+        results.append(
+            ProbeResult(
+                task=f"shapes/{task}",
+                metric="balanced_accuracy",
+                value=100 * value,
+                unit="percent",
+                n=len(predicted),
+                split="test",
+                seed=seed,
+                protocol=f"mean-pooled, L2; one logistic regression a value, C {best:g} chosen on validation; chance 50",
+                partner=None,
+                ci95=(100 * interval[0], 100 * interval[1]),
+                duration_s=round(time.monotonic() - started, 2),
+                **conditions,
+            )
+        )
+    labels = {split: v["count"] for split, v in y.items()}
+    results.append(_single_label("shapes/count", x, labels, conditions, seed))
+    return results
+
+
+def classify_folder(
+    model: PivotVisionModel,
+    image_processor: Any,
+    folder: Path,
+    conditions: dict[str, Any],
+    seed: int = 0,
+    on_bad_row: str = "stop",
+) -> tuple[list[ProbeResult], list[str]]:
+    """Probe on a folder of class folders: `train/CLASS/*` and `val/CLASS/*`, or `CLASS/*` split by seed.
+
+    Returns:
+        The result, and a sentence for each image that was skipped.
+
+    Raises:
+        ProbeError: fewer than two classes, or classes that differ between train and val.
+        DataError: an image cannot be decoded and `on_bad_row` says stop.
+    """
+    files = _class_files(folder, seed)
+    skipped: list[str] = []
+    x, y = {}, {}
+    for split, items in files.items():
+        images, labels = [], []
+        for file, label in items:
+            try:
+                images.append(open_image(file, f"{split}/{label}"))
+                labels.append(label)
+            except DataError as error:
+                if on_bad_row == "stop":
+                    raise
+                skipped.append(str(error))
+        x[split] = pooled(patch_features(model, image_processor, images))
+        y[split] = np.array(labels)
+    scale = standardised(x["train"])
+    x = {split: scale(f) for split, f in x.items()}
+    return [_single_label(f"folder/{folder.name}", x, y, conditions, seed)], skipped
+
+
+def _single_label(
+    task: str, x: dict[str, np.ndarray], y: dict[str, np.ndarray], conditions: dict[str, Any], seed: int
+) -> ProbeResult:
+    started = time.monotonic()
+
+    def correct(c: float, split: str) -> np.ndarray:
+        fitted = LogisticRegression(C=c, max_iter=300).fit(x["train"], y["train"])
+        return fitted.predict(x[split]) == y[split]
+
+    best = max(CS, key=lambda c: correct(c, "validation").mean())
+    hits = correct(best, "test").astype(np.float64)[:, None]
+    value, interval = bootstrap(hits, lambda sums: sums[:, 0] / len(hits), seed)
+    commonest = max(np.mean(y["test"] == label) for label in np.unique(y["train"]))
+    return ProbeResult(
+        task=task,
+        metric="accuracy",
+        value=100 * value,
+        unit="percent",
+        n=len(hits),
+        split="test",
+        seed=seed,
+        protocol=f"mean-pooled, L2; logistic regression, C {best:g} chosen on validation; chance {100 * commonest:.1f}",
+        partner=None,
+        ci95=(100 * interval[0], 100 * interval[1]),
+        duration_s=round(time.monotonic() - started, 2),
+        **conditions,
+    )
+
+
+def _fit_each(
+    x: dict[str, np.ndarray], y: dict[str, dict[str, np.ndarray]], task: str, c: float, split: str
+) -> np.ndarray:
+    """Predictions (N, values) of one balanced logistic regression a value."""
+    columns = []
+    for j in range(y["train"][task].shape[1]):
+        fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=300)
+        columns.append(fitted.fit(x["train"], y["train"][task][:, j]).predict(x[split]))
+    return np.stack(columns, axis=1)
+
+
+def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """(N, 4, values): true positives, positives, true negatives, negatives of each item."""
+    return np.stack([truth & predicted, truth, ~truth & ~predicted, ~truth], axis=1)
+
+
+def _balanced_accuracy(sums: np.ndarray) -> np.ndarray:
+    """(draws, 4, values) -> (draws,): recall of positives and of negatives, averaged, then over values."""
+    return ((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2).mean(axis=1)
+
+
+def _balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
+    return float(_balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
+
+
+def _class_files(folder: Path, seed: int) -> dict[str, list[tuple[Path, str]]]:
+    """Images with their class for train, validation and test."""
+    named = {split: folder / split for split in ("train", "val") if (folder / split).is_dir()}
+    listed = {split: _by_class(path) for split, path in (named or {"train": folder}).items()}
+    train = listed["train"] if "train" in listed else {}
+    if len(train) < 2:
+        raise ProbeError(f"{folder}: {len(train)} class folders with images; a probe needs at least two.")
+    if "val" in listed and (odd := set(listed["val"]) ^ set(train)):
+        raise ProbeError(f"{folder}: class {sorted(odd)[0]!r} is not in both train and val; remove or add it.")
+    if small := [label for label, files in train.items() if len(files) < 3]:
+        raise ProbeError(f"{folder}: class {small[0]!r} has fewer than 3 images; add some or remove the class.")
+    rng = np.random.default_rng(seed)
+    parts: dict[str, list[tuple[Path, str]]] = {"train": [], "validation": [], "test": []}
+    for label, files in train.items():
+        order = [files[i] for i in rng.permutation(len(files))]
+        fifth = max(1, len(order) // 5)
+        cuts = {"validation": order[:fifth], "train": order[fifth:]}
+        if "val" not in listed:
+            cuts = {"test": order[:fifth], "validation": order[fifth : 2 * fifth], "train": order[2 * fifth :]}
+        for split, chosen in cuts.items():
+            parts[split] += [(f, label) for f in sorted(chosen)]
+    for label, files in listed.get("val", {}).items():
+        parts["test"] += [(f, label) for f in files]
+    return parts
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    classes = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        if files:
+            classes[path.name] = files
+    return classes

@@ -1,0 +1,154 @@
+"""Run the probes: which scenes of the built-in world they are on, for an encoder and for the MLLM it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from pivot_hub.data.shapes import KINDS, SPLITS, Picture, Question, Scene, Split, World
+from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.errors import ProbeError
+from pivot_hub.probes.classify import classify_folder, classify_shapes
+from pivot_hub.probes.features import patch_features, pooled
+from pivot_hub.probes.localize import Target, localize
+from pivot_hub.probes.result import ProbeResult
+from pivot_hub.probes.segment import class_masks, segment_patches
+from pivot_hub.probes.vqa import answer_questions
+from pivot_hub.provenance import weights_sha256
+
+FIRST_SCENE = 5_000_000  # of every split: no recipe trains on scenes from here on
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many scenes each probe takes."""
+
+    train: int = 2000
+    validation: int = 500
+    test: int = 1000
+    questions: int = 1000
+    targets_validation: int = 60
+    targets_test: int = 200
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes of one split with their pictures."""
+
+    scenes: list[Scene]
+    pictures: list[Picture]
+
+
+@lru_cache(maxsize=8)
+def probe_scenes(world: World, split: Split, count: int) -> Scenes:
+    """The scenes that probes use of a split, drawn once a process."""
+    scenes = [world.scene(split, FIRST_SCENE + i) for i in range(count)]
+    return Scenes(scenes, [s.render() for s in scenes])
+
+
+def probe_shapes(
+    model: PivotVisionModel,
+    image_processor: Any,
+    name: str,
+    sha256: str,
+    sizes: Sizes = Sizes(),
+    seed: int = 0,
+) -> list[ProbeResult]:
+    """Classification and segmentation of the built-in world, for an encoder alone."""
+    world = World(image_px=model.config.image_size)
+    parts = {split: probe_scenes(world, split, getattr(sizes, split)) for split in SPLITS}
+    tokens = {
+        split: patch_features(model, image_processor, (p.image for p in part.pictures)) for split, part in parts.items()
+    }
+    conditions = _conditions(model, name, sha256)
+    scenes = {split: part.scenes for split, part in parts.items()}
+    results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
+    masks = {split: class_masks(part.scenes, part.pictures) for split, part in parts.items()}
+    return results + segment_patches(tokens, masks, conditions, seed)
+
+
+def probe_mllm(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    reference: LlavaForConditionalGeneration,
+    name: str,
+    sha256: str,
+    partner: str,
+    sizes: Sizes = Sizes(),
+    seed: int = 0,
+) -> list[ProbeResult]:
+    """Localisation of gradient maps, and answers to held-out questions, for an encoder inside its MLLM.
+
+    Args:
+        reference: the frozen parent, for the DPO loss.
+        name: of the encoder.
+        sha256: of the encoder's weights.
+        partner: the MLLM, as its recipe names it.
+    """
+    model.eval()
+    world = World(image_px=model.config.vision_config.image_size)
+    facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
+    conditions = {**facts, "partner": partner}
+    targets = {
+        "validation": probe_targets(world, "validation", sizes.targets_validation),
+        "test": probe_targets(world, "test", sizes.targets_test),
+    }
+    results = localize(model, processor, reference, targets, conditions, seed)
+    images, questions = probe_questions(world, "test", sizes.questions)
+    return results + answer_questions(model, processor, images, questions, conditions, seed=seed)
+
+
+def probe_questions(world: World, split: Split, count: int) -> tuple[list[Any], list[Question]]:
+    """Questions on the scenes that probes use, kinds in turn, each with its image."""
+    part = probe_scenes(world, split, count)
+    asked = [
+        scene.question(KINDS[i % len(KINDS)], world.scene_rng(split, FIRST_SCENE + i, 3))
+        for i, scene in enumerate(part.scenes)
+    ]
+    return [p.image for p in part.pictures], asked
+
+
+def probe_encoder(
+    encoder: str, data: str = "shapes", seed: int = 0, on_bad_row: str = "stop", sizes: Sizes = Sizes()
+) -> tuple[list[ProbeResult], list[str]]:
+    """Probe an encoder by name, on the built-in world or on a folder of class folders.
+
+    Returns:
+        The results, and a sentence for each image that was skipped.
+
+    Raises:
+        CheckpointError: the encoder cannot be loaded.
+        ProbeError: the data is neither.
+    """
+    if on_bad_row not in ("stop", "skip"):
+        raise ProbeError(f"on_bad_row is {on_bad_row!r}: it is stop or skip.")
+    if data != "shapes" and not Path(data).is_dir():
+        raise ProbeError(f"data {data!r} is neither `shapes` nor a folder; give a folder of class folders.")
+    model, image_processor = read_encoder(encoder)
+    path = Path(encoder)
+    sha256 = weights_sha256(path) if path.is_dir() else str(model.config.backbone_config._commit_hash)
+    if data == "shapes":
+        return probe_shapes(model, image_processor, encoder, sha256, sizes, seed), []
+    conditions = _conditions(model, encoder, sha256)
+    return classify_folder(model, image_processor, Path(data), conditions, seed, on_bad_row)
+
+
+def _conditions(model: PivotVisionModel, name: str, sha256: str) -> dict[str, Any]:
+    return {"feature_layer": model.config.pivot["feature_layer"], "encoder": name, "encoder_sha256": sha256}
+
+
+def probe_targets(world: World, split: Split, count: int) -> Sequence[Target]:
+    """Pairs that are about one visible thing: questions of colour, shape and position."""
+    part = probe_scenes(world, split, count)
+    made = []
+    for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
+        rng = world.scene_rng(split, FIRST_SCENE + i, 4)
+        pair = scene.pair(("colour", "shape", "position")[i % 3], "question", rng)  # type: ignore[arg-type]
+        made.append(Target(pair, picture))
+    return made

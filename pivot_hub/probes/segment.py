@@ -1,0 +1,138 @@
+"""Patch segmentation: a linear head on frozen patch tokens, scored on pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pivot_hub.data.shapes import SHAPES, Picture, Scene
+from pivot_hub.probes.features import standardised
+from pivot_hub.probes.result import ProbeResult, bootstrap
+
+DECAYS = (1e-5, 1e-4, 1e-3)
+CLASSES = ("background", *SHAPES)
+
+
+def class_masks(scenes: Sequence[Scene], pictures: Sequence[Picture]) -> np.ndarray:
+    """Class id of each pixel: 0 background, then SHAPES in order. (N, image_px, image_px) int64."""
+    masks = []
+    for scene, picture in zip(scenes, pictures, strict=True):
+        ids = np.zeros(picture.masks.shape[1:], np.int64)
+        for thing, mask in zip(scene.things, picture.masks, strict=True):
+            ids[mask] = 1 + SHAPES.index(thing.shape)
+        masks.append(ids)
+    return np.stack(masks)
+
+
+def segment_patches(
+    tokens: dict[str, np.ndarray], masks: dict[str, np.ndarray], conditions: dict[str, Any], seed: int = 0
+) -> list[ProbeResult]:
+    """Fit a linear head on patches, choose its decay on validation, score upsampled logits on test pixels.
+
+    Args:
+        tokens: (N, H*W, D) of train, validation and test.
+        masks: (N, image_px, image_px) class ids of the same images.
+        conditions: encoder, encoder_sha256, feature_layer of the results.
+
+    Returns:
+        mIoU, pixel accuracy and mean recall, intervals over test images.
+    """
+    started = time.monotonic()
+    flat = tokens["train"].reshape(-1, tokens["train"].shape[-1])
+    scale = standardised(flat)
+    shares = _patch_shares(masks["train"], tokens["train"].shape[1])
+    heads = {decay: _fit(scale(flat), shares, decay) for decay in DECAYS}
+    scaled = {split: scale(tokens[split]) for split in ("validation", "test")}
+
+    def confusions(decay: float, split: str) -> np.ndarray:
+        return _confusions(heads[decay], scaled[split], masks[split])
+
+    best = max(DECAYS, key=lambda d: _mean_iou(confusions(d, "validation").sum(0)[None])[0])
+    tallies = confusions(best, "test")
+    duration = round(time.monotonic() - started, 2)
+    results = []
+    for metric, statistic in (
+        ("mean_iou", _mean_iou),
+        ("pixel_accuracy", _pixel_accuracy),
+        ("mean_recall", _mean_recall),
+    ):
+        value, interval = bootstrap(tallies, statistic, seed)
+        results.append(
+            ProbeResult(
+                task="shapes/segmentation",
+                metric=metric,
+                value=100 * value,
+                unit="percent",
+                n=len(tallies),
+                split="test",
+                seed=seed,
+                protocol=f"linear head on patch tokens, logits upsampled; decay {best:g} chosen on validation",
+                partner=None,
+                ci95=(100 * interval[0], 100 * interval[1]),
+                duration_s=duration,
+                **conditions,
+            )
+        )
+    return results
+
+
+def _patch_shares(masks: np.ndarray, patches: int) -> np.ndarray:
+    """Share of each class in each patch: (N*patches, classes) float32, the soft label of a patch."""
+    n, px, _ = masks.shape
+    side = round(patches**0.5)
+    one_hot = np.eye(len(CLASSES), dtype=np.float32)[masks]
+    blocks = one_hot.reshape(n, side, px // side, side, px // side, len(CLASSES))
+    return blocks.mean(axis=(2, 4)).reshape(n * patches, len(CLASSES))
+
+
+def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
+    """Multinomial logistic regression on soft labels by L-BFGS, from zero: no seed enters."""
+    features, labels = torch.from_numpy(x).float(), torch.from_numpy(shares)
+    head = nn.Linear(x.shape[1], shares.shape[1])
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(head(features), labels) + decay * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return head
+
+
+@torch.no_grad()
+def _confusions(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pixel counts by true and predicted class: (N, classes, classes)."""
+    n, patches, _ = tokens.shape
+    side, k = round(patches**0.5), len(CLASSES)
+    made = []
+    parts = np.array_split(masks, range(64, n, 64))
+    for logits, truth in zip(head(torch.from_numpy(tokens).float()).split(64), parts, strict=True):
+        grid = logits.transpose(1, 2).unflatten(2, (side, side))
+        size = truth.shape[1:]
+        predicted = nn.functional.interpolate(grid, size=size, mode="bilinear").argmax(1).numpy()
+        for p, t in zip(predicted, truth, strict=True):
+            made.append(np.bincount(t.ravel() * k + p.ravel(), minlength=k * k).reshape(k, k))
+    return np.stack(made)
+
+
+def _mean_iou(sums: np.ndarray) -> np.ndarray:
+    """(draws, classes, classes) -> (draws,)."""
+    hits = np.diagonal(sums, axis1=1, axis2=2)
+    return np.nanmean(hits / (sums.sum(1) + sums.sum(2) - hits), axis=1)
+
+
+def _pixel_accuracy(sums: np.ndarray) -> np.ndarray:
+    return np.diagonal(sums, axis1=1, axis2=2).sum(1) / sums.sum((1, 2))
+
+
+def _mean_recall(sums: np.ndarray) -> np.ndarray:
+    return np.nanmean(np.diagonal(sums, axis1=1, axis2=2) / sums.sum(2), axis=1)

@@ -1,0 +1,92 @@
+"""VQA: the share of held-out questions an MLLM answers in the right words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from pivot_hub.data.shapes import KINDS, Question
+from pivot_hub.probes.result import ProbeResult, bootstrap
+
+
+@torch.no_grad()
+def generate_answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    max_new_tokens: int = 16,
+    batch: int = 64,
+) -> list[str]:
+    """Answer each question on its image, greedily."""
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(questions), batch):
+        part = slice(start, start + batch)
+        texts = [
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}],
+                add_generation_prompt=True,
+            )
+            for q in questions[part]
+        ]
+        inputs = processor(
+            text=texts,
+            images=list(images[part]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(model.device)
+        made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = made[:, inputs["input_ids"].shape[1] :]
+        answers += processor.batch_decode(new, skip_special_tokens=True)
+    return [a.strip() for a in answers]
+
+
+def answer_questions(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    images: Sequence[Image.Image],
+    questions: Sequence[Question],
+    conditions: dict[str, Any],
+    split: str = "test",
+    seed: int = 0,
+) -> list[ProbeResult]:
+    """Exact-match accuracy over all questions and by kind; an answer is right in the words of the world.
+
+    Args:
+        images: one for each question.
+        questions: of the built-in world.
+        conditions: encoder, encoder_sha256, feature_layer, partner of the results.
+    """
+    started = time.monotonic()
+    said = generate_answers(model, processor, images, [q.text for q in questions])
+    right = np.array([float(s.casefold() == q.answer.casefold()) for s, q in zip(said, questions, strict=True)])
+    duration = round(time.monotonic() - started, 2)
+    results = []
+    for kind in ("all", *KINDS):
+        hits = right[[kind in ("all", q.kind) for q in questions]][:, None]
+        value, interval = bootstrap(hits, lambda sums, n=len(hits): sums[:, 0] / n, seed)
+        results.append(
+            ProbeResult(
+                task=f"shapes/vqa/{kind}",
+                metric="exact_match",
+                value=100 * value,
+                unit="percent",
+                n=len(hits),
+                split=split,
+                seed=seed,
+                protocol="greedy answer equals the true one",
+                ci95=(100 * interval[0], 100 * interval[1]),
+                duration_s=duration,
+                **conditions,
+            )
+        )
+    return results

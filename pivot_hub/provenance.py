@@ -1,0 +1,66 @@
+"""Where an artefact came from: commit, versions, recipe, parent and data, with hashes and no local path."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pivot_hub import __version__
+from pivot_hub.files import write_json
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that shape its results."""
+    found = {"pivot_hub": __version__, "python": platform.python_version()}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def machine() -> dict[str, Any]:
+    """The hardware, without a host or user name."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": torch.cuda.device_count() if cuda else 0,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over all safetensors files of a folder, by name and content."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(f"{f.name}{file_sha256(f)}" for f in files).encode()).hexdigest()
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this package runs from, or None for an installed wheel."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Write provenance.json: the facts, and the hash of every other file of the folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "provenance.json")
+    hashes = {str(f.relative_to(folder)): file_sha256(f) for f in files}
+    write_json(folder / "provenance.json", {**facts, "files": hashes})

@@ -1,0 +1,202 @@
+"""The paper in a box: train an SFT and a DPO encoder from one parent on the built-in world, and compare them.
+
+Every step leaves its result on disk and is skipped when that result is there: run it again to go on or to reuse.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pivot_hub.data.shapes import World
+from pivot_hub.encoder.repository import extract_encoder, read_encoder
+from pivot_hub.figure import draw_rows
+from pivot_hub.files import write_json, write_whole
+from pivot_hub.gradcam import gradient_map
+from pivot_hub.mllm import load_mllm
+from pivot_hub.probes.result import ProbeResult
+from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
+from pivot_hub.provenance import machine, weights_sha256
+from pivot_hub.recipe import load_recipe
+from pivot_hub.training.stage import peak_memory_mb, run_stage
+
+STAGES = ("1-align", "2-instruct", "3-sft", "3-dpo")
+BRANCHES = {"sft": "3-sft", "dpo": "3-dpo"}
+FIGURE_SCENES = 4
+
+
+@dataclass(frozen=True)
+class QuickstartReport:
+    """What a quickstart measured."""
+
+    duration_s: float
+    peak_memory_mb: int
+    machine: dict[str, Any]
+    stages: dict[str, Any]
+    results: list[ProbeResult]
+
+    def rows(self) -> list[tuple[str, str, dict[str, ProbeResult], str]]:
+        """(task, metric, result of each encoder, verdict) in the order measured."""
+        found: dict[tuple[str, str], dict[str, ProbeResult]] = {}
+        for result in self.results:
+            found.setdefault((result.task, result.metric), {})[result.encoder] = result
+        return [(task, metric, cells, verdict(cells)) for (task, metric), cells in found.items()]
+
+    def table(self) -> Table:
+        table = Table(title="Built-in world, held-out scenes, percent [95% interval]", title_justify="left")
+        for column in ("probe", "metric", "base", "SFT", "DPO", "SFT against DPO"):
+            table.add_column(column, overflow="fold")
+        for task, metric, cells, said in self.rows():
+            table.add_row(_short(task), metric, *(_cell(cells.get(e)) for e in ("base", "sft", "dpo")), said)
+        return table
+
+    def markdown(self) -> str:
+        lines = [
+            "# Quickstart report",
+            "",
+            f"{self.duration_s:.0f} s, peak memory {self.peak_memory_mb} MB, {self.machine['cpu_cores']} CPU cores, "
+            f"GPU {self.machine['gpu'] or 'none'}. Percent with 95% bootstrap intervals over held-out test scenes.",
+            "Base is the encoder before any MLLM; localisation and VQA need an MLLM, so it has none. A difference is "
+            "called only where the two intervals do not overlap; one training seed.",
+            "",
+            "| probe | metric | base | SFT | DPO | SFT against DPO |",
+            "|---|---|---|---|---|---|",
+        ]
+        for task, metric, cells, said in self.rows():
+            shown = " | ".join(_cell(cells.get(e)) for e in ("base", "sft", "dpo"))
+            lines.append(f"| {_short(task)} | {metric} | {shown} | {said} |")
+        return "\n".join([*lines, "", "![The same scenes under both encoders' maps](maps.png)", ""])
+
+    def facts(self) -> dict[str, Any]:
+        comparison = [
+            {"task": t, "metric": m, "verdict": v, **{e: r.value for e, r in cells.items()}}
+            for t, m, cells, v in self.rows()
+        ]
+        return {**asdict(self), "results": [r.facts() for r in self.results], "comparison": comparison}
+
+
+def verdict(cells: dict[str, ProbeResult]) -> str:
+    """Which of SFT and DPO is better, only where their intervals do not overlap."""
+    sft, dpo = cells["sft"], cells["dpo"]
+    if sft.ci95[0] > dpo.ci95[1]:
+        return "SFT better"
+    if dpo.ci95[0] > sft.ci95[1]:
+        return "DPO better"
+    return "no difference shown"
+
+
+def run_quickstart(
+    output: Path,
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    sizes: Sizes = Sizes(),
+    say: Callable[[str], None] = print,
+) -> QuickstartReport:
+    """Run align, instruct, sft and dpo, extract both encoders, probe them and report.
+
+    Args:
+        output: gets runs/, hub/pivot/shapes-sft and shapes-dpo, results/, report.json, report.md, maps.png.
+        seed: of every stage.
+        overrides: of every stage's recipe, as `data.0.rows=64`.
+        sizes: of the probes.
+        say: gets progress, one line at a time.
+    """
+    started = time.monotonic()
+    recipes = {name: load_recipe(f"shapes/{name}", [f"seed={seed}", *overrides]) for name in STAGES}
+    folders = {name: run_stage(loaded, output / "runs", say=say) for name, loaded in recipes.items()}
+    stages = {name: json.loads((folder / "report.json").read_text()) for name, folder in folders.items()}
+
+    align = recipes["1-align"]
+    assert align.recipe.model is not None
+    encoders = {"base": Path(align.locate(align.recipe.model.vision))}
+    for branch, stage in BRANCHES.items():
+        encoders[branch] = _extract_once(folders[stage], output / "hub" / "pivot" / f"shapes-{branch}", say)
+
+    results: list[ProbeResult] = []
+    parent = folders["2-instruct"]
+    for name, encoder in encoders.items():
+        results += _probe_once(name, encoder, folders.get(BRANCHES.get(name, "")), parent, output, sizes, seed, say)
+    # Tasks in one block each, encoders side by side within it.
+    order = list(dict.fromkeys((r.task, r.metric) for r in results))
+    results.sort(key=lambda r: order.index((r.task, r.metric)))
+
+    if not (output / "maps.png").is_file():
+        _draw(folders, output / "maps.png")
+    before = _read(output / "report.json")
+    duration = round(time.monotonic() - started, 1) + before.get("duration_s", 0.0)
+    memory = max(peak_memory_mb(), before.get("peak_memory_mb", 0))
+    report = QuickstartReport(duration, memory, machine(), stages, results)
+    if before.get("results") != json.loads(json.dumps(report.facts()["results"])):
+        write_whole(output / "report.md", report.markdown())
+        write_json(output / "report.json", report.facts())
+    return report
+
+
+def _extract_once(checkpoint: Path, target: Path, say: Callable[[str], None]) -> Path:
+    made_from = _read(target / "provenance.json").get("mllm_weights_sha256")
+    if made_from != weights_sha256(checkpoint):
+        extract_encoder(checkpoint, target)
+        say(f"encoder: {target}")
+    return target
+
+
+def _probe_once(
+    name: str,
+    encoder: Path,
+    checkpoint: Path | None,
+    parent: Path,
+    output: Path,
+    sizes: Sizes,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[ProbeResult]:
+    """Probe an encoder, and the MLLM it came from if it has one, or read what was measured of these weights."""
+    file = output / "results" / f"{name}.json"
+    key = {"encoder": weights_sha256(encoder), "sizes": asdict(sizes), "seed": seed}
+    known = _read(file)
+    if known.get("key") != key:
+        say(f"probing the {name} encoder")
+        model, image_processor = read_encoder(encoder)
+        results = probe_shapes(model, image_processor, name, key["encoder"], sizes, seed)
+        if checkpoint is not None:
+            mllm, processor = load_mllm(checkpoint)
+            reference = load_mllm(parent)[0].eval()
+            partner = f"shapes/{checkpoint.name}"
+            results += probe_mllm(mllm, processor, reference, name, key["encoder"], partner, sizes, seed)
+        write_json(file, {"key": key, "results": [r.facts() for r in results]})
+    return [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in _read(file)["results"]]
+
+
+def _draw(folders: dict[str, Path], path: Path) -> None:
+    """The same scenes and answers under the maps of both MLLMs."""
+    mllms = {branch: load_mllm(folders[stage]) for branch, stage in BRANCHES.items()}
+    world = World(image_px=next(iter(mllms.values()))[0].config.vision_config.image_size)
+    rows = []
+    for target in probe_targets(world, "test", FIGURE_SCENES):
+        pair, image = target.pair, target.picture.image
+        made = {
+            branch: gradient_map(model.eval(), processor, image, pair.question, pair.chosen).maps
+            for branch, (model, processor) in mllms.items()
+        }
+        titles = {"gradcam": "Grad-CAM", "gradient": "gradient"}
+        maps = [(f"{b.upper()}, {t}", m[k]) for k, t in titles.items() for b, m in made.items()]  # type: ignore[index]
+        rows.append((f"{pair.question}\n{pair.chosen}", image, target.mask, maps))
+    draw_rows(rows, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _short(task: str) -> str:
+    return task.removeprefix("shapes/")
+
+
+def _cell(result: ProbeResult | None) -> str:
+    return "-" if result is None else f"{result.value:.1f} [{result.ci95[0]:.1f}, {result.ci95[1]:.1f}]"

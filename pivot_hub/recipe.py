@@ -1,0 +1,381 @@
+"""Recipes: one YAML file says what a stage trains, on what, how fast; every mistake in it has a line.
+
+A recipe is checked in full before a weight or an image is loaded: unknown keys raise with the nearest
+valid key, arguments are checked against the TRL trainer that will receive them, and parents are followed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pivot_hub.errors import RecipeError
+
+PACKAGE = Path(__file__).parent
+# In a wheel the recipes lie inside the package, in a checkout beside it.
+RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parent / "recipes"
+
+Stage = Literal["vision", "language", "align", "instruct", "sft", "dpo"]
+PARTS = ("vision", "projector", "language")
+# Set by the runner from other keys of the recipe; a second way to say them would be a contradiction.
+RESERVED_ARGS = {
+    "output_dir": "--output",
+    "learning_rate": "the recipe's learning_rate, one rate per part",
+    "seed": "the recipe's seed",
+    "data_seed": "the recipe's seed",
+    "remove_unused_columns": "nothing: rows are made in the trainer's columns",
+    "resume_from_checkpoint": "nothing: a stopped run resumes by itself",
+    "push_to_hub": "`pivot push`, after the run",
+}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(Strict):
+    """The MLLM's parts: a folder beside the recipe, or a Hub repository."""
+
+    vision: str
+    language: str
+    feature_layer: int = -2
+    vision_revision: str | None = None
+    language_revision: str | None = None
+
+
+class WorldSpec(Strict):
+    """Settings of the built-in world that a recipe may change; see `data.shapes.World`."""
+
+    image_px: int = Field(64, ge=16)
+    things: tuple[int, int] = (1, 5)
+    noise: int = Field(24, ge=0, le=255)
+    jitter: int = Field(30, ge=0, le=255)
+    tint: float = Field(0.5, ge=0, le=1)
+    tilt: float = 0.3
+    seed: int = 0
+
+
+class ShapesData(Strict):
+    """Rows of the built-in world, rendered as they are read."""
+
+    format: Literal["shapes"]
+    content: Literal["captions", "instruct", "pairs"]
+    rows: int = Field(ge=1)
+    split: Literal["train", "validation", "test"] = "train"
+    start: int = Field(0, ge=0)  # index of the first scene: stages that must not share scenes start apart
+    world: WorldSpec = WorldSpec()
+
+
+class LlavaData(Strict):
+    """LLaVA's JSON or JSONL: rows of `id, image, conversations`; images in a folder."""
+
+    format: Literal["llava"]
+    path: str
+    images: str
+    sample: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+class MmprData(Strict):
+    """MMPR's JSONL: rows of `image, question, chosen, rejected`; images in a folder."""
+
+    format: Literal["mmpr"]
+    path: str
+    images: str
+    sample: int | None = Field(None, ge=1)
+    seed: int = 0
+
+
+DataSpec = Annotated[ShapesData | LlavaData | MmprData, Field(discriminator="format")]
+Rate = Annotated[float, Field(gt=0)]
+
+
+class Rates(Strict):
+    """Peak learning rate of each part; a part left out is frozen."""
+
+    vision: Rate | None = None
+    projector: Rate | None = None
+    language: Rate | None = None
+
+    def trained(self) -> dict[str, float]:
+        return {part: rate for part in PARTS if (rate := getattr(self, part)) is not None}
+
+
+class Recipe(Strict):
+    """A stage of training, in full.
+
+    Args:
+        stage: vision and language make base parts; align, instruct, sft and dpo train an MLLM.
+        parent: the recipe whose checkpoint this starts from, beside this file.
+        model: the parts an align stage joins; later stages inherit it from their parent.
+        architecture: sizes of a base part, in the names of its transformers config.
+        tokenizer_size: tokens of the byte-level BPE vocabulary a language stage trains.
+        learning_rate: peak rate per part.
+        data: where the rows come from; several sources are concatenated.
+        args: arguments of the stage's trainer config (TRL's SFTConfig or DPOConfig), in their own names.
+        on_bad_row: stop at the first row that cannot be used, or skip and count it.
+        seed: of initialisation, shuffling and dropout.
+    """
+
+    stage: Stage
+    parent: str | None = None
+    model: ModelSpec | None = None
+    architecture: dict[str, Any] | None = None
+    tokenizer_size: int | None = Field(None, ge=300)
+    learning_rate: Rates
+    data: list[DataSpec] = Field(min_length=1)
+    args: dict[str, Any] = {}
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    seed: int = 0
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain values."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+class LoadedRecipe(BaseModel):
+    """A checked recipe with the file it came from and its parent, oldest ancestor last."""
+
+    model_config = ConfigDict(frozen=True)
+
+    recipe: Recipe
+    path: Path
+    parent: LoadedRecipe | None = None
+
+    @property
+    def name(self) -> str:
+        """Folder and file stem, as in `shapes/3-dpo`: where the stage's checkpoint goes."""
+        return f"{self.path.parent.name}/{self.path.stem}"
+
+    def lineage(self) -> list[LoadedRecipe]:
+        """This recipe and its ancestors, from the first stage to this one."""
+        return [*(self.parent.lineage() if self.parent else []), self]
+
+    def locate(self, reference: str) -> str:
+        """Resolve a path written in the recipe against its folder; anything else is a Hub name."""
+        beside = (self.path.parent / reference).resolve()
+        return str(beside) if beside.exists() else reference
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and check a recipe and its ancestors.
+
+    Args:
+        path: the YAML file; a name such as `shapes/3-dpo` finds the shipped recipe.
+        overrides: `dotted.key=value`, the value in YAML, as in `args.beta=0.2` or `data.0.rows=64`.
+
+    Raises:
+        RecipeError: naming file, line, key and the nearest valid key.
+    """
+    file = _find(Path(path))
+    return _load(file, overrides, children=())
+
+
+def recipe_files(root: Path = RECIPES) -> list[Path]:
+    """Every stage recipe below a folder: files named `<n>-<stage>.yaml`."""
+    return sorted(p for p in root.rglob("*.yaml") if p.stem[0].isdigit())
+
+
+def write_recipe(loaded: LoadedRecipe, path: Path) -> None:
+    """Write the resolved recipe: what was run, with no default left unsaid."""
+    lines = ["# Resolved by pivot_hub: every default written out.", f"# sha256 {loaded.recipe.sha256()}"]
+    path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(loaded.recipe.resolved(), sort_keys=False))
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, RECIPES / path, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate.resolve()
+    known = [str(p.relative_to(RECIPES)) for p in recipe_files()]
+    raise RecipeError(f"{path}: no such recipe{_nearest(str(path), known)}; shipped ones: {', '.join(known)}.")
+
+
+def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> LoadedRecipe:
+    if path in children:
+        raise RecipeError(f"{path}: the recipe is its own ancestor; name another parent.")
+    try:
+        node = yaml.compose(path.read_text())
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{mark.line + 1}" if mark else "?"
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"{path}:{line}: not YAML: {problem}.") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys; start with `stage:`.")
+    lines = _lines(node)
+    for override in overrides:
+        lines[_override(raw, override)] = f"override {override}"
+    where = _Where(path, lines)
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, where)) from error
+    parent = _parent(recipe, path, where, children)
+    if recipe.model is None and parent is not None:
+        recipe = recipe.model_copy(update={"model": parent.recipe.model})
+    _check_stage(recipe, where, parent)
+    recipe = recipe.model_copy(update={"args": _check_args(recipe, where)})
+    return LoadedRecipe(recipe=recipe, path=path, parent=parent)
+
+
+def _parent(recipe: Recipe, path: Path, where: _Where, children: tuple[Path, ...]) -> LoadedRecipe | None:
+    if recipe.parent is None:
+        return None
+    file = path.parent / recipe.parent
+    if not file.is_file():
+        near = _nearest(recipe.parent, [p.name for p in path.parent.glob("*.yaml")])
+        raise RecipeError(f"{where('parent')}: parent {recipe.parent!r} is not beside this recipe{near}.")
+    return _load(file.resolve(), (), (*children, path))
+
+
+def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> None:
+    """What a stage needs beyond the types of its keys."""
+    stage, base_part = recipe.stage, recipe.stage in ("vision", "language")
+    if base_part and recipe.architecture is None:
+        raise RecipeError(f"{where()}: stage {stage} makes a base part: give its sizes under `architecture`.")
+    if not base_part and recipe.model is None:
+        raise RecipeError(f"{where()}: stage {stage} needs `model` with `vision` and `language`, or a parent.")
+    if stage in ("instruct", "sft", "dpo") and parent is None:
+        raise RecipeError(f"{where()}: stage {stage} starts from a checkpoint: name its recipe as `parent`.")
+    if not base_part and recipe.architecture is not None:
+        raise RecipeError(f"{where('architecture')}: only stages vision and language take `architecture`.")
+    if parent is not None and recipe.model != parent.recipe.model:
+        raise RecipeError(f"{where('model')}: `model` differs from the parent's: remove it, it is inherited.")
+    if not recipe.learning_rate.trained():
+        raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a rate.")
+    wanted = {"align": "captions", "sft": "pairs", "dpo": "pairs", "vision": "captions"}.get(stage)
+    formats = {"align": ("shapes", "llava"), "instruct": ("shapes", "llava"), "sft": ("shapes", "mmpr")}
+    formats |= {"dpo": formats["sft"], "vision": ("shapes",), "language": ("shapes",)}
+    for i, source in enumerate(recipe.data):
+        if source.format not in formats[stage]:
+            fit = " or ".join(formats[stage])
+            raise RecipeError(f"{where('data', i)}: stage {stage} reads {fit}, not {source.format}.")
+        if isinstance(source, ShapesData) and wanted and source.content != wanted:
+            raise RecipeError(f"{where('data', i, 'content')}: stage {stage} reads content: {wanted}.")
+
+
+def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:
+    """Check trainer arguments by name and type against the config class that will receive them."""
+    known = _trainer_fields(recipe.stage)
+    checked = {}
+    for key, value in recipe.args.items():
+        if key in RESERVED_ARGS:
+            raise RecipeError(f"{where('args', key)}: `{key}` is not set here; use {RESERVED_ARGS[key]}.")
+        if key not in known:
+            raise RecipeError(f"{where('args', key)}: unknown argument `{key}`{_nearest(key, known)}.")
+        try:
+            checked[key] = TypeAdapter(known[key]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: {reason}.") from error
+        number = checked[key]
+        positive = key.startswith(("per_device", "num_train_epochs", "gradient_acc", "save_steps", "logging_"))
+        if isinstance(number, int | float) and (number < 0 and key != "max_steps" or positive and number == 0):
+            raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: it must be positive.")
+    return checked
+
+
+@lru_cache
+def _trainer_fields(stage: Stage) -> dict[str, Any]:
+    # Imported here: reading a recipe's keys must not cost the seconds that TRL's import takes.
+    from pivot_hub.training import trainer_config
+
+    config = trainer_config(stage)
+    hints = get_type_hints(config)
+    return {f.name: hints[f.name] for f in fields(config) if f.init}
+
+
+class _Where:
+    """Names the place of a key: file and line, or the override that set it."""
+
+    def __init__(self, path: Path, lines: dict[tuple[str | int, ...], int | str]) -> None:
+        self.path, self.lines = path, lines
+
+    def __call__(self, *key: str | int) -> str:
+        while key and key not in self.lines:
+            key = key[:-1]
+        line = self.lines.get(key, 1)
+        return line if isinstance(line, str) else f"{self.path}:{line}"
+
+
+def _lines(node: yaml.Node | None, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int | str]:
+    found: dict[tuple[str | int, ...], int | str] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found[(*prefix, key.value)] = key.start_mark.line + 1
+            found |= _lines(value, (*prefix, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            found[(*prefix, i)] = value.start_mark.line + 1
+            found |= _lines(value, (*prefix, i))
+    return found
+
+
+def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
+    """Apply `dotted.key=value` in place and return the key as a path."""
+    dotted, sign, text = override.partition("=")
+    if not sign or not dotted:
+        raise RecipeError(f"override {override!r}: write dotted.key=value, as in args.beta=0.2.")
+    keys: list[str | int] = [int(k) if k.isdigit() else k for k in dotted.split(".")]
+    place: Any = raw
+    for key in keys[:-1]:
+        if isinstance(place, list):
+            if not isinstance(key, int) or key >= len(place):
+                raise RecipeError(f"override {override}: {key!r} is not an index of a list of {len(place)}.")
+            place = place[key]
+        elif isinstance(place, dict):
+            place = place.setdefault(key, {})
+        else:
+            raise RecipeError(f"override {override}: `{dotted}` goes deeper than the recipe does.")
+    try:
+        place[keys[-1]] = yaml.safe_load(text)
+    except (IndexError, TypeError, yaml.YAMLError) as error:
+        raise RecipeError(f"override {override}: cannot be set there: {error}.") from error
+    return tuple(keys)
+
+
+def _explain(error: ValidationError, where: _Where) -> str:
+    """One sentence for the first mistake pydantic found."""
+    first = error.errors()[0]
+    # Drop the discriminator's tag, which is no key of the file: ('data', 0, 'shapes', 'rows').
+    location = first["loc"]
+    if len(location) > 2 and location[0] == "data":
+        location = (*location[:2], *location[3:])
+    key = ".".join(str(k) for k in location)
+    if first["type"] == "extra_forbidden":
+        near = _nearest(str(location[-1]), _keys_at(first["loc"]))
+        return f"{where(*location)}: unknown key `{key}`{near}."
+    if first["type"] == "missing":
+        return f"{where(*location)}: `{key}` is missing; add it."
+    if first["type"] == "greater_than" and location[0] == "learning_rate":
+        return f"{where(*location)}: `{key}` is {first['input']!r}: a rate is positive; leave it out to freeze."
+    return f"{where(*location)}: `{key}` is {first['input']!r}: {first['msg']}."
+
+
+def _keys_at(location: Sequence[str | int]) -> Iterable[str]:
+    schemas: dict[str, type[BaseModel]] = {
+        **{"model": ModelSpec, "learning_rate": Rates},
+        **{"shapes": ShapesData, "llava": LlavaData, "mmpr": MmprData, "world": WorldSpec},
+    }
+    for key in reversed(location[:-1]):
+        if key in schemas:
+            return schemas[str(key)].model_fields
+    return Recipe.model_fields
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -1,0 +1,109 @@
+"""Stage language: a small Qwen2 with a byte-level BPE tokenizer, trained on what the built-in world says.
+
+It plays the part that Qwen2.5 plays in the paper: it speaks the chat format and answers questions on a scene
+it is told of in words, so that an MLLM only has to learn to put images in the words' place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTTrainer
+
+from pivot_hub.data.shapes import DESCRIBE, KINDS
+from pivot_hub.data.source import RowReport, ShapesSource
+from pivot_hub.errors import RecipeError
+from pivot_hub.mllm import CHAT_TEMPLATE, IMAGE_TOKEN, SYSTEM, TURN_END, TURN_START
+from pivot_hub.recipe import LoadedRecipe, ShapesData
+
+END = "<|endoftext|>"
+SPECIAL = [END, TURN_START, TURN_END, IMAGE_TOKEN]  # Qwen2.5's names
+
+
+def build_trainer(
+    loaded: LoadedRecipe,
+    args: TrainingArguments,
+    parent: Path | None,
+    report: RowReport,
+    callbacks: list[TrainerCallback],
+) -> SFTTrainer:
+    """Make the trainer of a language recipe: TRL's SFTTrainer on text alone.
+
+    Raises:
+        RecipeError: the architecture names a setting that Qwen2Config does not have, or sizes that do not fit.
+    """
+    recipe = loaded.recipe
+    assert recipe.architecture is not None
+    spoken = [m for spec in recipe.data if isinstance(spec, ShapesData) for m in conversations(ShapesSource(spec))]
+    report.rows = len(spoken)
+    tokenizer = train_tokenizer((t["content"] for m in spoken for t in m), recipe.tokenizer_size or 512)
+    torch.manual_seed(recipe.seed)
+    try:
+        config = Qwen2Config(
+            **recipe.architecture,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
+            bos_token_id=None,
+        )
+        model = Qwen2ForCausalLM(config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{loaded.path}: `architecture` does not make a Qwen2 model: {error}") from error
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict({"messages": spoken}),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def conversations(source: ShapesSource) -> Iterator[list[dict[str, str]]]:
+    """Talk about scenes without showing them: half of the questions follow a description in words."""
+    spec, world = source.spec, source.world
+    for i in range(spec.start, spec.start + spec.rows):
+        scene, rng = world.scene(spec.split, i), world.scene_rng(spec.split, i, 2)
+        asked, caption = scene.question(KINDS[i % 5], rng), scene.caption()
+        told = i % 4
+        if told == 0:
+            question, answer = DESCRIBE, caption
+        elif told == 1:  # read a description back
+            question, answer = f"{caption}\n{DESCRIBE}", caption
+        else:
+            question, answer = f"{caption}\n{asked.text}", asked.answer
+        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def train_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with Qwen2.5's special tokens and chat format."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # The roles and the system line of the chat format are text too.
+    bpe.train_from_iterator([*texts, *[f"system\n{SYSTEM}\nuser\nassistant\n"] * 50], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=TURN_END,
+        pad_token=END,
+        additional_special_tokens=SPECIAL,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+    )

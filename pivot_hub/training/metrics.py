@@ -1,0 +1,75 @@
+"""What a run says while it trains: one JSON line a log, and plain progress lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsLog(TrainerCallback):
+    """Append each log of the trainer to a JSONL file, each line with its step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut_to(self, step: int) -> None:
+        """Drop lines after a step: a resumed run logs those steps again."""
+        if self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class PlainProgress(TrainerCallback):
+    """Say step, loss, rate and time left, at most every few seconds."""
+
+    def __init__(self, name: str, say: Callable[[str], None], every_s: float = 10.0) -> None:
+        self.name, self.say, self.every_s = name, say, every_s
+        self.started = self.last = 0.0
+        self.first_step = 0
+        self.loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = self.last = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.monotonic()
+        if now - self.last < self.every_s and state.global_step < state.max_steps:
+            return
+        self.last = now
+        rate = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
+        left = (state.max_steps - state.global_step) / rate
+        loss = "" if self.loss is None else f", loss {float(self.loss):.3f}"
+        self.say(f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {rate:.2f} steps/s, {left:.0f} s left")

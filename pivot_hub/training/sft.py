@@ -1,0 +1,65 @@
+"""Stages align, instruct and sft: TRL's SFTTrainer, the loss on the answer only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainingArguments
+from trl import SFTTrainer
+
+from pivot_hub.data.source import RowReport, as_dataset, read_rows
+from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm
+from pivot_hub.recipe import LoadedRecipe
+from pivot_hub.training.part_trainer import PartTrainer
+from pivot_hub.training.row_check import RowCheck
+
+
+class PivotSFTTrainer(PartTrainer, SFTTrainer):
+    """TRL's SFTTrainer with a learning rate per part."""
+
+
+def build_trainer(
+    loaded: LoadedRecipe,
+    args: TrainingArguments,
+    parent: Path | None,
+    report: RowReport,
+    callbacks: list[TrainerCallback],
+) -> PivotSFTTrainer:
+    """Make the trainer of an align, instruct or sft recipe.
+
+    Args:
+        args: an SFTConfig; `max_length` bounds prompt and answer together, image tokens included.
+        parent: the checkpoint to start from; an align stage without one joins the recipe's parts.
+        report: filled with what was read and left out.
+
+    Raises:
+        CheckpointError, DataError: a part or a row cannot be used.
+    """
+    recipe = loaded.recipe
+    if parent is not None:
+        model, processor = load_mllm(parent)
+    else:
+        assert recipe.model is not None
+        spec = recipe.model
+        model, processor = build_mllm(
+            loaded.locate(spec.vision),
+            loaded.locate(spec.language),
+            spec.feature_layer,
+            spec.vision_revision,
+            spec.language_revision,
+            recipe.seed,
+        )
+    rates = recipe.learning_rate.trained()
+    freeze_parts(model, rates)
+    columns = "plain" if recipe.stage == "align" else "completion"
+    check = RowCheck(processor, args.max_length, columns, report, pairs=recipe.stage == "sft")
+    sources, rows = read_rows(loaded, check, report)
+    trainer = PivotSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=as_dataset(sources, rows, columns, IMAGE_TOKEN),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    trainer.rates = rates
+    return trainer
