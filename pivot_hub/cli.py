@@ -48,7 +48,9 @@ def _options(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="Folder of the run; run again to go on or to reuse.")] = Path("quickstart"),
+    output: Annotated[Path, typer.Option(help="Folder of the run; run again to go on or to reuse.")] = Path(
+        "quickstart"
+    ),
     seed: Annotated[int, typer.Option(help="Of the MLLM's training, both branches alike.")] = 0,
 ) -> None:
     """Train an SFT and a DPO encoder from one parent on the built-in world, and compare them.
@@ -83,6 +85,29 @@ def train(
     folder = run_stage(loaded, runs, output, parent, say=_say)
     _say(f"checkpoint: {folder}")
     _write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
+
+
+@app.command()
+def search(
+    recipe: Annotated[str, typer.Argument(help="A recipe with a parent that is finished below RUNS.")],
+    rates: Annotated[str, typer.Option(help="Candidates, comma-separated.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, for every candidate.")] = None,
+    runs: Runs = Path("runs"),
+    output: Annotated[Path, typer.Option(help="The record, JSON.")] = Path("search.json"),
+) -> None:
+    """Choose a stage's learning rate on validation questions, recording every candidate.
+
+    Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
+    """
+    from pivot_hub.errors import RecipeError
+    from pivot_hub.training.search import search_rate
+
+    try:
+        candidates = [float(r) for r in rates.split(",")]
+    except ValueError:
+        raise RecipeError(f"--rates {rates!r}: give numbers, as in 3e-5,1e-4,3e-4.") from None
+    record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=_say)
+    _say(f"chosen: {record['chosen']:g}; record: {output}")
 
 
 @app.command()
@@ -158,7 +183,7 @@ def gradcam(
 ) -> None:
     """Draw where an answer, or a loss on it, depends on the image.
 
-    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What shape is the red shape?" --answer "It is a star."`
+    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`
     """
     from pivot_hub.figure import draw_maps
     from pivot_hub.gradcam import explain_file
@@ -197,5 +222,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"pivot: {type(error).__name__}: {reason[0]} (run `pivot --debug ...` for the traceback)", file=sys.stderr)
+        print(
+            f"pivot: {type(error).__name__}: {reason[0]} (run `pivot --debug ...` for the traceback)", file=sys.stderr
+        )
         sys.exit(1)

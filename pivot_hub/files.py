@@ -25,8 +25,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield beside
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
-            os.replace(target, old)
-        os.replace(beside, target)
+            target.replace(old)
+        beside.replace(target)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -38,7 +38,7 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.source import open_image
 from pivot_hub.errors import DataError
-from pivot_hub.mllm import load_mllm
+from pivot_hub.mllm import chat_prompt, image_px, load_mllm
 
 Explain = Literal["answer", "sft", "dpo"]
 Method = Literal["gradcam", "gradient"]
@@ -103,8 +103,7 @@ def answer_batch(
     Returns:
         input_ids, attention_mask, completion_mask (A, S), and pixel_values (A, 3, height, width).
     """
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    prompt = chat_prompt(processor, question)
     first = processor(text=[prompt], images=[image], return_tensors="pt", add_special_tokens=False)
     end = processor.tokenizer.eos_token
     tails = [processor.tokenizer(f"{a}{end}", add_special_tokens=False)["input_ids"] for a in answers]
@@ -130,7 +129,8 @@ def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tens
         attention_mask=inputs["attention_mask"],
         pixel_values=inputs["pixel_values"],
     ).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1)
+    # At least float32: a sum of log-probabilities in bf16 loses the answer's last tokens.
+    log_probs = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
     return (picked * inputs["completion_mask"][:, 1:]).sum(-1)
 
@@ -214,8 +214,6 @@ def explain_file(
     picture = open_image(image, "image")
     model, processor = load_mllm(checkpoint)
     parent = load_mllm(reference)[0].eval() if reference is not None else None
-    made = gradient_map(
-        model.eval(), processor, picture, question, answer, cast(Explain, explain), rejected, parent
-    )
-    side = model.config.vision_config.image_size
+    made = gradient_map(model.eval(), processor, picture, question, answer, explain, rejected, parent)
+    side = image_px(model)
     return made, picture.resize((side, side))

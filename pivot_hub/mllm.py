@@ -7,9 +7,10 @@ GELU (paper, section 3). Which part trains, and at which rate, is decided here t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -72,11 +73,11 @@ def build_mllm(
     tokenizer = _load_tokenizer(language, language_revision)
     _add_tokens(tokenizer, head)
     backbone = backbone_of(tower.config)
-    strategy = "default" if backbone.prefix_tokens else "full"
+    strategy: Literal["default", "full"] = "default" if backbone.prefix_tokens else "full"
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=head.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,
@@ -135,6 +136,18 @@ def load_vision_tower(name: str, revision: str | None = None) -> PreTrainedModel
     return tower
 
 
+def image_px(model: LlavaForConditionalGeneration) -> int:
+    """Side of the square images the model's encoder takes."""
+    return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
+
+
+def chat_prompt(processor: LlavaProcessor, question: str) -> str:
+    """One question on one image in the chat format, up to where the answer begins."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    turns: Any = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(turns, add_generation_prompt=True)
+
+
 def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
     """The three parts a recipe gives rates to."""
     inner = model.model
@@ -180,10 +193,8 @@ def parameter_groups(
 def _load_whole(loader: Any, name: str, revision: str | None) -> Any:
     """Load a model in float32 and refuse one with weights missing: random weights must never pass for trained."""
     try:
-        model, info = loader.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = loader.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: cannot be loaded: {reason}") from error
     missing = sorted(info["missing_keys"])
@@ -212,5 +223,5 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, head: PreTrainedModel) -> No
         tokenizer.add_special_tokens({"extra_special_tokens": new})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > head.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > cast(nn.Embedding, head.get_input_embeddings()).num_embeddings:
         head.resize_token_embeddings(len(tokenizer), mean_resizing=False)

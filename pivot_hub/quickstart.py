@@ -19,7 +19,7 @@ from pivot_hub.encoder.repository import extract_encoder, read_encoder
 from pivot_hub.figure import draw_rows
 from pivot_hub.files import write_json, write_whole
 from pivot_hub.gradcam import gradient_map
-from pivot_hub.mllm import load_mllm
+from pivot_hub.mllm import image_px, load_mllm
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.provenance import machine, weights_sha256
@@ -158,17 +158,18 @@ def _probe_once(
 ) -> list[ProbeResult]:
     """Probe an encoder, and the MLLM it came from if it has one, or read what was measured of these weights."""
     file = output / "results" / f"{name}.json"
-    key = {"encoder": weights_sha256(encoder), "sizes": asdict(sizes), "seed": seed}
+    sha256 = weights_sha256(encoder)
+    key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed}
     known = _read(file)
     if known.get("key") != key:
         say(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
-        results = probe_shapes(model, image_processor, name, key["encoder"], sizes, seed)
+        results = probe_shapes(model, image_processor, name, sha256, sizes, seed)
         if checkpoint is not None:
             mllm, processor = load_mllm(checkpoint)
             reference = load_mllm(parent)[0].eval()
             partner = f"shapes/{checkpoint.name}"
-            results += probe_mllm(mllm, processor, reference, name, key["encoder"], partner, sizes, seed)
+            results += probe_mllm(mllm, processor, reference, name, sha256, partner, sizes, seed)
         write_json(file, {"key": key, "results": [r.facts() for r in results]})
     return [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in _read(file)["results"]]
 
@@ -176,7 +177,7 @@ def _probe_once(
 def _draw(folders: dict[str, Path], path: Path) -> None:
     """The same scenes and answers under the maps of both MLLMs."""
     mllms = {branch: load_mllm(folders[stage]) for branch, stage in BRANCHES.items()}
-    world = World(image_px=next(iter(mllms.values()))[0].config.vision_config.image_size)
+    world = World(image_px=image_px(mllms["sft"][0]))
     rows = []
     for target in probe_targets(world, "test", FIGURE_SCENES):
         pair, image = target.pair, target.picture.image

@@ -39,6 +39,8 @@ RESERVED_ARGS = {
 
 
 class Strict(BaseModel):
+    """A section of a recipe: unknown keys raise, values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -246,10 +248,10 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
     stage, base_part = recipe.stage, recipe.stage in ("vision", "language")
     if base_part and recipe.architecture is None:
         raise RecipeError(f"{where()}: stage {stage} makes a base part: give its sizes under `architecture`.")
-    if not base_part and recipe.model is None:
-        raise RecipeError(f"{where()}: stage {stage} needs `model` with `vision` and `language`, or a parent.")
     if stage in ("instruct", "sft", "dpo") and parent is None:
         raise RecipeError(f"{where()}: stage {stage} starts from a checkpoint: name its recipe as `parent`.")
+    if not base_part and recipe.model is None:
+        raise RecipeError(f"{where()}: stage {stage} needs `model` with `vision` and `language`, or a parent.")
     if not base_part and recipe.architecture is not None:
         raise RecipeError(f"{where('architecture')}: only stages vision and language take `architecture`.")
     if parent is not None and recipe.model != parent.recipe.model:
@@ -257,8 +259,9 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
     if not recipe.learning_rate.trained():
         raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a rate.")
     wanted = {"align": "captions", "sft": "pairs", "dpo": "pairs", "vision": "captions"}.get(stage)
-    formats = {"align": ("shapes", "llava"), "instruct": ("shapes", "llava"), "sft": ("shapes", "mmpr")}
-    formats |= {"dpo": formats["sft"], "vision": ("shapes",), "language": ("shapes",)}
+    formats: dict[str, tuple[str, ...]] = {"vision": ("shapes",), "language": ("shapes",)}
+    formats |= dict.fromkeys(("align", "instruct"), ("shapes", "llava"))
+    formats |= dict.fromkeys(("sft", "dpo"), ("shapes", "mmpr"))
     for i, source in enumerate(recipe.data):
         if source.format not in formats[stage]:
             fit = " or ".join(formats[stage])
@@ -283,7 +286,7 @@ def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:
             raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: {reason}.") from error
         number = checked[key]
         positive = key.startswith(("per_device", "num_train_epochs", "gradient_acc", "save_steps", "logging_"))
-        if isinstance(number, int | float) and (number < 0 and key != "max_steps" or positive and number == 0):
+        if isinstance(number, int | float) and ((number < 0 and key != "max_steps") or (positive and number == 0)):
             raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: it must be positive.")
     return checked
 
@@ -349,7 +352,8 @@ def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
 
 def _explain(error: ValidationError, where: _Where) -> str:
     """One sentence for the first mistake pydantic found."""
-    first = error.errors()[0]
+    # A mistyped key is both unknown and missed: say what was written.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     # Drop the discriminator's tag, which is no key of the file: ('data', 0, 'shapes', 'rows').
     location = first["loc"]
     if len(location) > 2 and location[0] == "data":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pivot_hub.data.row import Row, read_records
+from pivot_hub.data.row import Row, image_name, read_records
 from pivot_hub.errors import DataError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -33,6 +33,10 @@ def read_rows(file: Path) -> Iterator[Row | DataError]:
         if not answers or answers[0] == 0:
             yield DataError(f"{name}: a conversation needs a human turn and then a gpt turn")
             continue
+        image = image_name(raw, name)
+        if isinstance(image, DataError):
+            yield image
+            continue
         for i in answers:
             row_id = name if len(answers) == 1 else f"{name} turn {i + 1}"
-            yield Row(row_id, raw.get("image"), said[i - 1][1], said[i][1], earlier=tuple(said[: i - 1]))
+            yield Row(row_id, image, said[i - 1][1], said[i][1], earlier=tuple(said[: i - 1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pivot_hub.data.row import Row, read_records
+from pivot_hub.data.row import Row, image_name, read_records
 from pivot_hub.errors import DataError
 
 
@@ -19,4 +19,8 @@ def read_rows(file: Path) -> Iterator[Row | DataError]:
         if missing:
             yield DataError(f"{name}: `{missing[0]}` is missing or not text")
             continue
-        yield Row(name, raw.get("image"), raw["question"], raw["chosen"], raw["rejected"])
+        image = image_name(raw, name)
+        if isinstance(image, DataError):
+            yield image
+            continue
+        yield Row(name, image, raw["question"], raw["chosen"], raw["rejected"])

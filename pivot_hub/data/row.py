@@ -59,3 +59,17 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]
 
 def _as_object(record: Any, name: str) -> dict[str, Any] | DataError:
     return record if isinstance(record, dict) else DataError(f"{name}: a row is an object, not {record!r}")
+
+
+def image_name(record: dict[str, Any], name: str) -> str | DataError | None:
+    """The image of a record: a path below the images folder, or None for text alone."""
+    image = record.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if image is None or image == []:
+        return None
+    if not isinstance(image, str):
+        return DataError(f"{name}: `image` names one image file, not {image!r}")
+    if Path(image).is_absolute() or ".." in Path(image).parts:
+        return DataError(f"{name}: image {image!r} leaves the images folder")
+    return image

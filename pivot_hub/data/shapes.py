@@ -312,9 +312,7 @@ class World:
             x = min(max((column + 0.5) / 3 + 0.12 * (v - 0.5), radius + 0.01), 0.99 - radius)
             y = min(max((row + 0.5) / 3 + 0.12 * (w - 0.5), radius + 0.01), 0.99 - radius)
             strayed = rng.integers(-self.jitter, self.jitter + 1, size=3)
-            red, green, blue = (
-                min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], strayed, strict=True)
-            )
+            red, green, blue = (min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], strayed, strict=True))
             if any(o.position == position or (o.colour, o.shape) == (colour, shape) for o in things):
                 continue
             if any(math.hypot(o.x - x, o.y - y) < MIN_GAP * (o.radius + radius) for o in things):

@@ -18,6 +18,7 @@ from pivot_hub.data.shapes import DESCRIBE, KINDS, World
 from pivot_hub.errors import DataError
 from pivot_hub.recipe import LoadedRecipe, ShapesData
 
+
 class Source(Protocol):
     """Where rows come from. `open_image` returns an RGB image or raises DataError naming the row."""
 
@@ -103,8 +104,9 @@ def open_image(path: Path, owner: str) -> Image.Image:
         DataError: the file is missing or not a whole image.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(path) as file:
+            file.load()
+            image: Image.Image = file
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

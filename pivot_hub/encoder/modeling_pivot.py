@@ -45,11 +45,13 @@ class PivotVisionModel(PreTrainedModel):
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs"):
             kwargs.pop(name, None)
         wanted = kwargs.pop("output_loading_info", False)
-        where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        where = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
+        }
+        native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
         if not isinstance(config, PivotVisionConfig):
             found, _ = PivotVisionConfig.get_config_dict(pretrained_model_name_or_path, **where)
             config = PivotVisionConfig.from_dict(found)
-        native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
         backbone, info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, *args, config=native, output_loading_info=True, **kwargs
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
@@ -102,7 +103,7 @@ def read_encoder(name: str | Path) -> tuple[PivotVisionModel, Any]:
     try:
         model = PivotVisionModel.from_pretrained(str(name), dtype=torch.float32)
         return model, AutoImageProcessor.from_pretrained(str(name), backend="pil")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason}") from error
 
@@ -137,9 +138,9 @@ def verify_repository(folder: str | Path) -> list[str]:
     golden = load_file(path / "golden.safetensors")
     with torch.no_grad():
         made = model(golden["pixel_values"]).last_hidden_state
-    error = ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
-    if not error < GOLDEN_TOLERANCE:
-        problems.append(f"features differ from the golden vectors by {error:.1e} relative; check torch and its kernels.")
+    off = ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
+    if not off < GOLDEN_TOLERANCE:
+        problems.append(f"features differ from the golden vectors by {off:.1e} relative; check torch and its kernels.")
     return problems
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene
+from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene, Split
 from pivot_hub.data.source import open_image
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.features import patch_features, pooled, standardised
-from pivot_hub.probes.result import ProbeResult, bootstrap
+from pivot_hub.probes.result import ProbeResult, bootstrap, bootstrap_mean
 
 CS = (0.001, 0.01, 0.1, 1.0)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -32,7 +32,10 @@ def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
 
 
 def classify_shapes(
-    features: dict[str, np.ndarray], scenes: dict[str, list[Scene]], conditions: dict[str, Any], seed: int = 0
+    features: Mapping[Split, np.ndarray],
+    scenes: Mapping[Split, Sequence[Scene]],
+    conditions: dict[str, Any],
+    seed: int = 0,
 ) -> list[ProbeResult]:
     """Probe a world's colours, shapes, positions and count from one pooled vector an image.
 
@@ -63,7 +66,7 @@ def classify_shapes(
                 n=len(predicted),
                 split="test",
                 seed=seed,
-                protocol=f"mean-pooled, L2; one logistic regression a value, C {best:g} chosen on validation; chance 50",
+                protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
                 partner=None,
                 ci95=(100 * interval[0], 100 * interval[1]),
                 duration_s=round(time.monotonic() - started, 2),
@@ -94,7 +97,8 @@ def classify_folder(
     """
     files = _class_files(folder, seed)
     skipped: list[str] = []
-    x, y = {}, {}
+    x: dict[Split, np.ndarray] = {}
+    y: dict[Split, np.ndarray] = {}
     for split, items in files.items():
         images, labels = [], []
         for file, label in items:
@@ -113,17 +117,17 @@ def classify_folder(
 
 
 def _single_label(
-    task: str, x: dict[str, np.ndarray], y: dict[str, np.ndarray], conditions: dict[str, Any], seed: int
+    task: str, x: Mapping[Split, np.ndarray], y: Mapping[Split, np.ndarray], conditions: dict[str, Any], seed: int
 ) -> ProbeResult:
     started = time.monotonic()
 
-    def correct(c: float, split: str) -> np.ndarray:
-        fitted = LogisticRegression(C=c, max_iter=300).fit(x["train"], y["train"])
+    def correct(c: float, split: Split) -> np.ndarray:
+        fitted = LogisticRegression(C=c, max_iter=1000).fit(x["train"], y["train"])
         return fitted.predict(x[split]) == y[split]
 
     best = max(CS, key=lambda c: correct(c, "validation").mean())
-    hits = correct(best, "test").astype(np.float64)[:, None]
-    value, interval = bootstrap(hits, lambda sums: sums[:, 0] / len(hits), seed)
+    hits = correct(best, "test").astype(np.float64)
+    value, interval = bootstrap_mean(hits, seed)
     commonest = max(np.mean(y["test"] == label) for label in np.unique(y["train"]))
     return ProbeResult(
         task=task,
@@ -133,7 +137,7 @@ def _single_label(
         n=len(hits),
         split="test",
         seed=seed,
-        protocol=f"mean-pooled, L2; logistic regression, C {best:g} chosen on validation; chance {100 * commonest:.1f}",
+        protocol=f"mean-pooled, L2; logistic regression, C {best:g} by validation; chance {100 * commonest:.1f}",
         partner=None,
         ci95=(100 * interval[0], 100 * interval[1]),
         duration_s=round(time.monotonic() - started, 2),
@@ -142,12 +146,12 @@ def _single_label(
 
 
 def _fit_each(
-    x: dict[str, np.ndarray], y: dict[str, dict[str, np.ndarray]], task: str, c: float, split: str
+    x: Mapping[Split, np.ndarray], y: Mapping[Split, dict[str, np.ndarray]], task: str, c: float, split: Split
 ) -> np.ndarray:
     """Predictions (N, values) of one balanced logistic regression a value."""
     columns = []
     for j in range(y["train"][task].shape[1]):
-        fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=300)
+        fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=1000)
         columns.append(fitted.fit(x["train"], y["train"][task][:, j]).predict(x[split]))
     return np.stack(columns, axis=1)
 
@@ -158,19 +162,23 @@ def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def _balanced_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(draws, 4, values) -> (draws,): recall of positives and of negatives, averaged, then over values."""
-    return ((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2).mean(axis=1)
+    """(draws, 4, values) -> (draws,): recall of positives and of negatives, averaged, then over values.
+
+    A value that a small resample never or always holds has no recall on one side and is left out of that draw.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
 
 
 def _balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(_balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
 
 
-def _class_files(folder: Path, seed: int) -> dict[str, list[tuple[Path, str]]]:
+def _class_files(folder: Path, seed: int) -> dict[Split, list[tuple[Path, str]]]:
     """Images with their class for train, validation and test."""
     named = {split: folder / split for split in ("train", "val") if (folder / split).is_dir()}
     listed = {split: _by_class(path) for split, path in (named or {"train": folder}).items()}
-    train = listed["train"] if "train" in listed else {}
+    train = listed.get("train", {})
     if len(train) < 2:
         raise ProbeError(f"{folder}: {len(train)} class folders with images; a probe needs at least two.")
     if "val" in listed and (odd := set(listed["val"]) ^ set(train)):
@@ -178,11 +186,11 @@ def _class_files(folder: Path, seed: int) -> dict[str, list[tuple[Path, str]]]:
     if small := [label for label, files in train.items() if len(files) < 3]:
         raise ProbeError(f"{folder}: class {small[0]!r} has fewer than 3 images; add some or remove the class.")
     rng = np.random.default_rng(seed)
-    parts: dict[str, list[tuple[Path, str]]] = {"train": [], "validation": [], "test": []}
+    parts: dict[Split, list[tuple[Path, str]]] = {"train": [], "validation": [], "test": []}
     for label, files in train.items():
         order = [files[i] for i in rng.permutation(len(files))]
         fifth = max(1, len(order) // 5)
-        cuts = {"validation": order[:fifth], "train": order[fifth:]}
+        cuts: dict[Split, list[Path]] = {"validation": order[:fifth], "train": order[fifth:]}
         if "val" not in listed:
             cuts = {"test": order[:fifth], "validation": order[fifth : 2 * fifth], "train": order[2 * fifth :]}
         for split, chosen in cuts.items():

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import Pair, Picture
 from pivot_hub.gradcam import EXPLAINS, METHODS, Explain, Method, enlarge, gradient_map
-from pivot_hub.probes.result import ProbeResult, bootstrap
+from pivot_hub.probes.result import ProbeResult, bootstrap_mean
 
 THRESHOLDS = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
 
@@ -69,9 +69,7 @@ def _maps(
     explain: Explain,
 ) -> dict[Method, np.ndarray]:
     pair, image = target.pair, target.picture.image
-    made = gradient_map(
-        model, processor, image, pair.question, pair.chosen, explain, pair.rejected, reference
-    )
+    made = gradient_map(model, processor, image, pair.question, pair.chosen, explain, pair.rejected, reference)
     return {method: enlarge(grid, image.width) for method, grid in made.maps.items()}
 
 
@@ -96,7 +94,7 @@ def _scores(
     }
     results = []
     for metric, (values, protocol) in scored.items():
-        value, interval = bootstrap(values[:, None], lambda sums: sums[:, 0] / len(values), seed)
+        value, interval = bootstrap_mean(values, seed)
         results.append(
             ProbeResult(
                 task=f"shapes/localisation/{what}",

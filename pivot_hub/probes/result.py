@@ -87,3 +87,8 @@ def bootstrap(
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     value = statistic(flat.sum(0, keepdims=True).reshape(1, *shape))[0]
     return float(value), (float(low), float(high))
+
+
+def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
+    """The mean of one value an item, (n,), with its interval."""
+    return bootstrap(values[:, None], lambda sums: sums[:, 0] / len(values), seed)

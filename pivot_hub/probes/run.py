@@ -14,6 +14,7 @@ from pivot_hub.data.shapes import KINDS, SPLITS, Picture, Question, Scene, Split
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import ProbeError
+from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import classify_folder, classify_shapes
 from pivot_hub.probes.features import patch_features, pooled
 from pivot_hub.probes.localize import Target, localize
@@ -92,7 +93,7 @@ def probe_mllm(
         partner: the MLLM, as its recipe names it.
     """
     model.eval()
-    world = World(image_px=model.config.vision_config.image_size)
+    world = World(image_px=image_px(model))
     facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
     conditions = {**facts, "partner": partner}
     targets = {
@@ -149,6 +150,6 @@ def probe_targets(world: World, split: Split, count: int) -> Sequence[Target]:
     made = []
     for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
         rng = world.scene_rng(split, FIRST_SCENE + i, 4)
-        pair = scene.pair(("colour", "shape", "position")[i % 3], "question", rng)  # type: ignore[arg-type]
+        pair = scene.pair(KINDS[i % 3], "question", rng)  # colour, shape, position
         made.append(Target(pair, picture))
     return made

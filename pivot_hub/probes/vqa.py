@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import KINDS, Question
-from pivot_hub.probes.result import ProbeResult, bootstrap
+from pivot_hub.mllm import chat_prompt
+from pivot_hub.probes.result import ProbeResult, bootstrap_mean
 
 
 @torch.no_grad()
@@ -29,13 +30,7 @@ def generate_answers(
     answers: list[str] = []
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}],
-                add_generation_prompt=True,
-            )
-            for q in questions[part]
-        ]
+        texts = [chat_prompt(processor, q) for q in questions[part]]
         inputs = processor(
             text=texts,
             images=list(images[part]),
@@ -44,7 +39,7 @@ def generate_answers(
             padding_side="left",
             add_special_tokens=False,
         ).to(model.device)
-        made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        made = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(new, skip_special_tokens=True)
     return [a.strip() for a in answers]
@@ -72,8 +67,8 @@ def answer_questions(
     duration = round(time.monotonic() - started, 2)
     results = []
     for kind in ("all", *KINDS):
-        hits = right[[kind in ("all", q.kind) for q in questions]][:, None]
-        value, interval = bootstrap(hits, lambda sums, n=len(hits): sums[:, 0] / n, seed)
+        hits = right[[kind in ("all", q.kind) for q in questions]]
+        value, interval = bootstrap_mean(hits, seed)
         results.append(
             ProbeResult(
                 task=f"shapes/vqa/{kind}",

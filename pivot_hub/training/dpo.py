@@ -5,8 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainingArguments
-from trl import DPOTrainer
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.data.source import RowReport, as_dataset, read_rows
 from pivot_hub.errors import CheckpointError
@@ -22,7 +22,7 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
 
 def build_trainer(
     loaded: LoadedRecipe,
-    args: TrainingArguments,
+    args: DPOConfig,
     parent: Path | None,
     report: RowReport,
     callbacks: list[TrainerCallback],

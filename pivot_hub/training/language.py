@@ -17,9 +17,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainerCallback,
-    TrainingArguments,
 )
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from pivot_hub.data.shapes import DESCRIBE, KINDS
 from pivot_hub.data.source import RowReport, ShapesSource
@@ -33,7 +32,7 @@ SPECIAL = [END, TURN_START, TURN_END, IMAGE_TOKEN]  # Qwen2.5's names
 
 def build_trainer(
     loaded: LoadedRecipe,
-    args: TrainingArguments,
+    args: SFTConfig,
     parent: Path | None,
     report: RowReport,
     callbacks: list[TrainerCallback],

@@ -62,9 +62,7 @@ class PlainProgress(TrainerCallback):
     ) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.monotonic()
         if now - self.last < self.every_s and state.global_step < state.max_steps:
             return
@@ -72,4 +70,6 @@ class PlainProgress(TrainerCallback):
         rate = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
         left = (state.max_steps - state.global_step) / rate
         loss = "" if self.loss is None else f", loss {float(self.loss):.3f}"
-        self.say(f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {rate:.2f} steps/s, {left:.0f} s left")
+        self.say(
+            f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {rate:.2f} steps/s, {left:.0f} s left"
+        )

@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, Trainer
 
 from pivot_hub.errors import TrainingError
-from pivot_hub.mllm import parameter_groups
+from pivot_hub.mllm import load_mllm, parameter_groups
 
 
 class PartTrainer(Trainer):
@@ -34,6 +34,19 @@ class PartTrainer(Trainer):
                 "`args.max_grad_norm`; the last checkpoint is kept and the run resumes from it."
             )
         return computed
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load a checkpoint's weights, every one of them.
+
+        transformers 5.23 saves LLaVA under the keys of older versions and resumes with a plain, non-strict
+        `load_state_dict`, which then matches none of them: the run goes on from the parent's weights, silently.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved, _ = load_mllm(resume_from_checkpoint)
+        target = cast(torch.nn.Module, self.model if model is None else model)
+        target.load_state_dict(saved.state_dict(), strict=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a card is made from measured facts, by `pivot card`."""

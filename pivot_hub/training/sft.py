@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainingArguments
-from trl import SFTTrainer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from pivot_hub.data.source import RowReport, as_dataset, read_rows
+from pivot_hub.data.source import Columns, RowReport, as_dataset, read_rows
 from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.training.part_trainer import PartTrainer
@@ -20,7 +20,7 @@ class PivotSFTTrainer(PartTrainer, SFTTrainer):
 
 def build_trainer(
     loaded: LoadedRecipe,
-    args: TrainingArguments,
+    args: SFTConfig,
     parent: Path | None,
     report: RowReport,
     callbacks: list[TrainerCallback],
@@ -51,7 +51,7 @@ def build_trainer(
         )
     rates = recipe.learning_rate.trained()
     freeze_parts(model, rates)
-    columns = "plain" if recipe.stage == "align" else "completion"
+    columns: Columns = "plain" if recipe.stage == "align" else "completion"
     check = RowCheck(processor, args.max_length, columns, report, pairs=recipe.stage == "sft")
     sources, rows = read_rows(loaded, check, report)
     trainer = PivotSFTTrainer(

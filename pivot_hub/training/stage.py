@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import resource
 import shutil
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.data.source import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
@@ -79,9 +78,7 @@ def run_stage(
         raise
 
 
-def _train(
-    loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, say: Callable[[str], None]
-) -> Path:
+def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, say: Callable[[str], None]) -> Path:
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
     work.mkdir(parents=True, exist_ok=True)
@@ -126,7 +123,7 @@ def _train(
     }
     write_json(whole / "report.json", facts)
     seal(whole, _provenance(loaded, parent, whole))
-    os.replace(whole, folder)
+    whole.replace(folder)
     shutil.rmtree(work)
     return folder
 
@@ -227,7 +224,10 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path) -> dict[
         data.append(facts)
     before = None
     if parent is not None:
-        before = {"name": loaded.parent.name if loaded.parent else parent.name, "weights_sha256": weights_sha256(parent)}
+        before = {
+            "name": loaded.parent.name if loaded.parent else parent.name,
+            "weights_sha256": weights_sha256(parent),
+        }
         if (parent / "provenance.json").is_file():
             before["provenance"] = json.loads((parent / "provenance.json").read_text())
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ COVERED = 0.25  # share of a patch that a thing must cover to be named there
 
 class CaptionedEncoder(nn.Module):
     """An encoder with a region-caption head and a caption-word head."""
+
+    word_weights: Tensor
+    slot_weights: Tensor
 
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ def build_trainer(
             f"{loaded.path}: images of {wrong[0].world.image_px} px for an encoder of {config.image_size}: "
             "set `architecture.image_size` and `data.world.image_px` alike."
         )
-    side = config.image_size // config.patch_size
+    side = cast(int, config.image_size) // cast(int, config.patch_size)
     where = [(s, i) for s, source in enumerate(sources) for i in range(source.spec.rows)]
     report.rows = len(where)
 

@@ -1,0 +1,5 @@
+"""`python -m pivot_hub` is the `pivot` command."""
+
+from pivot_hub.cli import main
+
+main()

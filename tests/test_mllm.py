@@ -1,0 +1,142 @@
+"""The MLLM: any encoder and any language head in LLaVA's classes, features as the paper takes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of
+from tests.conftest import BACKBONES, IMAGE_PX, make_language, make_vision
+
+PATCHES = (IMAGE_PX // 8) ** 2
+MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_patch_tokens_enter_at_the_feature_layer_without_cls(kind: str, parts: Path, tmp_path: Path) -> None:
+    vision = make_vision(tmp_path / kind, kind)
+    model, processor = build_mllm(str(vision), str(parts / "language"))
+    model.eval()
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    batch = processor(text=[text], images=[Image.new("RGB", (50, 40), "red")], return_tensors="pt")
+    assert (batch["input_ids"] == processor.image_token_id).sum() == PATCHES
+
+    entered = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    with torch.no_grad():
+        model(**batch)
+        tower = model.model.vision_tower
+        hidden = tower(batch["pixel_values"], output_hidden_states=True).hidden_states
+    prefix = 0 if kind == "siglip" else 1
+    assert hidden[-2].shape[1] == PATCHES + prefix
+    assert torch.equal(entered[0], hidden[-2][:, prefix:])
+
+
+def test_projector_is_two_layers_with_gelu(parts: Path) -> None:
+    model, _ = build_mllm(str(parts / "vision"), str(parts / "language"))
+    projector = model.model.multi_modal_projector
+    assert (projector.linear_1.in_features, projector.linear_2.out_features) == (32, 32)
+    assert type(projector.act).__name__ == "GELUActivation"
+
+
+def test_seed_decides_the_projector_and_nothing_else(parts: Path) -> None:
+    built = [build_mllm(str(parts / "vision"), str(parts / "language"), seed=s)[0] for s in (0, 0, 1)]
+    states = [m.state_dict() for m in built]
+    differ = {k for k in states[0] if not torch.equal(states[0][k], states[2][k])}
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert differ
+    assert all("multi_modal_projector" in k for k in differ)
+
+
+def test_chat_template_is_qwens_with_the_image_in_front(parts: Path) -> None:
+    _, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
+    messages: list[Any] = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "A star."}]}]
+    assert processor.apply_chat_template(messages) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{IMAGE_TOKEN}\nWhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\nA star.<|im_end|>\n"
+    )
+
+
+def test_a_tokenizer_without_the_tokens_gets_them(parts: Path, tmp_path: Path) -> None:
+    """LLaMA-like heads know neither the image token nor Qwen's turns: the embedding grows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    size = bpe.get_vocab_size()
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="!", bos_token="#").save_pretrained(tmp_path)
+    model, processor = build_mllm(str(parts / "vision"), str(tmp_path))
+    assert len(processor.tokenizer) == size + 3
+    assert model.get_input_embeddings().num_embeddings == size + 3 == model.lm_head.out_features
+    assert len(processor.tokenizer(IMAGE_TOKEN, add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_groups_hold_each_trained_parameter_once_at_its_rate(parts: Path) -> None:
+    model, _ = build_mllm(str(parts / "vision"), str(parts / "language"))
+    rates = {"vision": 1e-5, "projector": 1e-3}
+    freeze_parts(model, rates)
+    decayed = {n for n, p in model.named_parameters() if p.ndim > 1}
+    groups = parameter_groups(model, rates, 0.1, decayed)
+    grouped = [id(p) for g in groups for p in g["params"]]
+    wanted = [id(p) for part in rates for m in parts_of(model)[part] for p in m.parameters()]
+    assert sorted(grouped) == sorted(wanted)
+    assert len(set(grouped)) == len(grouped)
+    assert {(g["part"], g["lr"], g["weight_decay"]) for g in groups} == {
+        ("vision", 1e-5, 0.1),
+        ("vision", 1e-5, 0.0),
+        ("projector", 1e-3, 0.1),
+        ("projector", 1e-3, 0.0),
+    }
+    assert not any(p.requires_grad for m in parts_of(model)["language"] for p in m.parameters())
+
+
+def test_saved_mllm_loads_equal(parts: Path, tmp_path: Path) -> None:
+    model, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, processor_again = load_mllm(tmp_path)
+    state = again.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert processor_again.chat_template == processor.chat_template
+    assert processor_again.num_additional_image_tokens == 0
+
+
+def test_missing_weights_are_never_drawn_at_random(parts: Path, tmp_path: Path) -> None:
+    vision = make_vision(tmp_path / "v")
+    weights = load_file(vision / "model.safetensors")
+    weights.pop(next(k for k in weights if "fc1.weight" in k))
+    save_file(weights, vision / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 weights are missing"):
+        build_mllm(str(vision), str(parts / "language"))
+
+
+def test_sizes_that_do_not_fit_the_weights_are_refused(parts: Path, tmp_path: Path) -> None:
+    vision = make_vision(tmp_path / "v")
+    config = json.loads((vision / "config.json").read_text())
+    (vision / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(CheckpointError, match=r"another shape|size mismatch|cannot be loaded"):
+        build_mllm(str(vision), str(parts / "language"))
+
+
+def test_unknown_parts_are_named(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no-such-encoder"):
+        build_mllm(str(tmp_path / "no-such-encoder"), str(parts / "language"))
+    with pytest.raises(CheckpointError, match="is not supported; give one of"):
+        build_mllm(str(make_language(tmp_path / "language")), str(parts / "language"))
+    with pytest.raises(CheckpointError, match="not an MLLM"):
+        load_mllm(parts / "vision")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_mllm(tmp_path)

@@ -1,0 +1,149 @@
+"""The whole journey in miniature: four stages, two encoders, one report; run again, nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import AutoModel
+
+from pivot_hub.encoder.repository import verify_repository
+from pivot_hub.probes.run import Sizes
+from pivot_hub.quickstart import run_quickstart
+
+FEW = ["data.0.rows=8", "args.per_device_train_batch_size=4", "args.logging_steps=1"]
+SMALL = Sizes(train=60, validation=20, test=30, questions=30, targets_validation=3, targets_test=4)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    run_quickstart(folder, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    return folder
+
+
+def test_report_holds_every_result_with_its_conditions(output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    assert report["duration_s"] > 0
+    assert report["peak_memory_mb"] > 0
+    assert set(report["stages"]) == {"1-align", "2-instruct", "3-sft", "3-dpo"}
+    tasks = {e: {r["task"] for r in report["results"] if r["encoder"] == e} for e in ("base", "sft", "dpo")}
+    alone = {f"shapes/{t}" for t in ("colour", "shape", "position", "count", "segmentation")}
+    assert tasks["base"] == alone
+    explained = {f"shapes/localisation/{m} of {e}" for m in ("gradcam", "gradient") for e in ("answer", "sft", "dpo")}
+    asked = {f"shapes/vqa/{k}" for k in ("all", "colour", "shape", "position", "count", "presence")}
+    assert tasks["sft"] == tasks["dpo"] == alone | explained | asked
+    for result in report["results"]:
+        assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+        assert result["split"] == "test"
+        assert (result["partner"] is None) == (result["task"] in alone)
+    shas = {r["encoder"]: r["encoder_sha256"] for r in report["results"]}
+    assert len(set(shas.values())) == 3
+
+
+def test_verdicts_follow_from_the_intervals(output: Path) -> None:
+    report = json.loads((output / "report.json").read_text())
+    found = {(r["task"], r["metric"], r["encoder"]): r for r in report["results"]}
+    assert report["comparison"]
+    for row in report["comparison"]:
+        sft, dpo = (found[row["task"], row["metric"], e] for e in ("sft", "dpo"))
+        assert (row["sft"], row["dpo"]) == (sft["value"], dpo["value"])
+        expected = "no difference shown"
+        if sft["ci95"][0] > dpo["ci95"][1]:
+            expected = "SFT better"
+        if dpo["ci95"][0] > sft["ci95"][1]:
+            expected = "DPO better"
+        assert row["verdict"] == expected
+
+
+def test_both_encoders_are_sound_repositories(output: Path) -> None:
+    for name in ("shapes-sft", "shapes-dpo"):
+        folder = output / "hub" / "pivot" / name
+        assert verify_repository(folder) == []
+        assert type(AutoModel.from_pretrained(folder)).__name__ == "SiglipVisionModel"
+
+
+def test_figure_and_page_are_there(output: Path) -> None:
+    with Image.open(output / "maps.png") as figure:
+        assert min(figure.size) > 600
+    page = (output / "report.md").read_text()
+    assert "| probe | metric | base | SFT | DPO |" in page
+    assert "maps.png" in page
+
+
+def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) -> None:
+    kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
+    report = (output / "report.json").read_text()
+    run_quickstart(output, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == kept
+    (output / "results" / "dpo.json").unlink()
+    (output / "hub" / "pivot" / "shapes-dpo" / "provenance.json").unlink()
+    run_quickstart(output, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    again = json.loads((output / "report.json").read_text())
+    values = [(r["task"], r["metric"], r["encoder"], r["value"]) for r in again["results"]]
+    assert values == [(r["task"], r["metric"], r["encoder"], r["value"]) for r in json.loads(report)["results"]]
+    assert verify_repository(output / "hub" / "pivot" / "shapes-dpo") == []
+
+
+def pivot(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pivot_hub", *arguments], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
+    """extract, verify, probe and gradcam from the command line, each with its JSON."""
+    checkpoint, encoder = output / "runs" / "shapes" / "3-dpo", tmp_path / "encoder"
+    done = pivot("extract", str(checkpoint), str(encoder), "--json", str(tmp_path / "extract.json"))
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in json.loads((tmp_path / "extract.json").read_text())["files"]
+    assert pivot("verify", str(encoder)).returncode == 0
+
+    scene = tmp_path / "scene.png"
+    Image.effect_noise((90, 70), 60).convert("RGB").save(scene)
+    question = ["--question", "What shape is it?", "--answer", "It is a star.", "--rejected", "It is a ring."]
+    parent = ["--reference", str(output / "runs" / "shapes" / "2-instruct"), "--explain", "dpo"]
+    files = ["--output", str(tmp_path / "maps.png"), "--json", str(tmp_path / "maps.json")]
+    done = pivot("gradcam", str(checkpoint), str(scene), *question, *parent, *files)
+    assert done.returncode == 0, done.stderr
+    maps = json.loads((tmp_path / "maps.json").read_text())
+    assert len(maps["maps"]["gradcam"]) == 8
+    assert (tmp_path / "maps.png").stat().st_size > 1000
+
+    (encoder / "notes.txt").write_text("x")
+    done = pivot("verify", str(encoder))
+    assert done.returncode == 1
+    assert "notes.txt is not expected" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["train", "shapes/9-none"], 2, "no such recipe"),
+        (["train", "shapes/3-dpo", "args.bta=1"], 2, "did you mean `beta`"),
+        (["extract", "nowhere", "out"], 2, "not a checkpoint"),
+        (["probe", "nowhere"], 2, "no encoder can be loaded"),
+        (["search", "shapes/3-dpo", "--rates", "fast"], 2, "give numbers"),
+        (["fly"], 2, "No such command"),
+        (["train"], 2, "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    done = pivot(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_an_example_for_every_command() -> None:
+    listed = pivot("--help").stdout
+    for command in ("quickstart", "train", "search", "extract", "verify", "probe", "gradcam"):
+        assert command in listed
+        assert f"Example: pivot {command}" in " ".join(pivot(command, "--help").stdout.split())

@@ -1,0 +1,215 @@
+"""Encoder repositories: three doors, features equal bit for bit, and a change of one bit is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
+
+from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
+from pivot_hub.encoder.modeling_pivot import to_grid
+from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
+from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm import load_mllm
+from pivot_hub.provenance import seal
+from tests.conftest import BACKBONES, IMAGE_PX, make_vision
+
+
+@pytest.fixture(scope="module")
+def repository(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extract_encoder(trained / "3-dpo", tmp_path_factory.mktemp("hub") / "pivot" / "tiny-dpo")
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_PX, IMAGE_PX, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def inside(trained: Path) -> PivotVisionModel:
+    return PivotVisionModel.from_mllm(load_mllm(trained / "3-dpo")[0])
+
+
+@torch.no_grad()
+def test_features_equal_those_inside_the_mllm_bit_for_bit(
+    repository: Path, trained: Path, pixels: torch.Tensor
+) -> None:
+    mllm, _ = load_mllm(trained / "3-dpo")
+    entered = []
+    mllm.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    mllm.eval().model.get_image_features(pixels)
+    native = AutoModel.from_pretrained(repository)
+    ours = PivotVisionModel.from_pretrained(repository)
+    remote = AutoModel.from_pretrained(repository, trust_remote_code=True)
+    assert type(native) is SiglipVisionModel
+    assert type(remote).__name__ == "PivotVisionModel"
+    assert "transformers_modules" in type(remote).__module__
+    assert torch.equal(native(pixels, output_hidden_states=True).hidden_states[-2], entered[0])
+    assert torch.equal(ours(pixels).last_hidden_state, entered[0])
+    assert torch.equal(remote(pixels).last_hidden_state, entered[0])
+
+
+def test_processor_equals_the_mllms(repository: Path, trained: Path) -> None:
+    image = Image.effect_noise((70, 50), 80).convert("RGB")
+    _, processor = load_mllm(trained / "3-dpo")
+    alone = AutoImageProcessor.from_pretrained(repository, backend="pil")
+    a, b = (p(images=image, return_tensors="pt")["pixel_values"] for p in (alone, processor.image_processor))
+    assert torch.equal(a, b)
+
+
+def test_weights_are_under_the_keys_of_the_original_hub_checkpoint(repository: Path) -> None:
+    keys = load_file(repository / "model.safetensors").keys()
+    assert "vision_model.embeddings.patch_embedding.weight" in keys
+    assert all(k.startswith("vision_model.") for k in keys)
+    assert set(load_file(repository / "projector.safetensors")) == {
+        f"linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+
+
+def test_config_and_provenance_say_where_it_came_from(repository: Path) -> None:
+    pivot = json.loads((repository / "config.json").read_text())["pivot"]
+    assert pivot["stage"] == "dpo"
+    assert pivot["feature_layer"] == -2
+    assert pivot["base_model"] == "base/vision"
+    provenance = json.loads((repository / "provenance.json").read_text())
+    assert pivot["recipe_sha256"] == provenance["mllm"]["recipe_sha256"]
+    lineage, step = [], provenance["mllm"]
+    while step:
+        lineage.append(step["stage"])
+        step = (step.get("parent") or {}).get("provenance")
+    assert lineage == ["dpo", "instruct", "align"]
+
+
+def test_nothing_published_names_a_local_path(repository: Path) -> None:
+    home = str(Path.home())
+    for file in repository.rglob("*"):
+        if file.suffix in (".json", ".yaml", ".py", ".jsonl"):
+            text = file.read_text()
+            assert home not in text
+            assert str(repository.parent) not in text
+            assert "/tmp/" not in text
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+@torch.no_grad()
+def test_every_backbone_is_written_under_keys_plain_automodel_reads(
+    kind: str, pixels: torch.Tensor, tmp_path: Path
+) -> None:
+    model, processor = read_encoder(make_vision(tmp_path / "original", kind))
+    assert model.config.pivot["stage"] == "base"
+    assert model.config.pivot["prefix_tokens"] == (0 if kind == "siglip" else 1)
+    folder = tmp_path / "written"
+    folder.mkdir()
+    write_repository(folder, model, processor)
+    seal(folder, {})
+    assert verify_repository(folder) == []
+    native, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    seen = native(pixels, output_hidden_states=True).hidden_states[-2][:, model.config.pivot["prefix_tokens"] :]
+    assert torch.equal(seen, model(pixels).last_hidden_state)
+    prefixed = kind in ("siglip", "clip")
+    assert all(k.startswith("vision_model.") == prefixed for k in load_file(folder / "model.safetensors"))
+
+
+@torch.no_grad()
+def test_outputs_have_the_documented_shapes(inside: PivotVisionModel, pixels: torch.Tensor) -> None:
+    made = inside(pixels, output_hidden_states=True)
+    assert made.last_hidden_state.shape == (3, 16, 32)
+    assert made.pooler_output.shape == (3, 32)
+    assert torch.allclose(made.pooler_output, made.last_hidden_state.mean(1))
+    assert len(made.hidden_states) == 4
+    grid = inside.feature_map(pixels)
+    assert grid.shape == (3, 32, 4, 4)
+    assert torch.equal(grid[0, :, 1, 2], made.last_hidden_state[0, 6])
+    assert isinstance(inside(pixels, return_dict=False), tuple)
+    wide = torch.randn(1, 3, IMAGE_PX, 2 * IMAGE_PX)
+    assert inside.feature_map(wide, interpolate_pos_encoding=True).shape == (1, 32, 4, 8)
+    with pytest.raises(ValueError, match="16 patch tokens do not fill a grid of 3 x 4"):
+        to_grid(made.last_hidden_state, 3, 4)
+
+
+def test_auto_model_builds_from_our_config() -> None:
+    config = PivotVisionConfig({"model_type": "siglip_vision_model", **_tiny()})
+    assert isinstance(AutoModel.from_config(config), PivotVisionModel)
+    assert PivotVisionConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def _tiny() -> dict[str, int]:
+    from tests.conftest import SIZES
+
+    return SIZES
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json", "golden.safetensors"])
+def test_one_flipped_bit_is_found(repository: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    assert verify_repository(copy) == []
+    _flip(copy / name, -20)
+    assert verify_repository(copy) == [
+        f"{name} differs from the hash it was published with; pull the repository again."
+    ]
+
+
+def test_missing_extra_and_pickled_files_are_found(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    (copy / "recipe.yaml").unlink()
+    (copy / "notes.txt").write_text("x")
+    (copy / "weights.bin").write_bytes(b"x")
+    said = " ".join(verify_repository(copy))
+    for part in ("recipe.yaml is missing", "notes.txt is not expected", "weights.bin is a pickle"):
+        assert part in said
+
+
+def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    provenance = json.loads((copy / "provenance.json").read_text())
+    _flip(copy / "model.safetensors", -2)  # a high bit of the last weight's exponent
+    weights = load_file(copy / "model.safetensors")
+    from safetensors.torch import save_file
+
+    name = next(k for k in weights if k.endswith("layers.0.mlp.fc1.weight"))
+    weights[name] = weights[name] * 2
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    seal(copy, {k: v for k, v in provenance.items() if k != "files"})
+    assert any("golden vectors" in p for p in verify_repository(copy))
+
+
+def test_extracting_again_replaces_the_folder_whole(trained: Path, tmp_path: Path) -> None:
+    target = tmp_path / "encoder"
+    extract_encoder(trained / "3-sft", target)
+    (target / "stale.txt").write_text("x")
+    extract_encoder(trained / "3-dpo", target)
+    assert not (target / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_what_is_no_checkpoint_is_refused_and_nothing_written(parts: Path, tmp_path: Path) -> None:
+    for source in (parts / "vision", parts / "language", tmp_path / "nothing"):
+        with pytest.raises(CheckpointError):
+            extract_encoder(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_encoder_is_refused(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
+        read_encoder(parts / "language")
+    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
+        read_encoder(tmp_path)
+    half = Path(shutil.copytree(parts / "vision", tmp_path / "half"))
+    data = (half / "model.safetensors").read_bytes()
+    (half / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
+        read_encoder(half)

@@ -1,0 +1,180 @@
+"""Annotation files: published formats, and the rows that real ones hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pivot_hub.data import llava, mmpr
+from pivot_hub.data.row import Row
+from pivot_hub.data.source import RowReport, as_dataset, example, open_image, read_rows
+from pivot_hub.errors import DataError
+from pivot_hub.recipe import load_recipe
+
+MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16")
+
+
+def _images(folder: Path) -> Path:
+    folder.mkdir()
+    for mode in MODES:
+        image = Image.effect_noise((24, 20), 60)
+        image = image.convert("RGB").convert(mode) if mode != "I;16" else image.convert("I;16")
+        image.save(folder / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}")
+    (folder / "corrupt.jpg").write_bytes(b"\xff\xd8\xff\xe0not an image")
+    return folder
+
+
+GOOD = [
+    {
+        "image": f"{m.replace(';', '')}.{'jpg' if m == 'CMYK' else 'png'}",
+        "question": "<image>\nWhat?",
+        "chosen": "A",
+        "rejected": "B",
+    }
+    for m in MODES
+]
+BAD: list[tuple[Any, str]] = [
+    ({"image": "missing.png", "question": "?", "chosen": "A", "rejected": "B"}, "does not exist"),
+    ({"image": "corrupt.jpg", "question": "?", "chosen": "A", "rejected": "B"}, "cannot be decoded"),
+    ({"image": "RGB.png", "question": "?", "chosen": " ", "rejected": "B"}, "the answer is empty"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A", "rejected": ""}, "rejected answer is missing or empty"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A", "rejected": "A "}, "chosen and rejected are the same"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A"}, "`rejected` is missing or not text"),
+    ({"image": ["RGB.png", "L.png"], "question": "?", "chosen": "A", "rejected": "B"}, "one image"),
+    ({"image": "../../etc/passwd", "question": "?", "chosen": "A", "rejected": "B"}, "leaves the images folder"),
+    ("[1, 2]", "a row is an object"),
+    ('{"image": ', "not JSON"),
+]
+
+
+def _recipe(own_recipes: Path, rows: list[Any], on_bad_row: str = "stop") -> Path:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+    (own_recipes / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    path = own_recipes / "3-dpo.yaml"
+    text = path.read_text()
+    data = next(line for line in text.splitlines() if line.startswith("data:"))
+    new = "data: [{format: mmpr, path: pairs.jsonl, images: images}]"
+    path.write_text(text.replace(data, f"{new}\non_bad_row: {on_bad_row}"))
+    return path
+
+
+@pytest.mark.parametrize(("row", "said"), BAD, ids=[s for _, s in BAD])
+def test_a_bad_row_stops_the_run_naming_file_and_row(
+    own_recipes: Path, trained: Path, tmp_path: Path, row: Any, said: str
+) -> None:
+    from pivot_hub.training.stage import run_stage
+
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [GOOD[0], row]))
+    with pytest.raises(DataError) as caught:
+        run_stage(loaded, trained.parent, tmp_path / "out", say=lambda line: None)
+    message = str(caught.value)
+    assert message.startswith("pairs.jsonl:2")
+    assert said in message
+    assert "on_bad_row: skip" in message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(
+    own_recipes: Path, trained: Path, tmp_path: Path
+) -> None:
+    from pivot_hub.training.stage import run_stage
+
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [*GOOD, *(r for r, _ in BAD)], "skip"))
+    said: list[str] = []
+    folder = run_stage(loaded, trained.parent, tmp_path / "out", say=said.append)
+    data = json.loads((folder / "report.json").read_text())["data"]
+    assert data["rows"] == len(MODES)
+    assert data["skipped_rows"] == len(BAD)
+    assert set(data["image_modes"]) >= {"L", "P", "RGBA", "RGB", "CMYK"}
+    assert any(f"{len(BAD)} rows skipped" in line for line in said)
+
+
+def test_no_usable_row_is_an_error(own_recipes: Path) -> None:
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [BAD[0][0]], "skip"))
+    with pytest.raises(DataError, match="no usable row is left"):
+        read_rows(loaded, lambda row: None, RowReport())
+
+
+def test_missing_files_are_named(own_recipes: Path) -> None:
+    loaded = load_recipe(_recipe(own_recipes, GOOD))
+    with pytest.raises(DataError, match=r"data images .*does not exist"):
+        read_rows(loaded, lambda row: None, RowReport())
+
+
+def test_a_sample_is_seeded_and_keeps_file_order(own_recipes: Path) -> None:
+    _images(own_recipes / "images")
+    path = _recipe(own_recipes, GOOD)
+    drawn = []
+    for seed in (0, 0, 1):
+        loaded = load_recipe(path, ["data.0.sample=3", f"data.0.seed={seed}"])
+        drawn.append([row.id for _, row in read_rows(loaded, lambda row: None, RowReport())[1]])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.split(":")[1]))
+
+
+def test_transparency_shows_white_and_grey_becomes_colour(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 77).save(tmp_path / "grey.png")
+    assert open_image(tmp_path / "clear.png", "row").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "grey.png", "row").getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_conversations_give_a_row_for_each_answer(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "What colour?"},
+        {"from": "gpt", "value": "Brown."},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "1", "image": "a.jpg", "conversations": turns}]))
+    rows = [r for r in llava.read_rows(tmp_path / "a.json") if isinstance(r, Row)]
+    assert [(r.prompt, r.chosen) for r in rows] == [("<image>\nWhat is it?", "A dog."), ("What colour?", "Brown.")]
+    assert rows[1].earlier == (("user", "<image>\nWhat is it?"), ("assistant", "A dog."))
+    made = example([], rows[1], "completion", "<I>")
+    assert [part["type"] for turn in made["prompt"] for part in turn["content"]] == ["image", "text", "text", "text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "a.jpg"}, "`conversations` is missing"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn needs `from`"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "a human turn and then a gpt turn"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    made = list(llava.read_rows(tmp_path / "a.jsonl"))
+    assert len(made) == 1
+    assert isinstance(made[0], DataError)
+    assert said in str(made[0])
+
+
+def test_the_image_stands_where_its_tag_does() -> None:
+    content = example([], Row("1", "a.jpg", "Look: <image> What?", "A"), "completion", "<I>")["prompt"][0]["content"]
+    assert content == [{"type": "text", "text": "Look:"}, {"type": "image"}, {"type": "text", "text": "What?"}]
+    plain = example([], Row("1", None, "Hello", "A"), "completion", "<I>")["prompt"][0]["content"]
+    assert plain == [{"type": "text", "text": "Hello"}]
+
+
+def test_pairs_keep_their_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD[0]) + "\n\n")
+    assert list(mmpr.read_rows(tmp_path / "a.jsonl")) == [Row("a.jsonl:1", "RGB.png", "<image>\nWhat?", "A", "B")]
+
+
+def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
+    loaded = load_recipe(recipes / "3-dpo.yaml")
+    sources, rows = read_rows(loaded, lambda row: None, RowReport())
+    dataset = as_dataset(sources, rows, "preference", "<I>")
+    first, again = dataset[0], dataset[0]
+    assert set(first) == {"images", "prompt", "chosen", "rejected"}
+    assert first["images"][0].tobytes() == again["images"][0].tobytes()
+    assert first["images"][0].size == (32, 32)
