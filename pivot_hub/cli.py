@@ -6,14 +6,18 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pivot_hub import __version__
 from pivot_hub.errors import PivotError
+
+if TYPE_CHECKING:
+    from pivot_hub.probes.result import ProbeResult
 
 # Reports and progress are ours; the libraries' own bars and advice would bury them. --debug shows all.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -161,12 +165,45 @@ def probe(
     from pivot_hub.probes.run import probe_encoder
 
     results, skipped = probe_encoder(encoder, data, seed, on_bad_row)
-    for result in results:
-        low, high = result.ci95
-        _say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
     if skipped:
         _say(f"{len(skipped)} images skipped, the first: {skipped[0]}")
-    _write(json_path, {"results": [r.facts() for r in results], "skipped": skipped})
+    _show(results, json_path, skipped)
+
+
+@app.command()
+def read(
+    language: Annotated[str, typer.Argument(help="Folder or Hub name of a causal language model.")],
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure what a language model reads of the built-in world's scenes in words, before it sees any.
+
+    Example: `pivot read recipes/shapes/base/language`
+    """
+    from pivot_hub.probes.run import probe_language
+
+    _show(probe_language(language, seed=seed), json_path)
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="shapes: does drawing the built-in world keep up with training?")],
+    json_path: JsonPath = None,
+) -> None:
+    """Time one part against another in one run.
+
+    Example: `pivot bench shapes --json bench.json`
+    """
+    from pivot_hub.bench import bench_shapes
+    from pivot_hub.errors import RecipeError
+
+    if what != "shapes":
+        raise RecipeError(f"there is no benchmark {what!r}; give shapes.")
+    measured = bench_shapes()
+    for name, seconds in measured["seconds_per_batch"].items():
+        _say(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
+    _say(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
+    _write(json_path, measured)
 
 
 @app.command()
@@ -193,6 +230,13 @@ def gradcam(
     _say(f"figure: {output}; {explain} is {made.value:.4f}")
     maps = {method: grid.tolist() for method, grid in made.maps.items()}
     _write(json_path, {"explain": explain, "value": made.value, "maps": maps})
+
+
+def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] = ()) -> None:
+    for result in results:
+        low, high = result.ci95
+        _say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
+    _write(path, {"results": [r.facts() for r in results], "skipped": list(skipped)})
 
 
 def _say(text: str) -> None:

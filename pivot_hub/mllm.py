@@ -141,11 +141,11 @@ def image_px(model: LlavaForConditionalGeneration) -> int:
     return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
 
 
-def chat_prompt(processor: LlavaProcessor, question: str) -> str:
-    """One question on one image in the chat format, up to where the answer begins."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, image: bool = True) -> str:
+    """One question, on one image or none, in the chat format up to where the answer begins."""
+    content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
     turns: Any = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True)
+    return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:

@@ -126,13 +126,17 @@ def run_quickstart(
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     results.sort(key=lambda r: order.index((r.task, r.metric)))
 
-    if not (output / "maps.png").is_file():
-        _draw(folders, output / "maps.png")
     before = _read(output / "report.json")
-    duration = round(time.monotonic() - started, 1) + before.get("duration_s", 0.0)
-    memory = max(peak_memory_mb(), before.get("peak_memory_mb", 0))
-    report = QuickstartReport(duration, memory, machine(), stages, results)
-    if before.get("results") != json.loads(json.dumps(report.facts()["results"])):
+    report = QuickstartReport(
+        duration_s=round(time.monotonic() - started + before.get("duration_s", 0.0), 1),
+        peak_memory_mb=max(peak_memory_mb(), before.get("peak_memory_mb", 0)),
+        machine=machine(),
+        stages=stages,
+        results=results,
+    )
+    # Reused results keep their report, figure and duration; report.json comes last and says that all is there.
+    if before.get("results") != json.loads(json.dumps([r.facts() for r in results])):
+        _draw(folders, output / "maps.png")
         write_whole(output / "report.md", report.markdown())
         write_json(output / "report.json", report.facts())
     return report

@@ -165,3 +165,20 @@ def test_answers_are_true_and_wrong_ones_false(kind: str) -> None:
 def test_every_number_of_things_is_drawn() -> None:
     counts = {len(WORLD.scene("train", i).things) for i in range(100)}
     assert counts == set(range(WORLD.things[0], WORLD.things[1] + 1))
+
+
+def test_a_scan_names_what_lies_at_each_cell() -> None:
+    for i in range(40):
+        scene = WORLD.scene("train", i)
+        words = scene.scan(8, WORLD.scene_rng("train", i, 5)).split()
+        assert len(words) == 64
+        masks = scene.render().masks
+        for cell, word in enumerate(words):
+            row, column = divmod(cell, 8)
+            covering = masks[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean((1, 2))
+            if word == "nothing":
+                assert covering.max() < 0.8
+            else:
+                near = [t for t in scene.things if word in (t.colour, t.shape, t.size)]
+                assert near, f"{word} is not in the scene"
+        assert {t.colour for t in scene.things} & set(words) or {t.shape for t in scene.things} & set(words)

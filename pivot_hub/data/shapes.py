@@ -7,6 +7,7 @@ preference pairs) needs only its layout, so a language head can read the world w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ POSITIONS = (
 )
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DESCRIBE = "Describe the image."
+SCAN_SIDE = 8  # words along the edge of a scan: as many as the base encoder has patches
 SUPERSAMPLE = 4  # masks are drawn this much larger and averaged down, for smooth edges
 MIN_GAP = 0.74  # centre distance over summed radii: below 1 shapes overlap, at 0.74 most stays visible
 
@@ -135,6 +137,28 @@ class Scene:
     # ------------------------------------------------------------------ what is said of it
     def caption(self) -> str:
         return describe(self.things)
+
+    def scan(self, side: int, rng: np.random.Generator) -> str:
+        """Name one word of what lies at each cell of a grid, row by row: colour, shape or size, or `nothing`.
+
+        It says in words, one a cell, what image tokens show: a language head that reads scans can read images.
+
+        Args:
+            side: cells along an edge; the text has side * side words.
+            rng: draws which word of a thing a cell names.
+        """
+        words = []
+        for row, column in itertools.product(range(side), repeat=2):
+            x, y = (column + 0.5) / side, (row + 0.5) / side
+            on = [
+                i for i in self.depth if math.hypot(self.things[i].x - x, self.things[i].y - y) < self.things[i].radius
+            ]
+            if not on:
+                words.append("nothing")
+                continue
+            front = self.things[on[-1]]
+            words.append((front.colour, front.colour, front.shape, front.shape, front.size)[int(rng.integers(5))])
+        return " ".join(words)
 
     def question(self, kind: Kind, rng: np.random.Generator) -> Question:
         """Ask about one aspect of the scene, with its right answer and one that holds a single error."""

@@ -8,12 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.shapes import KINDS, SPLITS, Picture, Question, Scene, Split, World
+from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Picture, Question, Scene, Split, World
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import read_encoder
-from pivot_hub.errors import ProbeError
+from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import classify_folder, classify_shapes
 from pivot_hub.probes.features import patch_features, pooled
@@ -102,7 +103,24 @@ def probe_mllm(
     }
     results = localize(model, processor, reference, targets, conditions, seed)
     images, questions = probe_questions(world, "test", sizes.questions)
-    return results + answer_questions(model, processor, images, questions, conditions, seed=seed)
+    return results + answer_questions(model, processor, questions, images, conditions, seed=seed)
+
+
+def probe_language(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> list[ProbeResult]:
+    """Answers of a language model alone to questions on scans of held-out scenes: what it can read of a scene."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: no language model can be loaded: {str(error).splitlines()[0]}") from error
+    world = World()
+    _, questions = probe_questions(world, "test", sizes.questions)
+    scenes = probe_scenes(world, "test", sizes.questions).scenes
+    scans = [s.scan(SCAN_SIDE, world.scene_rng("test", FIRST_SCENE + i, 5)) for i, s in enumerate(scenes)]
+    path = Path(name)
+    sha256 = weights_sha256(path) if path.is_dir() else str(model.config._commit_hash)
+    facts = {"feature_layer": None, "encoder": "none", "encoder_sha256": sha256, "partner": name}
+    return answer_questions(model, tokenizer, questions, scans, facts, seed=seed)
 
 
 def probe_questions(world: World, split: Split, count: int) -> tuple[list[Any], list[Question]]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from pivot_hub.data.shapes import KINDS, Question
 from pivot_hub.mllm import chat_prompt
@@ -18,26 +18,26 @@ from pivot_hub.probes.result import ProbeResult, bootstrap_mean
 
 @torch.no_grad()
 def generate_answers(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    images: Sequence[Image.Image],
+    model: PreTrainedModel,
+    processor: LlavaProcessor | PreTrainedTokenizerBase,
     questions: Sequence[str],
+    images: Sequence[Image.Image] | None = None,
     max_new_tokens: int = 16,
     batch: int = 64,
 ) -> list[str]:
-    """Answer each question on its image, greedily."""
+    """Answer each question greedily, on its image where there are images."""
     model.eval()
     answers: list[str] = []
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
-        texts = [chat_prompt(processor, q) for q in questions[part]]
+        shown = {} if images is None else {"images": list(images[part])}
         inputs = processor(
-            text=texts,
-            images=list(images[part]),
+            text=[chat_prompt(processor, q, image=images is not None) for q in questions[part]],
             return_tensors="pt",
             padding=True,
             padding_side="left",
             add_special_tokens=False,
+            **shown,
         ).to(model.device)
         made = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, inputs["input_ids"].shape[1] :]
@@ -46,10 +46,10 @@ def generate_answers(
 
 
 def answer_questions(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    images: Sequence[Image.Image],
+    model: PreTrainedModel,
+    processor: LlavaProcessor | PreTrainedTokenizerBase,
     questions: Sequence[Question],
+    shown: Sequence[Image.Image] | Sequence[str],
     conditions: dict[str, Any],
     split: str = "test",
     seed: int = 0,
@@ -57,12 +57,18 @@ def answer_questions(
     """Exact-match accuracy over all questions and by kind; an answer is right in the words of the world.
 
     Args:
-        images: one for each question.
+        model: an MLLM, or a language model alone.
+        processor: its processor or tokenizer.
         questions: of the built-in world.
+        shown: what each question is about: an image, or for a language model a scan in words.
         conditions: encoder, encoder_sha256, feature_layer, partner of the results.
     """
     started = time.monotonic()
-    said = generate_answers(model, processor, images, [q.text for q in questions])
+    if isinstance(shown[0], str):
+        said = generate_answers(model, processor, [f"{s}\n{q.text}" for s, q in zip(shown, questions, strict=True)])
+    else:
+        images = cast(Sequence[Image.Image], shown)
+        said = generate_answers(model, processor, [q.text for q in questions], images)
     right = np.array([float(s.casefold() == q.answer.casefold()) for s, q in zip(said, questions, strict=True)])
     duration = round(time.monotonic() - started, 2)
     results = []

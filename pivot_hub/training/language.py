@@ -1,7 +1,8 @@
 """Stage language: a small Qwen2 with a byte-level BPE tokenizer, trained on what the built-in world says.
 
 It plays the part that Qwen2.5 plays in the paper: it speaks the chat format and answers questions on a scene
-it is told of in words, so that an MLLM only has to learn to put images in the words' place.
+that it is told of, in sentences or as a scan (a word for each cell of a grid). An MLLM then only has to learn to put
+image tokens in the words' place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from pivot_hub.data.shapes import DESCRIBE, KINDS
+from pivot_hub.data.shapes import DESCRIBE, KINDS, SCAN_SIDE
 from pivot_hub.data.source import RowReport, ShapesSource
 from pivot_hub.errors import RecipeError
 from pivot_hub.mllm import CHAT_TEMPLATE, IMAGE_TOKEN, SYSTEM, TURN_END, TURN_START
@@ -46,7 +47,8 @@ def build_trainer(
     assert recipe.architecture is not None
     spoken = [m for spec in recipe.data if isinstance(spec, ShapesData) for m in conversations(ShapesSource(spec))]
     report.rows = len(spoken)
-    tokenizer = train_tokenizer((t["content"] for m in spoken for t in m), recipe.tokenizer_size or 512)
+    texts = (turn["content"] for m in spoken for turns in m.values() for turn in turns)
+    tokenizer = train_tokenizer(texts, recipe.tokenizer_size or 512)
     torch.manual_seed(recipe.seed)
     try:
         config = Qwen2Config(
@@ -62,26 +64,24 @@ def build_trainer(
     return SFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict({"messages": spoken}),
+        train_dataset=Dataset.from_list(spoken),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
 
 
-def conversations(source: ShapesSource) -> Iterator[list[dict[str, str]]]:
-    """Talk about scenes without showing them: half of the questions follow a description in words."""
+def conversations(source: ShapesSource) -> Iterator[dict[str, list[dict[str, str]]]]:
+    """Talk about scenes without showing them: most questions follow a scan, some a description in sentences."""
     spec, world = source.spec, source.world
     for i in range(spec.start, spec.start + spec.rows):
         scene, rng = world.scene(spec.split, i), world.scene_rng(spec.split, i, 2)
-        asked, caption = scene.question(KINDS[i % 5], rng), scene.caption()
-        told = i % 4
-        if told == 0:
-            question, answer = DESCRIBE, caption
-        elif told == 1:  # read a description back
-            question, answer = f"{caption}\n{DESCRIBE}", caption
-        else:
-            question, answer = f"{caption}\n{asked.text}", asked.answer
-        yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        asked = scene.question(KINDS[i % 5], rng)
+        question, answer = (DESCRIBE, scene.caption()) if i // 5 % 3 == 0 else (asked.text, asked.answer)
+        told = scene.caption() if i // 15 % 5 == 0 else scene.scan(SCAN_SIDE, rng)
+        yield {
+            "prompt": [{"role": "user", "content": f"{told}\n{question}"}],
+            "completion": [{"role": "assistant", "content": answer}],
+        }
 
 
 def train_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:

@@ -65,7 +65,7 @@ def search_rate(
             "encoder_sha256": weights_sha256(folder),
             "partner": None,
         }
-        result = answer_questions(model, processor, images, asked, facts, split="validation")[0]
+        result = answer_questions(model, processor, asked, images, facts, split="validation")[0]
         say(f"{loaded.name}: rate {rate:g} answers {result.value:.1f}% {list(result.ci95)}")
         candidates.append(
             {

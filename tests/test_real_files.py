@@ -1,0 +1,152 @@
+"""The same commands on files no one here wrote: photographs, captions and pairs in the published formats.
+
+The files lie outside the project and are not redistributed; without them the test skips and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import make_language, make_vision
+
+REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")
+
+ALIGN = """
+stage: align
+model: {vision: base/vision, language: base/language}
+learning_rate: {projector: 1.0e-3}
+data: [{format: llava, path: captions.json, images: images}]
+on_bad_row: skip
+"""
+INSTRUCT = """
+stage: instruct
+parent: 1-align.yaml
+learning_rate: {vision: 1.0e-4, projector: 1.0e-3, language: 1.0e-3}
+data: [{format: llava, path: captions.json, images: images, sample: 64}]
+on_bad_row: skip
+"""
+DPO = """
+stage: dpo
+parent: 2-instruct.yaml
+learning_rate: {vision: 1.0e-5, projector: 1.0e-5, language: 1.0e-5}
+data: [{format: mmpr, path: pairs.jsonl, images: vqa, sample: 64}]
+on_bad_row: skip
+"""
+ARGS = "args: {num_train_epochs: 1, per_device_train_batch_size: 16, max_length: 768, gradient_checkpointing: false}\n"
+
+
+def _captions(images: Path) -> list[dict[str, object]]:
+    """Caption rows in LLaVA's format from COCO's panoptic annotations."""
+    file = next((REAL / "coco128" / "panoptic_segmentation" / "annotations").rglob("*.json"), None)
+    assert file is not None
+    panoptic = json.loads(file.read_text())
+    names = {c["id"]: c["name"] for c in panoptic["categories"]}
+    seen = {a["image_id"]: [names[s["category_id"]] for s in a["segments_info"]] for a in panoptic["annotations"]}
+    rows: list[dict[str, object]] = []
+    for image in panoptic["images"]:
+        if (images / image["file_name"]).is_file() and seen.get(image["id"]):
+            said = f"A photograph of {', '.join(sorted(set(seen[image['id']])))}."
+            turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": said}]
+            rows.append({"id": str(image["id"]), "image": image["file_name"], "conversations": turns})
+    return rows
+
+
+def _pairs() -> list[dict[str, str]]:
+    """Preference rows in MMPR's format from BLINK: the right option chosen, a wrong one rejected."""
+    rows = []
+    for request in sorted((REAL / "vqa").rglob("request.json")):
+        asked = json.loads(request.read_text())
+        options = re.findall(r"^(\([A-Z]\)) (.+)$", asked["query"], re.MULTILINE)
+        right = next((f"{k} {v}" for k, v in options if k.casefold() == asked["answer"].casefold()), None)
+        wrong = next((f"{k} {v}" for k, v in options if k.casefold() != asked["answer"].casefold()), None)
+        image = request.parent / Path(asked["images"][0]).name
+        if right and wrong and image.is_file():
+            question = re.sub(r"<img src=[^>]*>\s*", "<image>\n", asked["query"])
+            name = str(image.relative_to(REAL / "vqa"))
+            rows.append({"image": name, "question": question, "chosen": right, "rejected": wrong})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes, small random parts and annotation files, with bad rows among the good."""
+    root = tmp_path_factory.mktemp("real")
+    made = root / "photos"
+    make_vision(made / "base" / "vision")
+    make_language(made / "base" / "language")
+    images = made / "images"
+    images.mkdir()
+    for file in (REAL / "coco128" / "images" / "train2017").iterdir():
+        (images / file.name).symlink_to(file)
+    some = next(images.glob("*.jpg"))
+    with Image.open(some) as photo:
+        photo.convert("P").save(images / "palette.png")
+        photo.convert("RGBA").save(images / "alpha.png")
+    (images / "corrupt.jpg").write_bytes(some.read_bytes()[:2000])
+    captions = _captions(images)
+    turns = captions[0]["conversations"]
+    assert isinstance(turns, list)
+    captions += [{"id": n, "image": n, "conversations": turns} for n in ("palette.png", "alpha.png")]
+    captions += [{"id": n, "image": n, "conversations": turns} for n in ("corrupt.jpg", "missing.jpg")]
+    empty = [turns[0], {"from": "gpt", "value": ""}]
+    captions.append({"id": "empty", "image": captions[0]["image"], "conversations": empty})
+    (made / "captions.json").write_text(json.dumps(captions))
+    (made / "vqa").symlink_to(REAL / "vqa")
+    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _pairs()))
+    for name, text in (("1-align", ALIGN), ("2-instruct", INSTRUCT), ("3-dpo", DPO)):
+        (made / f"{name}.yaml").write_text(text.lstrip() + ARGS)
+    return root
+
+
+def pivot(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pivot_hub", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_path_from_photographs_to_a_probed_encoder(folder: Path) -> None:
+    reports = {}
+    for stage in ("1-align", "2-instruct", "3-dpo"):
+        done = pivot(folder, "train", f"photos/{stage}.yaml", "--json", f"{stage}.json")
+        assert done.returncode == 0, done.stderr
+        reports[stage] = json.loads((folder / f"{stage}.json").read_text())
+    data = reports["1-align"]["data"]
+    assert data["skipped_rows"] == 3
+    said = " ".join(data["skipped"])
+    for reason in ("corrupt.jpg cannot be decoded", "missing.jpg does not exist", "the answer is empty"):
+        assert reason in said
+    assert {"RGB", "L", "P", "RGBA"} <= set(data["image_modes"])
+    assert reports["3-dpo"]["data"]["rows"] == 64
+
+    assert pivot(folder, "extract", "runs/photos/3-dpo", "hub/photos-dpo").returncode == 0
+    assert pivot(folder, "verify", "hub/photos-dpo").returncode == 0
+    for data_folder in ("caltech101", "tinyimagenet/train"):
+        classes = folder / Path(data_folder).parts[0]
+        for label in sorted((REAL / "classification" / data_folder).iterdir())[:5]:
+            target = classes / label.name
+            target.mkdir(parents=True)
+            for file in sorted(p for p in label.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:20]:
+                shutil.copy(file, target / file.name)
+        done = pivot(folder, "probe", "hub/photos-dpo", "--data", str(classes), "--json", f"{classes.name}.json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads((folder / f"{classes.name}.json").read_text())["results"][0]
+        assert result["n"] == 20
+        assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
+
+
+def test_a_bad_row_stops_by_default(folder: Path) -> None:
+    done = pivot(folder, "train", "photos/1-align.yaml", "on_bad_row=stop", "--output", "stopped")
+    assert done.returncode == 2
+    assert re.search(r"captions\.json:\d+: image .*corrupt\.jpg cannot be decoded", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (folder / "stopped").exists()
+    assert not (folder / "stopped.partial").exists()
