@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test lint format space clean
 
 setup: $(VENV)/.done
 
@@ -30,6 +30,9 @@ lint: setup  ## style and types
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+space: setup  ## the app over what `make quickstart` trained
+	$(VENV)/bin/pivot space
 
 clean:
 	rm -rf $(VENV) quickstart runs hub dist .pytest_cache .mypy_cache .ruff_cache

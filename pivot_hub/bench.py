@@ -6,7 +6,9 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from trl import SFTConfig
 
 from pivot_hub.data.source import RowReport
 from pivot_hub.provenance import machine, versions
@@ -30,7 +32,7 @@ def bench_shapes(repeats: int = 5, batch: int = 64) -> dict[str, Any]:
     align = load_recipe("shapes/1-align", [f"data.0.rows={batch * repeats}"])
     with tempfile.TemporaryDirectory() as folder:
         args = trainer_arguments(align, Path(folder))
-        trainer = sft.build_trainer(align, args, None, RowReport(), [])
+        trainer = sft.build_trainer(align, cast(SFTConfig, args), None, RowReport(), [])
         times: dict[str, list[float]] = {"render": [], "collate": [], "step": []}
         for start in range(0, batch * repeats, batch):
             began = time.perf_counter()

@@ -232,6 +232,24 @@ def gradcam(
     _write(json_path, {"explain": explain, "value": made.value, "maps": maps})
 
 
+@app.command()
+def space(
+    runs: Annotated[Path, typer.Option(help="Folder with the stages 2-instruct, 3-sft and 3-dpo.")] = Path(
+        "quickstart/runs/shapes"
+    ),
+    port: Annotated[int, typer.Option(help="Where it listens, on this machine only.")] = 7860,
+) -> None:
+    """Serve the app that shows one scene under both encoders' maps.
+
+    Example: `pivot space --port 7860`
+    """
+    from pivot_hub.space import load_app
+
+    app_ = load_app(runs)
+    _say(f"http://127.0.0.1:{port}")
+    app_.launch(server_name="127.0.0.1", server_port=port, quiet=True)
+
+
 def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] = ()) -> None:
     for result in results:
         low, high = result.ci95

@@ -127,13 +127,13 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
 
 def load_vision_tower(name: str, revision: str | None = None) -> PreTrainedModel:
     """Load an encoder; of a two-tower model such as SigLIP's, the vision tower."""
-    model = _load_whole(AutoModel, name, revision)
-    tower = getattr(model, "vision_model", model)
     try:
-        backbone_of(tower.config)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
-    return tower
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = getattr(config, "vision_config", config)
+        backbone_of(config)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: no encoder can be loaded: {str(error).strip().splitlines()[0]}") from error
+    return cast(PreTrainedModel, _load_whole(AutoModel, name, revision, config=config))
 
 
 def image_px(model: LlavaForConditionalGeneration) -> int:
@@ -190,10 +190,12 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _load_whole(loader: Any, name: str, revision: str | None) -> Any:
+def _load_whole(loader: Any, name: str, revision: str | None, **options: Any) -> Any:
     """Load a model in float32 and refuse one with weights missing: random weights must never pass for trained."""
     try:
-        model, info = loader.from_pretrained(name, revision=revision, dtype=torch.float32, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            name, revision=revision, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: cannot be loaded: {reason}") from error

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pivot_hub import PivotVisionModel
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of
-from tests.conftest import BACKBONES, IMAGE_PX, make_language, make_vision
+from tests.conftest import BACKBONES, IMAGE_PX, SIZES, make_language, make_vision
 
 PATCHES = (IMAGE_PX // 8) ** 2
 MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -37,6 +38,24 @@ def test_patch_tokens_enter_at_the_feature_layer_without_cls(kind: str, parts: P
     prefix = 0 if kind == "siglip" else 1
     assert hidden[-2].shape[1] == PATCHES + prefix
     assert torch.equal(entered[0], hidden[-2][:, prefix:])
+
+
+def test_of_two_towers_the_one_that_sees_is_taken(parts: Path, tmp_path: Path) -> None:
+    """The repositories of SigLIP and CLIP hold a text tower too; both doors take the vision tower's weights."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipTextConfig, SiglipVisionConfig
+
+    torch.manual_seed(3)
+    sizes = {k: v for k, v in SIZES.items() if k not in ("image_size", "patch_size")}
+    text, vision = SiglipTextConfig(vocab_size=50, **sizes), SiglipVisionConfig(**SIZES)
+    both = SiglipModel(SiglipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+    both.save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX}).save_pretrained(tmp_path)
+    wanted = both.vision_model.embeddings.patch_embedding.weight
+    tower: Any = build_mllm(str(tmp_path), str(parts / "language"))[0].model.vision_tower
+    ours: Any = PivotVisionModel.from_pretrained(tmp_path).backbone
+    for found in (tower, ours):
+        assert type(found).__name__ == "SiglipVisionModel"
+        assert torch.equal(found.embeddings.patch_embedding.weight, wanted)
 
 
 def test_projector_is_two_layers_with_gelu(parts: Path) -> None:

@@ -129,6 +129,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["probe", "nowhere"], 2, "no encoder can be loaded"),
         (["search", "shapes/3-dpo", "--rates", "fast"], 2, "give numbers"),
         (["bench", "speed"], 2, "no benchmark"),
+        (["space", "--runs", "nowhere"], 2, "run `pivot quickstart` first"),
         (["fly"], 2, "No such command"),
         (["train"], 2, "Missing argument"),
     ],
@@ -145,6 +146,6 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_help_shows_an_example_for_every_command() -> None:
     listed = pivot("--help").stdout
-    for command in ("quickstart", "train", "search", "extract", "verify", "probe", "read", "bench", "gradcam"):
+    for command in ("quickstart", "train", "search", "extract", "verify", "probe", "read", "bench", "gradcam", "space"):
         assert command in listed
         assert f"Example: pivot {command}" in " ".join(pivot(command, "--help").stdout.split())

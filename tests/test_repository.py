@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +135,16 @@ def test_outputs_have_the_documented_shapes(inside: PivotVisionModel, pixels: to
     assert inside.feature_map(wide, interpolate_pos_encoding=True).shape == (1, 32, 4, 8)
     with pytest.raises(ValueError, match="16 patch tokens do not fill a grid of 3 x 4"):
         to_grid(made.last_hidden_state, 3, 4)
+
+
+def test_the_readmes_three_doors_open(repository: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoModel" in block)
+    assert "quickstart/hub/pivot/shapes-dpo" in code
+    made: dict[str, Any] = {}
+    exec(code.replace("quickstart/hub/pivot/shapes-dpo", str(repository)), made)
+    assert type(made["native"]).__name__ == "SiglipVisionModel"
+    assert type(made["encoder"]).__name__ == type(made["remote"]).__name__ == "PivotVisionModel"
 
 
 def test_auto_model_builds_from_our_config() -> None:

@@ -49,6 +49,7 @@ class PivotVisionModel(PreTrainedModel):
             k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
         }
         native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        native = getattr(native, "vision_config", native)  # of two towers, the one that sees
         if not isinstance(config, PivotVisionConfig):
             found, _ = PivotVisionConfig.get_config_dict(pretrained_model_name_or_path, **where)
             config = PivotVisionConfig.from_dict(found)
@@ -61,7 +62,6 @@ class PivotVisionModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: {len(missing) or 'some'} weights are missing or of another "
                 f"shape ({', '.join(missing[:3])}); download it again, random weights are never used."
             )
-        backbone = getattr(backbone, "vision_model", backbone)
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
         return (model, info) if wanted else model

@@ -76,8 +76,8 @@ def conversations(source: ShapesSource) -> Iterator[dict[str, list[dict[str, str
     for i in range(spec.start, spec.start + spec.rows):
         scene, rng = world.scene(spec.split, i), world.scene_rng(spec.split, i, 2)
         asked = scene.question(KINDS[i % 5], rng)
-        question, answer = (DESCRIBE, scene.caption()) if i // 5 % 3 == 0 else (asked.text, asked.answer)
-        told = scene.caption() if i // 15 % 5 == 0 else scene.scan(SCAN_SIDE, rng)
+        question, answer = (DESCRIBE, scene.caption()) if i // 5 % 4 == 0 else (asked.text, asked.answer)
+        told = scene.caption() if i // 20 % 3 == 0 else scene.scan(SCAN_SIDE, rng)
         yield {
             "prompt": [{"role": "user", "content": f"{told}\n{question}"}],
             "completion": [{"role": "assistant", "content": answer}],

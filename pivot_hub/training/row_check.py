@@ -29,7 +29,7 @@ class RowCheck:
     ) -> None:
         self.processor, self.max_length, self.columns = processor, max_length, columns
         self.report, self.pairs = report, pairs
-        size = processor.image_processor.crop_size or processor.image_processor.size
+        size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
         self.image_tokens = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
 
     def __call__(self, row: Row) -> str | None:
