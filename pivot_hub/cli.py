@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DATASETS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+if not sys.stderr.isatty():  # bars of loading and saving are for terminals; elsewhere they are thousands of lines
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
     name="pivot",
@@ -32,7 +34,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False, soft_wrap=True)
+# Where there is no terminal to ask for its width, a table keeps its rows on one line each.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to RUNS/<recipe folder>/<recipe>.")]

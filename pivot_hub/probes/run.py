@@ -31,12 +31,12 @@ FIRST_SCENE = 5_000_000  # of every split: no recipe trains on scenes from here 
 class Sizes:
     """How many scenes each probe takes."""
 
-    train: int = 2000
+    train: int = 1500
     validation: int = 500
     test: int = 1000
-    questions: int = 1000
-    targets_validation: int = 60
-    targets_test: int = 200
+    questions: int = 800
+    targets_validation: int = 50
+    targets_test: int = 150
 
 
 @dataclass(frozen=True)
