@@ -31,12 +31,12 @@ FIRST_SCENE = 5_000_000  # of every split: no recipe trains on scenes from here 
 class Sizes:
     """How many scenes each probe takes."""
 
-    train: int = 1500
-    validation: int = 500
+    train: int = 1200
+    validation: int = 400
     test: int = 1000
-    questions: int = 800
-    targets_validation: int = 50
-    targets_test: int = 150
+    questions: int = 600
+    targets_validation: int = 40
+    targets_test: int = 120
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pivot_hub.probes.features import standardised
 from pivot_hub.probes.result import ProbeResult, bootstrap
 
 DECAYS = (1e-5, 1e-4, 1e-3)
-FIT_SCENES = 800  # of 64 patches each: more change the scores by less than their interval
+FIT_SCENES = 500  # of 64 patches each: more change the scores by less than their interval
 CLASSES = ("background", *SHAPES)
 
 
@@ -99,7 +99,7 @@ def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
     head = nn.Linear(x.shape[1], shares.shape[1])
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

@@ -71,8 +71,8 @@ def search_rate(
             {
                 "rate": rate,
                 "recipe_sha256": loaded.recipe.sha256(),
-                "value_pct": result.value,
-                "ci95": result.ci95,
+                "value_pct": round(result.value, 2),
+                "ci95": [round(end, 2) for end in result.ci95],
                 "n": result.n,
                 "duration_s": round(time.monotonic() - started, 1),
             }

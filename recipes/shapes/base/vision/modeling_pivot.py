@@ -45,11 +45,14 @@ class PivotVisionModel(PreTrainedModel):
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs"):
             kwargs.pop(name, None)
         wanted = kwargs.pop("output_loading_info", False)
-        where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        where = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
+        }
+        native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
+        native = getattr(native, "vision_config", native)  # of two towers, the one that sees
         if not isinstance(config, PivotVisionConfig):
             found, _ = PivotVisionConfig.get_config_dict(pretrained_model_name_or_path, **where)
             config = PivotVisionConfig.from_dict(found)
-        native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
         backbone, info = AutoModel.from_pretrained(
             pretrained_model_name_or_path, *args, config=native, output_loading_info=True, **kwargs
         )
@@ -59,7 +62,6 @@ class PivotVisionModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path}: {len(missing) or 'some'} weights are missing or of another "
                 f"shape ({', '.join(missing[:3])}); download it again, random weights are never used."
             )
-        backbone = getattr(backbone, "vision_model", backbone)
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
         return (model, info) if wanted else model
