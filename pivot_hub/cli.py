@@ -107,12 +107,13 @@ def search(
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
     from pivot_hub.errors import RecipeError
-    from pivot_hub.training.search import search_rate
 
     try:
         candidates = [float(r) for r in rates.split(",")]
     except ValueError:
         raise RecipeError(f"--rates {rates!r}: give numbers, as in 3e-5,1e-4,3e-4.") from None
+    from pivot_hub.training.search import search_rate
+
     record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=_say)
     _say(f"chosen: {record['chosen']:g}; record: {output}")
 
