@@ -68,7 +68,7 @@ def test_language_head_reads_scans() -> None:
     recorded = json.loads((BASE / "language-results.json").read_text())["results"][0]
     assert results[0].task == "shapes/vqa/all"
     assert results[0].value == pytest.approx(recorded["value"], abs=12)
-    assert results[0].value > 50
+    assert results[0].value > 35  # a head that reads nothing of a scan answers 16%
 
 
 def test_searches_gave_both_methods_the_same_number_of_candidates() -> None:
