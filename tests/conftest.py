@@ -38,7 +38,7 @@ from pivot_hub.training.language import train_tokenizer  # noqa: E402
 from pivot_hub.training.stage import run_lineage  # noqa: E402
 
 IMAGE_PX = 32
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
