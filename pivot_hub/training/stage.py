@@ -123,6 +123,8 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
     }
     write_json(whole / "report.json", facts)
     seal(whole, _provenance(loaded, parent, whole))
+    if (work / "runs").is_dir():  # TensorBoard's events, unsealed: their names hold the host's
+        shutil.copytree(work / "runs", whole / "tensorboard")
     whole.replace(folder)
     shutil.rmtree(work)
     return folder
