@@ -11,6 +11,8 @@ from typing import Any
 _HOME = tempfile.mkdtemp(prefix="pivot-test-hf-")
 os.environ["HF_HOME"] = _HOME
 os.environ["HF_HUB_OFFLINE"] = "1"
+# In this process and in those that tests start: sums of another thread count differ in their last bits.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
