@@ -14,6 +14,7 @@ import pytest
 import pivot_hub
 from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
 from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
+from pivot_hub.provenance import file_sha256, weights_sha256
 from pivot_hub.recipe import RECIPES, load_recipe
 
 BASE = RECIPES / "shapes" / "base"
@@ -28,8 +29,12 @@ def test_parts_are_small_and_without_pickles() -> None:
 
 @pytest.mark.parametrize("part", ["vision", "language"])
 def test_parts_are_whole_and_made_by_their_recipe(part: str) -> None:
-    assert verify_repository(BASE / part) == [] if part == "vision" else True
     provenance = json.loads((BASE / part / "provenance.json").read_text())
+    assert weights_sha256(BASE / part) == provenance["weights_sha256"]
+    for name, sha256 in provenance["files"].items():
+        assert file_sha256(BASE / part / name) == sha256, name
+    if part == "vision":
+        assert verify_repository(BASE / part) == []
     assert provenance["recipe_sha256"] == load_recipe(f"shapes/0-{part}").recipe.sha256()
 
 
