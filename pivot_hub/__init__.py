@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "PivotVisionConfig": "pivot_hub.encoder",
     "PivotVisionModel": "pivot_hub.encoder",
-    "extract_encoder": "pivot_hub.encoder.repository",
+    "extract_encoder": "pivot_hub.encoder.extract",
     "build_mllm": "pivot_hub.mllm",
     "load_mllm": "pivot_hub.mllm",
     "load_recipe": "pivot_hub.recipe",
@@ -23,7 +23,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from pivot_hub.encoder import PivotVisionConfig as PivotVisionConfig
     from pivot_hub.encoder import PivotVisionModel as PivotVisionModel
-    from pivot_hub.encoder.repository import extract_encoder as extract_encoder
+    from pivot_hub.encoder.extract import extract_encoder as extract_encoder
     from pivot_hub.gradcam import gradient_map as gradient_map
     from pivot_hub.mllm import build_mllm as build_mllm
     from pivot_hub.mllm import load_mllm as load_mllm

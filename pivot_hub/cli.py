@@ -128,7 +128,7 @@ def extract(
 
     Example: `pivot extract runs/shapes/3-dpo hub/pivot/shapes-dpo`
     """
-    from pivot_hub.encoder.repository import extract_encoder
+    from pivot_hub.encoder.extract import extract_encoder
 
     folder = extract_encoder(checkpoint, output)
     _say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")

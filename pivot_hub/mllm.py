@@ -14,8 +14,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
@@ -28,7 +26,9 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import CheckpointError
 
 IMAGE_TOKEN = "<|image_pad|>"  # already a token of Qwen2.5's vocabulary, so its embedding keeps its size
@@ -68,12 +68,14 @@ def build_mllm(
     Raises:
         CheckpointError: a part is missing or some of its weights are.
     """
-    tower = load_vision_tower(vision, vision_revision)
+    encoder, image_processor = _load_encoder(vision, vision_revision)
+    tower = encoder.backbone
     head = _load_whole(AutoModelForCausalLM, language, language_revision)
     tokenizer = _load_tokenizer(language, language_revision)
     _add_tokens(tokenizer, head)
-    backbone = backbone_of(tower.config)
-    strategy: Literal["default", "full"] = "default" if backbone.prefix_tokens else "full"
+    prefix = encoder.config.pivot["prefix_tokens"]
+    strategy: Literal["default", "full"] = "default" if prefix else "full"
+    patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=head.config,
@@ -81,7 +83,8 @@ def build_mllm(
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+        # LLaVA's classes drop one prefix token, CLS; registers go on to the language head.
+        image_seq_length=patches + max(prefix - 1, 0),
         tie_word_embeddings=head.config.tie_word_embeddings,
     )
     with torch.device("meta"):  # the parts bring their weights: none is drawn twice
@@ -97,11 +100,11 @@ def build_mllm(
     stop = tokenizer.convert_tokens_to_ids(TURN_END)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision, revision=vision_revision, backend="pil"),
+        image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=tower.config.patch_size,
+        patch_size=encoder.config.patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=backbone.prefix_tokens,
+        num_additional_image_tokens=prefix,
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,
     )
@@ -123,17 +126,6 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
     model = _load_whole(LlavaForConditionalGeneration, str(path), None)
     processor = AutoProcessor.from_pretrained(path, backend="pil")
     return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
-
-
-def load_vision_tower(name: str, revision: str | None = None) -> PreTrainedModel:
-    """Load an encoder; of a two-tower model such as SigLIP's, the vision tower."""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        config = getattr(config, "vision_config", config)
-        backbone_of(config)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: no encoder can be loaded: {str(error).strip().splitlines()[0]}") from error
-    return cast(PreTrainedModel, _load_whole(AutoModel, name, revision, config=config))
 
 
 def image_px(model: LlavaForConditionalGeneration) -> int:
@@ -188,6 +180,17 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _load_encoder(name: str, revision: str | None) -> tuple[PivotVisionModel, Any]:
+    """Load an encoder with its image processor; one whose hidden states are maps does not fit LLaVA's classes."""
+    encoder, image_processor = read_encoder(name, revision=revision)
+    if backbone_of(encoder.config.backbone_config).maps:
+        raise CheckpointError(
+            f"{name}: timm models give feature maps, which transformers' LLaVA does not take; give the same encoder "
+            "in its transformers format, or use it as a feature extractor."
+        )
+    return encoder, image_processor
 
 
 def _load_whole(loader: Any, name: str, revision: str | None, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pivot_hub import __version__
-from pivot_hub.files import write_json
+from pivot_hub.files import write_whole
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -60,7 +61,13 @@ def source_commit() -> str | None:
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write provenance.json: the facts, and the hash of every other file of the folder."""
+    """Write provenance.json: the facts, the hash of every other file of the folder, and its own."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "provenance.json")
-    hashes = {str(f.relative_to(folder)): file_sha256(f) for f in files}
-    write_json(folder / "provenance.json", {**facts, "files": hashes})
+    made = {**facts, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
+    made["sha256"] = hashlib.sha256(sealed_text(made, False).encode()).hexdigest()
+    write_whole(folder / "provenance.json", sealed_text(made))
+
+
+def sealed_text(provenance: dict[str, Any], with_hash: bool = True) -> str:
+    """The one way provenance.json is written, with its own hash or as that hash is taken."""
+    return json.dumps({k: v for k, v in provenance.items() if with_hash or k != "sha256"}, indent=2) + "\n"

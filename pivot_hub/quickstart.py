@@ -16,7 +16,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pivot_hub.data.shapes import World
-from pivot_hub.encoder.repository import extract_encoder, read_encoder
+from pivot_hub.encoder.extract import extract_encoder
+from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.figure import draw_rows
 from pivot_hub.files import write_json, write_whole
 from pivot_hub.gradcam import gradient_map

@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 _HOME = tempfile.mkdtemp(prefix="pivot-test-hf-")
 os.environ["HF_HOME"] = _HOME
@@ -19,56 +18,16 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import pytest  # noqa: E402  (the environment is set before any library reads it)
 import torch  # noqa: E402
-from transformers import (  # noqa: E402
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    ViTConfig,
-    ViTImageProcessorPil,
-    ViTModel,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from pivot_hub.data.shapes import World  # noqa: E402
 from pivot_hub.training.language import train_tokenizer  # noqa: E402
 from pivot_hub.training.stage import run_lineage  # noqa: E402
-
-IMAGE_PX = 32
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": IMAGE_PX,
-    "patch_size": 8,
-}
-BACKBONES: dict[str, tuple[Any, Any, Any]] = {
-    "siglip": (SiglipVisionModel, SiglipVisionConfig, SiglipImageProcessorPil),
-    "clip": (CLIPVisionModel, CLIPVisionConfig, CLIPImageProcessorPil),
-    "dinov2": (Dinov2Model, Dinov2Config, ViTImageProcessorPil),
-    "vit": (ViTModel, ViTConfig, ViTImageProcessorPil),
-}
+from tests.originals import IMAGE_PX, make_vision  # noqa: E402
 
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
-
-
-def make_vision(folder: Path, kind: str = "siglip", **changes: int) -> Path:
-    """Save a small random encoder with its image processor."""
-    model_class, config_class, processor_class = BACKBONES[kind]
-    torch.manual_seed(0)
-    model_class(config_class(**{**SIZES, **changes})).save_pretrained(folder)
-    size = {"height": IMAGE_PX, "width": IMAGE_PX}
-    more = {"crop_size": size} if kind == "clip" else {}
-    processor_class(size=size, **more).save_pretrained(folder)
-    return folder
 
 
 def make_language(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from PIL import Image
 from pivot_hub.gradcam import Explain, answer_batch, answer_log_probs, enlarge, gradient_map, inner_border
 from pivot_hub.mllm import load_mllm
 from pivot_hub.recipe import load_recipe
-from tests.conftest import IMAGE_PX
+from tests.originals import IMAGE_PX
 
 QUESTION, RIGHT, WRONG = "What colour is the star?", "It is red.", "It is green."
 

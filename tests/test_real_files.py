@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import make_language, make_vision
+from tests.conftest import make_language
+from tests.originals import make_vision
 
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")

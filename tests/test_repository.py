@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
 
 from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
-from pivot_hub.encoder.modeling_pivot import to_grid
 from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm import load_mllm
 from pivot_hub.provenance import seal
-from tests.conftest import BACKBONES, IMAGE_PX, make_vision
+from tests.originals import IMAGE_PX, ORIGINALS, SIZES, make_vision
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,6 @@ def repository(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pixels() -> torch.Tensor:
     return torch.randn(3, 3, IMAGE_PX, IMAGE_PX, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def inside(trained: Path) -> PivotVisionModel:
-    return PivotVisionModel.from_mllm(load_mllm(trained / "3-dpo")[0])
 
 
 @torch.no_grad()
@@ -98,43 +92,33 @@ def test_nothing_published_names_a_local_path(repository: Path) -> None:
             assert "/tmp/" not in text
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("kind", ORIGINALS)
 @torch.no_grad()
 def test_every_backbone_is_written_under_keys_plain_automodel_reads(
     kind: str, pixels: torch.Tensor, tmp_path: Path
 ) -> None:
-    model, processor = read_encoder(make_vision(tmp_path / "original", kind))
-    assert model.config.pivot["stage"] == "base"
-    assert model.config.pivot["prefix_tokens"] == (0 if kind == "siglip" else 1)
-    folder = tmp_path / "written"
-    folder.mkdir()
-    write_repository(folder, model, processor)
-    seal(folder, {})
+    model, _ = read_encoder(make_vision(tmp_path / "original", kind))
+    folder = write_repository(tmp_path / "written", model)
     assert verify_repository(folder) == []
     native, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(native).__name__ == ORIGINALS[kind].native
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    seen = native(pixels, output_hidden_states=True).hidden_states[-2][:, model.config.pivot["prefix_tokens"] :]
+    seen = native(pixels, output_hidden_states=True).hidden_states[-2][:, ORIGINALS[kind].prefix_tokens :]
     assert torch.equal(seen, model(pixels).last_hidden_state)
-    prefixed = kind in ("siglip", "clip")
+    remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(remote(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    prefixed = kind in ("siglip", "siglip2", "clip")
     assert all(k.startswith("vision_model.") == prefixed for k in load_file(folder / "model.safetensors"))
 
 
-@torch.no_grad()
-def test_outputs_have_the_documented_shapes(inside: PivotVisionModel, pixels: torch.Tensor) -> None:
-    made = inside(pixels, output_hidden_states=True)
-    assert made.last_hidden_state.shape == (3, 16, 32)
-    assert made.pooler_output.shape == (3, 32)
-    assert torch.allclose(made.pooler_output, made.last_hidden_state.mean(1))
-    assert len(made.hidden_states) == 4
-    grid = inside.feature_map(pixels)
-    assert grid.shape == (3, 32, 4, 4)
-    assert torch.equal(grid[0, :, 1, 2], made.last_hidden_state[0, 6])
-    assert isinstance(inside(pixels, return_dict=False), tuple)
-    wide = torch.randn(1, 3, IMAGE_PX, 2 * IMAGE_PX)
-    assert inside.feature_map(wide, interpolate_pos_encoding=True).shape == (1, 32, 4, 8)
-    with pytest.raises(ValueError, match="16 patch tokens do not fill a grid of 3 x 4"):
-        to_grid(made.last_hidden_state, 3, 4)
+def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    native = SiglipVisionModel(SiglipVisionConfig(**SIZES))
+    with pytest.raises(CheckpointError, match="has no image processor; set its image_processor to a Siglip"):
+        write_repository(tmp_path / "out", PivotVisionModel(PivotVisionConfig(native.config), native))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_readmes_three_doors_open(repository: Path) -> None:
@@ -147,32 +131,36 @@ def test_the_readmes_three_doors_open(repository: Path) -> None:
     assert type(made["encoder"]).__name__ == type(made["remote"]).__name__ == "PivotVisionModel"
 
 
-def test_auto_model_builds_from_our_config() -> None:
-    config = PivotVisionConfig({"model_type": "siglip_vision_model", **_tiny()})
-    assert isinstance(AutoModel.from_config(config), PivotVisionModel)
-    assert PivotVisionConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
-
-
-def _tiny() -> dict[str, int]:
-    from tests.conftest import SIZES
-
-    return SIZES
-
-
 def _flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json", "golden.safetensors"])
-def test_one_flipped_bit_is_found(repository: Path, tmp_path: Path, name: str) -> None:
-    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
-    assert verify_repository(copy) == []
-    _flip(copy / name, -20)
-    assert verify_repository(copy) == [
-        f"{name} differs from the hash it was published with; pull the repository again."
-    ]
+FILES = [
+    "config.json",
+    "configuration_pivot.py",
+    "golden.safetensors",
+    "model.safetensors",
+    "modeling_pivot.py",
+    "preprocessor_config.json",
+    "projector.safetensors",
+    "provenance.json",
+    "recipe.yaml",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found_anywhere(repository: Path, tmp_path: Path, name: str) -> None:
+    assert sorted(f.name for f in repository.iterdir()) == FILES
+    size = (repository / name).stat().st_size
+    for at in (0, size // 3, size // 2, size - 1):
+        copy = Path(shutil.copytree(repository, tmp_path / str(at)))
+        _flip(copy / name, at)
+        problems = verify_repository(copy)
+        assert len(problems) == 1, at
+        assert name in problems[0]
+    assert verify_repository(repository) == []
 
 
 def test_missing_extra_and_pickled_files_are_found(repository: Path, tmp_path: Path) -> None:
@@ -195,7 +183,7 @@ def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_
     name = next(k for k in weights if k.endswith("layers.0.mlp.fc1.weight"))
     weights[name] = weights[name] * 2
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    seal(copy, {k: v for k, v in provenance.items() if k != "files"})
+    seal(copy, {k: v for k, v in provenance.items() if k not in ("files", "sha256")})
     assert any("golden vectors" in p for p in verify_repository(copy))
 
 
@@ -213,15 +201,3 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_written(parts: Path, tmp_p
         with pytest.raises(CheckpointError):
             extract_encoder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_what_is_no_encoder_is_refused(parts: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
-        read_encoder(parts / "language")
-    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
-        read_encoder(tmp_path)
-    half = Path(shutil.copytree(parts / "vision", tmp_path / "half"))
-    data = (half / "model.safetensors").read_bytes()
-    (half / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="no encoder can be loaded"):
-        read_encoder(half)

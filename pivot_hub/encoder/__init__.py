@@ -1,11 +1,12 @@
-"""Encoders: the class that exposes them, registered with the Auto classes, and the repositories that hold them."""
+"""Encoders: the classes that expose them, registered with the Auto classes, and the repositories that hold them."""
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoBackbone, AutoConfig, AutoModel
 
 from pivot_hub.encoder.configuration_pivot import PivotVisionConfig
-from pivot_hub.encoder.modeling_pivot import PivotVisionModel
+from pivot_hub.encoder.modeling_pivot import PivotVisionBackbone, PivotVisionModel
 
 AutoConfig.register("pivot_vision", PivotVisionConfig, exist_ok=True)
 AutoModel.register(PivotVisionConfig, PivotVisionModel, exist_ok=True)
+AutoBackbone.register(PivotVisionConfig, PivotVisionBackbone, exist_ok=True)
 
-__all__ = ["PivotVisionConfig", "PivotVisionModel"]
+__all__ = ["PivotVisionBackbone", "PivotVisionConfig", "PivotVisionModel"]

@@ -1,110 +1,110 @@
-"""Encoder repositories: detach an encoder from an MLLM, write it in its native format, read it back, verify it."""
+"""Encoder repositories: write an encoder in its native format, read it back, verify it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoModel
 
-from pivot_hub import __version__
 from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.configuration_pivot import BACKBONES
+from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
-from pivot_hub.files import whole_folder, write_json
-from pivot_hub.mllm import load_mllm
-from pivot_hub.provenance import file_sha256, seal, weights_sha256
+from pivot_hub.files import whole_folder
+from pivot_hub.provenance import file_sha256, seal, sealed_text
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_pivot.PivotVisionConfig",
-    "AutoModel": "modeling_pivot.PivotVisionModel",
-}
 # A golden vector is replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
 
 
-def extract_encoder(checkpoint: str | Path, output: str | Path) -> Path:
-    """Detach the encoder of a stage checkpoint and write it as a repository.
+def write_repository(
+    output: str | Path,
+    model: PivotVisionModel,
+    facts: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path] | None = None,
+    projector: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write an encoder as a repository that loads with plain `AutoModel`, `PivotVisionModel` and remote code.
 
-    The result loads with plain `AutoModel`, with `PivotVisionModel`, and with `trust_remote_code=True`;
-    its features equal those inside the MLLM bit for bit, which is checked before the folder appears.
+    The folder appears whole, after its weights were read back by two doors and gave the same features bit for bit.
 
     Args:
-        checkpoint: folder of a finished align, instruct, sft or dpo stage.
         output: folder of the repository; one that is there is replaced.
+        model: the encoder, with its image processor.
+        facts: where it came from, for provenance.json.
+        files: further files, by their name in the repository.
+        projector: weights of the projector it was trained with.
 
     Returns:
         The repository folder.
 
     Raises:
-        CheckpointError: the checkpoint is no MLLM of ours, or the written weights do not read back equal.
+        CheckpointError: the written weights do not read back equal, or the model has no image processor.
     """
-    source, target = Path(checkpoint), Path(output)
-    mllm, processor = load_mllm(source)
-    facts = _stage_facts(source)
-    model = PivotVisionModel.from_mllm(mllm, facts["pivot"])
+    target = Path(output)
     with whole_folder(target) as folder:
-        write_repository(folder, model, processor.image_processor)
-        projector = mllm.model.multi_modal_projector.state_dict()
-        save_file({k: v.contiguous() for k, v in projector.items()}, folder / "projector.safetensors")
-        if (source / "recipe.yaml").is_file():
-            shutil.copy2(source / "recipe.yaml", folder / "recipe.yaml")
-        seal(folder, facts["provenance"])
-        _read_back(folder, model)
+        fill_repository(folder, model)
+        if projector is not None:
+            save_file({k: v.contiguous() for k, v in projector.items()}, folder / "projector.safetensors")
+        for name, path in (files or {}).items():
+            shutil.copyfile(path, folder / name)
+        _read_back(folder)
+        seal(folder, dict(facts or {}))
     return target
 
 
-def write_repository(folder: Path, model: PivotVisionModel, image_processor: Any) -> None:
-    """Write weights under canonical keys, configs, processor, remote code and golden vectors; not yet sealed."""
-    backbone = cast(PreTrainedModel, model.backbone)
-    backbone.save_pretrained(folder)
-    prefix = BACKBONES[backbone.config.model_type].key_prefix
-    weights = {prefix + k.removeprefix(prefix): v for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": AUTO_MAP, "pivot": model.config.pivot}
-    write_json(folder / "config.json", config)
-    image_processor.save_pretrained(folder)
-    for name in REMOTE_CODE:
-        shutil.copy2(Path(__file__).parent / name, folder / name)
+def fill_repository(folder: Path, model: PivotVisionModel) -> None:
+    """Put into a folder what every repository holds, not yet sealed: weights, configs, code, golden vectors.
+
+    Raises:
+        CheckpointError: the model has no image processor.
+    """
+    try:
+        model.image_processor.save_pretrained(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    model.save_pretrained(folder)
     save_file(golden_vectors(model), folder / "golden.safetensors")
 
 
+@torch.no_grad()
 def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     """Two seeded random images and their features: what `verify_repository` replays.
 
     Returns:
-        pixel_values (2, 3, image_px, image_px), last_hidden_state (2, H*W, D), pooler_output (2, D).
+        pixel_values (2, 3, image_px, image_px), last_hidden_state (2, H*W, D), pooler_output (2, D), on the CPU in
+        float32.
     """
     size = model.config.image_size
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
-    with torch.no_grad():
-        made = model(pixels)
-    return {
-        "pixel_values": pixels,
-        "last_hidden_state": made.last_hidden_state.contiguous(),
-        "pooler_output": made.pooler_output.contiguous(),
-    }
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    made = model(pixels.to(model.device, model.dtype))
+    vectors = {k: made[k].float().cpu().contiguous() for k in ("last_hidden_state", "pooler_output")}
+    return {"pixel_values": pixels, **vectors}
 
 
-def read_encoder(name: str | Path) -> tuple[PivotVisionModel, Any]:
+def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, Any]:
     """Load an encoder of any native repository with its image processor.
 
+    Args:
+        name: folder or Hub name.
+        **options: as for `PivotVisionModel.from_pretrained`; float32 unless `dtype` is given.
+
     Raises:
-        CheckpointError: there is none, or some of its weights are missing.
+        CheckpointError: there is none, or it is not whole; the message names the remedy.
     """
     try:
-        model = PivotVisionModel.from_pretrained(str(name), dtype=torch.float32)
-        return model, AutoImageProcessor.from_pretrained(str(name), backend="pil")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model = PivotVisionModel.from_pretrained(str(name), **{"dtype": torch.float32, **options})
+        return model, model.image_processor
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix(f"{name}: ")
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason}") from error
 
 
@@ -116,15 +116,18 @@ def verify_repository(folder: str | Path) -> list[str]:
     """
     path, problems = Path(folder), []
     try:
-        provenance = json.loads((path / "provenance.json").read_text())
-        expected = provenance["files"]
+        text = (path / "provenance.json").read_text()
+        provenance = json.loads(text)
+        expected, own = provenance["files"], provenance["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
+    if text != sealed_text(provenance) or own != hashlib.sha256(sealed_text(provenance, False).encode()).hexdigest():
+        return ["provenance.json differs from its own hash; pull the repository again."]
     present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"}
     for name in sorted(expected.keys() - present):
         problems.append(f"{name} is missing; pull the repository again.")
     for name in sorted(present - expected.keys()):
-        kind = "a pickle, which may run code" if name.endswith((".bin", ".pt", ".pkl", ".pth")) else "not expected"
+        kind = "a pickle, which may run code" if name.endswith(PICKLES) else "not expected"
         problems.append(f"{name} is {kind}; delete it.")
     for name in sorted(expected.keys() & present):
         if file_sha256(path / name) != expected[name]:
@@ -132,47 +135,46 @@ def verify_repository(folder: str | Path) -> list[str]:
     if problems:
         return problems
     try:
-        model, _ = read_encoder(path)
+        off = _replay(path)
     except CheckpointError as error:
         return [str(error)]
-    golden = load_file(path / "golden.safetensors")
-    with torch.no_grad():
-        made = model(golden["pixel_values"]).last_hidden_state
-    off = ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
     if not off < GOLDEN_TOLERANCE:
         problems.append(f"features differ from the golden vectors by {off:.1e} relative; check torch and its kernels.")
     return problems
 
 
-def _stage_facts(checkpoint: Path) -> dict[str, Any]:
-    """What is known of a checkpoint's making: its provenance, and the `pivot` entry of the config."""
-    file = checkpoint / "provenance.json"
-    if not file.is_file():
-        raise CheckpointError(f"{checkpoint} has no provenance.json; give the output folder of a finished stage.")
-    provenance = json.loads(file.read_text())
-    model = provenance["model"]
-    pivot = {
-        "stage": provenance["stage"],
-        "base_model": model["vision"],
-        "base_revision": model.get("vision_revision"),
-        "feature_layer": model["feature_layer"],
-        "language_head": model["language"],
-        "recipe_sha256": provenance["recipe_sha256"],
-        "pivot_hub_version": __version__,
-    }
-    return {"pivot": pivot, "provenance": {"mllm": provenance, "mllm_weights_sha256": weights_sha256(checkpoint)}}
+@torch.no_grad()
+def _replay(folder: Path) -> float:
+    """Relative distance of the golden vectors to what the repository gives now, every key used."""
+    model, _ = read_encoder(folder)
+    _load_native(folder)
+    try:
+        golden = load_file(folder / "golden.safetensors")
+        made = model(golden["pixel_values"]).last_hidden_state
+        return ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error
 
 
-def _read_back(folder: Path, model: PivotVisionModel) -> None:
-    """Load what was written through the first two doors and compare features bit for bit."""
-    golden = load_file(folder / "golden.safetensors")
-    pixels = golden["pixel_values"]
+def _load_native(folder: Path) -> Any:
+    """Open the first door, plain AutoModel, and refuse a key that is missing or unused."""
     native, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"] or info["unexpected_keys"]:
-        raise CheckpointError(f"{folder}: written keys do not read back: {info}.")
-    with torch.no_grad():
-        hidden = native.eval()(pixels, output_hidden_states=True).hidden_states
-        ours = read_encoder(folder)[0](pixels).last_hidden_state
-    seen = hidden[model.config.pivot["feature_layer"]][:, model.config.pivot["prefix_tokens"] :]
-    if not (torch.equal(seen, golden["last_hidden_state"]) and torch.equal(ours, golden["last_hidden_state"])):
+        raise CheckpointError(
+            f"{folder}: keys of model.safetensors and of the model differ, {info['missing_keys'] or 'none'} missing, "
+            f"{info['unexpected_keys'] or 'none'} unused; write the repository again."
+        )
+    return native.eval()
+
+
+@torch.no_grad()
+def _read_back(folder: Path) -> None:
+    """Load what was written by the first two doors and compare features bit for bit."""
+    golden = load_file(folder / "golden.safetensors")
+    pixels, features = golden["pixel_values"], golden["last_hidden_state"]
+    ours, _ = read_encoder(folder)
+    pivot = ours.config.pivot
+    hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[pivot["feature_layer"]]
+    seen = ours._patch_tokens(hidden)
+    if not (torch.equal(seen, features) and torch.equal(ours(pixels).last_hidden_state, features)):
         raise CheckpointError(f"{folder}: the written weights give other features than the model they came from.")

@@ -27,7 +27,7 @@ from transformers import (
 from pivot_hub.data.shapes import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
 from pivot_hub.data.source import RowReport, ShapesSource
 from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.repository import write_repository
+from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
 from pivot_hub.recipe import LoadedRecipe, ShapesData
 
@@ -147,13 +147,13 @@ def save(trainer: Trainer, folder: Path) -> None:
     assert isinstance(trainer.model, CaptionedEncoder)
     encoder = trainer.model.encoder.eval().cpu()
     config = encoder.config
-    processor = SiglipImageProcessorPil(
+    model = PivotVisionModel(PivotVisionModel.config_class(config), encoder)
+    model.image_processor = SiglipImageProcessorPil(
         size={"height": config.image_size, "width": config.image_size},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    model = PivotVisionModel(PivotVisionModel.config_class(config), encoder)
-    write_repository(folder, model, processor)
+    fill_repository(folder, model)
 
 
 def _set_sincos_positions(encoder: SiglipVisionModel) -> None:

@@ -1,19 +1,44 @@
 """PivotVisionModel: one class over any backbone, whose output is what an MLLM sees of an image.
 
-This file travels with every published encoder: it imports torch, transformers and its own configuration only.
+This file travels with every published encoder: it imports torch, transformers (with the safetensors it is made of)
+and its own configuration only, and runs under transformers 4.57 and 5.
 """
 
+import json
+import shutil
 from copy import deepcopy
+from pathlib import Path
 
 import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 
-from .configuration_pivot import PivotVisionConfig
+from .configuration_pivot import PivotVisionConfig, backbone_of, native_config
+
+try:  # transformers 5 collects hidden states by hooks that it puts in place at the first call
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # transformers 4 needs none
+    maybe_install_capturing_hooks = None
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+AUTO_MAP = {
+    "AutoConfig": "configuration_pivot.PivotVisionConfig",
+    "AutoModel": "modeling_pivot.PivotVisionModel",
+    "AutoBackbone": "modeling_pivot.PivotVisionBackbone",
+}
 
 
 class PivotVisionModel(PreTrainedModel):
-    """A vision encoder that returns patch tokens at its feature layer, prefix tokens dropped."""
+    """A vision encoder that returns patch tokens at its feature layer, prefix tokens dropped.
+
+    Example:
+        >>> encoder = PivotVisionModel.from_pretrained("google/siglip2-base-patch16-512")
+        >>> encoder.forward_features([Image.open("cat.jpg")]).last_hidden_state.shape  # (B, H*W, D)
+        torch.Size([1, 1024, 768])
+    """
 
     config_class = PivotVisionConfig
     base_model_prefix = "backbone"
@@ -21,62 +46,143 @@ class PivotVisionModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config, backbone=None):
+        if backbone is not None:
+            config._attn_implementation = backbone.config._attn_implementation
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
+        if backbone is None:
+            attention = {"attn_implementation": config._attn_implementation}
+            self.backbone = AutoModel.from_config(config.backbone_config, **attention)
+        else:
+            self.backbone = backbone
+        self._processor = self._processor_source = None
+        if maybe_install_capturing_hooks is not None:
+            # Here, because a first call inside torch.compile would break the graph.
+            maybe_install_capturing_hooks(self.backbone)
+        if config.patch_size is None:
+            self._measure_sizes()
         if backbone is None:
             self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config=None, feature_layer=None, out_indices=None, **kwargs
+    ):
         """Load any native repository: one of ours, or an untouched original (then stage is `base`).
 
         Args:
             pretrained_model_name_or_path: folder or Hub name; of a two-tower model the vision tower is taken.
             config: a PivotVisionConfig to use instead of the repository's.
-            **kwargs: as for transformers' own `from_pretrained`.
+            feature_layer: hidden state to return instead of the repository's.
+            out_indices: hidden states that a `PivotVisionBackbone` gives as maps.
+            **kwargs: as for transformers' own `from_pretrained`: dtype, device_map, attn_implementation, ...
 
         Raises:
-            ValueError: weights are missing, or the architecture is not supported.
+            ValueError: it is no whole encoder in safetensors: the message says what it is, and the remedy.
+            OSError: there is no such repository.
         """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name, kwargs.get("subfolder", ""))
+        if folder.is_dir():
+            _refuse_folder(folder)
         # The Auto classes hand remote-code settings through; the backbone is always a native class.
-        for name in ("trust_remote_code", "code_revision", "adapter_kwargs"):
-            kwargs.pop(name, None)
+        for setting in ("trust_remote_code", "code_revision", "adapter_kwargs"):
+            kwargs.pop(setting, None)
         wanted = kwargs.pop("output_loading_info", False)
         where = {
             k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
         }
-        native = AutoConfig.from_pretrained(pretrained_model_name_or_path, **where)
-        native = getattr(native, "vision_config", native)  # of two towers, the one that sees
+        found = AutoConfig.from_pretrained(name, **where)
+        pivot = vars(found).pop("pivot", None)
+        vars(found).pop("auto_map", None)
+        native = native_config(found)
         if not isinstance(config, PivotVisionConfig):
-            found, _ = PivotVisionConfig.get_config_dict(pretrained_model_name_or_path, **where)
-            config = PivotVisionConfig.from_dict(found)
-        backbone, info = AutoModel.from_pretrained(
-            pretrained_model_name_or_path, *args, config=native, output_loading_info=True, **kwargs
-        )
-        missing = sorted(info["missing_keys"])
-        if missing or info["mismatched_keys"]:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: {len(missing) or 'some'} weights are missing or of another "
-                f"shape ({', '.join(missing[:3])}); download it again, random weights are never used."
+            config = PivotVisionConfig(native, pivot)
+        if feature_layer is not None:
+            config.pivot = {**config.pivot, "feature_layer": feature_layer}
+        if out_indices is not None:
+            config.out_indices = list(out_indices)
+        try:
+            backbone, info = AutoModel.from_pretrained(
+                name, *args, config=native, output_loading_info=True, use_safetensors=True, **kwargs
             )
+        except SafetensorError as error:
+            raise ValueError(f"{name}: its weights are cut off or damaged ({error}); download it again.") from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{name}: the weights do not have the sizes of config.json; give the config that belongs to them."
+            ) from error
+        _complete(backbone, info, name)
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
+        model.name_or_path = name
+        token = where.pop("token", None)
+        model._processor_source = (name, where)
+        if token is not None:  # used now, so that the model never holds it
+            model._processor = read_image_processor(name, native, token=token, **where)
         return (model, info) if wanted else model
 
     @classmethod
-    def from_mllm(cls, mllm, pivot=None):
+    def from_mllm(cls, mllm, pivot=None, image_processor=None):
         """Copy the encoder out of a LLaVA-style model, which is left as it is.
 
         Args:
             mllm: a LlavaForConditionalGeneration.
             pivot: facts of its training for the config; feature_layer is read from the model.
+            image_processor: the MLLM's, for `forward_features` and `save_pretrained`.
         """
         backbone = deepcopy(mllm.model.vision_tower)
         facts = {**(pivot or {}), "feature_layer": mllm.config.vision_feature_layer}
-        return cls(PivotVisionConfig(backbone.config, facts), backbone).eval()
+        model = cls(PivotVisionConfig(backbone.config, facts), backbone).eval()
+        model._processor = image_processor
+        return model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write a repository that opens by all three doors: native weights and config, processor, remote code.
+
+        Args:
+            save_directory: folder; made if absent.
+            **kwargs: as for transformers' own `save_pretrained`.
+        """
+        folder = Path(save_directory)
+        # In one file: shards and their index would have to be renamed together.
+        self.backbone.save_pretrained(folder, **{"max_shard_size": "100GB", **kwargs})
+        if prefix := backbone_of(self.backbone.config).key_prefix:
+            weights = load_file(folder / "model.safetensors")
+            weights = {prefix + k.removeprefix(prefix): v for k, v in weights.items()}
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"auto_map": AUTO_MAP, "pivot": self.config.pivot}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self._processor is not None or self._processor_source is not None:
+            self.image_processor.save_pretrained(folder)
+        for name in ("configuration_pivot.py", "modeling_pivot.py"):
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+
+    @property
+    def image_processor(self):
+        """The repository's own image processor.
+
+        Raises:
+            ValueError: the repository has none; the message names the class its images need.
+        """
+        if self._processor is None:
+            if self._processor_source is None:
+                needed = backbone_of(self.config.backbone_config).image_processor
+                raise ValueError(f"this encoder has no image processor; set its image_processor to a {needed}.")
+            name, where = self._processor_source
+            self._processor = read_image_processor(name, self.config.backbone_config, **where)
+        return self._processor
+
+    @image_processor.setter
+    def image_processor(self, processor):
+        self._processor = processor
 
     def forward(
         self,
@@ -93,27 +199,152 @@ class PivotVisionModel(PreTrainedModel):
             interpolate_pos_encoding: take an image size the encoder was not trained on.
 
         Returns:
-            last_hidden_state (B, H*W, D): patch tokens at the feature layer; pooler_output (B, D): their mean.
+            last_hidden_state (B, H*W, D): patch tokens at the feature layer; pooler_output (B, D): their mean;
+            on request every hidden state and attention of the backbone.
+
+        Raises:
+            ValueError: the patch does not divide the images, or their size needs `interpolate_pos_encoding`.
         """
-        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-        if output_attentions:
-            options["output_attentions"] = True
-        outputs = self.backbone(pixel_values, output_hidden_states=True, **options)
-        tokens = outputs.hidden_states[self.config.pivot["feature_layer"]]
-        tokens = tokens[:, self.config.pivot["prefix_tokens"] :]
+        outputs = self._run_backbone(pixel_values, interpolate_pos_encoding, output_attentions)
+        tokens = self._patch_tokens(outputs.hidden_states[self.config.pivot["feature_layer"]])
         made = BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=tokens.mean(dim=1),
-            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
             attentions=outputs.attentions if output_attentions else None,
         )
         return made if return_dict is not False else made.to_tuple()
 
+    def forward_features(self, images, **kwargs):
+        """Encode pictures, prepared by the repository's own image processor.
+
+        Args:
+            images: a PIL image, an array or a tensor, or a list of them; PIL images of any mode.
+            **kwargs: as for `forward`.
+
+        Returns:
+            As `forward` does, for the pictures in order.
+        """
+        images = [i.convert("RGB") if hasattr(i, "convert") else i for i in _listed(images)]
+        pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return self(pixel_values.to(self.device, self.dtype), **kwargs)
+
     def feature_map(self, pixel_values, interpolate_pos_encoding=False):
         """Patch tokens folded into the image grid: (B, D, H, W)."""
         tokens = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
-        height, width = (side // self.config.patch_size for side in pixel_values.shape[-2:])
-        return to_grid(tokens, height, width)
+        return to_grid(tokens, *self._grid(pixel_values))
+
+    def _run_backbone(self, pixel_values, interpolate, output_attentions=None):
+        height, width = pixel_values.shape[-2:]
+        made_for, patch = self.config.image_size, self.config.patch_size
+        options = {"output_attentions": True} if output_attentions else {}
+        if (height, width) != (made_for, made_for):
+            if height % patch or width % patch:
+                raise ValueError(
+                    f"the patch of {patch} px does not divide images of {height} x {width} px; "
+                    f"resize them to multiples of {patch}, or to the encoder's own {made_for}."
+                )
+            if backbone_of(self.config.backbone_config).interpolates:
+                if not interpolate:
+                    raise ValueError(
+                        f"images of {height} x {width} px for an encoder of {made_for}; "
+                        "resize them, or set interpolate_pos_encoding=True."
+                    )
+                options["interpolate_pos_encoding"] = True
+        return self.backbone(pixel_values, output_hidden_states=True, **options)
+
+    def _patch_tokens(self, hidden):
+        """(B, prefix + H*W, D), or of timm (B, D, H, W), to (B, H*W, D)."""
+        return (
+            hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, self.config.pivot["prefix_tokens"] :]
+        )
+
+    def _grid(self, pixel_values):
+        return tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
+
+    @torch.no_grad()
+    def _measure_sizes(self):
+        """Find D and the patch of a backbone whose config tells neither, by encoding one blank image."""
+        side = self.config.image_size
+        blank = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
+        training = self.backbone.training
+        states = self.backbone.eval()(blank, output_hidden_states=True).hidden_states
+        self.backbone.train(training)
+        _, self.config.hidden_size, height, _ = states[self.config.pivot["feature_layer"]].shape
+        self.config.patch_size = side // height
+
+
+class PivotVisionBackbone(PivotVisionModel):
+    """The encoder as transformers' segmentation and detection heads take one: feature maps, not tokens.
+
+    Follows the AutoBackbone protocol: `AutoBackbone.from_config(PivotVisionConfig(...))`, or
+    `head.backbone = PivotVisionBackbone.from_pretrained(repo, out_indices=[3, 6, 9, 12])` for trained weights.
+    """
+
+    def __init__(self, config, backbone=None):
+        super().__init__(config, backbone)
+        depth = config.num_hidden_layers
+        if depth is None:
+            raise ValueError("a timm model is no PivotVisionBackbone; take transformers' TimmBackbone.")
+        self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(depth))]
+        self.num_features = [config.hidden_size] * (depth + 1)
+        layer = config.pivot["feature_layer"]
+        given = [layer] if config.out_indices is None else config.out_indices
+        self.out_indices = [i % (depth + 1) for i in given]
+        self.out_features = [self.stage_names[i] for i in self.out_indices]
+        self.channels = [config.hidden_size] * len(self.out_indices)
+        self.out_feature_channels = dict.fromkeys(self.stage_names, config.hidden_size)
+
+    def forward(self, pixel_values, output_hidden_states=None, output_attentions=None, return_dict=None, **kwargs):
+        """Encode images of any size that the patch divides.
+
+        Returns:
+            feature_maps: for each of out_indices (B, D, H, W), prefix tokens dropped.
+        """
+        outputs = self._run_backbone(pixel_values, True, output_attentions)
+        grid = self._grid(pixel_values)
+        made = BackboneOutput(
+            feature_maps=tuple(to_grid(self._patch_tokens(outputs.hidden_states[i]), *grid) for i in self.out_indices),
+            hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
+            attentions=outputs.attentions if output_attentions else None,
+        )
+        return made if return_dict is not False else made.to_tuple()
+
+    def forward_with_filtered_kwargs(self, *args, **kwargs):
+        return self(*args, **kwargs)
+
+
+def read_image_processor(name, config, **where):
+    """Load a repository's image processor in its PIL form.
+
+    PIL makes the same pixels on every machine and is always there; torchvision's resizing differs, and some versions
+    of AutoImageProcessor demand it, and some classes (DINOv3's).
+
+    Args:
+        name: folder or Hub name.
+        config: the encoder's native config.
+        **where: revision, token, cache_dir, local_files_only, subfolder.
+
+    Raises:
+        ValueError: the repository has none; the message names the class its images need.
+    """
+    needed = backbone_of(config).image_processor
+    default = _pil_class(needed) or getattr(transformers, needed)
+    try:
+        facts, _ = default.get_image_processor_dict(name, **where)
+        given = str(facts.get("image_processor_type")).removesuffix("Fast")
+        return (_pil_class(given) or default).from_pretrained(name, **where)
+    except OSError as error:
+        raise ValueError(
+            f"{name}: has no preprocessor_config.json; save a {needed} with the encoder's size, mean and std there."
+        ) from error
+
+
+def _pil_class(name):
+    """The PIL class of an image processor, by its plain name; None where this transformers has none."""
+    if transformers.__version__.startswith("4."):
+        return getattr(transformers, name, None)
+    return getattr(transformers, f"{name}Pil", None)
 
 
 def to_grid(tokens, height, width):
@@ -133,3 +364,56 @@ def to_grid(tokens, height, width):
     if tokens.shape[1] != height * width:
         raise ValueError(f"{tokens.shape[1]} patch tokens do not fill a grid of {height} x {width}.")
     return torch.unflatten(tokens.transpose(1, 2), 2, (height, width))
+
+
+def _refuse_folder(folder):
+    """Say in one sentence why a folder holds no encoder that can be loaded whole and safely."""
+    names = {f.name for f in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise ValueError(
+            f"{folder}: is a LoRA adapter, not a model; merge it into its base with peft's merge_and_unload() "
+            "and save the result."
+        )
+    if "config.json" not in names:
+        raise ValueError(f"{folder}: is no model repository, it has no config.json; give the folder that holds one.")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
+        if pickles:
+            raise ValueError(
+                f"{folder}: its weights are a pickle ({pickles[0]}), which may run code; convert them where you trust "
+                "them, with AutoModel.from_pretrained(...).save_pretrained(...), which writes safetensors."
+            )
+        raise ValueError(f"{folder}: has no weights; the download stopped half-way, run it again.")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        absent = sorted(set(json.loads(index.read_text())["weight_map"].values()) - names)
+        if absent:
+            raise ValueError(f"{folder}: {absent[0]} is missing; the download stopped half-way, run it again.")
+
+
+@torch.no_grad()
+def _complete(backbone, info, name):
+    """Refuse weights that are missing, of another shape or not finite: random weights never pass for trained."""
+    optional = backbone_of(backbone.config).optional
+    missing = sorted(info["missing_keys"])
+    for key in [k for k in missing if optional and k.startswith(optional)]:
+        weight = backbone.get_parameter(key)
+        torch.nn.init.eye_(weight) if weight.dim() == 2 else weight.zero_()
+        missing.remove(key)
+    wrong = missing or [str(k[0]) for k in info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(
+            f"{name}: {len(wrong)} weights are missing or of another shape than config.json says ({wrong[0]} first); "
+            "download it again, or give the config that belongs to the weights."
+        )
+    info["missing_keys"] = type(info["missing_keys"])()
+    for key, weight in backbone.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(
+                f"{name}: {key} holds values that are not finite (NaN or infinite); take another checkpoint."
+            )
+
+
+def _listed(images):
+    """A list of images; a batched array or tensor counts as one."""
+    return list(images) if isinstance(images, (list, tuple)) else [images]
