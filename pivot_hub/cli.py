@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pivot_hub import __version__
 from pivot_hub.errors import PivotError
@@ -34,9 +37,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Time one thing against another in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
+FORMS = ("native", "pivot", "compiled", "bfloat16", "onnx", "onnx_int8", "quanto_int8")  # of `pivot bench encoder`
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to RUNS/<recipe folder>/<recipe>.")]
 
@@ -155,6 +161,57 @@ def verify(
 
 
 @app.command()
+def encode(
+    folder: Annotated[Path, typer.Argument(help="Images, in it and below it.")],
+    encoder: Annotated[str, typer.Option(help="Folder or Hub name of an encoder.")],
+    out_path: Annotated[Path, typer.Option("--out", help="The features, .parquet or .npy.")] = Path("features.parquet"),
+    tokens: Annotated[bool, typer.Option("--tokens", help="All patch tokens of an image, not their mean.")] = False,
+    batch: Annotated[int, typer.Option(help="Images of one pass.")] = 32,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
+    workers: Annotated[int | None, typer.Option(help="Processes that decode; one a core by default.")] = None,
+) -> None:
+    """Features of every image of a folder; a stopped run goes on where it was, corrupt images are listed.
+
+    Example: `pivot encode photos --encoder hub/pivot/shapes-dpo --out features.parquet`
+    """
+    from pivot_hub.encoder.encode import encode_folder
+
+    with _bar("images") as advance:
+        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
+    for bad in report["corrupt"]:
+        _say(f"left out: {bad['reason']}")
+    _say(
+        f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
+        f"{report['images_per_s']} images/s; report: {out_path}.json"
+    )
+
+
+@app.command()
+def export(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the export; replaced if it exists.")],
+    fp16: Annotated[bool, typer.Option("--fp16", help="Also float16.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also int8, by ONNX Runtime and by optimum-quanto.")] = False,
+    images: Annotated[Path | None, typer.Option(help="A folder of pictures to check it on, besides our own.")] = None,
+    probe: Annotated[bool, typer.Option(help="Measure what int8 costs in probe accuracy.")] = True,
+) -> None:
+    """Export to ONNX, for ONNX Runtime and for Node and browsers, checked against torch.
+
+    Example: `pivot export hub/pivot/shapes-dpo exported --fp16 --int8`
+    """
+    from pivot_hub.data.image import image_files, open_image
+    from pivot_hub.encoder.export import export_encoder
+
+    files = image_files(images)[:16] if images else []
+    pictures = [open_image(f, "--images") for f in files]
+    report = export_encoder(encoder, output, fp16, int8, pictures, probe, say=_say)
+    for form, results in report.get("probe", {}).items():
+        scores = ", ".join(f"{r['task'].split('/')[1]} {r['value']:.1f}" for r in results)
+        _say(f"probe of {form}: {scores}")
+    _say(f"export: {output}; report: {output / 'export.json'}")
+
+
+@app.command()
 def probe(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[str, typer.Option(help="`shapes`, or a folder of class folders.")] = "shapes",
@@ -189,24 +246,38 @@ def read(
     _show(probe_language(language, seed=seed), json_path)
 
 
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="shapes: does drawing the built-in world keep up with training?")],
-    json_path: JsonPath = None,
-) -> None:
-    """Time one part against another in one run.
+@bench.command("shapes")
+def bench_shapes(json_path: JsonPath = None) -> None:
+    """Does drawing the built-in world keep up with training?
 
     Example: `pivot bench shapes --json bench.json`
     """
-    from pivot_hub.bench import bench_shapes
-    from pivot_hub.errors import RecipeError
+    from pivot_hub.bench.shapes import bench_shapes
 
-    if what != "shapes":
-        raise RecipeError(f"there is no benchmark {what!r}; give shapes.")
     measured = bench_shapes()
     for name, seconds in measured["seconds_per_batch"].items():
         _say(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
     _say(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
+    _write(json_path, measured)
+
+
+@bench.command("encoder")
+def bench_encoder(
+    encoder: Annotated[
+        str, typer.Argument(help="Folder or Hub name, or a size of SigLIP with random weights.")
+    ] = "siglip-base-patch16-224",
+    batch: Annotated[int, typer.Option(help="Images of one pass.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Passes of each form.")] = 5,
+    forms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(FORMS),
+    json_path: JsonPath = None,
+) -> None:
+    """Images per second and memory of an encoder: native, ours, compiled, half, ONNX, int8.
+
+    Example: `pivot bench encoder siglip-so400m-patch14-384 --batch 2 --json bench.json`
+    """
+    from pivot_hub.bench.encoder import bench_encoder
+
+    measured = bench_encoder(encoder, batch, rounds, tuple(forms.split(",")), say=_say)
     _write(json_path, measured)
 
 
@@ -252,6 +323,26 @@ def space(
     app_ = load_app(runs)
     _say(f"http://127.0.0.1:{port}")
     app_.launch(server_name="127.0.0.1", server_port=port, quiet=True)
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar with rate and time left on a terminal, a line now and then elsewhere."""
+    if sys.stdout.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} " + unit + "/s"))
+        with Progress(TextColumn(unit), *columns, TimeRemainingColumn(), console=out) as bar:
+            task = bar.add_task(unit, total=None, rate=0.0)
+            yield lambda done, total, rate: bar.update(task, completed=done, total=total, rate=rate)
+        return
+    said = time.monotonic()
+
+    def advance(done: int, total: int, rate: float) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            _say(f"{done} of {total} {unit}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+
+    yield advance
 
 
 def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] = ()) -> None:

@@ -31,6 +31,10 @@ class TrainingError(PivotError):
     """Training cannot go on: the loss is not finite, or a checkpoint cannot be written."""
 
 
+class ExportError(PivotError):
+    """An encoder cannot be exported, or its export gives other features."""
+
+
 class ProbeError(PivotError):
     """A probe cannot measure what it was asked to."""
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.source import open_image
+from pivot_hub.data.image import open_image
 from pivot_hub.errors import DataError
 from pivot_hub.mllm import chat_prompt, image_px, load_mllm
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
-from importlib.metadata import version
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ from pivot_hub.files import write_whole
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of those that shape its results."""
-    found = {"pivot_hub": __version__, "python": platform.python_version()}
-    return found | {name: version(name) for name in PACKAGES}
+def versions() -> dict[str, str | None]:
+    """Versions of this package and of those that shape its results; None for one that is not installed."""
+    found: dict[str, str | None] = {"pivot_hub": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -36,6 +43,16 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpus": torch.cuda.device_count() if cuda else 0,
     }
+
+
+def peak_memory_mb() -> int:
+    """Largest resident memory this process ever had, in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what its parent had when it was started
+        kilobytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return kilobytes // 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(used / (1024 * 1024 if sys.platform == "darwin" else 1024))
 
 
 def file_sha256(path: Path) -> str:

@@ -24,9 +24,9 @@ from pivot_hub.gradcam import gradient_map
 from pivot_hub.mllm import image_px, load_mllm
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
-from pivot_hub.provenance import machine, weights_sha256
+from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
 from pivot_hub.recipe import load_recipe
-from pivot_hub.training.stage import peak_memory_mb, run_stage
+from pivot_hub.training.stage import run_stage
 
 STAGES = ("1-align", "2-instruct", "3-sft", "3-dpo")
 BRANCHES = {"sft": "3-sft", "dpo": "3-dpo"}

@@ -243,9 +243,8 @@ def test_segmentation_and_detection_heads_take_it(kind: str, repositories: dict[
     assert backbone.out_features == ["stem", "stage1", "stage2", "stage3"]
 
     config = PivotVisionConfig(native, out_indices=[0, 1, 2, 3])
-    segmenter = UperNetForSemanticSegmentation(
-        UperNetConfig(backbone_config=config, num_labels=5, hidden_size=16, use_auxiliary_head=False)
-    )
+    options: Any = {"backbone_config": config, "num_labels": 5, "hidden_size": 16, "use_auxiliary_head": False}
+    segmenter = UperNetForSemanticSegmentation(UperNetConfig(**options))
     segmenter.backbone = backbone
     assert segmenter.eval()(images).logits.shape == (1, 5, IMAGE_PX, IMAGE_PX)
 

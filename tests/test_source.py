@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from pivot_hub.data import llava, mmpr
+from pivot_hub.data.image import open_image
 from pivot_hub.data.row import Row
-from pivot_hub.data.source import RowReport, as_dataset, example, open_image, read_rows
+from pivot_hub.data.source import RowReport, as_dataset, example, read_rows
 from pivot_hub.errors import DataError
 from pivot_hub.recipe import load_recipe
 

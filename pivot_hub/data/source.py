@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from datasets import Dataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pivot_hub.data import llava, mmpr
+from pivot_hub.data.image import open_image
 from pivot_hub.data.row import IMAGE_TAG, Row
 from pivot_hub.data.shapes import DESCRIBE, KINDS, World
 from pivot_hub.errors import DataError
@@ -91,30 +92,6 @@ class FileSource:
     def open_image(self, row: Row) -> Image.Image:
         assert row.image is not None
         return open_image(self.images / row.image, row.id)
-
-
-def open_image(path: Path, owner: str) -> Image.Image:
-    """Decode an image as RGB; greyscale, palette and transparency (on white) become plain colour.
-
-    Args:
-        path: the file.
-        owner: the row it belongs to, for the message.
-
-    Raises:
-        DataError: the file is missing or not a whole image.
-    """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image: Image.Image = file
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{owner}: image {path} does not exist; check `images` in the recipe.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{owner}: image {path} cannot be decoded ({error}); replace the file.") from None
 
 
 def sources_of(loaded: LoadedRecipe) -> list[Source]:

@@ -18,7 +18,7 @@ from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import whole_folder
-from pivot_hub.provenance import file_sha256, seal, sealed_text
+from pivot_hub.provenance import file_sha256, seal, sealed_text, weights_sha256
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # A golden vector is replayed on other machines, whose kernels sum in another order.
@@ -106,6 +106,12 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].removeprefix(f"{name}: ")
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason}") from error
+
+
+def encoder_sha256(name: str | Path, model: Any) -> str:
+    """What tells an encoder's weights from all others: their hash, or the commit of a Hub repository."""
+    path = Path(name)
+    return weights_sha256(path) if path.is_dir() else str(model.config.backbone_config._commit_hash)
 
 
 def verify_repository(folder: str | Path) -> list[str]:

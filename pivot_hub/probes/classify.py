@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from pivot_hub.data.image import image_files, open_image
 from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene, Split
-from pivot_hub.data.source import open_image
-from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.errors import DataError, ProbeError
-from pivot_hub.probes.features import patch_features, pooled, standardised
+from pivot_hub.probes.features import FeatureModel, patch_features, pooled, standardised
 from pivot_hub.probes.result import ProbeResult, bootstrap, bootstrap_mean
 
 CS = (0.001, 0.01, 0.1, 1.0)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
@@ -79,7 +77,7 @@ def classify_shapes(
 
 
 def classify_folder(
-    model: PivotVisionModel,
+    model: FeatureModel,
     image_processor: Any,
     folder: Path,
     conditions: dict[str, Any],
@@ -203,7 +201,7 @@ def _class_files(folder: Path, seed: int) -> dict[Split, list[tuple[Path, str]]]
 def _by_class(folder: Path) -> dict[str, list[Path]]:
     classes = {}
     for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        files = image_files(path)
         if files:
             classes[path.name] = files
     return classes

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pivot_hub.encoder import PivotVisionModel
+
+class FeatureModel(Protocol):
+    """What a probe asks of an encoder: `PivotVisionModel`, or an export of one."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @torch.no_grad()
 def patch_features(
-    model: PivotVisionModel, image_processor: Any, images: Iterable[Image.Image], batch: int = 64
+    model: FeatureModel, image_processor: Any, images: Iterable[Image.Image], batch: int = 64
 ) -> np.ndarray:
     """Patch tokens of images at the feature layer.
 

@@ -49,7 +49,7 @@ class ProbeResult:
     partner: str | None
     ci95: tuple[float, float]
     duration_s: float
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str | None] = field(default_factory=versions)
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)

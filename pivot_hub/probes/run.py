@@ -12,12 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Picture, Question, Scene, Split, World
-from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.encoder.repository import encoder_sha256, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import classify_folder, classify_shapes
-from pivot_hub.probes.features import patch_features, pooled
+from pivot_hub.probes.features import FeatureModel, patch_features, pooled
 from pivot_hub.probes.localize import Target, localize
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.segment import class_masks, segment_patches
@@ -55,7 +54,7 @@ def probe_scenes(world: World, split: Split, count: int) -> Scenes:
 
 
 def probe_shapes(
-    model: PivotVisionModel,
+    model: FeatureModel,
     image_processor: Any,
     name: str,
     sha256: str,
@@ -150,15 +149,14 @@ def probe_encoder(
     if data != "shapes" and not Path(data).is_dir():
         raise ProbeError(f"data {data!r} is neither `shapes` nor a folder; give a folder of class folders.")
     model, image_processor = read_encoder(encoder)
-    path = Path(encoder)
-    sha256 = weights_sha256(path) if path.is_dir() else str(model.config.backbone_config._commit_hash)
+    sha256 = encoder_sha256(encoder, model)
     if data == "shapes":
         return probe_shapes(model, image_processor, encoder, sha256, sizes, seed), []
     conditions = _conditions(model, encoder, sha256)
     return classify_folder(model, image_processor, Path(data), conditions, seed, on_bad_row)
 
 
-def _conditions(model: PivotVisionModel, name: str, sha256: str) -> dict[str, Any]:
+def _conditions(model: FeatureModel, name: str, sha256: str) -> dict[str, Any]:
     return {"feature_layer": model.config.pivot["feature_layer"], "encoder": name, "encoder_sha256": sha256}
 
 

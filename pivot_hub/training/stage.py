@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import resource
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from pivot_hub.data.source import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
-from pivot_hub.provenance import file_sha256, machine, seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import file_sha256, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
 from pivot_hub.recipe import LoadedRecipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
@@ -155,12 +154,6 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
         return trainer_config(recipe.stage)(**options)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{loaded.path}: `args` do not fit together: {error}") from error
-
-
-def peak_memory_mb() -> int:
-    """Largest resident memory this process ever had, in MB."""
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(kilobytes / (1024 * 1024 if sys.platform == "darwin" else 1024))
 
 
 def _parent_checkpoint(loaded: LoadedRecipe, runs: Path, given: str | Path | None) -> Path | None:

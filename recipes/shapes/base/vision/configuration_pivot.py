@@ -141,14 +141,15 @@ class PivotVisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read our own layout, or a native config.json with a `pivot` entry or without."""
-        if config_dict.get("model_type") == cls.model_type:
-            return super().from_dict(config_dict, **kwargs)
-        native = {k: v for k, v in config_dict.items() if k not in ("pivot", "auto_map")}
+        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if found.get("model_type") == cls.model_type:
+            return found, unused
+        native = {k: v for k, v in found.items() if k not in ("pivot", "auto_map")}
         # AutoModel finds the remote class by the config's auto_map.
-        ours = {k: config_dict[k] for k in ("pivot", "auto_map") if k in config_dict}
-        return super().from_dict({"backbone_config": native, **ours}, **kwargs)
+        ours = {k: found[k] for k in ("pivot", "auto_map") if k in found}
+        return {"model_type": cls.model_type, "backbone_config": native, **ours}, unused
 
     def to_dict(self):
         made = super().to_dict()

@@ -1,7 +1,7 @@
 """PivotVisionModel: one class over any backbone, whose output is what an MLLM sees of an image.
 
-This file travels with every published encoder: it imports torch, transformers (with the safetensors it is made of)
-and its own configuration only, and runs under transformers 4.57 and 5.
+This file travels with every published encoder: it imports torch, Pillow, transformers (with the safetensors it
+is made of) and its own configuration only, and runs under transformers 4.57 and 5.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -219,13 +220,14 @@ class PivotVisionModel(PreTrainedModel):
         """Encode pictures, prepared by the repository's own image processor.
 
         Args:
-            images: a PIL image, an array or a tensor, or a list of them; PIL images of any mode.
+            images: a PIL image, an array or a tensor, or a list of them; PIL images of any mode, transparency
+                on white.
             **kwargs: as for `forward`.
 
         Returns:
             As `forward` does, for the pictures in order.
         """
-        images = [i.convert("RGB") if hasattr(i, "convert") else i for i in _listed(images)]
+        images = [_rgb(i) if isinstance(i, Image.Image) else i for i in _listed(images)]
         pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return self(pixel_values.to(self.device, self.dtype), **kwargs)
 
@@ -412,6 +414,14 @@ def _complete(backbone, info, name):
             raise ValueError(
                 f"{name}: {key} holds values that are not finite (NaN or infinite); take another checkpoint."
             )
+
+
+def _rgb(image):
+    """Plain colour; what is transparent becomes white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _listed(images):

@@ -1,4 +1,4 @@
-"""Benchmarks: two things compared in one run, as a ratio, because timings on shared machines wander."""
+"""Does drawing the built-in world keep up with the training that consumes it?"""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Benchmarks: two things compared in one run, as a ratio, because timings on shared machines wander."""

@@ -1,0 +1,37 @@
+"""The encoder benchmark: every form is run, and its record says under what conditions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pivot_hub.bench import encoder
+from pivot_hub.bench.encoder import FORMS, bench_encoder
+from pivot_hub.cli import FORMS as OFFERED
+from pivot_hub.errors import ProbeError
+
+
+def test_every_form_is_timed_against_native(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_peak_memory", lambda form, *rest: len(form))  # seven processes: see the next test
+    lines: list[str] = []
+    report = bench_encoder(str(parts / "vision"), batch=2, rounds=2, say=lines.append)
+    assert tuple(report["forms"]) == FORMS == OFFERED
+    assert len(lines) == len(FORMS)
+    assert report["forms"]["native"]["ratio_to_native"] == 1
+    for form in report["forms"].values():
+        assert form["images_per_s"] == pytest.approx(2 / form["seconds_per_batch"], rel=0.05)
+        assert len(form["ratios"]) == 2
+    assert (report["image_px"], report["batch"], report["weights"]) == (32, 2, "the repository's")
+
+
+def test_memory_is_that_of_a_process_of_its_own(parts: Path) -> None:
+    ballast = bytearray(1_500_000_000)  # what this process holds must not be counted
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    report = bench_encoder(str(parts / "vision"), batch=1, rounds=1, forms=("native",), say=lambda line: None)
+    assert 100 < report["forms"]["native"]["peak_memory_mb"] < 1400
+
+
+def test_an_unknown_form_is_refused(parts: Path) -> None:
+    with pytest.raises(ProbeError, match="there is no form 'tpu'; give some of native, pivot"):
+        bench_encoder(str(parts / "vision"), forms=("tpu",))
