@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: setup quickstart test lint format space clean
+.PHONY: setup quickstart test conformance lint format space clean
 
 setup: $(VENV)/.done
 
@@ -22,6 +22,9 @@ quickstart: setup  ## set-up, then the paper in a box on the built-in world
 test: setup  ## the default suite
 	$(PY) -m pytest
 
+conformance: setup  ## repositories and exports in other software, each in an environment of its own
+	$(PY) -m pytest -m conformance -s tests/conformance
+
 lint: setup  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -35,4 +38,4 @@ space: setup  ## the app over what `make quickstart` trained
 	$(VENV)/bin/pivot space
 
 clean:
-	rm -rf $(VENV) quickstart runs hub dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .conformance quickstart runs hub dist .pytest_cache .mypy_cache .ruff_cache

@@ -8,9 +8,15 @@ __version__ = "0.1.0"
 
 # Where each public name lives: importing pivot_hub must not cost the seconds that torch and TRL take.
 _HOMES = {
+    "PivotVisionBackbone": "pivot_hub.encoder",
     "PivotVisionConfig": "pivot_hub.encoder",
     "PivotVisionModel": "pivot_hub.encoder",
     "extract_encoder": "pivot_hub.encoder.extract",
+    "read_encoder": "pivot_hub.encoder.repository",
+    "verify_repository": "pivot_hub.encoder.repository",
+    "write_repository": "pivot_hub.encoder.repository",
+    "encode_folder": "pivot_hub.encoder.encode",
+    "export_encoder": "pivot_hub.encoder.export",
     "build_mllm": "pivot_hub.mllm",
     "load_mllm": "pivot_hub.mllm",
     "load_recipe": "pivot_hub.recipe",
@@ -21,9 +27,15 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from pivot_hub.encoder import PivotVisionBackbone as PivotVisionBackbone
     from pivot_hub.encoder import PivotVisionConfig as PivotVisionConfig
     from pivot_hub.encoder import PivotVisionModel as PivotVisionModel
+    from pivot_hub.encoder.encode import encode_folder as encode_folder
+    from pivot_hub.encoder.export import export_encoder as export_encoder
     from pivot_hub.encoder.extract import extract_encoder as extract_encoder
+    from pivot_hub.encoder.repository import read_encoder as read_encoder
+    from pivot_hub.encoder.repository import verify_repository as verify_repository
+    from pivot_hub.encoder.repository import write_repository as write_repository
     from pivot_hub.gradcam import gradient_map as gradient_map
     from pivot_hub.mllm import build_mllm as build_mllm
     from pivot_hub.mllm import load_mllm as load_mllm

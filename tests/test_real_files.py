@@ -12,15 +12,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoConfig, AutoModel
 
+from pivot_hub import PivotVisionConfig
+from pivot_hub.encoder.repository import read_encoder
 from tests.conftest import make_language
 from tests.originals import make_vision
 
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")
+
+HUB = REAL / "hub"
 
 ALIGN = """
 stage: align
@@ -151,3 +158,34 @@ def test_a_bad_row_stops_by_default(folder: Path) -> None:
     assert "Traceback" not in done.stderr
     assert not (folder / "stopped").exists()
     assert not (folder / "stopped.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "size"),
+    [
+        ("siglip2-base-patch16-512", {"model_type": "siglip_vision_model", "image_size": 512}, 512),
+        ("clip-vit-large-patch14-336", {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14}, 336),
+        ("dinov2-base", {"model_type": "dinov2", "image_size": 224, "patch_size": 14}, 224),
+    ],
+)
+def test_published_processors_prepare_photographs(name: str, native: dict[str, Any], size: int, tmp_path: Path) -> None:
+    """SigLIP2's config leaves sizes out; CLIP's processor has its size as a number; DINOv2's crops."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(AutoConfig.for_model(**{**native, **small})).save_pretrained(tmp_path)
+    shutil.copyfile(HUB / name / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
+    encoder, processor = read_encoder(tmp_path)
+    photographs = sorted((REAL / "coco128" / "images").rglob("*.jpg"))[:4]
+    pictures = [Image.open(p).convert(mode) for p, mode in zip(photographs, ("RGB", "L", "RGBA", "P"), strict=True)]
+    assert processor(images=pictures[0], return_tensors="pt")["pixel_values"].shape == (1, 3, size, size)
+    with torch.no_grad():
+        made = encoder.forward_features(pictures)
+    assert made.last_hidden_state.shape == (4, (size // encoder.config.patch_size) ** 2, 32)
+    assert made.last_hidden_state.isfinite().all()
+
+
+def test_siglip2s_own_config_gives_its_published_size(tmp_path: Path) -> None:
+    config = PivotVisionConfig.from_pretrained(HUB / "siglip2-base-patch16-512")
+    assert (config.image_size, config.patch_size, config.hidden_size) == (512, 16, 768)
+    with torch.device("meta"):
+        made = AutoModel.from_config(config).feature_map(torch.empty(1, 3, 512, 512))
+    assert made.shape == (1, 768, 32, 32)

@@ -121,14 +121,24 @@ def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_readmes_three_doors_open(repository: Path) -> None:
+def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block in order, in one namespace, on the tiny encoder (3 layers: its out_indices are fewer)."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoModel" in block)
-    assert "quickstart/hub/pivot/shapes-dpo" in code
+    section = readme.split("## Use an encoder")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
+    assert "quickstart/hub/pivot/shapes-dpo" in blocks[0]
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((60, 40), 80).save("cat.jpg")
+    code = "\n".join(blocks).replace("quickstart/hub/pivot/shapes-dpo", str(repository))
     made: dict[str, Any] = {}
-    exec(code.replace("quickstart/hub/pivot/shapes-dpo", str(repository)), made)
+    exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), made)
     assert type(made["native"]).__name__ == "SiglipVisionModel"
     assert type(made["encoder"]).__name__ == type(made["remote"]).__name__ == "PivotVisionModel"
+    assert made["made"].last_hidden_state.shape == (1, 16, 32)
+    assert made["mllm"].vision_config.model_type == "siglip_vision_model"
+    assert made["segmenter"].eval()(made["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
+    assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == made["encoder"].config.pivot
 
 
 def _flip(path: Path, at: int) -> None:
