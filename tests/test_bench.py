@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,13 @@ def test_memory_is_that_of_a_process_of_its_own(parts: Path) -> None:
 def test_an_unknown_form_is_refused(parts: Path) -> None:
     with pytest.raises(ProbeError, match="there is no form 'tpu'; give some of native, pivot"):
         bench_encoder(str(parts / "vision"), forms=("tpu",))
+
+
+def test_the_readmes_speeds_are_those_of_the_record() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "recipes" / "bench" / "encoder-siglip-base-patch16-224.json").read_text())
+    readme = (root / "README.md").read_text()
+    for form, made in record["forms"].items():
+        row = f"| {form} | {made['images_per_s']} | {made['ratio_to_native']} | {made['peak_memory_mb']} MB |"
+        assert row in readme
+    assert record["forms"]["pivot"]["ratio_to_native"] < 1.02

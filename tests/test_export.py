@@ -12,7 +12,9 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from pivot_hub.cli import app
 from pivot_hub.encoder import export
 from pivot_hub.encoder.export import OnnxEncoder, export_encoder, load_quanto
 from pivot_hub.encoder.repository import read_encoder
@@ -117,3 +119,17 @@ def test_an_export_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 def test_a_missing_package_is_named_with_its_remedy() -> None:
     with pytest.raises(ExportError, match=r"no_such_module is not installed; run `pip install 'pivot-hub\[export\]'"):
         export._need("json", "no_such_module")
+
+
+def test_the_command_checks_on_the_users_pictures(tmp_path: Path) -> None:
+    source = make_vision(tmp_path / "my-encoder")
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((60, 50), 90).save(tmp_path / "photos" / "a.png")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(source), str(out), "--images", str(tmp_path / "photos")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "export.json").read_text())
+    assert report["pictures"] == 6
+    assert report["encoder"] == "my-encoder"
+    assert str(tmp_path) not in (out / "export.json").read_text()
+    assert "relative error" in done.output

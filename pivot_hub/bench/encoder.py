@@ -85,7 +85,7 @@ def bench_encoder(
         )
     return {
         "benchmark": "encoder",
-        "encoder": encoder,
+        "encoder": Path(encoder).name if Path(encoder).is_dir() else encoder,
         "weights": "random" if encoder in SIZES else "the repository's",
         "image_px": config.image_size,
         "batch": batch,

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pivot_hub.data.image import image_files, open_image
-from pivot_hub.encoder.repository import encoder_sha256, read_encoder
+from pivot_hub.encoder.repository import encoder_facts, read_encoder
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_json
 from pivot_hub.provenance import machine, versions
@@ -80,7 +80,7 @@ def encode_folder(
     fitting = SHARD_BYTES // (int(np.prod(shape)) * stored.itemsize * batch)
     per_shard = batch * max(1, min(SHARD_BATCHES, fitting))
     job = {
-        "encoder_sha256": encoder_sha256(encoder, model),
+        **encoder_facts(encoder, model),
         "feature_layer": model.config.pivot["feature_layer"],
         "files_sha256": _listing_sha256(names, files),
         "shape": shape,
@@ -115,7 +115,6 @@ def encode_folder(
     _merge(target, shards, facts, len(kept), shape, stored)
     duration = time.monotonic() - started
     report = {
-        "encoder": str(encoder),
         **{k: v for k, v in job.items() if k not in ("per_shard", "files_sha256")},
         "images": len(kept),
         "corrupt": corrupt,

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from pivot_hub.data.shapes import World
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import read_image_processor
-from pivot_hub.encoder.repository import encoder_sha256, read_encoder
+from pivot_hub.encoder.repository import encoder_facts, read_encoder
 from pivot_hub.errors import ExportError
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.probes.features import FeatureModel
@@ -102,19 +102,19 @@ def export_encoder(
                     f"{encoder}: the ONNX model's features differ from torch's by {worst:.1e} relative, over "
                     f"{FLOAT32_TOLERANCE}; nothing was kept; report it with the versions of torch and onnxscript."
                 )
-        sha256 = encoder_sha256(encoder, model)
+        facts = encoder_facts(encoder, model)
+        named = (facts["encoder"], facts["encoder_sha256"], sizes)
         report = {
-            "encoder": str(encoder),
-            "encoder_sha256": sha256,
+            **facts,
             "feature_layer": model.config.pivot["feature_layer"],
             "pictures": len(pictures),
             "files": files,
         }
         if int8 and probe:
             say("probing float32 and int8")
-            rows = {"torch": probe_shapes(model, processor, str(encoder), sha256, sizes)}
+            rows = {"torch": probe_shapes(model, processor, *named)}
             for name in ("onnx/model_quantized.onnx", "quanto/model.safetensors"):
-                rows[name] = probe_shapes(forms[name](), processor, str(encoder), sha256, sizes)
+                rows[name] = probe_shapes(forms[name](), processor, *named)
             report["probe"] = {form: [r.facts() for r in results] for form, results in rows.items()}
         report |= {"machine": machine(), "versions": versions()}
         write_json(folder / "export.json", report)

@@ -108,10 +108,17 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason}") from error
 
 
-def encoder_sha256(name: str | Path, model: Any) -> str:
-    """What tells an encoder's weights from all others: their hash, or the commit of a Hub repository."""
+def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
+    """What a result says of the encoder it was measured on.
+
+    Returns:
+        encoder: the Hub name, or a folder's own name without its path; encoder_sha256: the hash of its weights, or the
+        commit of a Hub repository.
+    """
     path = Path(name)
-    return weights_sha256(path) if path.is_dir() else str(model.config.backbone_config._commit_hash)
+    if path.is_dir():
+        return {"encoder": path.resolve().name, "encoder_sha256": weights_sha256(path)}
+    return {"encoder": str(name), "encoder_sha256": str(model.config.backbone_config._commit_hash)}
 
 
 def verify_repository(folder: str | Path) -> list[str]:

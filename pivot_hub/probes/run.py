@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Picture, Question, Scene, Split, World
-from pivot_hub.encoder.repository import encoder_sha256, read_encoder
+from pivot_hub.encoder.repository import encoder_facts, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import classify_folder, classify_shapes
@@ -149,10 +149,11 @@ def probe_encoder(
     if data != "shapes" and not Path(data).is_dir():
         raise ProbeError(f"data {data!r} is neither `shapes` nor a folder; give a folder of class folders.")
     model, image_processor = read_encoder(encoder)
-    sha256 = encoder_sha256(encoder, model)
+    facts = encoder_facts(encoder, model)
+    name, sha256 = facts["encoder"], facts["encoder_sha256"]
     if data == "shapes":
-        return probe_shapes(model, image_processor, encoder, sha256, sizes, seed), []
-    conditions = _conditions(model, encoder, sha256)
+        return probe_shapes(model, image_processor, name, sha256, sizes, seed), []
+    conditions = _conditions(model, name, sha256)
     return classify_folder(model, image_processor, Path(data), conditions, seed, on_bad_row)
 
 
