@@ -38,11 +38,23 @@ def test_an_unknown_form_is_refused(parts: Path) -> None:
         bench_encoder(str(parts / "vision"), forms=("tpu",))
 
 
-def test_the_readmes_speeds_are_those_of_the_record() -> None:
+def test_the_readmes_speeds_are_those_of_the_records() -> None:
     root = Path(__file__).parents[1]
-    record = json.loads((root / "recipes" / "bench" / "encoder-siglip-base-patch16-224.json").read_text())
+    names = ("base-patch16-224", "so400m-patch14-384")
+    records = [json.loads((root / "recipes" / "bench" / f"encoder-siglip-{name}.json").read_text()) for name in names]
     readme = (root / "README.md").read_text()
-    for form, made in record["forms"].items():
-        row = f"| {form} | {made['images_per_s']} | {made['ratio_to_native']} | {made['peak_memory_mb']} MB |"
-        assert row in readme
-    assert record["forms"]["pivot"]["ratio_to_native"] < 1.02
+    keys = ("images_per_s", "ratio_to_native", "peak_memory_mb")
+    for form in FORMS:
+        row = [form, *(str(record["forms"][form][key]) for record in records for key in keys)]
+        assert f"| {' | '.join(row)} |" in readme
+    assert all(record["forms"]["pivot"]["ratio_to_native"] < 1.02 for record in records)
+
+
+def test_the_readmes_cost_of_int8_is_that_of_the_record() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "recipes" / "bench" / "export-shapes-base.json").read_text())
+    readme = (root / "README.md").read_text()
+    for form, results in record["probe"].items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {form} | "))
+        shown = [r for r in results if r["metric"] in ("balanced_accuracy", "accuracy", "mean_iou")]
+        assert row.endswith(" | ".join(["", *(f"{r['value']:.1f}" for r in shown)]) + " |"), row
