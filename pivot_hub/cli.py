@@ -37,7 +37,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Time one thing against another in one run.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Time one thing against another in one run.\n\nExample: `pivot bench encoder --json bench.json`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 app.add_typer(bench, name="bench")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)

@@ -128,7 +128,10 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["extract", "nowhere", "out"], 2, "not a checkpoint"),
         (["probe", "nowhere"], 2, "no encoder can be loaded"),
         (["search", "shapes/3-dpo", "--rates", "fast"], 2, "give numbers"),
-        (["bench", "speed"], 2, "no benchmark"),
+        (["bench", "speed"], 2, "No such command"),
+        (["bench", "encoder", "--forms", "tpu"], 2, "there is no form 'tpu'"),
+        (["encode", "nowhere", "--encoder", "nowhere"], 2, "is no folder"),
+        (["export", "nowhere", "out"], 2, "no encoder can be loaded"),
         (["space", "--runs", "nowhere"], 2, "run `pivot quickstart` first"),
         (["fly"], 2, "No such command"),
         (["train"], 2, "Missing argument"),
@@ -146,6 +149,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_help_shows_an_example_for_every_command() -> None:
     listed = pivot("--help").stdout
-    for command in ("quickstart", "train", "search", "extract", "verify", "probe", "read", "bench", "gradcam", "space"):
-        assert command in listed
-        assert f"Example: pivot {command}" in " ".join(pivot(command, "--help").stdout.split())
+    commands = ["quickstart", "train", "search", "extract", "verify", "encode", "export", "probe", "read", "gradcam"]
+    for command in [*commands, "space", "bench", "bench shapes", "bench encoder"]:
+        assert command.split()[0] in listed
+        shown = " ".join(pivot(*command.split(), "--help").stdout.split())
+        assert "Example: pivot " + command in shown
