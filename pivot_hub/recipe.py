@@ -123,7 +123,8 @@ class Recipe(Strict):
         tokenizer_size: tokens of the byte-level BPE vocabulary a language stage trains.
         learning_rate: peak rate per part.
         data: where the rows come from; several sources are concatenated.
-        args: arguments of the stage's trainer config (TRL's SFTConfig or DPOConfig), in their own names.
+        args: arguments of the stage's trainer config, in their own names: TRL's SFTConfig, or PivotDPOConfig, which is
+            TRL's DPOConfig with four switches.
         on_bad_row: stop at the first row that cannot be used, or skip and count it.
         seed: of initialisation, shuffling and dropout.
     """

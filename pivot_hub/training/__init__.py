@@ -17,9 +17,9 @@ def trainer_config(stage: Stage) -> type[TrainingArguments]:
 
         return TrainingArguments
     if stage == "dpo":
-        from trl import DPOConfig
+        from pivot_hub.training.dpo import PivotDPOConfig
 
-        return DPOConfig
+        return PivotDPOConfig
     from trl import SFTConfig
 
     return SFTConfig

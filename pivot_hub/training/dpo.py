@@ -1,28 +1,195 @@
-"""Stage dpo: TRL's DPOTrainer from the same parent and on the same rows as sft."""
+"""Stage dpo: TRL's DPOTrainer from the same parent and on the same rows as sft, without its repeated work."""
 
 from __future__ import annotations
 
+import logging
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
-from transformers import TrainerCallback
+import torch
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.data.source import RowReport, as_dataset, read_rows
-from pivot_hub.errors import CheckpointError
+from pivot_hub.errors import CheckpointError, TrainingError
 from pivot_hub.mllm import IMAGE_TOKEN, freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
+from pivot_hub.training.pairs import PairCollator, share_forward
 from pivot_hub.training.part_trainer import PartTrainer
+from pivot_hub.training.reference import ReferenceCache, model_hash, processor_hash, row_key
 from pivot_hub.training.row_check import RowCheck
+
+SWITCHES = ("encode_once", "share_prefix", "cache_reference", "pack")
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PivotDPOConfig(DPOConfig):
+    """TRL's DPOConfig, and which repeated work is left out. None of the switches changes the loss.
+
+    Args:
+        encode_once: prepare and encode each distinct image of a batch once.
+        share_prefix: run prompt and image once for both answers.
+        cache_reference: compute reference log-probabilities once, keep them on disk, and let the reference model go.
+        pack: lay pairs out one after the other instead of padding them to the longest.
+        reference_cache: folder of the cached values; below HF_HOME by default.
+    """
+
+    encode_once: bool = field(default=True, metadata={"help": "Encode each distinct image of a batch once."})
+    share_prefix: bool = field(default=True, metadata={"help": "Run prompt and image once for both answers."})
+    cache_reference: bool = field(default=True, metadata={"help": "Keep reference log-probabilities on disk."})
+    pack: bool = field(default=True, metadata={"help": "Lay pairs out without padding."})
+    reference_cache: str | None = field(default=None, metadata={"help": "Folder of reference log-probabilities."})
 
 
 class PivotDPOTrainer(PartTrainer, DPOTrainer):
-    """TRL's DPOTrainer with a learning rate per part."""
+    """TRL's DPOTrainer without its repeated work, and with a learning rate per part.
+
+    Takes what DPOTrainer takes. The switches of `PivotDPOConfig` are for LLaVA-style models; for others they are
+    turned off, which is logged. Where a setting does not go with a switch, the error names the switch.
+
+    Args:
+        rates: learning rate of each part of the MLLM (vision, projector, language); `args.learning_rate` for all
+            where it is None.
+
+    Raises:
+        TrainingError: a switch that is on does not go with another setting.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: PivotDPOConfig | None = None,
+        *,
+        processing_class: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        rates: dict[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        args = PivotDPOConfig() if args is None else args
+        on = _switches(model, ref_model, processing_class, args, train_dataset, options.get("peft_config"))
+        if isinstance(model, torch.nn.Module) and ref_model is None and options.get("peft_config") is None:
+            # TRL would load it by the model's hub name, which a model of a folder or of a config does not have.
+            ref_model = deepcopy(model).eval().requires_grad_(False)
+        cache = None
+        if on["cache_reference"]:
+            cache = ReferenceCache(
+                args.reference_cache or Path(HF_HOME) / "pivot_hub" / "reference",
+                {
+                    "model": model_hash(ref_model),
+                    "processor": processor_hash(processing_class),
+                    "max_length": args.max_length,
+                    "ld_alpha": args.ld_alpha,
+                    "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+                },
+            )
+        if any(on.values()):
+            layout = (on["encode_once"], on["share_prefix"], on["pack"])
+            options["data_collator"] = PairCollator(processing_class, args.max_length, *layout)
+            for each in (model, ref_model):
+                share_forward(each)
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **options,
+        )
+        self.rates = rates
+        if cache is not None:
+            self._fill(cache)
+            cast(PairCollator, self.data_collator).references = cache.find
+            self.ref_model, self.precompute_ref_logps = None, True
+
+    def _fill(self, cache: ReferenceCache) -> None:
+        """Compute what the cache lacks of every data set, each process its share."""
+        cache.read()
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        size = self.args.per_device_train_batch_size
+        for dataset in (self.train_dataset, *sets.values()):
+            if dataset is None:
+                continue
+            rows: dict[str, Any] = {}
+            for i in range(index, len(dataset), count):
+                example = dataset[i]
+                key = row_key(example)
+                if key not in cache.known and key not in rows:
+                    rows[key] = example
+                if rows and (len(rows) == size or i + count >= len(dataset)):
+                    self._compute_rows(cache, rows)
+                    rows = {}
+        self.accelerator.wait_for_everyone()
+        cache.read()
+
+    def _compute_rows(self, cache: ReferenceCache, rows: dict[str, Any]) -> None:
+        inputs = self._prepare_inputs(self.data_collator(list(rows.values())))
+        chosen, rejected = (part.float().cpu().tolist() for part in self.compute_ref_log_probs(self.ref_model, inputs))
+        cache.write(list(rows), chosen, rejected)
+        cache.known |= dict(zip(rows, zip(chosen, rejected, strict=True), strict=True))
+
+
+def _switches(
+    model: Any, ref_model: Any, processor: Any, args: PivotDPOConfig, train_dataset: Any, peft_config: Any
+) -> dict[str, bool]:
+    """Which switches are on for this model and these settings.
+
+    Raises:
+        TrainingError: one that is on does not go with a setting.
+    """
+    on = {name: getattr(args, name) for name in SWITCHES}
+    if not any(on.values()):
+        return on
+    if not isinstance(model, LlavaForConditionalGeneration) and not _is_peft(model):
+        kind = model if isinstance(model, str) else type(model).__name__
+        logger.warning("%s is not a LlavaForConditionalGeneration: %s are off.", kind, ", ".join(SWITCHES))
+        return dict.fromkeys(SWITCHES, False)
+    if not isinstance(processor, LlavaProcessor):
+        logger.warning("processing_class is no LlavaProcessor: %s are off.", ", ".join(SWITCHES))
+        return dict.fromkeys(SWITCHES, False)
+    forward = ("encode_once", "share_prefix", "pack", "cache_reference")
+    refusals = [
+        (peft_config is not None or _is_peft(model), forward, "PEFT wraps the model these switches run inside"),
+        (args.use_liger_kernel, forward, "use_liger_kernel replaces the forward these switches run"),
+        (args.sync_ref_model, ("cache_reference",), "sync_ref_model changes the reference as it trains"),
+        (args.precompute_ref_log_probs, ("cache_reference",), "precompute_ref_log_probs is TRL's own cache"),
+        (
+            not isinstance(train_dataset, Dataset),
+            ("cache_reference",),
+            "a data set that is no datasets.Dataset cannot be read twice",
+        ),
+    ]
+    if isinstance(model, LlavaForConditionalGeneration):
+        language: Any = model.model.language_model
+        attention = language.config._attn_implementation
+        sliding = "sliding_attention" in (getattr(language.config, "layer_types", None) or ())
+        refusals += [
+            (attention not in ("sdpa", "pivot_pairs"), forward, f"they are for sdpa attention, not {attention}"),
+            (sliding, forward, "they do not know sliding windows"),
+            (hasattr(language.config, "output_router_logits"), forward, "they do not know mixtures of experts"),
+        ]
+    for applies, names, reason in refusals:
+        wrong = [name for name in names if on[name]]
+        if applies and wrong:
+            raise TrainingError(f"{reason}; set {', '.join(f'{name}=False' for name in wrong)}.")
+    return on
+
+
+def _is_peft(model: Any) -> bool:
+    return hasattr(model, "peft_config")
 
 
 def build_trainer(
     loaded: LoadedRecipe,
-    args: DPOConfig,
+    args: PivotDPOConfig,
     parent: Path | None,
     report: RowReport,
     callbacks: list[TrainerCallback],
@@ -30,7 +197,7 @@ def build_trainer(
     """Make the trainer of a dpo recipe; the frozen reference is the parent itself.
 
     Args:
-        args: a DPOConfig.
+        args: a PivotDPOConfig.
         parent: the checkpoint that policy and reference start from.
         report: filled with what was read and left out.
 
@@ -40,19 +207,15 @@ def build_trainer(
     if parent is None:
         raise CheckpointError(f"{loaded.path}: dpo starts from a checkpoint; name its recipe as `parent`.")
     model, processor = load_mllm(parent)
-    # TRL would load the reference by the model's hub name, which a checkpoint of a folder does not have.
-    reference = deepcopy(model).eval().requires_grad_(False)
     rates = loaded.recipe.learning_rate.trained()
     freeze_parts(model, rates)
     check = RowCheck(processor, args.max_length, "preference", report, pairs=True)
     sources, rows = read_rows(loaded, check, report)
-    trainer = PivotDPOTrainer(
+    return PivotDPOTrainer(
         model=model,
-        ref_model=reference,
         args=args,
         train_dataset=as_dataset(sources, rows, "preference", IMAGE_TOKEN),
         processing_class=processor,
         callbacks=callbacks,
+        rates=rates,
     )
-    trainer.rates = rates
-    return trainer

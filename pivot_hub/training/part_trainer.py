@@ -14,9 +14,11 @@ from pivot_hub.mllm import load_mllm, parameter_groups
 class PartTrainer(Trainer):
     """A Trainer whose optimizer has one group per trained part. Put it before a TRL trainer in the bases."""
 
-    rates: dict[str, float]
+    rates: dict[str, float] | None = None  # of each part; None leaves the optimizer to transformers
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.rates is None:
+            return super().create_optimizer()
         if self.optimizer is None:
             mllm = cast(LlavaForConditionalGeneration, self.accelerator.unwrap_model(self.model))
             decayed = set(self.get_decay_parameter_names(mllm))

@@ -1,0 +1,318 @@
+"""Preference pairs without repeated work: a prompt and its image run once for both answers, and nothing is padding.
+
+TRL lays a batch of B pairs out as 2B sequences, prompt and answer each, padded to the longest. Here the same tokens
+are laid out as trees, a prefix and the branches that follow it, and hidden states are handed back to TRL's loss in
+rows of its own order: the last token of the prompt, then the answer. Positions restart at each branch, and attention
+is computed tree by tree, so no branch sees another. Nothing of TRL's loss is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, LlavaProcessor
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
+from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
+
+from pivot_hub.errors import DataError
+
+ATTENTION = "pivot_pairs"
+Logps = tuple[float, float]  # of the chosen and of the rejected answer
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tokens that follow each other in a row: a prefix, then branches that each continue the prefix alone."""
+
+    start: int
+    prefix: int
+    branches: tuple[int, ...] = ()
+
+
+Layout = tuple[tuple[Tree, ...], ...]  # the trees of each row
+
+
+@dataclass
+class PairCollator:
+    """Turns preference rows into the batch that `share_forward` runs and TRL's loss reads.
+
+    Args:
+        processor: of a LLaVA-style model: an image is a run of one token.
+        max_length: of prompt and answer together; answers are cut, as TRL does.
+        encode_once: process and encode an image once, however many pairs show it; otherwise once an occurrence.
+        share_prefix: one tree a pair; otherwise two, each with the prompt and one answer.
+        pack: all trees in one row without padding; otherwise one row a tree, padded to the longest.
+        references: finds the reference log-probabilities of a row.
+    """
+
+    processor: LlavaProcessor
+    max_length: int | None = None
+    encode_once: bool = True
+    share_prefix: bool = True
+    pack: bool = True
+    references: Callable[[dict[str, Any]], Logps] | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate B pairs.
+
+        Returns:
+            input_ids, completion_mask (2B, 1 + answer), chosen first: the prompt's last token, then the answer;
+            attention_mask (2B, prompt + answer), TRL's, for its token count; pair_ids, pair_positions (rows, tokens);
+            pair_take (2B, 1 + answer), where each of input_ids lies in the flattened rows; pair_layout;
+            pixel_values (images, ...) and pair_images, the image of each run of image tokens.
+        """
+        references = [self.references(e) for e in examples] if self.references else None
+        pictures = [_images(e) for e in examples]
+        rows = [_rendered(e, i, self.processor) for e, i in zip(examples, pictures, strict=True)]
+        copies = 1 if self.share_prefix else 2
+        distinct, image_of = self._distinct(pictures, copies)
+        pixels, runs = self._pixels(distinct)
+        image_token = self.processor.image_token_id
+        tokenizer: Any = self.processor.tokenizer
+        prompts: list[list[int]] = []
+        at = iter(image_of)
+        for i, ids in enumerate(tokenizer([r["prompt"] for r in rows], add_special_tokens=False)["input_ids"]):
+            if ids.count(image_token) != len(pictures[i]):
+                raise DataError(
+                    f"a prompt names {ids.count(image_token)} images and has {len(pictures[i])}: {rows[i]['prompt']!r}."
+                )
+            widths = {at_: runs[next(at)] for at_, token in enumerate(ids) if token == image_token}
+            for _ in range((copies - 1) * len(widths)):
+                next(at)
+            prompts.append([t for at_, token in enumerate(ids) for t in [token] * widths.get(at_, 1)])
+        answers = [
+            tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"] for side in ("chosen", "rejected")
+        ]
+        batch = self._laid_out(prompts, [self._cut(prompts, some) for some in answers])
+        if pixels is not None:
+            batch |= {"pixel_values": pixels, "pair_images": torch.tensor(image_of)}
+        if references is not None:
+            chosen, rejected = zip(*references, strict=True)
+            batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+        return batch
+
+    def _distinct(self, pictures: list[list[Any]], copies: int) -> tuple[list[Any], list[int]]:
+        """The images to process, and which of them each occurrence shows, in the order of the trees."""
+        distinct: list[Any] = []
+        known: dict[str, int] = {}
+        image_of = []
+        for some in pictures:
+            for copy in range(copies):
+                for k, picture in enumerate(some):
+                    key = image_key(picture) if self.encode_once else f"{id(some)}/{copy}/{k}"
+                    if key not in known:
+                        known[key] = len(distinct)
+                        distinct.append(picture)
+                    image_of.append(known[key])
+        return distinct, image_of
+
+    def _pixels(self, images: list[Any]) -> tuple[torch.Tensor | None, list[int]]:
+        """Pixel values of the images, and how many image tokens each becomes."""
+        if not images:
+            return None, []
+        token = self.processor.image_token
+        made: Any = self.processor(
+            images=images, text=[token] * len(images), return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        return made["pixel_values"], (made["input_ids"] == self.processor.image_token_id).sum(1).tolist()
+
+    def _cut(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+        if self.max_length is None:
+            return answers
+        return [a[: max(0, self.max_length - len(p))] for p, a in zip(prompts, answers, strict=True)]
+
+    def _laid_out(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> dict[str, Any]:
+        trees: list[tuple[list[int], list[list[int]]]] = []
+        chosens, rejecteds = answers
+        for prompt, chosen, rejected in zip(prompts, chosens, rejecteds, strict=True):
+            if self.share_prefix:
+                trees.append((prompt, [chosen, rejected]))
+            else:
+                trees += [(prompt + chosen, []), (prompt + rejected, [])]
+        rows = [trees] if self.pack else [[tree] for tree in trees]
+        ids: list[list[int]] = []
+        positions: list[list[int]] = []
+        layout, starts = [], []
+        for row in rows:
+            row_ids: list[int] = []
+            row_positions: list[int] = []
+            row_trees = []
+            for prefix, branches in row:
+                starts.append((len(ids), len(row_ids)))
+                row_trees.append(Tree(len(row_ids), len(prefix), tuple(map(len, branches))))
+                row_ids += prefix + [t for b in branches for t in b]
+                row_positions += range(len(prefix))
+                row_positions += [p for b in branches for p in range(len(prefix), len(prefix) + len(b))]
+            ids.append(row_ids)
+            positions.append(row_positions)
+            layout.append(tuple(row_trees))
+        width = max(map(len, ids))
+        take, tails, masks, lengths = [], [], [], []
+        for side, some in enumerate(answers):
+            for i, (prompt, answer) in enumerate(zip(prompts, some, strict=True)):
+                at, start = starts[i] if self.share_prefix else starts[2 * i + side]
+                last = at * width + start + len(prompt) - 1
+                before = len(answers[0][i]) if self.share_prefix and side == 1 else 0
+                take.append([last, *range(last + 1 + before, last + 1 + before + len(answer))])
+                tails.append([prompt[-1], *answer])
+                masks.append([0] + [1] * len(answer))
+                lengths.append(len(prompt) + len(answer))
+        tokenizer: Any = self.processor.tokenizer
+        return {
+            "input_ids": _padded(tails, tokenizer.pad_token_id),
+            "completion_mask": _padded(masks, 0),
+            "attention_mask": _padded([[1] * n for n in lengths], 0),
+            "pair_ids": _padded(ids, tokenizer.pad_token_id),
+            "pair_positions": _padded(positions, 0),
+            "pair_take": _padded(take, 0),
+            "pair_layout": tuple(layout),
+        }
+
+
+def share_forward(model: Any) -> None:
+    """Let a LLaVA-style model run the batches of `PairCollator`; other batches run as before.
+
+    Args:
+        model: a LlavaForConditionalGeneration; its language model must use sdpa attention.
+    """
+    inner = model.model
+    inner.language_model.set_attn_implementation(ATTENTION)
+    original = inner.forward
+
+    @functools.wraps(type(inner).forward)
+    def forward(self: Any, *args: Any, pair_layout: Layout | None = None, **kwargs: Any) -> Any:
+        if pair_layout is None:
+            return original(*args, **kwargs)
+        return _run_trees(self, pair_layout, **kwargs)
+
+    inner.forward = types.MethodType(forward, inner)
+
+
+def _run_trees(
+    model: Any,
+    layout: Layout,
+    pair_ids: torch.Tensor,
+    pair_positions: torch.Tensor,
+    pair_take: torch.Tensor,
+    pair_images: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> BaseModelOutput:
+    """Hidden states of the last prompt token and the answer of each of the 2B rows: (2B, 1 + answer, D)."""
+    embeds = model.get_input_embeddings()(pair_ids)
+    if pixel_values is not None:
+        features = torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
+        shown = features[pair_images].flatten(0, 1).to(embeds.device, embeds.dtype)
+        places = pair_ids == model.config.image_token_id
+        if int(places.sum()) != len(shown):
+            raise DataError(
+                f"{int(places.sum())} image tokens for {len(shown)} image features: `max_length` cuts into an image; "
+                "raise it, or shorten the prompts."
+            )
+        embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), shown)
+    # A 4-D mask passes transformers' mask code untouched; the attention below reads the layout instead.
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    states = model.language_model(
+        inputs_embeds=embeds, position_ids=pair_positions, attention_mask=no_mask, pair_layout=layout, **kwargs
+    ).last_hidden_state
+    return BaseModelOutput(last_hidden_state=states.flatten(0, 1)[pair_take])
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    pair_layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of trees: a prefix sees itself, a branch its prefix and itself, all causally.
+
+    Args:
+        query: (rows, heads, tokens, d); key and value may have fewer heads.
+        pair_layout: the trees of each row; without it this is sdpa.
+
+    Returns:
+        (rows, tokens, heads, d); what lies in no tree, padding, is zero.
+    """
+    if pair_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    options: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.is_cuda and groups > 1}
+    if not options["enable_gqa"]:  # off CUDA it would take the slow path
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    rows = []
+    for row, trees in enumerate(pair_layout):
+        q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
+        made = []
+        at = 0
+        for tree in trees:
+            own = slice(tree.start, tree.start + tree.prefix)
+            made.append(
+                F.scaled_dot_product_attention(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True, **options)
+            )
+            at = own.stop
+            for length in tree.branches:
+                if length == 0:
+                    continue
+                new = slice(at, at + length)
+                seen_k = torch.cat((k[:, :, own], k[:, :, new]), dim=2)
+                seen_v = torch.cat((v[:, :, own], v[:, :, new]), dim=2)
+                mask = causal_lower_right(length, tree.prefix + length)
+                made.append(F.scaled_dot_product_attention(q[:, :, new], seen_k, seen_v, attn_mask=mask, **options))
+                at = new.stop
+        if at < q.shape[2]:
+            made.append(q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3]))
+        rows.append(torch.cat(made, dim=2))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def image_key(image: Any) -> str:
+    """What tells a decoded image from others: its mode, size and pixels."""
+    facts = f"{image.mode}{image.size}".encode()
+    return hashlib.blake2b(facts + image.tobytes(), digest_size=16).hexdigest()
+
+
+def _images(example: dict[str, Any]) -> list[Any]:
+    if "image" in example:
+        return [example["image"]]
+    return list(example.get("images") or [])
+
+
+def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProcessor) -> dict[str, str]:
+    """Prompt and answers as text, through the chat template where they are messages."""
+    texts: dict[str, Any] = {side: example[side] for side in ("prompt", "chosen", "rejected")}
+    if is_conversational(texts):
+        texts = {
+            "prompt": prepare_multimodal_messages(texts["prompt"], images=images),
+            "chosen": prepare_multimodal_messages(texts["chosen"]),
+            "rejected": prepare_multimodal_messages(texts["rejected"]),
+        }
+        texts = apply_chat_template(texts, processor)
+    return texts
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    """(rows, longest), padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
