@@ -285,6 +285,23 @@ def bench_encoder(
     _write(json_path, measured)
 
 
+@bench.command("dpo-step")
+def bench_dpo_step(
+    size: Annotated[str, typer.Option(help="tiny, or so400m-1.5b for a GPU.")] = "tiny",
+    batch: Annotated[int, typer.Option(help="Pairs of a step.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 5,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """A DPO step with stock TRL, with each switch of PivotDPOTrainer alone, and with all.
+
+    Example: `pivot bench dpo-step --size tiny --json dpo-step.json`
+    """
+    from pivot_hub.bench.dpo_step import bench_dpo_step
+
+    _write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, say=_say))
+
+
 @app.command()
 def gradcam(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],

@@ -235,7 +235,11 @@ def test_the_check_can_fail(models: Models, stock: Any, tmp_path: Path, monkeypa
         assert_same(step(ours, ROWS), wanted)
     monkeypatch.undo()
     assert_same(step(ours, ROWS), wanted)
-    monkeypatch.setattr(pairs, "causal_lower_right", lambda new, seen: torch.ones(new, seen, dtype=torch.bool))
+    monkeypatch.setattr(
+        pairs,
+        "branch_mask",
+        lambda tree, device: torch.ones(sum(tree.branches), tree.prefix + sum(tree.branches)).bool(),
+    )
     with pytest.raises(AssertionError):
         assert_same(step(ours, ROWS), wanted)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, LlavaProcessor
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -224,10 +223,24 @@ def _run_trees(
         embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), shown)
     # A 4-D mask passes transformers' mask code untouched; the attention below reads the layout instead.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    masks = tuple(tuple(branch_mask(tree, embeds.device) for tree in trees) for trees in layout)
     states = model.language_model(
-        inputs_embeds=embeds, position_ids=pair_positions, attention_mask=no_mask, pair_layout=layout, **kwargs
+        inputs_embeds=embeds,
+        position_ids=pair_positions,
+        attention_mask=no_mask,
+        pair_layout=layout,
+        pair_masks=masks,
+        **kwargs,
     ).last_hidden_state
     return BaseModelOutput(last_hidden_state=states.flatten(0, 1)[pair_take])
+
+
+def branch_mask(tree: Tree, device: torch.device) -> torch.Tensor | None:
+    """What the branches of a tree see: (branch tokens, tree tokens), true for the prefix and their own past."""
+    if not any(tree.branches):
+        return None
+    own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool).tril() for n in tree.branches)).bool()
+    return torch.cat((torch.ones(len(own), tree.prefix, dtype=torch.bool), own), dim=1).to(device)
 
 
 def attend(
@@ -239,6 +252,7 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     pair_layout: Layout | None = None,
+    pair_masks: tuple[tuple[torch.Tensor | None, ...], ...] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of trees: a prefix sees itself, a branch its prefix and itself, all causally.
@@ -246,6 +260,7 @@ def attend(
     Args:
         query: (rows, heads, tokens, d); key and value may have fewer heads.
         pair_layout: the trees of each row; without it this is sdpa.
+        pair_masks: of each tree, `branch_mask`.
 
     Returns:
         (rows, tokens, heads, d); what lies in no tree, padding, is zero.
@@ -255,33 +270,28 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     groups = query.shape[1] // key.shape[1]
-    options: Any = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.is_cuda and groups > 1}
-    if not options["enable_gqa"]:  # off CUDA it would take the slow path
+    grouped = query.is_cuda and groups > 1
+    if not grouped:  # off CUDA grouped heads would take the slow path
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    dot_product = functools.partial(
+        F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+    )
     rows = []
-    for row, trees in enumerate(pair_layout):
+    for row, (trees, masks) in enumerate(zip(pair_layout, pair_masks, strict=True)):
         q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
         made = []
-        at = 0
-        for tree in trees:
+        end = 0
+        for tree, mask in zip(trees, masks, strict=True):
             own = slice(tree.start, tree.start + tree.prefix)
-            made.append(
-                F.scaled_dot_product_attention(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True, **options)
-            )
-            at = own.stop
-            for length in tree.branches:
-                if length == 0:
-                    continue
-                new = slice(at, at + length)
-                seen_k = torch.cat((k[:, :, own], k[:, :, new]), dim=2)
-                seen_v = torch.cat((v[:, :, own], v[:, :, new]), dim=2)
-                mask = causal_lower_right(length, tree.prefix + length)
-                made.append(F.scaled_dot_product_attention(q[:, :, new], seen_k, seen_v, attn_mask=mask, **options))
-                at = new.stop
-        if at < q.shape[2]:
-            made.append(q.new_zeros(1, q.shape[1], q.shape[2] - at, v.shape[3]))
-        rows.append(torch.cat(made, dim=2))
-    return torch.cat(rows).transpose(1, 2).contiguous(), None
+            made.append(dot_product(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True))
+            end = own.stop + sum(tree.branches)
+            if mask is not None:
+                new, whole = slice(own.stop, end), slice(tree.start, end)
+                made.append(dot_product(q[:, :, new], k[:, :, whole], v[:, :, whole], attn_mask=mask))
+        if end < q.shape[2]:
+            made.append(q.new_zeros(1, q.shape[1], q.shape[2] - end, v.shape[3]))
+        rows.append(torch.cat([m.transpose(1, 2) for m in made], dim=1))
+    return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
 
 AttentionInterface.register(ATTENTION, attend)
