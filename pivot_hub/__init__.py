@@ -19,6 +19,8 @@ _HOMES = {
     "export_encoder": "pivot_hub.encoder.export",
     "build_mllm": "pivot_hub.mllm",
     "load_mllm": "pivot_hub.mllm",
+    "PivotDPOConfig": "pivot_hub.training.dpo",
+    "PivotDPOTrainer": "pivot_hub.training.dpo",
     "load_recipe": "pivot_hub.recipe",
     "run_stage": "pivot_hub.training.stage",
     "gradient_map": "pivot_hub.gradcam",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from pivot_hub.mllm import build_mllm as build_mllm
     from pivot_hub.mllm import load_mllm as load_mllm
     from pivot_hub.recipe import load_recipe as load_recipe
+    from pivot_hub.training.dpo import PivotDPOConfig as PivotDPOConfig
+    from pivot_hub.training.dpo import PivotDPOTrainer as PivotDPOTrainer
     from pivot_hub.training.stage import run_stage as run_stage
 
 

@@ -1,16 +1,21 @@
-"""The encoder benchmark: every form is run, and its record says under what conditions."""
+"""Benchmarks: every form and variant is run, and a record says under what conditions."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from pivot_hub.bench import encoder
+from pivot_hub.bench import dpo_step, encoder
+from pivot_hub.bench.dpo_step import Size, bench_dpo_step
 from pivot_hub.bench.encoder import FORMS, bench_encoder
 from pivot_hub.cli import FORMS as OFFERED
 from pivot_hub.errors import ProbeError
+from pivot_hub.training.dpo import SWITCHES
 
 
 def test_every_form_is_timed_against_native(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +63,49 @@ def test_the_readmes_cost_of_int8_is_that_of_the_record() -> None:
         row = next(line for line in readme.splitlines() if line.startswith(f"| {form} | "))
         shown = [r for r in results if r["metric"] in ("balanced_accuracy", "accuracy", "mean_iou")]
         assert row.endswith(" | ".join(["", *(f"{r['value']:.1f}" for r in shown)]) + " |"), row
+
+
+SMALL = Size((32, 3, 2, 64), 32, 8, (32, 2, 2, 1, 64), 60, 5, 8, 16)
+
+
+def test_a_dpo_step_is_timed_in_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dpo_step.SIZES, "small", SMALL)
+    report = bench_dpo_step("small", batch=3, rounds=2, say=lambda line: None)
+    for lengths in ("equal", "lognormal"):
+        made = report["variants"][lengths]
+        assert list(made) == ["stock", *SWITCHES, "all"]
+        assert made["stock"]["ratio_to_stock"] == made["stock"]["saved_to_stock"] == 1
+        assert made["all"]["flops"] < made["share_prefix"]["flops"] < made["encode_once"]["flops"]
+        assert made["encode_once"]["flops"] < made["stock"]["flops"]
+        assert made["share_prefix"]["saved_bytes"] < made["stock"]["saved_bytes"]
+        assert all(len(v["ratios"]) == 2 and v["step_s"] > 0 for v in made.values())
+    assert report["variants"]["equal"]["pack"]["flops"] == report["variants"]["equal"]["stock"]["flops"]
+    with pytest.raises(ProbeError, match="there is no size '7b'; give one of tiny, so400m"):
+        bench_dpo_step("7b")
+
+
+def test_the_flop_formula_agrees_with_a_counter() -> None:
+    """torch counts the whole square of attention, and its forward the block above the feature layer: both are small."""
+    shape = Size((64, 12, 2, 256), 32, 8, (128, 6, 2, 2, 512), 60, 12, 30, 40)
+    rows = dpo_step._rows(shape, 2, "lognormal")
+    processor = dpo_step._processor(shape)
+    policy = dpo_step._model(shape, processor, torch.float32)
+    for switches in (None, dict.fromkeys(SWITCHES, True)):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = dpo_step._trainer(policy, processor, rows, switches, Path(folder), False)
+            inputs = dpo_step._inputs(trainer, rows)
+            with FlopCounterMode(display=False) as counter:
+                dpo_step._step(trainer, inputs)
+        assert dpo_step._flops(shape, rows, switches) == pytest.approx(counter.get_total_flops(), rel=0.12)
+
+
+def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "recipes" / "bench" / "dpo-step-tiny.json").read_text())["variants"]
+    readme = (root / "README.md").read_text()
+    for name in ("stock", *SWITCHES, "all"):
+        cells = [str(record[lengths][name][k]) for lengths in record for k in ("ratio_to_stock", "saved_to_stock")]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
+    assert record["equal"]["all"]["ratio_to_stock"] >= 2.3
+    assert record["lognormal"]["all"]["ratio_to_stock"] >= 3
+    assert record["equal"]["all"]["saved_to_stock"] <= 0.6

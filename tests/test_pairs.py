@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.errors import DataError, TrainingError
@@ -360,3 +365,59 @@ def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
     batch["pair_ids"][batch["pair_ids"] == models[2].image_token_id] = 0
     with pytest.raises(DataError, match="0 image tokens for 32 image features"):
         ours.compute_loss(ours.model, batch)
+
+
+def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
+    policy, reference, processor = models
+    for name, model in (("mllm", policy), ("reference", reference)):
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = ["-m", "tests.two_processes", str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*launch, *script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "ours")]
+    assert len(losses[0]) == 12  # 8 rows, two processes of one row each, 3 epochs
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    stock, ours = (load_file(tmp_path / f"{name}.safetensors") for name in ("stock", "ours"))
+    for name, weight in stock.items():
+        assert (ours[name] - weight).norm() / weight.norm() < 1e-3, name
+    computed = [json.loads((tmp_path / f"computed-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(computed) >= len(ROWS)  # a row that two processes meet at the same time is computed by both
+    assert max(computed) <= 4
+
+
+def test_other_models_fall_back_to_trls_own_way(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model without vision trains as DPOTrainer trains it, and the log says that the switches are off."""
+    tokenizer = AutoTokenizer.from_pretrained(parts / "language")
+    tokenizer.chat_template = None
+    rows = {"prompt": ["the scene holds"] * 2, "chosen": [" a red star", " two"], "rejected": [" nothing", " three"]}
+    losses = []
+    kinds: list[tuple[Any, Any]] = [(DPOTrainer, DPOConfig), (PivotDPOTrainer, PivotDPOConfig)]
+    for kind, config in kinds:
+        made = kind(
+            model=AutoModelForCausalLM.from_pretrained(parts / "language"),
+            ref_model=AutoModelForCausalLM.from_pretrained(parts / "language"),
+            args=config(output_dir=str(tmp_path), max_steps=2, bf16=False, report_to="none", logging_steps=1),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        )
+        made.train()
+        losses.append([h["loss"] for h in made.state.log_history if "loss" in h])
+    assert losses[0] == losses[1]
+    assert "Qwen2ForCausalLM is not a LlavaForConditionalGeneration: encode_once, share_prefix" in caplog.text
+
+
+def test_the_readmes_trainer_is_made(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PivotDPOTrainer(" in block)
+    assert "per_device_train_batch_size=4)" in code
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("size=4)", "size=4, bf16=False, report_to='none', reference_cache='cache')")
+    dataset = trainer(models, tmp_path, {}).train_dataset
+    made: dict[str, Any] = {"model": deepcopy(models[0]), "processor": models[2], "dataset": dataset}
+    exec(code, made)
+    groups = made["trainer"].create_optimizer().param_groups
+    assert {group["part"] for group in groups} == {"vision", "projector", "language"}
+    assert {group["lr"] for group in groups} == {1e-6}
