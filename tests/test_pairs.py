@@ -9,7 +9,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -206,20 +206,42 @@ def test_text_only_pairs_are_equal(models: Models, tmp_path: Path) -> None:
     assert step(ours, mixed)[0] == pytest.approx(sum(step(ours, [r])[0] for r in mixed) / 3, rel=1e-5)
 
 
-def test_twenty_steps_end_at_the_same_weights(models: Models, tmp_path: Path) -> None:
-    args: Any = {"num_train_epochs": 8, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+@pytest.mark.parametrize(("epochs", "accumulated", "steps"), [(8, 1, 24), (10, 2, 20)])
+def test_twenty_steps_end_at_the_same_weights(
+    epochs: int, accumulated: int, steps: int, models: Models, tmp_path: Path
+) -> None:
+    """5 rows in batches of 2: the last batch of an epoch is left over."""
+    args: Any = {"num_train_epochs": epochs, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    args["gradient_accumulation_steps"] = accumulated
     trained = []
     settings: list[dict[str, bool] | None] = [None, {}]
     for switches in settings:
         one = trainer(models, tmp_path / str(switches is None), switches, **args)
         one.train()
-        assert one.state.global_step == 24  # 5 rows: the last batch of an epoch is left over
+        assert one.state.global_step == steps
         trained.append({n: p.detach().clone() for n, p in one.model.named_parameters()})
     moved = dict(models[0].named_parameters())
     for name in trained[0]:
         off = (trained[0][name] - trained[1][name]).norm() / trained[0][name].norm()
         assert off < 1e-3, f"{name}: {off:.1e}"
     assert any((trained[0][n] - moved[n]).norm() / moved[n].norm() > 0.01 for n in moved)
+
+
+def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
+    ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "stock", None)
+    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, theirs))
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_mean_token_accuracy"):
+        assert made[name] == pytest.approx(wanted[name], abs=1e-5), name
+
+
+def test_bfloat16_is_close(models: Models, tmp_path: Path) -> None:
+    exact = step(trainer(models, tmp_path, {}), ROWS)[0]
+    policy, reference, processor = deepcopy(models)
+    for model in (policy, reference):
+        cast(torch.nn.Module, model).to(torch.bfloat16)
+    made = step(trainer((policy, reference, processor), tmp_path, {}), ROWS)[0]
+    assert made == pytest.approx(exact, rel=0.05)
+    assert made != exact
 
 
 def test_the_check_can_fail(models: Models, stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

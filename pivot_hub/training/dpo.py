@@ -74,7 +74,8 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
     ) -> None:
         args = PivotDPOConfig() if args is None else args
         on = _switches(model, ref_model, processing_class, args, train_dataset, options.get("peft_config"))
-        if isinstance(model, torch.nn.Module) and ref_model is None and options.get("peft_config") is None:
+        asked = ref_model is None and options.get("peft_config") is None and not args.precompute_ref_log_probs
+        if asked and isinstance(model, torch.nn.Module) and not _is_peft(model):
             # TRL would load it by the model's hub name, which a model of a folder or of a config does not have.
             ref_model = deepcopy(model).eval().requires_grad_(False)
         cache = None
@@ -149,7 +150,7 @@ def _switches(
     if not any(on.values()):
         return on
     if not isinstance(model, LlavaForConditionalGeneration) and not _is_peft(model):
-        kind = model if isinstance(model, str) else type(model).__name__
+        kind = f"{model!r}, a name and not a model," if isinstance(model, str) else type(model).__name__
         logger.warning("%s is not a LlavaForConditionalGeneration: %s are off.", kind, ", ".join(SWITCHES))
         return dict.fromkeys(SWITCHES, False)
     if not isinstance(processor, LlavaProcessor):
