@@ -389,16 +389,28 @@ def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
         ours.compute_loss(ours.model, batch)
 
 
-def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
+def in_two_processes(module: str, models: Models, folder: Path) -> None:
+    """Run a script of the tests under torchrun, on the models saved in the folder."""
     policy, reference, processor = models
     for name, model in (("mllm", policy), ("reference", reference)):
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = ["-m", "tests.two_processes", str(tmp_path)]
-    root = Path(__file__).parents[1]
-    done = subprocess.run([*launch, *script], cwd=root, capture_output=True, text=True, check=False)
+    command = [*launch, "-m", module, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
+    in_two_processes("tests.fsdp2", models, tmp_path)
+    facts = json.loads((tmp_path / "fsdp2.json").read_text())
+    assert facts["kinds"] == ["DTensor"]
+    assert facts["sharded_loss"] == pytest.approx(facts["loss"], rel=1e-5)
+    assert facts["off"] < 1e-4
+
+
+def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
+    in_two_processes("tests.two_processes", models, tmp_path)
     losses = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "ours")]
     assert len(losses[0]) == 12  # 8 rows, two processes of one row each, 3 epochs
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
