@@ -227,6 +227,27 @@ def test_twenty_steps_end_at_the_same_weights(
     assert any((trained[0][n] - moved[n]).norm() / moved[n].norm() > 0.01 for n in moved)
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_step_in_chunks_is_the_step_of_the_whole_batch(cached: bool, models: Models, tmp_path: Path) -> None:
+    """Chunks of unequal size; the step, its metrics, evaluation and the weights after it are those of TRL."""
+    args: Any = {"per_device_train_batch_size": 5, "max_steps": 3, "learning_rate": 1e-3}
+    ours = trainer(models, tmp_path, {"cache_reference": cached}, pack_tokens=150, **args)
+    stock = trainer(models, tmp_path / "stock", None, **args)
+    sizes = [len(c["completion_mask"]) // 2 for c in ours.data_collator(deepcopy(ROWS))["chunks"]]
+    assert sum(sizes) == 5
+    assert len(set(sizes)) > 1
+    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, stock))
+    assert made["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+    for one in (ours, stock):
+        one.train()
+    for own, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected"):
+            if name in theirs:
+                assert own[name] == pytest.approx(theirs[name], abs=2e-4), name
+    for (name, weight), (_, other) in zip(stock.model.named_parameters(), ours.model.named_parameters(), strict=True):
+        assert (weight - other).norm() / weight.norm() < 1e-3, name
+
+
 def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
     ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "stock", None)
     made, wanted = (one.evaluate(one.train_dataset) for one in (ours, theirs))
@@ -363,6 +384,12 @@ def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) 
     ("args", "switches", "says"),
     [
         ({"sync_ref_model": True}, {}, "sync_ref_model changes the reference as it trains; set cache_reference=False"),
+        (
+            {"pack_tokens": 99, "loss_type": ["sigmoid", "sft"]},
+            {},
+            "'sft' is not a mean over pairs; set pack_tokens=None",
+        ),
+        ({"pack_tokens": 99}, {"pack": False}, "set pack=True or pack_tokens=None"),
         ({"use_liger_kernel": True}, {"cache_reference": False, "pack": False}, "set encode_once=False, share_prefix"),
     ],
 )
@@ -411,12 +438,14 @@ def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_p
 
 def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.two_processes", models, tmp_path)
-    losses = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("stock", "ours")]
-    assert len(losses[0]) == 12  # 8 rows, two processes of one row each, 3 epochs
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
-    stock, ours = (load_file(tmp_path / f"{name}.safetensors") for name in ("stock", "ours"))
-    for name, weight in stock.items():
-        assert (ours[name] - weight).norm() / weight.norm() < 1e-3, name
+    losses, weights = {}, {}
+    for name in ("stock", "ours"):
+        losses[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        weights[name] = load_file(tmp_path / f"{name}.safetensors")
+    assert len(losses["stock"]) == 6  # 8 rows, two processes of two rows each, 3 epochs
+    assert losses["ours"] == pytest.approx(losses["stock"], abs=1e-4)
+    for name, weight in weights["stock"].items():
+        assert (weights["ours"][name] - weight).norm() / weight.norm() < 1e-3, name
     computed = [json.loads((tmp_path / f"computed-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(computed) >= len(ROWS)  # a row that two processes meet at the same time is computed by both
     assert max(computed) <= 4

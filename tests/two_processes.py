@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from pivot_hub.errors import TrainingError
 from pivot_hub.mllm import load_mllm
 from pivot_hub.training.dpo import PivotDPOTrainer
 from pivot_hub.training.reference import ReferenceCache
@@ -37,7 +39,7 @@ def main() -> None:
     rows = [*ROWS, *ROWS[:3]]
     settings: list[tuple[str, dict[str, bool] | None]] = [("stock", None), ("ours", {})]
     for name, switches in settings:
-        made = trainer(models, folder / name, switches, rows, per_device_train_batch_size=1, **args)
+        made = trainer(models, folder / name, switches, rows, per_device_train_batch_size=2, **args)
         made.train()
         assert made.accelerator.num_processes == 2
         rank = made.accelerator.process_index
@@ -45,6 +47,8 @@ def main() -> None:
             weights = made.accelerator.unwrap_model(made.model).state_dict()
             save_file({k: v.clone().contiguous() for k, v in weights.items()}, folder / f"{name}.safetensors")
             (folder / f"{name}.json").write_text(json.dumps([h["loss"] for h in made.state.log_history if "loss" in h]))
+    with pytest.raises(TrainingError, match="pack_tokens is for one process"):
+        trainer(models, folder / "chunks", {}, rows, pack_tokens=99, **args)
     (folder / f"computed-{rank}.json").write_text(json.dumps(sum(seen)))
 
 

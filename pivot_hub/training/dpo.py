@@ -36,6 +36,8 @@ class PivotDPOConfig(DPOConfig):
         share_prefix: run prompt and image once for both answers.
         cache_reference: compute reference log-probabilities once, keep them on disk, and let the reference model go.
         pack: lay pairs out one after the other instead of padding them to the longest.
+        pack_tokens: run a step's pairs in chunks of at most so many tokens each, one after the other; their losses are
+            weighted so that the step is that of the whole batch. None runs them together. For one process.
         reference_cache: folder of the cached values; below HF_HOME by default.
     """
 
@@ -43,6 +45,7 @@ class PivotDPOConfig(DPOConfig):
     share_prefix: bool = field(default=True, metadata={"help": "Run prompt and image once for both answers."})
     cache_reference: bool = field(default=True, metadata={"help": "Keep reference log-probabilities on disk."})
     pack: bool = field(default=True, metadata={"help": "Lay pairs out without padding."})
+    pack_tokens: int | None = field(default=None, metadata={"help": "Tokens of one pass; a step may take several."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder of reference log-probabilities."})
 
 
@@ -91,7 +94,7 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
                 },
             )
         if any(on.values()):
-            layout = (on["encode_once"], on["share_prefix"], on["pack"])
+            layout = (on["encode_once"], on["share_prefix"], on["pack"], args.pack_tokens if on["pack"] else None)
             options["data_collator"] = PairCollator(processing_class, args.max_length, *layout)
             for each in (model, ref_model):
                 share_forward(each)
@@ -105,10 +108,36 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
             **options,
         )
         self.rates = rates
+        self._share = 1.0  # of the chunk that is being run
         if cache is not None:
             self._fill(cache)
             cast(PairCollator, self.data_collator).references = cache.find
             self.ref_model, self.precompute_ref_logps = None, True
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One batch, forward and backward; with `pack_tokens`, chunk by chunk."""
+        if "chunks" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        parts = _shares(inputs["chunks"])
+        metrics = self._metrics["train"]
+        before = {name: len(values) for name, values in metrics.items()}
+        losses = []
+        for self._share, chunk in parts:
+            losses.append(super().training_step(model, chunk, num_items_in_batch))
+        self._share = 1.0
+        for name, values in metrics.items():
+            new = values[before.get(name, 0) :]
+            if len(new) == len(parts):  # one value a chunk becomes one of the batch
+                total = sum(share * value for (share, _), value in zip(parts, new, strict=True))
+                values[before.get(name, 0) :] = [total]
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "chunks" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs) * self._share
+        # Evaluation: a training step takes its chunks one by one.
+        losses = [share * super(PivotDPOTrainer, self).compute_loss(model, c) for share, c in _shares(inputs["chunks"])]
+        return torch.stack(losses).sum()
 
     def _fill(self, cache: ReferenceCache) -> None:
         """Compute what the cache lacks of every data set, each process its share."""
@@ -133,9 +162,16 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
 
     def _compute_rows(self, cache: ReferenceCache, rows: dict[str, Any]) -> None:
         inputs = self._prepare_inputs(self.data_collator(list(rows.values())))
-        chosen, rejected = (part.float().cpu().tolist() for part in self.compute_ref_log_probs(self.ref_model, inputs))
+        made = [self.compute_ref_log_probs(self.ref_model, batch) for batch in inputs.get("chunks", [inputs])]
+        chosen, rejected = (torch.cat(part).float().cpu().tolist() for part in zip(*made, strict=True))
         cache.write(list(rows), chosen, rejected)
         cache.known |= dict(zip(rows, zip(chosen, rejected, strict=True), strict=True))
+
+
+def _shares(chunks: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """Chunks of a batch, each with its share of the batch's pairs."""
+    sizes = [len(chunk["completion_mask"]) for chunk in chunks]
+    return [(size / sum(sizes), chunk) for size, chunk in zip(sizes, chunks, strict=True)]
 
 
 def _switches(
@@ -157,6 +193,17 @@ def _switches(
         logger.warning("processing_class is no LlavaProcessor: %s are off.", ", ".join(SWITCHES))
         return dict.fromkeys(SWITCHES, False)
     forward = ("encode_once", "share_prefix", "pack", "cache_reference")
+    if args.pack_tokens is not None:
+        whole = {"aot", "aot_unpaired", "sft"} & set(args.loss_type)
+        if whole:
+            raise TrainingError(f"loss_type {min(whole)!r} is not a mean over pairs; set pack_tokens=None.")
+        if args.world_size > 1:
+            raise TrainingError(
+                "pack_tokens is for one process, TRL gathers batches of one size; set pack_tokens=None and a smaller "
+                "per_device_train_batch_size."
+            )
+        if not args.pack:
+            raise TrainingError("pack_tokens counts packed tokens; set pack=True or pack_tokens=None.")
     refusals = [
         (peft_config is not None or _is_peft(model), forward, "PEFT wraps the model these switches run inside"),
         (args.use_liger_kernel, forward, "use_liger_kernel replaces the forward these switches run"),

@@ -51,6 +51,7 @@ class PairCollator:
         encode_once: process and encode an image once, however many pairs show it; otherwise once an occurrence.
         share_prefix: one tree a pair; otherwise two, each with the prompt and one answer.
         pack: all trees in one row without padding; otherwise one row a tree, padded to the longest.
+        max_tokens: split the pairs into chunks of at most so many tokens (a pair that has more is alone).
         references: finds the reference log-probabilities of a row.
     """
 
@@ -59,6 +60,7 @@ class PairCollator:
     encode_once: bool = True
     share_prefix: bool = True
     pack: bool = True
+    max_tokens: int | None = None
     references: Callable[[dict[str, Any]], Logps] | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,51 +70,67 @@ class PairCollator:
             input_ids, completion_mask (2B, 1 + answer), chosen first: the prompt's last token, then the answer;
             attention_mask (2B, prompt + answer), TRL's, for its token count; pair_ids, pair_positions (rows, tokens);
             pair_take (2B, 1 + answer), where each of input_ids lies in the flattened rows; pair_layout;
-            pixel_values (images, ...) and pair_images, the image of each run of image tokens.
+            pixel_values (images, ...) and pair_images, the image of each run of image tokens. With `max_tokens`, a
+            list of such batches under `chunks`.
         """
         references = [self.references(e) for e in examples] if self.references else None
         pictures = [_images(e) for e in examples]
         rows = [_rendered(e, i, self.processor) for e, i in zip(examples, pictures, strict=True)]
-        copies = 1 if self.share_prefix else 2
-        distinct, image_of = self._distinct(pictures, copies)
+        distinct, image_of = self._distinct(pictures)
         pixels, runs = self._pixels(distinct)
-        image_token = self.processor.image_token_id
+        prompts = self._prompts([r["prompt"] for r in rows], image_of, runs)
         tokenizer: Any = self.processor.tokenizer
-        prompts: list[list[int]] = []
-        at = iter(image_of)
-        for i, ids in enumerate(tokenizer([r["prompt"] for r in rows], add_special_tokens=False)["input_ids"]):
-            if ids.count(image_token) != len(pictures[i]):
-                raise DataError(
-                    f"a prompt names {ids.count(image_token)} images and has {len(pictures[i])}: {rows[i]['prompt']!r}."
-                )
-            widths = {at_: runs[next(at)] for at_, token in enumerate(ids) if token == image_token}
-            for _ in range((copies - 1) * len(widths)):
-                next(at)
-            prompts.append([t for at_, token in enumerate(ids) for t in [token] * widths.get(at_, 1)])
         answers = [
-            tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"] for side in ("chosen", "rejected")
+            self._cut(prompts, tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"])
+            for side in ("chosen", "rejected")
         ]
-        batch = self._laid_out(prompts, [self._cut(prompts, some) for some in answers])
-        if pixels is not None:
-            batch |= {"pixel_values": pixels, "pair_images": torch.tensor(image_of)}
-        if references is not None:
-            chosen, rejected = zip(*references, strict=True)
-            batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
-        return batch
 
-    def _distinct(self, pictures: list[list[Any]], copies: int) -> tuple[list[Any], list[int]]:
-        """The images to process, and which of them each occurrence shows, in the order of the trees."""
+        def batch(some: range) -> dict[str, Any]:
+            made = self._laid_out([prompts[i] for i in some], [[side[i] for i in some] for side in answers])
+            shown = [image for i in some for image in image_of[i]]
+            if pixels is not None and shown:
+                needed = sorted(set(shown))
+                made |= {"pixel_values": pixels[needed], "pair_images": torch.tensor([needed.index(i) for i in shown])}
+            if references is not None:
+                chosen, rejected = zip(*(references[i] for i in some), strict=True)
+                made |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+            return made
+
+        if self.max_tokens is None:
+            return batch(range(len(examples)))
+        copies = 1 if self.share_prefix else 2
+        costs = [copies * len(p) + len(a) + len(b) for p, a, b in zip(prompts, *answers, strict=True)]
+        return {"chunks": [batch(some) for some in _within(costs, self.max_tokens)]}
+
+    def _prompts(self, texts: list[str], image_of: list[list[int]], runs: list[int]) -> list[list[int]]:
+        """Token ids, each image token as many times as its image has features."""
+        tokenizer: Any = self.processor.tokenizer
+        token = self.processor.image_token_id
+        prompts = []
+        for text, ids, images in zip(
+            texts, tokenizer(texts, add_special_tokens=False)["input_ids"], image_of, strict=True
+        ):
+            widths = iter(runs[i] for i in images)
+            named = ids.count(token) * (1 if self.share_prefix else 2)
+            if named != len(images):
+                raise DataError(f"a prompt names another number of images than its row has: {text!r}.")
+            prompts.append([t for i in ids for t in [i] * (next(widths) if i == token else 1)])
+        return prompts
+
+    def _distinct(self, pictures: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
+        """The images to process, and which of them each occurrence of each pair shows, in the order of its trees."""
         distinct: list[Any] = []
         known: dict[str, int] = {}
-        image_of = []
-        for some in pictures:
-            for copy in range(copies):
+        image_of: list[list[int]] = []
+        for pair, some in enumerate(pictures):
+            image_of.append([])
+            for copy in range(1 if self.share_prefix else 2):
                 for k, picture in enumerate(some):
-                    key = image_key(picture) if self.encode_once else f"{id(some)}/{copy}/{k}"
+                    key = image_key(picture) if self.encode_once else f"{pair}/{copy}/{k}"
                     if key not in known:
                         known[key] = len(distinct)
                         distinct.append(picture)
-                    image_of.append(known[key])
+                    image_of[-1].append(known[key])
         return distinct, image_of
 
     def _pixels(self, images: list[Any]) -> tuple[torch.Tensor | None, list[int]]:
@@ -321,6 +339,20 @@ def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProces
         }
         texts = apply_chat_template(texts, processor)
     return texts
+
+
+def _within(costs: list[int], most: int) -> list[range]:
+    """Ranges of neighbours whose costs sum to at most `most`, or of one."""
+    ranges: list[range] = []
+    spent = 0
+    for i, cost in enumerate(costs):
+        if ranges and spent + cost <= most:
+            ranges[-1] = range(ranges[-1].start, i + 1)
+            spent += cost
+        else:
+            ranges.append(range(i, i + 1))
+            spent = cost
+    return ranges
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
