@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.image import open_image
 from pivot_hub.errors import DataError
-from pivot_hub.mllm import chat_prompt, image_px, load_mllm
+from pivot_hub.mllm import chat_prompt, image_px, load_mllm, register_tokens
 
 Explain = Literal["answer", "sft", "dpo"]
 Method = Literal["gradcam", "gradient"]
@@ -85,12 +85,13 @@ def gradient_map(
             value = -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
         features, projected = tokens["features"], tokens["projected"]
         by_feature, by_token = torch.autograd.grad(value, [features, projected])
+    patches = slice(register_tokens(model), None)
     # A loss falls where the evidence is: Grad-CAM looks at what raises the answer, so its sign is turned.
     sign = 1.0 if explain == "answer" else -1.0
     # Both answers of a pair look at copies of one image, whose gradients add up.
     maps: dict[Method, np.ndarray] = {
-        "gradcam": _square(_grad_cam(features[0].detach(), sign * by_feature.sum(0))),
-        "gradient": inner_border(_square(by_token.sum(0).abs().sum(-1))),
+        "gradcam": _square(_grad_cam(features[0, patches].detach(), sign * by_feature.sum(0)[patches])),
+        "gradient": inner_border(_square(by_token.sum(0)[patches].abs().sum(-1))),
     }
     return GradientMaps(maps, float(value.detach()))
 

@@ -21,13 +21,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.configuration_pivot import backbone_of, prefix_tokens
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import CheckpointError
 
@@ -131,6 +132,11 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
 def image_px(model: LlavaForConditionalGeneration) -> int:
     """Side of the square images the model's encoder takes."""
     return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
+
+
+def register_tokens(model: LlavaForConditionalGeneration) -> int:
+    """Tokens before the patches that enter the projector: LLaVA's classes drop CLS, and registers go on."""
+    return max(prefix_tokens(cast(PreTrainedConfig, model.config.vision_config)) - 1, 0)
 
 
 def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, image: bool = True) -> str:

@@ -195,6 +195,19 @@ def test_another_feature_layer_can_be_asked_for(
     assert PivotVisionModel.from_pretrained(tmp_path).config.pivot["feature_layer"] == -1
 
 
+def test_what_would_be_half_published_or_a_pickle_is_refused(repositories: dict[str, Path], tmp_path: Path) -> None:
+    encoder = PivotVisionModel.from_pretrained(repositories["siglip"])
+    with pytest.raises(ValueError, match="call push_to_hub"):
+        encoder.save_pretrained(tmp_path / "out", push_to_hub=True)
+    with pytest.raises(ValueError, match="never as a pickle"):
+        encoder.save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+    changed = {k: v + 1 for k, v in encoder.state_dict().items()}
+    encoder.save_pretrained(tmp_path / "out", state_dict=changed, safe_serialization=True)
+    written = PivotVisionModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(written[k], changed[k]) for k in changed)
+
+
 def test_auto_model_builds_from_our_config() -> None:
     config = PivotVisionConfig({"model_type": "siglip_vision_model", **SIZES})
     assert isinstance(AutoModel.from_config(config), PivotVisionModel)

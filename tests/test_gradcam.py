@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from pivot_hub.data.source import RowReport
 from pivot_hub.gradcam import Explain, answer_batch, answer_log_probs, enlarge, gradient_map, inner_border
-from pivot_hub.mllm import load_mllm
+from pivot_hub.mllm import build_mllm, load_mllm
 from pivot_hub.recipe import load_recipe
-from tests.originals import IMAGE_PX
+from pivot_hub.training.row_check import RowCheck
+from tests.originals import IMAGE_PX, make_vision
 
 QUESTION, RIGHT, WRONG = "What colour is the star?", "It is red.", "It is green."
 
@@ -46,7 +48,6 @@ def test_log_probs_are_those_of_the_model_alone(mllm: tuple[Any, Any], image: Im
 
 def test_values_are_the_losses_of_trl(trained: Path, recipes: Path, mllm: tuple[Any, Any], reference: Any) -> None:
     """SFT and DPO values equal the loss that TRL's trainers compute on the same row."""
-    from pivot_hub.data.source import RowReport
     from pivot_hub.training import dpo, sft
     from pivot_hub.training.stage import trainer_arguments
 
@@ -159,3 +160,16 @@ def test_enlarging_keeps_places() -> None:
 def test_dpo_needs_its_pair_and_its_reference(mllm: tuple[Any, Any], image: Image.Image) -> None:
     with pytest.raises(ValueError, match="give `rejected` and `reference`"):
         gradient_map(*mllm, image, QUESTION, RIGHT, "dpo", WRONG)
+
+
+def test_registers_are_left_out_of_the_map_and_counted_as_tokens(
+    parts: Path, tmp_path: Path, image: Image.Image
+) -> None:
+    """An encoder with registers hands them to the language head; they lie nowhere on the image."""
+    vision = make_vision(tmp_path / "vision", "dinov2-registers")
+    model, processor = build_mllm(str(vision), str(parts / "language"))
+    made = gradient_map(model.eval(), processor, image, QUESTION, RIGHT)
+    assert {grid.shape for grid in made.maps.values()} == {(4, 4)}
+    batch = answer_batch(processor, image, QUESTION, [RIGHT])
+    check = RowCheck(processor, None, "completion", RowReport(), pairs=False)
+    assert check.image_tokens == (batch["input_ids"] == processor.image_token_id).sum() == 20

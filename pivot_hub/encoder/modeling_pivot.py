@@ -150,8 +150,17 @@ class PivotVisionModel(PreTrainedModel):
         Args:
             save_directory: folder; made if absent.
             **kwargs: as for transformers' own `save_pretrained`.
+
+        Raises:
+            ValueError: a pickle is asked for, or the Hub, where half of it would arrive.
         """
         folder = Path(save_directory)
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained writes a folder only; call push_to_hub(repo_id) of the model after it.")
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("weights are written as safetensors, never as a pickle; leave safe_serialization out.")
+        if kwargs.get("state_dict") is not None:  # of this model, as transformers' Trainer gives it
+            kwargs["state_dict"] = {k.removeprefix("backbone."): v for k, v in kwargs["state_dict"].items()}
         # In one file: shards and their index would have to be renamed together.
         self.backbone.save_pretrained(folder, **{"max_shard_size": "100GB", **kwargs})
         if prefix := backbone_of(self.backbone.config).key_prefix:

@@ -30,7 +30,9 @@ class RowCheck:
         self.processor, self.max_length, self.columns = processor, max_length, columns
         self.report, self.pairs = report, pairs
         size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
-        self.image_tokens = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+        patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+        # LLaVA's classes drop CLS; registers stay in front of the patches.
+        self.image_tokens = patches + max(processor.num_additional_image_tokens - 1, 0)
 
     def __call__(self, row: Row) -> str | None:
         if not row.chosen.strip():
