@@ -88,7 +88,11 @@ class LlavaData(Strict):
 
 
 class MmprData(Strict):
-    """MMPR's JSONL: rows of `image, question, chosen, rejected`; images in a folder."""
+    """MMPR's JSONL: rows of `image, question, chosen, rejected`; images in a folder.
+
+    `path` may be MMPR's meta file, which names many such files; its paths start from the folder `images`, and a
+    `sample` takes each of its sources by its share.
+    """
 
     format: Literal["mmpr"]
     path: str

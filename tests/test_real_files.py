@@ -20,7 +20,10 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from pivot_hub import PivotVisionConfig
+from pivot_hub.data import mmpr
+from pivot_hub.data.row import Row
 from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.errors import DataError
 from tests.conftest import make_language
 from tests.originals import make_vision
 
@@ -189,3 +192,21 @@ def test_siglip2s_own_config_gives_its_published_size(tmp_path: Path) -> None:
     with torch.device("meta"):
         made = AutoModel.from_config(config).feature_map(torch.empty(1, 3, 512, 512))
     assert made.shape == (1, 768, 32, 32)
+
+
+def test_mmprs_own_meta_file_is_read(tmp_path: Path) -> None:
+    """As published: two sources, a comma after the last, paths from the folder that holds MMPR-v1.2."""
+    published = REAL / "formats" / "internvl_meta" / "mmpr_v1.2_debug_mpo.json"
+    meta = tmp_path / "meta.json"
+    shutil.copyfile(published, meta)
+    with pytest.raises(DataError, match="does not exist; `images` is the folder its paths"):
+        list(mmpr.read_rows(meta, tmp_path))
+    folder = tmp_path / "MMPR-v1.2" / "annotations"
+    folder.mkdir(parents=True)
+    row = {"image": "a.png", "question": "?", "chosen": "A", "rejected": "B"}
+    for name, count in (("correctness", 529), ("format", 201)):
+        file = folder / f"m3cot_train_extracted_pairs_vqa_{name}_rules.jsonl"
+        file.write_text((json.dumps(row) + "\n") * count)
+    rows = list(mmpr.read_rows(meta, tmp_path))
+    assert len(rows) == 730
+    assert {row.image for row in rows if isinstance(row, Row)} == {"MMPR-v1.2/images/M3CoT/a.png"}

@@ -168,7 +168,9 @@ def test_the_image_stands_where_its_tag_does() -> None:
 
 def test_pairs_keep_their_texts(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(GOOD[0]) + "\n\n")
-    assert list(mmpr.read_rows(tmp_path / "a.jsonl")) == [Row("a.jsonl:1", "RGB.png", "<image>\nWhat?", "A", "B")]
+    assert list(mmpr.read_rows(tmp_path / "a.jsonl", tmp_path)) == [
+        Row("a.jsonl:1", "RGB.png", "<image>\nWhat?", "A", "B")
+    ]
 
 
 def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
@@ -179,3 +181,64 @@ def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
     assert set(first) == {"images", "prompt", "chosen", "rejected"}
     assert first["images"][0].tobytes() == again["images"][0].tobytes()
     assert first["images"][0].size == (32, 32)
+
+
+def _meta(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
+    """A folder as MMPR-v1.2 is published: per-source images and annotations, and a meta file with a trailing comma."""
+    entries = []
+    for name, count in sizes.items():
+        images, annotation = folder / "MMPR" / "images" / name, folder / "MMPR" / "annotations" / f"{name}.jsonl"
+        images.mkdir(parents=True)
+        annotation.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(images / "a.png")
+        row = {"image": "a.png", "question": "What?", "rejected": "no"}
+        annotation.write_text("".join(json.dumps({**row, "chosen": f"{name} {i}"}) + "\n" for i in range(count)))
+        facts = {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "length": count}
+        entries.append(f'"{name}": {json.dumps({**facts, "data_augment": False, "repeat_time": 1, **changes})}')
+    meta = folder / "MMPR" / "meta.json"
+    meta.write_text("{\n" + ",\n".join(entries) + ",\n}")
+    return meta
+
+
+def test_a_meta_file_names_many_sources(own_recipes: Path) -> None:
+    _meta(own_recipes, {"m3cot": 60, "docvqa": 30, "small": 10})
+    path = own_recipes / "3-dpo.yaml"
+    text = path.read_text()
+    data = next(line for line in text.splitlines() if line.startswith("data:"))
+    spec = "data: [{format: mmpr, path: MMPR/meta.json, images: ., sample: 25, seed: 3}]"
+    path.write_text(text.replace(data, spec))
+    report = RowReport()
+    _, rows = read_rows(load_recipe(path), lambda row: None, report)
+    taken = [row for _, row in rows]
+    groups = report.sources[0]["groups"]
+    assert sum(groups.values()) == report.sources[0]["rows"] == 25
+    assert groups == {"m3cot": 15, "docvqa": 8, "small": 2} or groups == {"m3cot": 15, "docvqa": 7, "small": 3}
+    assert taken[0].image == "MMPR/images/m3cot/a.png"
+    assert taken[0].id.startswith("m3cot/m3cot.jsonl:")
+    again = RowReport()
+    assert read_rows(load_recipe(path), lambda row: None, again)[1] == rows
+    assert again.sources == report.sources
+    other = RowReport()
+    read_rows(load_recipe(path, ["data.0.seed=4"]), lambda row: None, other)
+    assert other.sources[0]["ids_sha256"] != report.sources[0]["ids_sha256"]
+
+
+def test_a_meta_files_rows_repeat_and_are_counted(tmp_path: Path) -> None:
+    rows = list(mmpr.read_rows(_meta(tmp_path / "a", {"one": 2}, repeat_time=3), tmp_path / "a"))
+    assert [row.id for row in rows if isinstance(row, Row)] == ["one/one.jsonl:1", "one/one.jsonl:2"] * 3
+    rows = list(mmpr.read_rows(_meta(tmp_path / "b", {"one": 2}, length=529), tmp_path / "b"))
+    assert "2 rows where the meta file says 529: download it again" in str(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"annotation": "MMPR/annotations/none.jsonl"}, "none.jsonl does not exist; `images` is the folder"),
+        ({"annotation": 3}, "a source has `root` and `annotation`"),
+        ({"root": "../elsewhere"}, "leaves the folder of the data"),
+        ({"repeat_time": 0.5}, "repeat_time is 0.5; give a whole number"),
+    ],
+)
+def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        list(mmpr.read_rows(_meta(tmp_path, {"one": 2}, **changes), tmp_path))

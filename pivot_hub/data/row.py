@@ -24,6 +24,7 @@ class Row:
         chosen: the answer.
         rejected: the worse answer of a preference pair.
         earlier: turns before the prompt, as (role, text).
+        group: the source within the file, where it has several; a sample keeps their shares.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Row:
     chosen: str
     rejected: str | None = None
     earlier: tuple[tuple[str, str], ...] = ()
+    group: str | None = None
 
 
 def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,6 +40,7 @@ class RowReport:
     rows: int = 0
     skipped: list[str] = field(default_factory=list)
     image_modes: Counter[str] = field(default_factory=Counter)
+    sources: list[dict[str, Any]] = field(default_factory=list)  # of each: rows, hash of their ids, rows of each group
     answers_cut: int = 0  # rows whose answer `max_length` shortens
 
     def facts(self) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def sources_of(loaded: LoadedRecipe) -> list[Source]:
         for key, path in (("path", file), ("images", images)):
             if not path.exists():
                 raise DataError(f"{loaded.path}: data {key} {path} does not exist; give it relative to the recipe.")
-        parse = llava.read_rows if spec.format == "llava" else mmpr.read_rows
+        parse = llava.read_rows if spec.format == "llava" else partial(mmpr.read_rows, base=images)
         found.append(FileSource(file, images, parse))
     return found
 
@@ -151,7 +154,9 @@ def read_rows(
                 report.skipped.append(str(error))
                 continue
             kept.append(item)
-        rows.extend((i, row) for row in _sampled(kept, loaded.recipe.data[i]))
+        chosen = _sampled(kept, loaded.recipe.data[i])
+        report.sources.append(_listing(chosen))
+        rows.extend((i, row) for row in chosen)
     if not rows:
         reason = f": {report.skipped[0]}" if report.skipped else ""
         raise DataError(f"{loaded.path}: no usable row is left{reason}")
@@ -160,11 +165,27 @@ def read_rows(
 
 
 def _sampled(rows: list[Row], spec: Any) -> list[Row]:
-    """A seeded sample of the rows where the recipe asks for one, in file order."""
+    """A seeded sample of the rows where the recipe asks for one, in file order, each group by its share."""
     count = getattr(spec, "sample", None)
     if count is None or count >= len(rows):
         return rows
-    return [rows[i] for i in sorted(random.Random(spec.seed).sample(range(len(rows)), count))]
+    groups: dict[str | None, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row.group, []).append(i)
+    exact = {name: count * len(some) / len(rows) for name, some in groups.items()}
+    sizes = {name: int(share) for name, share in exact.items()}
+    # Largest remainders take what rounding down left over.
+    for name in sorted(exact, key=lambda n: (sizes[n] - exact[n], str(n)))[: count - sum(sizes.values())]:
+        sizes[name] += 1
+    rng = random.Random(spec.seed)
+    return [rows[i] for i in sorted(i for name, some in groups.items() for i in rng.sample(some, sizes[name]))]
+
+
+def _listing(rows: list[Row]) -> dict[str, Any]:
+    """How many rows of each group were taken, and a hash that tells which."""
+    counts = Counter(row.group for row in rows if row.group is not None)
+    ids = "\n".join(row.id for row in rows)
+    return {"rows": len(rows), "ids_sha256": hashlib.sha256(ids.encode()).hexdigest(), "groups": dict(counts)}
 
 
 def as_dataset(
