@@ -97,31 +97,42 @@ def test_a_finished_stage_is_reused_and_another_recipe_refused(recipes: Path, tr
         run_stage(load_recipe(recipes / "3-dpo.yaml", ["seed=1"]), trained.parent, say=quiet)
 
 
-KILLED = [("3-dpo", "1"), ("2-instruct", "2")]
+# A kill may come at any moment, between checkpoints; SIGTERM makes one of its own, so none is made before it.
+KILLED = [
+    ("3-dpo", "1", signal.SIGKILL, "args.save_steps=1"),
+    ("2-instruct", "2", signal.SIGKILL, "args.save_steps=1"),
+    ("3-dpo", "3", signal.SIGTERM, "args.save_steps=500"),
+]
 
 
-@pytest.mark.parametrize(("stage", "salt"), KILLED)
+@pytest.mark.parametrize(("stage", "salt", "number", "saving"), KILLED)
 def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
-    recipes: Path, trained: Path, tmp_path: Path, stage: str, salt: str
+    recipes: Path, trained: Path, tmp_path: Path, stage: str, salt: str, number: signal.Signals, saving: str
 ) -> None:
-    overrides = ["data.0.rows=40", "args.save_steps=1", "args.per_device_train_batch_size=2", f"seed={salt}"]
+    overrides = ["data.0.rows=40", saving, "args.per_device_train_batch_size=2", f"seed={salt}"]
     whole = run_stage(load_recipe(recipes / f"{stage}.yaml", overrides), trained.parent, tmp_path / "whole", say=quiet)
 
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "pivot_hub", "train", str(recipes / f"{stage}.yaml"), *overrides]
     command += ["--runs", str(trained.parent), "--output", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "killed.partial"
-    # Somewhere after the third checkpoint began, at a moment that nobody chose.
+    log = partial / "metrics.jsonl"
+    # Somewhere after the third step, at a moment that nobody chose.
     deadline = time.monotonic() + 120
-    while not (partial / "checkpoint-3").exists():
+    while not log.is_file() or len(log.read_text().splitlines()) < 3:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    time.sleep(os.urandom(1)[0] / 255 * 0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    if number == signal.SIGKILL:
+        time.sleep(os.urandom(1)[0] / 255 * 0.5)
+    process.send_signal(number)
+    _, said = process.communicate()
     assert not output.exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 1
+        assert re.search(r"stopped by SIGTERM after step \d+ of 20, which is saved: run the same command", said)
+        assert len(list(partial.glob("checkpoint-*"))) == 1
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,10 +18,11 @@ class MetricsLog(TrainerCallback):
         self.path = path
 
     def cut_to(self, step: int) -> None:
-        """Drop lines after a step: a resumed run logs those steps again."""
+        """Drop lines after a step, and the summary of a run that was stopped: a resumed run logs those again."""
         if self.path.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            facts = [json.loads(line) for line in lines]
+            kept = [t for t, f in zip(lines, facts, strict=True) if f["step"] <= step and "train_runtime" not in f]
             self.path.write_text("".join(kept))
 
     def on_log(

@@ -27,6 +27,7 @@ from pivot_hub.provenance import file_sha256, machine, peak_memory_mb, seal, sou
 from pivot_hub.recipe import LoadedRecipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
+from pivot_hub.training.preemption import Preemption
 
 MODULES = {"vision": "vision", "language": "language", "dpo": "dpo"}  # every other stage is SFT
 
@@ -96,7 +97,14 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
     if resume is not None:
         say(f"{loaded.name}: resuming from step {_step_of(resume)}")
     log.cut_to(_step_of(resume) if resume else 0)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with Preemption() as preemption:
+        trainer.add_callback(preemption)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingError(
+            f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
+            "run the same command again to go on."
+        )
     duration = time.monotonic() - started
 
     whole = work / "whole"
