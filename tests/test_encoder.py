@@ -317,6 +317,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN": (_weights(lambda w: next(iter(w.values())).view(-1).__setitem__(0, float("nan"))), "not finite"),
     "sizes": (_config(intermediate_size=48), "do not have the sizes of config.json|of another shape"),
     "unknown": (_config(model_type="resnet"), "vision architecture 'resnet' is not supported; give one of: siglip"),
+    "another processor": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"image_processor_type": "OwnImageProcessor"}'),
+        "its image processor OwnImageProcessor has no PIL form",
+    ),
     "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "save a SiglipImageProcessor with the enc"),
 }
 

@@ -15,7 +15,8 @@ class Backbone:
 
     Args:
         model_type: of the vision config.
-        image_processor: transformers' class for its images, where the repository names none that PIL can do.
+        image_processor: transformers' class for its images, where the repository names none or the one it replaces.
+        replaces: a class that needs torchvision, whose steps image_processor does without.
         prefix_tokens: tokens before the first patch, as CLS: CLIP 1, SigLIP 0. Registers, which the config counts,
             are added.
         feature_layer: hidden state that an MLLM sees, -2 in the paper.
@@ -38,6 +39,7 @@ class Backbone:
     native_type: str | None = None
     optional: tuple[str, ...] = ()
     maps: bool = False
+    replaces: str | None = None
     image_px: Callable[[PretrainedConfig], int] = lambda config: _side(config.image_size)
 
 
@@ -63,7 +65,7 @@ BACKBONES = {
         Backbone("clip_vision_model", "CLIPImageProcessor", 1, key_prefix="vision_model.", interpolates=True),
         Backbone("dinov2", "BitImageProcessor", 1),
         Backbone("dinov2_with_registers", "BitImageProcessor", 1),
-        Backbone("dinov3_vit", "ViTImageProcessor", 1),  # its own needs torchvision; the same steps without
+        Backbone("dinov3_vit", "ViTImageProcessor", 1, replaces="DINOv3ViTImageProcessor"),
         Backbone("vit", "ViTImageProcessor", 1, interpolates=True, optional=("pooler.",)),
         # ViTMAEModel masks three patches of four and shuffles the rest; ViTModel is the encoder itself.
         Backbone("vit_mae", "ViTImageProcessor", 1, interpolates=True, native_type="vit", optional=("pooler.",)),

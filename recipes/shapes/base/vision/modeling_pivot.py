@@ -337,18 +337,25 @@ def read_image_processor(name, config, **where):
         **where: revision, token, cache_dir, local_files_only, subfolder.
 
     Raises:
-        ValueError: the repository has none; the message names the class its images need.
+        ValueError: the repository has none, or one that PIL cannot do; the message names the remedy.
     """
-    needed = backbone_of(config).image_processor
+    backbone = backbone_of(config)
+    needed = backbone.image_processor
     default = _pil_class(needed) or getattr(transformers, needed)
     try:
         facts, _ = default.get_image_processor_dict(name, **where)
-        given = str(facts.get("image_processor_type")).removesuffix("Fast")
-        return (_pil_class(given) or default).from_pretrained(name, **where)
     except OSError as error:
         raise ValueError(
             f"{name}: has no preprocessor_config.json; save a {needed} with the encoder's size, mean and std there."
         ) from error
+    given = (facts.get("image_processor_type") or needed).removesuffix("Fast")
+    found = default if given in (needed, backbone.replaces) else _pil_class(given)
+    if found is None:
+        raise ValueError(
+            f"{name}: its image processor {given} has no PIL form in transformers {transformers.__version__}; "
+            "load it yourself and set the encoder's image_processor to it."
+        )
+    return found.from_pretrained(name, **where)
 
 
 def _pil_class(name):
