@@ -46,7 +46,6 @@ app.add_typer(bench, name="bench")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
-FORMS = ("native", "pivot", "compiled", "bfloat16", "onnx", "onnx_int8", "quanto_int8")  # of `pivot bench encoder`
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to RUNS/<recipe folder>/<recipe>.")]
 
@@ -272,16 +271,16 @@ def bench_encoder(
     ] = "siglip-base-patch16-224",
     batch: Annotated[int, typer.Option(help="Images of one pass.")] = 8,
     rounds: Annotated[int, typer.Option(help="Passes of each form.")] = 5,
-    forms: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(FORMS),
+    forms: Annotated[str | None, typer.Option(help="Comma-separated, as in native,pivot,onnx; all by default.")] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Images per second and memory of an encoder: native, ours, compiled, half, ONNX, int8.
 
     Example: `pivot bench encoder siglip-so400m-patch14-384 --batch 2 --json bench.json`
     """
-    from pivot_hub.bench.encoder import bench_encoder
+    from pivot_hub.bench.encoder import FORMS, bench_encoder
 
-    measured = bench_encoder(encoder, batch, rounds, tuple(forms.split(",")), say=_say)
+    measured = bench_encoder(encoder, batch, rounds, tuple(forms.split(",")) if forms else FORMS, say=_say)
     _write(json_path, measured)
 
 

@@ -202,6 +202,11 @@ def test_what_would_be_half_published_or_a_pickle_is_refused(repositories: dict[
     with pytest.raises(ValueError, match="never as a pickle"):
         encoder.save_pretrained(tmp_path / "out", safe_serialization=False)
     assert not (tmp_path / "out").exists()
+    bare = Path(shutil.copytree(repositories["siglip"], tmp_path / "bare"))
+    (bare / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="save a SiglipImageProcessor"):
+        PivotVisionModel.from_pretrained(bare).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     changed = {k: v + 1 for k, v in encoder.state_dict().items()}
     encoder.save_pretrained(tmp_path / "out", state_dict=changed, safe_serialization=True)
     written = PivotVisionModel.from_pretrained(tmp_path / "out").state_dict()

@@ -255,6 +255,16 @@ def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
         assert made[name] == pytest.approx(wanted[name], abs=1e-5), name
 
 
+def test_metrics_over_outputs_can_be_computed(models: Models, tmp_path: Path) -> None:
+    """TRL then asks for the logits beside the loss."""
+    ours = trainer(models, tmp_path, {})
+    ours.compute_metrics = lambda seen: {"rows": len(seen.predictions[0])}
+    with pytest.warns(FutureWarning, match="return_outputs=True"):
+        loss, outputs = ours.compute_loss(ours.model, ours.data_collator(deepcopy(ROWS)), return_outputs=True)
+    assert loss.ndim == 0
+    assert outputs.logits.shape[0] == 2 * len(ROWS)
+
+
 def test_bfloat16_is_close(models: Models, tmp_path: Path) -> None:
     exact = step(trainer(models, tmp_path, {}), ROWS)[0]
     policy, reference, processor = deepcopy(models)
@@ -389,6 +399,11 @@ def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) 
             {},
             "'sft' is not a mean over pairs; set pack_tokens=None",
         ),
+        (
+            {"precompute_ref_log_probs": True},
+            {"cache_reference": False},
+            "columns that they do not read; set encode_once",
+        ),
         ({"pack_tokens": 99}, {"pack": False}, "set pack=True or pack_tokens=None"),
         ({"use_liger_kernel": True}, {"cache_reference": False, "pack": False}, "set encode_once=False, share_prefix"),
     ],
@@ -412,7 +427,7 @@ def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
     ours = trainer(models, tmp_path, {**ALL_OFF, "pack": True})
     batch = ours.data_collator(deepcopy(ROWS[:1]))
     batch["pair_ids"][batch["pair_ids"] == models[2].image_token_id] = 0
-    with pytest.raises(DataError, match="0 image tokens for 32 image features"):
+    with pytest.raises(DataError, match="0 image tokens for 32 image features: processor and model disagree"):
         ours.compute_loss(ours.model, batch)
 
 

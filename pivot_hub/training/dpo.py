@@ -76,7 +76,7 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
         **options: Any,
     ) -> None:
         args = PivotDPOConfig() if args is None else args
-        on = _switches(model, ref_model, processing_class, args, train_dataset, options.get("peft_config"))
+        on = _switches(model, processing_class, args, train_dataset, options)
         asked = ref_model is None and options.get("peft_config") is None and not args.precompute_ref_log_probs
         if asked and isinstance(model, torch.nn.Module) and not _is_peft(model):
             # TRL would load it by the model's hub name, which a model of a folder or of a config does not have.
@@ -134,7 +134,8 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "chunks" not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs) * self._share
+            computed = super().compute_loss(model, inputs, *args, **kwargs)
+            return computed if self._share == 1 else computed * self._share
         # Evaluation: a training step takes its chunks one by one.
         losses = [share * super(PivotDPOTrainer, self).compute_loss(model, c) for share, c in _shares(inputs["chunks"])]
         return torch.stack(losses).sum()
@@ -175,7 +176,7 @@ def _shares(chunks: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
 
 
 def _switches(
-    model: Any, ref_model: Any, processor: Any, args: PivotDPOConfig, train_dataset: Any, peft_config: Any
+    model: Any, processor: Any, args: PivotDPOConfig, train_dataset: Any, options: dict[str, Any]
 ) -> dict[str, bool]:
     """Which switches are on for this model and these settings.
 
@@ -192,7 +193,6 @@ def _switches(
     if not isinstance(processor, LlavaProcessor):
         logger.warning("processing_class is no LlavaProcessor: %s are off.", ", ".join(SWITCHES))
         return dict.fromkeys(SWITCHES, False)
-    forward = ("encode_once", "share_prefix", "pack", "cache_reference")
     if args.pack_tokens is not None:
         whole = {"aot", "aot_unpaired", "sft"} & set(args.loss_type)
         if whole:
@@ -202,13 +202,19 @@ def _switches(
                 "pack_tokens is for one process, TRL gathers batches of one size; set pack_tokens=None and a smaller "
                 "per_device_train_batch_size."
             )
+        if options.get("compute_metrics") is not None:
+            raise TrainingError("compute_metrics reads the outputs of whole batches; set pack_tokens=None.")
         if not args.pack:
             raise TrainingError("pack_tokens counts packed tokens; set pack=True or pack_tokens=None.")
     refusals = [
-        (peft_config is not None or _is_peft(model), forward, "PEFT wraps the model these switches run inside"),
-        (args.use_liger_kernel, forward, "use_liger_kernel replaces the forward these switches run"),
+        (
+            options.get("peft_config") is not None or _is_peft(model),
+            SWITCHES,
+            "PEFT wraps the model these switches run inside",
+        ),
+        (args.use_liger_kernel, SWITCHES, "use_liger_kernel replaces the forward these switches run"),
         (args.sync_ref_model, ("cache_reference",), "sync_ref_model changes the reference as it trains"),
-        (args.precompute_ref_log_probs, ("cache_reference",), "precompute_ref_log_probs is TRL's own cache"),
+        (args.precompute_ref_log_probs, SWITCHES, "precompute_ref_log_probs adds columns that they do not read"),
         (
             not isinstance(train_dataset, Dataset),
             ("cache_reference",),
@@ -220,9 +226,9 @@ def _switches(
         attention = language.config._attn_implementation
         sliding = "sliding_attention" in (getattr(language.config, "layer_types", None) or ())
         refusals += [
-            (attention not in ("sdpa", "pivot_pairs"), forward, f"they are for sdpa attention, not {attention}"),
-            (sliding, forward, "they do not know sliding windows"),
-            (hasattr(language.config, "output_router_logits"), forward, "they do not know mixtures of experts"),
+            (attention not in ("sdpa", "pivot_pairs"), SWITCHES, f"they are for sdpa attention, not {attention}"),
+            (sliding, SWITCHES, "they do not know sliding windows"),
+            (hasattr(language.config, "output_router_logits"), SWITCHES, "they do not know mixtures of experts"),
         ]
     for applies, names, reason in refusals:
         wrong = [name for name in names if on[name]]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, LlavaProcessor
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
 from pivot_hub.errors import DataError
@@ -210,7 +210,8 @@ def share_forward(model: Any) -> None:
     def forward(self: Any, *args: Any, pair_layout: Layout | None = None, **kwargs: Any) -> Any:
         if pair_layout is None:
             return original(*args, **kwargs)
-        return _run_trees(self, pair_layout, **kwargs)
+        # The whole model hands on what it was not given, as None.
+        return _run_trees(self, pair_layout, **{k: v for k, v in kwargs.items() if v is not None})
 
     inner.forward = types.MethodType(forward, inner)
 
@@ -226,7 +227,7 @@ def _run_trees(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
-) -> BaseModelOutput:
+) -> LlavaModelOutputWithPast:
     """Hidden states of the last prompt token and the answer of each of the 2B rows: (2B, 1 + answer, D)."""
     embeds = model.get_input_embeddings()(pair_ids)
     if pixel_values is not None:
@@ -235,8 +236,8 @@ def _run_trees(
         places = pair_ids == model.config.image_token_id
         if int(places.sum()) != len(shown):
             raise DataError(
-                f"{int(places.sum())} image tokens for {len(shown)} image features: `max_length` cuts into an image; "
-                "raise it, or shorten the prompts."
+                f"{int(places.sum())} image tokens for {len(shown)} image features: processor and model disagree; give "
+                "the processor the model's patch_size, vision_feature_select_strategy and num_additional_image_tokens."
             )
         embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), shown)
     # A 4-D mask passes transformers' mask code untouched; the attention below reads the layout instead.
@@ -250,7 +251,7 @@ def _run_trees(
         pair_masks=masks,
         **kwargs,
     ).last_hidden_state
-    return BaseModelOutput(last_hidden_state=states.flatten(0, 1)[pair_take])
+    return LlavaModelOutputWithPast(last_hidden_state=states.flatten(0, 1)[pair_take])
 
 
 def branch_mask(tree: Tree, device: torch.device) -> torch.Tensor | None:

@@ -152,7 +152,8 @@ class PivotVisionModel(PreTrainedModel):
             **kwargs: as for transformers' own `save_pretrained`.
 
         Raises:
-            ValueError: a pickle is asked for, or the Hub, where half of it would arrive.
+            ValueError: a pickle is asked for, or the Hub, where half of it would arrive; or the repository it was
+                loaded from has no image processor. Nothing was written.
         """
         folder = Path(save_directory)
         if kwargs.pop("push_to_hub", False):
@@ -161,6 +162,8 @@ class PivotVisionModel(PreTrainedModel):
             raise ValueError("weights are written as safetensors, never as a pickle; leave safe_serialization out.")
         if kwargs.get("state_dict") is not None:  # of this model, as transformers' Trainer gives it
             kwargs["state_dict"] = {k.removeprefix("backbone."): v for k, v in kwargs["state_dict"].items()}
+        known = self._processor is not None or self._processor_source is not None
+        processor = self.image_processor if known else None  # read before anything is written
         # In one file: shards and their index would have to be renamed together.
         self.backbone.save_pretrained(folder, **{"max_shard_size": "100GB", **kwargs})
         if prefix := backbone_of(self.backbone.config).key_prefix:
@@ -170,8 +173,8 @@ class PivotVisionModel(PreTrainedModel):
         config = json.loads((folder / "config.json").read_text())
         config |= {"auto_map": AUTO_MAP, "pivot": self.config.pivot}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if self._processor is not None or self._processor_source is not None:
-            self.image_processor.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
         for name in ("configuration_pivot.py", "modeling_pivot.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
