@@ -43,6 +43,12 @@ bench = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
+data = typer.Typer(
+    help="Look at a recipe's data before training.\n\nExample: `pivot data check shapes/3-dpo`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(data, name="data")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
@@ -249,6 +255,34 @@ def read(
     _show(probe_language(language, seed=seed), json_path)
 
 
+@data.command("check")
+def data_check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a shipped one by name, as shapes/3-dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as for train.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode and count; one a core by default.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Read every row of a recipe, decode every image, count every token; nothing is trained and no weight loaded.
+
+    Example: `pivot data check siglip2-so400m/3-dpo --json check.json`
+    """
+    from pivot_hub.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from pivot_hub.training.row_check import check_data
+
+    # All of the bad rows are wanted, whatever training would do at the first.
+    every = loaded.model_copy(update={"recipe": loaded.recipe.model_copy(update={"on_bad_row": "skip"})})
+    with _bar("rows") as advance:
+        report = check_data(every, advance=advance, fresh=True, workers=workers).report
+    out.print(report.text(), markup=False)
+    on_bad_row = loaded.recipe.on_bad_row
+    _write(json_path, {"recipe": loaded.name, "on_bad_row": on_bad_row, **report.facts()})
+    if report.skipped_rows and on_bad_row == "stop":
+        _say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
+        raise typer.Exit(1)
+
+
 @bench.command("shapes")
 def bench_shapes(json_path: JsonPath = None) -> None:
     """Does drawing the built-in world keep up with training?
@@ -346,7 +380,7 @@ def space(
 
 
 @contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int, float], None]]:
+def _bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
     """A progress bar with rate and time left on a terminal, a line now and then elsewhere."""
     if sys.stdout.isatty():
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} " + unit + "/s"))
@@ -356,11 +390,12 @@ def _bar(unit: str) -> Iterator[Callable[[int, int, float], None]]:
         return
     said = time.monotonic()
 
-    def advance(done: int, total: int, rate: float) -> None:
+    def advance(done: int, total: int | None, rate: float) -> None:
         nonlocal said
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            _say(f"{done} of {total} {unit}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+            left = "" if total is None else f", {(total - done) / rate:.0f} s left"
+            _say(f"{done}{'' if total is None else f' of {total}'} {unit}, {rate:.1f}/s{left}")
 
     yield advance
 

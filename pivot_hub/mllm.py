@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.func import functional_call
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,24 +28,12 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.chat import ChatFormat, chat_format
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import backbone_of, prefix_tokens
+from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import CheckpointError
-
-IMAGE_TOKEN = "<|image_pad|>"  # already a token of Qwen2.5's vocabulary, so its embedding keeps its size
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-SYSTEM = "You are a helpful assistant."
-# Qwen's chat format (the paper's qwen_1_5), with an image where a message says one.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}" + IMAGE_TOKEN + "\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def build_mllm(
@@ -73,14 +62,15 @@ def build_mllm(
     tower = encoder.backbone
     head = _load_whole(AutoModelForCausalLM, language, language_revision)
     tokenizer = _load_tokenizer(language, language_revision)
-    _add_tokens(tokenizer, head)
+    chat = chat_format(tokenizer)
+    _add_tokens(tokenizer, head, chat)
     prefix = encoder.config.pivot["prefix_tokens"]
     strategy: Literal["default", "full"] = "default" if prefix else "full"
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=head.config,
-        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(chat.image_token)),
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,
@@ -98,18 +88,29 @@ def build_mllm(
     model.model.language_model = head.model
     model.lm_head = head.lm_head
     model.tie_weights()
-    stop = tokenizer.convert_tokens_to_ids(TURN_END)
+    stop = tokenizer.convert_tokens_to_ids(chat.turn_end)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=encoder.config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=prefix,
-        image_token=IMAGE_TOKEN,
-        chat_template=CHAT_TEMPLATE,
-    )
+    processor = _processor(cast(PivotVisionConfig, encoder.config), image_processor, tokenizer, chat)
     return model, processor
+
+
+def read_processor(
+    vision: str, language: str, vision_revision: str | None = None, language_revision: str | None = None
+) -> LlavaProcessor:
+    """The processor that `build_mllm` gives, without loading a weight.
+
+    Raises:
+        CheckpointError: a part's config, image processor or tokenizer cannot be read.
+    """
+    try:
+        config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
+        image_processor = read_image_processor(vision, config.backbone_config, revision=vision_revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{vision}: cannot be read: {str(error).strip().splitlines()[0]}") from error
+    tokenizer = _load_tokenizer(language, language_revision)
+    chat = chat_format(tokenizer)
+    _add_tokens(tokenizer, None, chat)
+    return _processor(config, image_processor, tokenizer, chat)
 
 
 def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -157,10 +158,56 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
 
 
 def freeze_parts(model: LlavaForConditionalGeneration, trained: dict[str, float]) -> None:
-    """Let only the parts with a rate train."""
+    """Let only the parts with a rate train, and of the vision tower only what its features depend on.
+
+    Blocks above the feature layer, the last norm and a pooling head would wait for gradients that never come, which
+    stops DistributedDataParallel.
+    """
     for part, modules in parts_of(model).items():
         for module in modules:
             module.requires_grad_(part in trained)
+    for parameter in _without_influence(model):
+        parameter.requires_grad_(False)
+
+
+def _without_influence(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    """Parameters of the vision tower that the features do not depend on, found without running a weight."""
+    tower = model.model.vision_tower
+    config: Any = tower.config
+    weights = {k: torch.empty_like(p, device="meta", requires_grad=True) for k, p in tower.named_parameters()}
+    buffers = {k: b.to("meta") for k, b in tower.named_buffers()}
+    pixels = torch.empty(1, config.num_channels, image_px(model), image_px(model), device="meta")
+    made: Any = functional_call(tower, {**weights, **buffers}, (pixels,), {"output_hidden_states": True})
+    layer = model.config.vision_feature_layer
+    layers = [layer] if isinstance(layer, int) else layer
+    features = torch.stack([made.hidden_states[i].sum() for i in layers]).sum()
+    gradients = torch.autograd.grad(features, list(weights.values()), allow_unused=True)
+    return [tower.get_parameter(k) for k, gradient in zip(weights, gradients, strict=True) if gradient is None]
+
+
+def see_blank(model: LlavaForConditionalGeneration) -> None:
+    """Let batches without an image run the vision tower too, on a black image whose features count for nothing.
+
+    Several processes exchange the same gradients, and shards of the same weights, in the same order: where one has
+    images and another has none, they would fail or wait for each other.
+    """
+    inner: Any = model.model
+    side, channels = image_px(model), cast(Any, inner.vision_tower.config).num_channels
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("pixel_values") is not None:
+            return
+
+        def add(embedding: nn.Module, ids: Any, embeds: torch.Tensor) -> torch.Tensor:
+            added.remove()
+            blank = torch.zeros(1, channels, side, side, dtype=embeds.dtype, device=embeds.device)
+            features = torch.stack(list(module.get_image_features(blank, return_dict=True).pooler_output))
+            return embeds + 0 * features.sum().to(embeds.dtype)
+
+        # Behind the embedding, as with images: weights that are gathered in another order would not fit together.
+        added = module.get_input_embeddings().register_forward_hook(add)
+
+    inner.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def parameter_groups(
@@ -186,6 +233,21 @@ def parameter_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _processor(
+    config: PivotVisionConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
+) -> LlavaProcessor:
+    prefix = config.pivot["prefix_tokens"]
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy="default" if prefix else "full",
+        num_additional_image_tokens=prefix,
+        image_token=chat.image_token,
+        chat_template=chat.template,
+    )
 
 
 def _load_encoder(name: str, revision: str | None) -> tuple[PivotVisionModel, Any]:
@@ -226,13 +288,13 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, head: PreTrainedModel) -> None:
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, head: PreTrainedModel | None, chat: ChatFormat) -> None:
     """Give the tokenizer the image and turn tokens where it lacks them, and the embedding room for them."""
     known = tokenizer.get_vocab()
-    new = [t for t in (IMAGE_TOKEN, TURN_START, TURN_END) if t not in known]
+    new = [t for t in (chat.image_token, chat.turn_start, chat.turn_end) if t not in known]
     if new:
         tokenizer.add_special_tokens({"extra_special_tokens": new})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > cast(nn.Embedding, head.get_input_embeddings()).num_embeddings:
+    if head is not None and len(tokenizer) > cast(nn.Embedding, head.get_input_embeddings()).num_embeddings:
         head.resize_token_embeddings(len(tokenizer), mean_resizing=False)

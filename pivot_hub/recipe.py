@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -32,6 +32,7 @@ RESERVED_ARGS = {
     "learning_rate": "the recipe's learning_rate, one rate per part",
     "seed": "the recipe's seed",
     "data_seed": "the recipe's seed",
+    "accelerator_config": "the machine file, as in recipes/accelerate",
     "remove_unused_columns": "nothing: rows are made in the trainer's columns",
     "resume_from_checkpoint": "nothing: a stopped run resumes by itself",
     "push_to_hub": "`pivot push`, after the run",
@@ -77,31 +78,34 @@ class ShapesData(Strict):
     world: WorldSpec = WorldSpec()
 
 
-class LlavaData(Strict):
-    """LLaVA's JSON or JSONL: rows of `id, image, conversations`; images in a folder."""
+class Expected(Strict):
+    """What a source should hold: the planner counts with it before the data is there, `pivot data check` compares."""
 
-    format: Literal["llava"]
-    path: str
-    images: str
-    sample: int | None = Field(None, ge=1)
-    seed: int = 0
+    rows: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=0)  # mean of a row: all turns that are read, without the image
+    answer_tokens: int = Field(ge=1)  # mean of a row: all answers, or of one of a pair
 
 
-class MmprData(Strict):
-    """MMPR's JSONL: rows of `image, question, chosen, rejected`; images in a folder.
+class FileData(Strict):
+    """Annotation files with their images; see `data/README.md` in the package for each format's columns.
 
-    `path` may be MMPR's meta file, which names many such files; its paths start from the folder `images`, and a
-    `sample` takes each of its sources by its share.
+    `path` is a JSON list, JSONL or Parquet file, a folder of such files, MMPR's meta file, or a Hub dataset. `images`
+    is the folder or archive (.zip, .tar) that image names start from; rows that hold their images need none.
+    `subsets` are folders below `path`, each with the times its rows are seen in an epoch; a `sample` takes each group
+    of rows (source of a meta file, subset) by its share.
     """
 
-    format: Literal["mmpr"]
+    format: Literal["llava", "mmpr", "rlaif_v", "vlfeedback", "preference"]
     path: str
-    images: str
+    images: str | None = None
+    revision: str | None = None
+    subsets: dict[str, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
     sample: int | None = Field(None, ge=1)
     seed: int = 0
+    expect: Expected | None = None
 
 
-DataSpec = Annotated[ShapesData | LlavaData | MmprData, Field(discriminator="format")]
+DataSpec = Annotated[ShapesData | FileData, Field(discriminator="format")]
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -129,6 +133,9 @@ class Recipe(Strict):
         data: where the rows come from; several sources are concatenated.
         args: arguments of the stage's trainer config, in their own names: TRL's SFTConfig, or PivotDPOConfig, which is
             TRL's DPOConfig with four switches.
+        global_batch: rows of an optimizer step over all processes; args.gradient_accumulation_steps follows from it.
+        labels: what the loss is on in align, instruct and sft. Answers by default; llava_next as the paper's authors
+            train: answers with their turn's header, and every turn marker and newline of the conversation.
         on_bad_row: stop at the first row that cannot be used, or skip and count it.
         seed: of initialisation, shuffling and dropout.
     """
@@ -141,6 +148,8 @@ class Recipe(Strict):
     learning_rate: Rates
     data: list[DataSpec] = Field(min_length=1)
     args: dict[str, Any] = {}
+    global_batch: int | None = Field(None, ge=1)
+    labels: Literal["llava_next"] | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
     seed: int = 0
 
@@ -223,14 +232,17 @@ def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> L
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys; start with `stage:`.")
     lines = _lines(node)
+    # Parts are named once, by the oldest ancestor: an override of them is for it.
+    inherited = [o for o in overrides if o.startswith("model.") and "model" not in raw and "parent" in raw]
     for override in overrides:
-        lines[_override(raw, override)] = f"override {override}"
+        if override not in inherited:
+            lines[_override(raw, override)] = f"override {override}"
     where = _Where(path, lines)
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(_explain(error, where)) from error
-    parent = _parent(recipe, path, where, children)
+    parent = _parent(recipe, path, where, children, inherited)
     if recipe.model is None and parent is not None:
         recipe = recipe.model_copy(update={"model": parent.recipe.model})
     _check_stage(recipe, where, parent)
@@ -238,14 +250,16 @@ def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> L
     return LoadedRecipe(recipe=recipe, path=path, parent=parent)
 
 
-def _parent(recipe: Recipe, path: Path, where: _Where, children: tuple[Path, ...]) -> LoadedRecipe | None:
+def _parent(
+    recipe: Recipe, path: Path, where: _Where, children: tuple[Path, ...], overrides: Sequence[str]
+) -> LoadedRecipe | None:
     if recipe.parent is None:
         return None
     file = path.parent / recipe.parent
     if not file.is_file():
         near = _nearest(recipe.parent, [p.name for p in path.parent.glob("*.yaml")])
         raise RecipeError(f"{where('parent')}: parent {recipe.parent!r} is not beside this recipe{near}.")
-    return _load(file.resolve(), (), (*children, path))
+    return _load(file.resolve(), overrides, (*children, path))
 
 
 def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> None:
@@ -266,7 +280,7 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
     wanted = {"align": "captions", "sft": "pairs", "dpo": "pairs", "vision": "captions"}.get(stage)
     formats: dict[str, tuple[str, ...]] = {"vision": ("shapes",), "language": ("shapes",)}
     formats |= dict.fromkeys(("align", "instruct"), ("shapes", "llava"))
-    formats |= dict.fromkeys(("sft", "dpo"), ("shapes", "mmpr"))
+    formats |= dict.fromkeys(("sft", "dpo"), ("shapes", "mmpr", "rlaif_v", "vlfeedback", "preference"))
     for i, source in enumerate(recipe.data):
         if source.format not in formats[stage]:
             fit = " or ".join(formats[stage])
@@ -279,6 +293,9 @@ def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:
     """Check trainer arguments by name and type against the config class that will receive them."""
     known = _trainer_fields(recipe.stage)
     checked = {}
+    if recipe.global_batch is not None and "gradient_accumulation_steps" in recipe.args:
+        place = where("args", "gradient_accumulation_steps")
+        raise RecipeError(f"{place}: `gradient_accumulation_steps` follows from `global_batch`; give one of the two.")
     for key, value in recipe.args.items():
         if key in RESERVED_ARGS:
             raise RecipeError(f"{where('args', key)}: `{key}` is not set here; use {RESERVED_ARGS[key]}.")
@@ -377,7 +394,8 @@ def _explain(error: ValidationError, where: _Where) -> str:
 def _keys_at(location: Sequence[str | int]) -> Iterable[str]:
     schemas: dict[str, type[BaseModel]] = {
         **{"model": ModelSpec, "learning_rate": Rates},
-        **{"shapes": ShapesData, "llava": LlavaData, "mmpr": MmprData, "world": WorldSpec},
+        **{"shapes": ShapesData, "world": WorldSpec, "expect": Expected},
+        **dict.fromkeys(get_args(FileData.model_fields["format"].annotation), FileData),
     }
     for key in reversed(location[:-1]):
         if key in schemas:

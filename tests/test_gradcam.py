@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pivot_hub.data.source import RowReport
+from pivot_hub.data.index import RowReport
 from pivot_hub.gradcam import Explain, answer_batch, answer_log_probs, enlarge, gradient_map, inner_border
 from pivot_hub.mllm import build_mllm, load_mllm
 from pivot_hub.recipe import load_recipe
@@ -59,19 +59,18 @@ def test_values_are_the_losses_of_trl(trained: Path, recipes: Path, mllm: tuple[
         trainer = module.build_trainer(loaded, args, trained / "2-instruct", RowReport(), [])
         trainer.model.load_state_dict(model.state_dict())
         row = trainer.train_dataset[0]
-        text = {
-            k: row[k][-1]["content"][-1]["text"] for k in ("prompt", "chosen", "rejected", "completion") if k in row
-        }
+        if "messages" in row:
+            row |= {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:]}
+        text = {k: row[k][-1]["content"][-1]["text"] for k in ("prompt", "chosen", "rejected") if k in row}
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
         with torch.no_grad():
             loss = float(trainer.compute_loss(trainer.model.eval(), batch))
-        answer = text["chosen"] if "chosen" in text else text["completion"]
         made = gradient_map(
             model,
             processor,
             row["images"][0],
             text["prompt"],
-            answer,
+            text["chosen"],
             explain,
             text.get("rejected"),
             reference,
@@ -171,5 +170,5 @@ def test_registers_are_left_out_of_the_map_and_counted_as_tokens(
     made = gradient_map(model.eval(), processor, image, QUESTION, RIGHT)
     assert {grid.shape for grid in made.maps.values()} == {(4, 4)}
     batch = answer_batch(processor, image, QUESTION, [RIGHT])
-    check = RowCheck(processor, None, "completion", RowReport(), pairs=False)
+    check = RowCheck(processor, None, "conversation", pairs=False)
     assert check.image_tokens == (batch["input_ids"] == processor.image_token_id).sum() == 20

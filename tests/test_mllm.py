@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pivot_hub import PivotVisionModel
+from pivot_hub.chat import QWEN
 from pivot_hub.errors import CheckpointError
-from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of
+from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of
 from tests.conftest import make_language
 from tests.originals import IMAGE_PX, ORIGINALS, make_vision
 
@@ -65,7 +66,7 @@ def test_chat_template_is_qwens_with_the_image_in_front(parts: Path) -> None:
     messages: list[Any] = [*MESSAGES, {"role": "assistant", "content": [{"type": "text", "text": "A star."}]}]
     assert processor.apply_chat_template(messages) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{IMAGE_TOKEN}\nWhat is it?<|im_end|>\n"
+        f"<|im_start|>user\n{QWEN.image_token}\nWhat is it?<|im_end|>\n"
         "<|im_start|>assistant\nA star.<|im_end|>\n"
     )
 
@@ -86,7 +87,7 @@ def test_a_tokenizer_without_the_tokens_gets_them(parts: Path, tmp_path: Path) -
     model, processor = build_mllm(str(parts / "vision"), str(tmp_path))
     assert len(processor.tokenizer) == size + 3
     assert model.get_input_embeddings().num_embeddings == size + 3 == model.lm_head.out_features
-    assert len(processor.tokenizer(IMAGE_TOKEN, add_special_tokens=False)["input_ids"]) == 1
+    assert len(processor.tokenizer(QWEN.image_token, add_special_tokens=False)["input_ids"]) == 1
 
 
 def test_groups_hold_each_trained_parameter_once_at_its_rate(parts: Path) -> None:

@@ -11,21 +11,28 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
 
 from pivot_hub import PivotVisionConfig
-from pivot_hub.data import mmpr
-from pivot_hub.data.row import Row
+from pivot_hub.chat import QWEN
+from pivot_hub.data.llava import parse_conversation
+from pivot_hub.data.meta import read_meta
+from pivot_hub.data.preference import parse_vlfeedback_pair
+from pivot_hub.data.row import Row, read_records
+from pivot_hub.data.source import example
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError
+from pivot_hub.training.conversation import ConversationCollator
 from tests.conftest import make_language
 from tests.originals import make_vision
+from tests.test_formats import index_of, png
 
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")
@@ -197,16 +204,107 @@ def test_siglip2s_own_config_gives_its_published_size(tmp_path: Path) -> None:
 def test_mmprs_own_meta_file_is_read(tmp_path: Path) -> None:
     """As published: two sources, a comma after the last, paths from the folder that holds MMPR-v1.2."""
     published = REAL / "formats" / "internvl_meta" / "mmpr_v1.2_debug_mpo.json"
-    meta = tmp_path / "meta.json"
-    shutil.copyfile(published, meta)
+    shutil.copyfile(published, tmp_path / "meta.json")
+    spec = "{format: mmpr, path: meta.json, images: .}"
     with pytest.raises(DataError, match="does not exist; `images` is the folder its paths"):
-        list(mmpr.read_rows(meta, tmp_path))
+        index_of(tmp_path, spec, "dpo")
     folder = tmp_path / "MMPR-v1.2" / "annotations"
     folder.mkdir(parents=True)
     row = {"image": "a.png", "question": "?", "chosen": "A", "rejected": "B"}
     for name, count in (("correctness", 529), ("format", 201)):
         file = folder / f"m3cot_train_extracted_pairs_vqa_{name}_rules.jsonl"
         file.write_text((json.dumps(row) + "\n") * count)
-    rows = list(mmpr.read_rows(meta, tmp_path))
+    # The images still packed, in the archive that stands for their folder.
+    with zipfile.ZipFile(tmp_path / "MMPR-v1.2" / "images.zip", "w") as archive:
+        archive.writestr("images/M3CoT/a.png", png(0))
+    index = index_of(tmp_path, spec, "dpo")
+    rows = list(index.rows())
     assert len(rows) == 730
-    assert {row.image for row in rows if isinstance(row, Row)} == {"MMPR-v1.2/images/M3CoT/a.png"}
+    assert {(r.image, r.archive) for r in rows} == {("MMPR-v1.2/images/M3CoT/a.png", "MMPR-v1.2/images.zip")}
+    assert index.report.duplicates == 730 - 1
+
+
+@pytest.mark.parametrize("file", sorted((REAL / "formats" / "internvl_meta").glob("*.json")), ids=lambda f: f.stem)
+def test_every_real_meta_file_is_understood(file: Path) -> None:
+    sources = read_meta(file)
+    assert sources
+    assert all(s.annotation.endswith(".jsonl") and s.length and s.repeat_time >= 1 for s in sources)
+
+
+def test_mdpos_own_rows_are_pairs_without_vicunas_frame() -> None:
+    file = REAL / "formats" / "mdpo_vlfeedback" / "data" / "sample_data.json"
+    rows = [parse_vlfeedback_pair(n, r) for n, r in read_records(file) if isinstance(r, dict)]
+    assert len(rows) > 1
+    for row in rows:
+        assert isinstance(row, Row)
+        assert row.prompt.startswith("<image>\n")
+        assert "USER" not in row.prompt
+        assert "ASSISTANT" not in row.prompt
+
+
+def test_llama_factorys_conversations_are_read() -> None:
+    file = REAL / "formats" / "llamafactory" / "data" / "mllm_demo.json"
+    rows = [parse_conversation(n, r) for n, r in read_records(file) if isinstance(r, dict)]
+    assert [type(row).__name__ for row in rows].count("DataError") == 2  # the rows of two images
+    folder = file.parent
+    assert all((folder / r.image).is_file() for r in rows if isinstance(r, Row) and r.image)
+
+
+def test_prompts_are_the_authors_token_for_token() -> None:
+    """Qwen2.5's own tokenizer. The ids were looked up in its vocabulary by hand; 151655 stands for the image."""
+    tokenizer = AutoTokenizer.from_pretrained(HUB / "qwen2.5-vl-7b-instruct")
+    processor = LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        image_token=QWEN.image_token,
+        chat_template=QWEN.template,
+    )
+    start, end, newline, image = 151644, 151645, 198, [151655] * 4
+    system = [start, 8948, newline, 2610, 525, 264, 10950, 17847, 13, end, newline]  # You are a helpful assistant.
+    asked = [start, 872, newline, *image, newline, 3838, 374, 432, 5267, 16141, 304, 825, 3409, 13, end, newline]
+    header, cat = [start, 77091, newline], [26801, end, newline]
+    again = [start, 872, newline, 10234, 30, 220, end, newline]  # "Why? ", its blank kept
+    because = [2132, 702, 271, 1312, 3187, 388, 624, end, newline]  # "It has\n\nwhiskers.\n"
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?\nAnswer in one word."},
+        {"from": "gpt", "value": "Cat"},
+        {"from": "human", "value": "Why? "},
+        {"from": "gpt", "value": "It has\n\nwhiskers.\n"},
+    ]
+    row = parse_conversation("a:1", {"image": "a.jpg", "conversations": turns})
+    assert isinstance(row, Row)
+    picture = [Image.new("RGB", (8, 8))]
+    whole = [*system, *asked, *header, *cat, *again, *header, *because]
+    no = -100
+    kept = {start, end, newline}
+    told = {
+        None: [
+            *[no] * len([*system, *asked, *header]),
+            *cat,
+            *[no] * len([*again, *header]),
+            *because,
+        ],
+        # preprocess_qwen of LLaVA-NeXT: turns of gpt whole; of all others the marks and newlines.
+        "llava_next": [
+            *[t if t in kept else no for t in [*system, *asked]],
+            *header,
+            *cat,
+            *[t if t in kept else no for t in again],
+            *header,
+            *because,
+        ],
+    }
+    for labels, wanted in told.items():
+        collator = ConversationCollator(processor, 2048, labels)  # type: ignore[arg-type]
+        made = collator([example(picture, row, "conversation", processor.image_token)])
+        assert made["input_ids"][0].tolist() == whole
+        assert made["labels"][0].tolist() == wanted
+    caption = {"from": "gpt", "value": "a red  bus"}
+    row = parse_conversation("a:1", {"image": "a.jpg", "conversations": [turns[0], caption]})
+    assert isinstance(row, Row)
+    # The plain format: the image, then the caption and a newline, which are learnt; the question is left out.
+    made = ConversationCollator(processor, 2048)([example(picture, row, "plain", processor.image_token)])
+    assert made["input_ids"][0].tolist() == [*image, 64, 2518, 220, 5828, newline]
+    assert made["labels"][0].tolist() == [*[no] * 4, 64, 2518, 220, 5828, newline]

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pivot_hub.data import llava, mmpr
 from pivot_hub.data.image import open_image
+from pivot_hub.data.index import Measured, index_rows
+from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.row import Row
-from pivot_hub.data.source import RowReport, as_dataset, example, read_rows
+from pivot_hub.data.source import example
 from pivot_hub.errors import DataError
-from pivot_hub.recipe import load_recipe
+from pivot_hub.recipe import LoadedRecipe, load_recipe
+
+
+class Unchecked:
+    """A check that finds nothing wrong."""
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
+        return [Measured()] * len(rows)
+
 
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16")
 
@@ -100,14 +113,17 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(
 def test_no_usable_row_is_an_error(own_recipes: Path) -> None:
     _images(own_recipes / "images")
     loaded = load_recipe(_recipe(own_recipes, [BAD[0][0]], "skip"))
-    with pytest.raises(DataError, match="no usable row is left"):
-        read_rows(loaded, lambda row: None, RowReport())
+    with pytest.raises(DataError, match=r"no usable row is left: pairs.jsonl:1: image missing.png does not exist"):
+        index_rows(loaded, Unchecked())
 
 
 def test_missing_files_are_named(own_recipes: Path) -> None:
     loaded = load_recipe(_recipe(own_recipes, GOOD))
-    with pytest.raises(DataError, match=r"data images .*does not exist"):
-        read_rows(loaded, lambda row: None, RowReport())
+    with pytest.raises(DataError, match=r"data images images does not exist; give it relative to the recipe"):
+        index_rows(loaded, Unchecked())
+    loaded = load_recipe(loaded.path, ["data.0.path=nobody/dataset", "data.0.images=null"])
+    with pytest.raises(DataError, match=r"data path nobody/dataset does not exist, and the Hub has no such dataset"):
+        index_rows(loaded, Unchecked())
 
 
 def test_a_sample_is_seeded_and_keeps_file_order(own_recipes: Path) -> None:
@@ -116,7 +132,7 @@ def test_a_sample_is_seeded_and_keeps_file_order(own_recipes: Path) -> None:
     drawn = []
     for seed in (0, 0, 1):
         loaded = load_recipe(path, ["data.0.sample=3", f"data.0.seed={seed}"])
-        drawn.append([row.id for _, row in read_rows(loaded, lambda row: None, RowReport())[1]])
+        drawn.append([row.id for row in index_rows(loaded, Unchecked()).rows()])
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.split(":")[1]))
 
@@ -128,19 +144,19 @@ def test_transparency_shows_white_and_grey_becomes_colour(tmp_path: Path) -> Non
     assert open_image(tmp_path / "grey.png", "row").getpixel((0, 0)) == (77, 77, 77)
 
 
-def test_conversations_give_a_row_for_each_answer(tmp_path: Path) -> None:
+def test_a_conversation_is_one_row_with_all_its_answers() -> None:
     turns = [
         {"from": "human", "value": "<image>\nWhat is it?"},
         {"from": "gpt", "value": "A dog."},
         {"from": "human", "value": "What colour?"},
         {"from": "gpt", "value": "Brown."},
+        {"from": "human", "value": "And?"},
     ]
-    (tmp_path / "a.json").write_text(json.dumps([{"id": "1", "image": "a.jpg", "conversations": turns}]))
-    rows = [r for r in llava.read_rows(tmp_path / "a.json") if isinstance(r, Row)]
-    assert [(r.prompt, r.chosen) for r in rows] == [("<image>\nWhat is it?", "A dog."), ("What colour?", "Brown.")]
-    assert rows[1].earlier == (("user", "<image>\nWhat is it?"), ("assistant", "A dog."))
-    made = example([], rows[1], "completion", "<I>")
-    assert [part["type"] for turn in made["prompt"] for part in turn["content"]] == ["image", "text", "text", "text"]
+    row = parse_conversation("a:1", {"id": "1", "image": "a.jpg", "conversations": turns})
+    earlier = (("user", "<image>\nWhat is it?"), ("assistant", "A dog."))
+    assert row == Row("a:1", "a.jpg", "What colour?", "Brown.", earlier=earlier)
+    made = example([], row, "conversation", "<I>")
+    assert [part["type"] for turn in made["messages"] for part in turn["content"]] == ["image", *["text"] * 4]
 
 
 @pytest.mark.parametrize(
@@ -151,36 +167,35 @@ def test_conversations_give_a_row_for_each_answer(tmp_path: Path) -> None:
         ({"conversations": [{"from": "human", "value": "x"}]}, "a human turn and then a gpt turn"),
     ],
 )
-def test_conversations_that_do_not_fit_are_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    made = list(llava.read_rows(tmp_path / "a.jsonl"))
-    assert len(made) == 1
-    assert isinstance(made[0], DataError)
-    assert said in str(made[0])
+def test_conversations_that_do_not_fit_are_named(row: dict[str, Any], said: str) -> None:
+    made = parse_conversation("a.jsonl:1", row)
+    assert isinstance(made, DataError)
+    assert said in str(made)
 
 
-def test_the_image_stands_where_its_tag_does() -> None:
-    content = example([], Row("1", "a.jpg", "Look: <image> What?", "A"), "completion", "<I>")["prompt"][0]["content"]
-    assert content == [{"type": "text", "text": "Look:"}, {"type": "image"}, {"type": "text", "text": "What?"}]
-    plain = example([], Row("1", None, "Hello", "A"), "completion", "<I>")["prompt"][0]["content"]
-    assert plain == [{"type": "text", "text": "Hello"}]
+def test_the_image_stands_in_front_of_its_question() -> None:
+    """As in LLaVA's code: a tag elsewhere is moved to the front, and only then is the question stripped."""
 
+    def asked(prompt: str, image: str | None = "a.jpg") -> list[dict[str, str]]:
+        content: list[dict[str, str]] = example([], Row("1", image, prompt, "A"), "preference", "<I>")["prompt"][0][
+            "content"
+        ]
+        return content
 
-def test_pairs_keep_their_texts(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD[0]) + "\n\n")
-    assert list(mmpr.read_rows(tmp_path / "a.jsonl", tmp_path)) == [
-        Row("a.jsonl:1", "RGB.png", "<image>\nWhat?", "A", "B")
-    ]
+    assert asked("What? <image>") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert asked("What?") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert asked("<image>\n What? \n") == [{"type": "image"}, {"type": "text", "text": " What? \n"}]
+    assert asked("Hello", None) == [{"type": "text", "text": "Hello"}]
 
 
 def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
-    loaded = load_recipe(recipes / "3-dpo.yaml")
-    sources, rows = read_rows(loaded, lambda row: None, RowReport())
-    dataset = as_dataset(sources, rows, "preference", "<I>")
+    rows = index_rows(load_recipe(recipes / "3-dpo.yaml"), Unchecked())
+    dataset = rows.as_dataset("preference", "<I>")
     first, again = dataset[0], dataset[0]
-    assert set(first) == {"images", "prompt", "chosen", "rejected"}
+    assert set(first) == {"images", "prompt", "chosen", "rejected", "row"}
     assert first["images"][0].tobytes() == again["images"][0].tobytes()
     assert first["images"][0].size == (32, 32)
+    assert rows.ids([first["row"]]) == ["train/0"]
 
 
 def _meta(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
@@ -207,27 +222,35 @@ def test_a_meta_file_names_many_sources(own_recipes: Path) -> None:
     data = next(line for line in text.splitlines() if line.startswith("data:"))
     spec = "data: [{format: mmpr, path: MMPR/meta.json, images: ., sample: 25, seed: 3}]"
     path.write_text(text.replace(data, spec))
-    report = RowReport()
-    _, rows = read_rows(load_recipe(path), lambda row: None, report)
-    taken = [row for _, row in rows]
-    groups = report.sources[0]["groups"]
-    assert sum(groups.values()) == report.sources[0]["rows"] == 25
+    index = index_rows(load_recipe(path), Unchecked())
+    taken = list(index.rows())
+    listing = index.report.sources[0]
+    groups = listing["groups"]
+    assert sum(groups.values()) == listing["rows"] == index.report.rows == len(taken) == 25
     assert groups == {"m3cot": 15, "docvqa": 8, "small": 2} or groups == {"m3cot": 15, "docvqa": 7, "small": 3}
     assert taken[0].image == "MMPR/images/m3cot/a.png"
     assert taken[0].id.startswith("m3cot/m3cot.jsonl:")
-    again = RowReport()
-    assert read_rows(load_recipe(path), lambda row: None, again)[1] == rows
-    assert again.sources == report.sources
-    other = RowReport()
-    read_rows(load_recipe(path, ["data.0.seed=4"]), lambda row: None, other)
-    assert other.sources[0]["ids_sha256"] != report.sources[0]["ids_sha256"]
+    again = index_rows(load_recipe(path), Unchecked(), fresh=True)
+    assert list(again.rows()) == taken
+    assert again.report.sources == index.report.sources
+    other = index_rows(load_recipe(path, ["data.0.seed=4"]), Unchecked())
+    assert other.report.sources[0]["ids_sha256"] != listing["ids_sha256"]
 
 
-def test_a_meta_files_rows_repeat_and_are_counted(tmp_path: Path) -> None:
-    rows = list(mmpr.read_rows(_meta(tmp_path / "a", {"one": 2}, repeat_time=3), tmp_path / "a"))
-    assert [row.id for row in rows if isinstance(row, Row)] == ["one/one.jsonl:1", "one/one.jsonl:2"] * 3
-    rows = list(mmpr.read_rows(_meta(tmp_path / "b", {"one": 2}, length=529), tmp_path / "b"))
-    assert "2 rows where the meta file says 529: download it again" in str(rows[0])
+def _pairs(folder: Path, meta: Path, more: str = "") -> LoadedRecipe:
+    """A recipe over a meta file."""
+    text = "stage: dpo\nparent: 2-instruct.yaml\nlearning_rate: {language: 1.0e-3}\n"
+    (folder / "meta.yaml").write_text(f"{text}data: [{{format: mmpr, path: {meta}, images: {folder}{more}}}]\n")
+    return load_recipe(folder / "meta.yaml")
+
+
+def test_a_meta_files_rows_repeat_and_are_counted(own_recipes: Path) -> None:
+    meta = _meta(own_recipes, {"one": 2}, repeat_time=3)
+    index = index_rows(_pairs(own_recipes, meta), Unchecked())
+    assert [row.id for row in index.rows()] == [f"one/one.jsonl:{i}" for i in (1, 1, 1, 2, 2, 2)]
+    meta.write_text(meta.read_text().replace('"length": 2', '"length": 529'))
+    with pytest.raises(DataError, match="2 rows where the meta file says 529: download it again"):
+        index_rows(_pairs(own_recipes, meta), Unchecked())
 
 
 @pytest.mark.parametrize(
@@ -239,6 +262,7 @@ def test_a_meta_files_rows_repeat_and_are_counted(tmp_path: Path) -> None:
         ({"repeat_time": 0.5}, "repeat_time is 0.5; give a whole number"),
     ],
 )
-def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], says: str, own_recipes: Path) -> None:
+    meta = _meta(own_recipes, {"one": 2}, **changes)
     with pytest.raises(DataError, match=says):
-        list(mmpr.read_rows(_meta(tmp_path, {"one": 2}, **changes), tmp_path))
+        index_rows(_pairs(own_recipes, meta), Unchecked())

@@ -32,8 +32,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from pivot_hub.chat import QWEN
 from pivot_hub.errors import ProbeError
-from pivot_hub.mllm import IMAGE_TOKEN
 from pivot_hub.provenance import machine, versions
 from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
 
@@ -167,19 +167,19 @@ def bench_dpo_step(
 
 def _processor(shape: Size) -> LlavaProcessor:
     """A tokenizer whose words are one token each, so that rows have the lengths they are given."""
-    special = ["<pad>", "<|im_end|>", IMAGE_TOKEN]
+    special = ["<pad>", QWEN.turn_end, QWEN.image_token]
     vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(shape.vocabulary - 3))])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=[IMAGE_TOKEN]
+        tokenizer_object=words, pad_token="<pad>", eos_token=QWEN.turn_end, extra_special_tokens=[QWEN.image_token]
     )
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": shape.image_px, "width": shape.image_px}),
         tokenizer=tokenizer,
         patch_size=shape.patch_px,
         vision_feature_select_strategy="full",
-        image_token=IMAGE_TOKEN,
+        image_token=QWEN.image_token,
     )
 
 
@@ -235,7 +235,7 @@ def _rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
     return [
         {
             "images": [Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8))],
-            "prompt": f"{IMAGE_TOKEN} {words(shape.prompt)}",
+            "prompt": f"{QWEN.image_token} {words(shape.prompt)}",
             "chosen": answer(),
             "rejected": answer(),
         }

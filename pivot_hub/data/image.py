@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,24 +18,43 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def open_image(path: Path, owner: str) -> Image.Image:
-    """Decode an image as RGB; greyscale, palette and transparency (on white) become plain colour.
-
-    Args:
-        path: the file.
-        owner: the row it belongs to, for the message.
+    """Decode an image file as RGB, as `decode_image` does.
 
     Raises:
         DataError: the file is missing or not a whole image.
     """
     try:
-        with Image.open(path) as file:
-            file.load()
-            image: Image.Image = file
+        return decode_image(path, owner, str(path))
+    except FileNotFoundError:
+        raise DataError(f"{owner}: image {path} does not exist; check `images` in the recipe.") from None
+
+
+def decode_image(file: Path | IO[bytes], owner: str, name: str) -> Image.Image:
+    """Decode an image as RGB; greyscale, palette and transparency (on white) become plain colour.
+
+    Args:
+        file: a path or an open file.
+        owner: the row it belongs to, and name: of the image, for the message.
+
+    Returns:
+        The image; `info["mode"]` is the mode it was stored in.
+
+    Raises:
+        DataError: it is not a whole image.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with Image.open(file) as stored:
+            stored.load()
+            image: Image.Image = stored
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            plain = image.convert("RGB")
+            plain.info["mode"] = stored.mode
+            return plain
     except FileNotFoundError:
-        raise DataError(f"{owner}: image {path} does not exist; check `images` in the recipe.") from None
+        raise
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{owner}: image {path} cannot be decoded ({error}); replace the file.") from None
+        reason = "no image format is known to begin so" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{owner}: image {name} cannot be decoded ({reason}); replace the file.") from None

@@ -14,14 +14,14 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from pivot_hub.data.source import RowReport, as_dataset, read_rows
+from pivot_hub.data.index import RowReport
 from pivot_hub.errors import CheckpointError, TrainingError
-from pivot_hub.mllm import IMAGE_TOKEN, freeze_parts, load_mllm
+from pivot_hub.mllm import freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.training.pairs import PairCollator, share_forward
 from pivot_hub.training.part_trainer import PartTrainer
 from pivot_hub.training.reference import ReferenceCache, model_hash, processor_hash, row_key
-from pivot_hub.training.row_check import RowCheck
+from pivot_hub.training.row_check import rows_of
 
 SWITCHES = ("encode_once", "share_prefix", "cache_reference", "pack")
 logger = logging.getLogger(__name__)
@@ -263,13 +263,15 @@ def build_trainer(
     model, processor = load_mllm(parent)
     rates = loaded.recipe.learning_rate.trained()
     freeze_parts(model, rates)
-    check = RowCheck(processor, args.max_length, "preference", report, pairs=True)
-    sources, rows = read_rows(loaded, check, report)
-    return PivotDPOTrainer(
+    rows = rows_of(loaded, processor, args.max_length)
+    report.become(rows.report)
+    trainer = PivotDPOTrainer(
         model=model,
         args=args,
-        train_dataset=as_dataset(sources, rows, "preference", IMAGE_TOKEN),
+        train_dataset=rows.as_dataset("preference", processor.image_token),
         processing_class=processor,
         callbacks=callbacks,
         rates=rates,
     )
+    trainer.row_ids, trainer.blocks = rows.ids, rows.blocks()
+    return trainer

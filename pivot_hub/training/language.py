@@ -21,14 +21,15 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from pivot_hub.chat import QWEN, SYSTEM
+from pivot_hub.data.index import RowReport
 from pivot_hub.data.shapes import DESCRIBE, KINDS, SCAN_SIDE
-from pivot_hub.data.source import RowReport, ShapesSource
+from pivot_hub.data.source import ShapesSource
 from pivot_hub.errors import RecipeError
-from pivot_hub.mllm import CHAT_TEMPLATE, IMAGE_TOKEN, SYSTEM, TURN_END, TURN_START
 from pivot_hub.recipe import LoadedRecipe, ShapesData
 
 END = "<|endoftext|>"
-SPECIAL = [END, TURN_START, TURN_END, IMAGE_TOKEN]  # Qwen2.5's names
+SPECIAL = [END, QWEN.turn_start, QWEN.turn_end, QWEN.image_token]  # Qwen2.5's names
 
 
 def build_trainer(
@@ -55,7 +56,7 @@ def build_trainer(
             **recipe.architecture,
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
+            eos_token_id=tokenizer.convert_tokens_to_ids(QWEN.turn_end),
             bos_token_id=None,
         )
         model = Qwen2ForCausalLM(config)
@@ -99,10 +100,10 @@ def train_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator([*texts, *[f"system\n{SYSTEM}\nuser\nassistant\n"] * 50], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        eos_token=TURN_END,
+        eos_token=QWEN.turn_end,
         pad_token=END,
         additional_special_tokens=SPECIAL,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=QWEN.template,
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

@@ -70,7 +70,8 @@ class PairCollator:
             input_ids, completion_mask (2B, 1 + answer), chosen first: the prompt's last token, then the answer;
             attention_mask (2B, prompt + answer), TRL's, for its token count; pair_ids, pair_positions (rows, tokens);
             pair_take (2B, 1 + answer), where each of input_ids lies in the flattened rows; pair_layout;
-            pixel_values (images, ...) and pair_images, the image of each run of image tokens. With `max_tokens`, a
+            pixel_values (images, ...) and pair_images, the image of each run of image tokens; row (B,) where examples
+            carry it. With `max_tokens`, a
             list of such batches under `chunks`.
         """
         references = [self.references(e) for e in examples] if self.references else None
@@ -91,6 +92,8 @@ class PairCollator:
             if pixels is not None and shown:
                 needed = sorted(set(shown))
                 made |= {"pixel_values": pixels[needed], "pair_images": torch.tensor([needed.index(i) for i in shown])}
+            if "row" in examples[0]:
+                made["row"] = torch.tensor([examples[i]["row"] for i in some])
             if references is not None:
                 chosen, rejected = zip(*(references[i] for i in some), strict=True)
                 made |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}

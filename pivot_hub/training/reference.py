@@ -89,18 +89,21 @@ def model_hash(model: torch.nn.Module) -> str:
 
 def processor_hash(processor: LlavaProcessor) -> str:
     """SHA-256 over how a processor prepares images and text."""
-    tokenizer: Any = processor.tokenizer
     image_processor: Any = processor.image_processor
-    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-    # These two are how the last call was padded and cut, not how text becomes tokens.
-    vocabulary |= {"padding": None, "truncation": None}
     parts = [
         image_processor.to_json_string(),
-        json.dumps(vocabulary, sort_keys=True),
+        tokenizer_text(processor.tokenizer),
         str(processor.chat_template),
         f"{processor.patch_size} {processor.vision_feature_select_strategy} {processor.num_additional_image_tokens}",
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def tokenizer_text(tokenizer: Any) -> str:
+    """All that decides how text becomes tokens."""
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    # These two are how the last call was padded and cut.
+    return json.dumps(vocabulary | {"padding": None, "truncation": None}, sort_keys=True)
 
 
 def _without_pixels(thing: Any) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pivot_hub.data.source import Columns, RowReport, as_dataset, read_rows
-from pivot_hub.mllm import IMAGE_TOKEN, build_mllm, freeze_parts, load_mllm
+from pivot_hub.data.index import RowReport
+from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
+from pivot_hub.training.conversation import ConversationCollator
 from pivot_hub.training.part_trainer import PartTrainer
-from pivot_hub.training.row_check import RowCheck
+from pivot_hub.training.row_check import columns_of, rows_of
 
 
 class PivotSFTTrainer(PartTrainer, SFTTrainer):
@@ -51,15 +52,16 @@ def build_trainer(
         )
     rates = recipe.learning_rate.trained()
     freeze_parts(model, rates)
-    columns: Columns = "plain" if recipe.stage == "align" else "completion"
-    check = RowCheck(processor, args.max_length, columns, report, pairs=recipe.stage == "sft")
-    sources, rows = read_rows(loaded, check, report)
+    rows = rows_of(loaded, processor, args.max_length)
+    report.become(rows.report)
     trainer = PivotSFTTrainer(
         model=model,
         args=args,
-        train_dataset=as_dataset(sources, rows, columns, IMAGE_TOKEN),
+        data_collator=ConversationCollator(processor, args.max_length, recipe.labels),
+        train_dataset=rows.as_dataset(columns_of(recipe.stage), processor.image_token),
         processing_class=processor,
         callbacks=callbacks,
     )
+    trainer.row_ids, trainer.blocks = rows.ids, rows.blocks()
     trainer.rates = rates
     return trainer

@@ -2,6 +2,10 @@
 
 A run works in `<output>.partial`, where its checkpoints lie, and is renamed to `<output>` when whole: an
 output folder that exists is finished.
+
+A run may have several processes, on one machine or many, started by `accelerate launch`, `torchrun` or `srun`. The
+main one makes, writes, renames and deletes what lies in the output folder, which all of them must see: on several
+machines it lies on a shared filesystem.
 """
 
 from __future__ import annotations
@@ -12,24 +16,32 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from pivot_hub.data.source import RowReport
+from pivot_hub.data.index import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
-from pivot_hub.provenance import file_sha256, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
-from pivot_hub.recipe import LoadedRecipe, load_recipe, write_recipe
+from pivot_hub.provenance import machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
+from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
+from pivot_hub.training.part_trainer import SHARDS, stopped_file
 from pivot_hub.training.preemption import Preemption
 
 MODULES = {"vision": "vision", "language": "language", "dpo": "dpo"}  # every other stage is SFT
+BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # in names of optimizers that it brings
+
+T = TypeVar("T")
 
 
 def run_stage(
@@ -57,19 +69,17 @@ def run_stage(
         DataError, TrainingError: see their classes; the last good checkpoint stays.
     """
     folder = Path(output) if output is not None else Path(runs) / loaded.name
-    sha = loaded.recipe.sha256()
-    if folder.exists():
-        _same_recipe(folder, sha)
+    work = folder.with_name(f"{folder.name}.partial")
+    main = _processes(loaded.recipe).is_main_process
+    say = say if main else _say_nothing
+    if _on_main(lambda: _is_finished(folder, work, loaded.recipe.sha256())):
         say(f"{loaded.name}: finished before, at {folder}")
         return folder
-    parent_folder = _parent_checkpoint(loaded, Path(runs), parent)
-    work = folder.with_name(f"{folder.name}.partial")
-    if work.exists():
-        _same_recipe(work, sha)
+    parent_folder = _on_main(lambda: _parent_checkpoint(loaded, Path(runs), parent))
     try:
         return _train(loaded, folder, work, parent_folder, say)
     except Exception as error:
-        if not _last_checkpoint(work):  # nothing worth resuming: leave nothing behind
+        if main and not _last_checkpoint(work):  # nothing worth resuming: leave nothing behind
             shutil.rmtree(work, ignore_errors=True)
         if _disk_is_full(error):
             raise TrainingError(
@@ -81,8 +91,7 @@ def run_stage(
 def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, say: Callable[[str], None]) -> Path:
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
-    work.mkdir(parents=True, exist_ok=True)
-    write_recipe(loaded, work / "recipe.yaml")
+    resume = _on_main(lambda: _make_work(loaded, work))
     log = MetricsLog(work / "metrics.jsonl")
     module = import_module(f"pivot_hub.training.{MODULES.get(recipe.stage, 'sft')}")
     args = trainer_arguments(loaded, work)
@@ -92,11 +101,10 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(PlainProgress(loaded.name, say))
     if report.skipped:
-        say(f"{loaded.name}: {len(report.skipped)} rows skipped, the first: {report.skipped[0]}")
-    resume = _last_checkpoint(work)
+        say(f"{loaded.name}: {report.skipped_rows} rows skipped, the first: {report.skipped[0]}")
     if resume is not None:
         say(f"{loaded.name}: resuming from step {_step_of(resume)}")
-    log.cut_to(_step_of(resume) if resume else 0)
+    _on_main(lambda: log.cut_to(_step_of(resume) if resume else 0))
     with Preemption() as preemption:
         trainer.add_callback(preemption)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -105,42 +113,112 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
             "run the same command again to go on."
         )
-    duration = time.monotonic() - started
-
-    whole = work / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir()
-    module_save = getattr(module, "save", None)
-    if module_save is not None:
-        module_save(trainer, whole)
-    else:
-        trainer.save_model(str(whole))
-        (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and recipe.yaml says it all
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        shutil.copy2(work / name, whole / name)
     facts = {
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
         "steps": trainer.state.global_step,
-        "duration_s": round(duration, 1),
+        "duration_s": round(time.monotonic() - started, 1),
         "resumed": resume is not None,
+        "processes": PartialState().num_processes,
         "peak_memory_mb": peak_memory_mb(),
         "train_loss": next((h["train_loss"] for h in reversed(trainer.state.log_history) if "train_loss" in h), None),
         "data": report.facts(),
     }
+    whole = work / "whole"
+    _on_main(lambda: shutil.rmtree(whole, ignore_errors=True))
+    if hasattr(module, "save"):
+        _on_main(lambda: module.save(trainer, whole))
+    else:
+        _save_gathered(trainer, whole)
+    _on_main(lambda: _finish(loaded, parent, folder, work, facts))
+    return folder
+
+
+def _processes(recipe: Recipe) -> PartialState:
+    """This process among those of the run; where there is no accelerator they speak over gloo."""
+    cpu = recipe.args.get("use_cpu", not torch.accelerator.is_available())
+    return PartialState(cpu=cpu, timeout=timedelta(seconds=recipe.args.get("ddp_timeout", 1800)))
+
+
+def _on_main(act: Callable[[], T]) -> T:
+    """Let the main process act; what it returns or raises, every process returns or raises."""
+    state = PartialState()
+    made: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            made[0] = act()
+        except Exception as error:
+            made[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
+
+
+def _say_nothing(line: str) -> None:
+    """Be a process that is not the main one."""
+
+
+def _is_finished(folder: Path, work: Path, sha: str) -> bool:
+    for each in (folder, work):
+        if each.exists():
+            _same_recipe(each, sha)
+    return folder.exists()
+
+
+def _make_work(loaded: LoadedRecipe, work: Path) -> Path | None:
+    """Make the folder a run works in; return the checkpoint to go on from."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_recipe(loaded, work / "recipe.yaml")
+    stopped_file(work).unlink(missing_ok=True)
+    return _last_checkpoint(work)
+
+
+def _save_gathered(trainer: Trainer, whole: Path) -> None:
+    """Write the whole model as one checkpoint, from however many processes hold it."""
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(whole))
+        return
+    weights = trainer.accelerator.get_state_dict(trainer.model)
+    for tied in cast(Any, trainer.model).all_tied_weights_keys:  # once gathered they no longer share their storage
+        weights.pop(tied, None)
+    trainer._save(str(whole), state_dict=weights)
+
+
+def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path, facts: dict[str, Any]) -> None:
+    """Complete the whole checkpoint with its facts and put it in its place."""
+    whole = work / "whole"
+    (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and recipe.yaml says it all
+    for name in ("recipe.yaml", "metrics.jsonl"):
+        shutil.copy2(work / name, whole / name)
     write_json(whole / "report.json", facts)
-    seal(whole, _provenance(loaded, parent, whole))
+    seal(whole, _provenance(loaded, parent, whole, facts["data"]["sources"]))
     if (work / "runs").is_dir():  # TensorBoard's events, unsealed: their names hold the host's
         shutil.copytree(work / "runs", whole / "tensorboard")
     whole.replace(folder)
     shutil.rmtree(work)
-    return folder
 
 
 def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
     """The stage's trainer config: the recipe's arguments over the defaults that every stage shares."""
     recipe = loaded.recipe
     rates = recipe.learning_rate.trained()
+    if recipe.global_batch is not None:
+        together = recipe.args.get("per_device_train_batch_size", 8) * PartialState().num_processes
+        if recipe.global_batch % together:
+            raise RecipeError(
+                f"{loaded.path}: `global_batch` {recipe.global_batch} is not a multiple of {together} rows, a batch of "
+                "every process; change `args.per_device_train_batch_size` or the number of processes."
+            )
+        shared = {"gradient_accumulation_steps": recipe.global_batch // together}
+    else:
+        shared = {}
+    optim = str(recipe.args.get("optim", ""))
+    if any(name in optim for name in BITSANDBYTES) and find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"{loaded.path}: `args.optim` {optim} needs bitsandbytes; `pip install bitsandbytes` brings it."
+        )
     loggers = [name for name in ("tensorboard", "trackio") if find_spec(name)]
     options: dict[str, Any] = {
         "save_strategy": "steps",
@@ -150,8 +228,11 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
         "logging_nan_inf_filter": False,
         "report_to": loggers or "none",
         "dataloader_pin_memory": False,
-        "bf16": torch.cuda.is_available(),  # TRL's default, which stops on a CPU
+        "ddp_find_unused_parameters": False,  # every parameter that trains has a gradient in every step
+        "use_cpu": PartialState().device.type == "cpu",
+        "bf16": torch.cuda.is_available() and not recipe.args.get("fp16"),  # TRL's default, which stops on a CPU
         **recipe.args,
+        **shared,
         "output_dir": str(work),
         "learning_rate": max(rates.values()),
         "seed": recipe.seed,
@@ -176,7 +257,29 @@ def _parent_checkpoint(loaded: LoadedRecipe, runs: Path, given: str | Path | Non
         remedy = f"run `pivot train {loaded.parent.name}` first, or give its folder with --parent"
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{loaded.path}: the parent has no checkpoint at {folder}; {remedy}.")
+    if loaded.recipe.model is not None:
+        _check_parent(loaded, loaded.recipe.model, folder)
     return folder
+
+
+def _check_parent(loaded: LoadedRecipe, model: ModelSpec, folder: Path) -> None:
+    """Refuse a parent that joins other parts than the recipe names, before any of its weights is read.
+
+    Names are compared as they are written: a parent that was trained in another checkout has its parts elsewhere.
+    """
+    remedy = "give the checkpoint of this recipe's parent with --parent, or change `model` where it is named"
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != "llava":
+        kind = config.get("model_type", "nameless")
+        raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not an MLLM; {remedy}.")
+    provenance = folder / "provenance.json"
+    recorded = json.loads(provenance.read_text()).get("model") if provenance.is_file() else None
+    had = {**(recorded or {}), "feature_layer": config.get("vision_feature_layer")}
+    for key, wanted in model.model_dump().items():
+        if (recorded or key == "feature_layer") and had.get(key) != wanted:
+            raise CheckpointError(
+                f"{loaded.path}: the parent at {folder} has `model.{key}` {had.get(key)}, not {wanted}; {remedy}."
+            )
 
 
 def _same_recipe(folder: Path, sha: str) -> None:
@@ -191,14 +294,18 @@ def _same_recipe(folder: Path, sha: str) -> None:
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is the last file of each."""
+    """The newest checkpoint that was written to its end.
+
+    trainer_state.json is the last file of each, and .metadata the last of a folder of shards.
+    """
     whole = []
     for folder in work.glob("checkpoint-*"):
         try:
             json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError):
             continue
-        whole.append(folder)
+        if all((shards / ".metadata").is_file() for name in SHARDS if (shards := folder / name).is_dir()):
+            whole.append(folder)
     return max(whole, key=_step_of, default=None)
 
 
@@ -216,15 +323,18 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path) -> dict[str, Any]:
+def _provenance(
+    loaded: LoadedRecipe, parent: Path | None, whole: Path, sources: list[dict[str, Any]]
+) -> dict[str, Any]:
     recipe = loaded.recipe
     data = []
-    for spec in recipe.data:
+    for spec, source in zip_longest(recipe.data, sources, fillvalue={}):
         facts = spec.model_dump(mode="json", exclude_none=True)
-        if "path" in facts:
-            facts["sha256"] = file_sha256(Path(loaded.locate(facts["path"])))
-            facts |= {key: Path(facts[key]).name for key in ("path", "images")}
-        data.append(facts)
+        # Of a folder on this machine the name is enough; a name on the Hub stays whole.
+        for key in {"path", "images"} & facts.keys():
+            place = Path(loaded.locate(facts[key]))
+            facts[key] = place.resolve().name if place.exists() else facts[key]
+        data.append({**facts, **source})
     before = None
     if parent is not None:
         before = {

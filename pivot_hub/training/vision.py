@@ -24,8 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from pivot_hub.data.index import RowReport
 from pivot_hub.data.shapes import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
-from pivot_hub.data.source import RowReport, ShapesSource
+from pivot_hub.data.source import ShapesSource
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
