@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 import warnings
@@ -93,17 +95,52 @@ def train(
     runs: Runs = Path("runs"),
     output: Annotated[Path | None, typer.Option(help="The stage's folder, when not below RUNS.")] = None,
     parent: Annotated[Path | None, typer.Option(help="The parent's checkpoint, when not below RUNS.")] = None,
+    parents: Annotated[bool, typer.Option("--parents", help="First train the parents that are not finished.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load no weight.")] = False,
+    machine: Annotated[str, typer.Option(help="For --dry-run, a file of recipes/accelerate.")] = "ddp",
+    processes: Annotated[int, typer.Option(help="For --dry-run, GPUs.")] = 8,
+    mfu: Annotated[float, typer.Option(help="For --dry-run, the share of a GPU's peak that is reached.")] = 0.35,
+    lengths: Annotated[
+        Path | None, typer.Option(help="For --dry-run, what `pivot data check --json` wrote, instead of `expect`.")
+    ] = None,
+    hf_job: Annotated[bool, typer.Option("--hf-job", help="Print the command of a Hugging Face Job instead.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="With --hf-job, run that command.")] = False,
+    flavor: Annotated[str, typer.Option(help="For --hf-job, hardware, as `hf jobs hardware` lists it.")] = "a100x8",
+    bucket: Annotated[str | None, typer.Option(help="For --hf-job, owner/name of the bucket that keeps runs.")] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Train one stage; a stopped run goes on where it was, a finished one is reused.
 
-    Example: `pivot train shapes/1-align args.max_steps=20 --runs runs`
+    Example: `pivot train shapes/1-align args.max_steps=20 --runs runs`; what a large one costs:
+    `pivot train siglip2-so400m/3-dpo --dry-run --machine fsdp2 --processes 8`
     """
     from pivot_hub.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from pivot_hub.plan import plan_stage
+
+        measured = json.loads(lengths.read_text()) if lengths else None
+        plan = plan_stage(loaded, machine, processes, mfu, measured)
+        out.print(plan.table(), markup=False)
+        _write(json_path, plan.facts())
+        return
+    if hf_job:
+        from pivot_hub.errors import RecipeError
+        from pivot_hub.training.jobs import hf_job_command
+
+        if bucket is None:
+            raise RecipeError("--hf-job: give --bucket owner/name, in which runs and checkpoints outlive the job.")
+        command = hf_job_command(loaded, overrides or [], flavor=flavor, bucket=bucket)
+        _say(shlex.join(command))
+        _write(json_path, {"command": command})
+        if submit:
+            raise typer.Exit(subprocess.run(command, check=False).returncode)
+        return
     from pivot_hub.training.stage import run_stage
 
+    for earlier in loaded.lineage()[:-1] if parents else []:
+        run_stage(earlier, runs, say=_say)
     folder = run_stage(loaded, runs, output, parent, say=_say)
     _say(f"checkpoint: {folder}")
     _write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
@@ -296,6 +333,41 @@ def bench_shapes(json_path: JsonPath = None) -> None:
         _say(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
     _say(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
     _write(json_path, measured)
+
+
+@bench.command("train-step")
+def bench_train_step(
+    recipe: Annotated[str, typer.Argument(help="A recipe of instruct, sft or dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as for train.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 50,
+    json_path: JsonPath = None,
+) -> None:
+    """Time and memory of a recipe's steps at its real shapes, with random weights, beside the planner's figures.
+
+    Example: `pivot bench train-step siglip2-so400m/3-dpo --json train-step.json`
+    """
+    from pivot_hub.bench.train_step import bench_train_step
+    from pivot_hub.recipe import load_recipe
+
+    _write(json_path, bench_train_step(load_recipe(recipe, overrides or []), steps, say=_say))
+
+
+@bench.command("loader")
+def bench_loader(
+    recipe: Annotated[str, typer.Argument(help="Whose image size and step time are taken.")] = (
+        "siglip2-so400m/2-instruct"
+    ),
+    rows: Annotated[int, typer.Option(help="Rows of the data set.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Passes over it.")] = 5,
+    json_path: JsonPath = None,
+) -> None:
+    """Does reading rows keep up with the GPU that trains on them?
+
+    Example: `pivot bench loader --json loader.json`
+    """
+    from pivot_hub.bench.loader import bench_loader
+
+    _write(json_path, bench_loader(recipe, rows, rounds=rounds, say=_say))
 
 
 @bench.command("encoder")

@@ -189,7 +189,8 @@ def see_blank(model: LlavaForConditionalGeneration) -> None:
     """Let batches without an image run the vision tower too, on a black image whose features count for nothing.
 
     Several processes exchange the same gradients, and shards of the same weights, in the same order: where one has
-    images and another has none, they would fail or wait for each other.
+    images and another has none, they would fail or wait for each other. A step in which no process has an image gives
+    the tower gradients of zero, where one process alone gives none: AdamW then moves it by its momentum.
     """
     inner: Any = model.model
     side, channels = image_px(model), cast(Any, inner.vision_tower.config).num_channels

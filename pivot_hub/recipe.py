@@ -277,6 +277,8 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
         raise RecipeError(f"{where('model')}: `model` differs from the parent's: remove it, it is inherited.")
     if not recipe.learning_rate.trained():
         raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a rate.")
+    if recipe.labels is not None and stage not in ("align", "instruct", "sft"):
+        raise RecipeError(f"{where('labels')}: `labels` is for align, instruct and sft: a loss on answers has none.")
     wanted = {"align": "captions", "sft": "pairs", "dpo": "pairs", "vision": "captions"}.get(stage)
     formats: dict[str, tuple[str, ...]] = {"vision": ("shapes",), "language": ("shapes",)}
     formats |= dict.fromkeys(("align", "instruct"), ("shapes", "llava"))

@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pivot_hub.bench import dpo_step, encoder
 from pivot_hub.bench.dpo_step import Size, bench_dpo_step
 from pivot_hub.bench.encoder import FORMS, bench_encoder
+from pivot_hub.bench.loader import bench_loader
+from pivot_hub.bench.train_step import bench_train_step
 from pivot_hub.errors import ProbeError
+from pivot_hub.recipe import load_recipe
 from pivot_hub.training.dpo import SWITCHES
 
 
@@ -87,7 +90,7 @@ def test_the_flop_formula_agrees_with_a_counter() -> None:
     """torch counts the whole square of attention, and its forward the block above the feature layer: both are small."""
     shape = Size((64, 12, 2, 256), 32, 8, (128, 6, 2, 2, 512), 60, 12, 30, 40)
     rows = dpo_step._rows(shape, 2, "lognormal")
-    processor = dpo_step._processor(shape)
+    processor = dpo_step.word_processor(shape.vocabulary, shape.image_px, shape.patch_px)
     policy = dpo_step._model(shape, processor, torch.float32)
     for switches in (None, dict.fromkeys(SWITCHES, True)):
         with tempfile.TemporaryDirectory() as folder:
@@ -108,3 +111,37 @@ def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
     assert record["equal"]["all"]["ratio_to_stock"] >= 2.3
     assert record["lognormal"]["all"]["ratio_to_stock"] >= 3
     assert record["equal"]["all"]["saved_to_stock"] <= 0.6
+
+
+@pytest.mark.parametrize("stage", ["2-instruct", "3-dpo"])
+def test_a_recipes_step_is_timed_beside_its_plan(recipes: Path, stage: str) -> None:
+    loaded = load_recipe(recipes / f"{stage}.yaml")
+    lines: list[str] = []
+    made = bench_train_step(loaded, steps=2, say=lines.append)
+    assert (made["batch"], made["steps"], made["recipe"]) == (4, 2, f"tiny/{stage}")
+    assert made["rows_per_s"] == pytest.approx(4 / made["step_s"], rel=0.01)
+    assert made["planned_bytes"] > 0
+    assert made["planned_flops"] > 0
+    assert "s a step of 4 rows" in lines[0]
+
+
+def test_an_align_stage_has_no_step_to_time(recipes: Path) -> None:
+    with pytest.raises(ProbeError, match="give a recipe of instruct, sft or dpo"):
+        bench_train_step(load_recipe(recipes / "1-align.yaml"))
+
+
+def test_reading_is_timed_against_the_gpus_need(recipes: Path) -> None:
+    made = bench_loader(str(recipes / "2-instruct.yaml"), rows=12, batch=4, rounds=2, say=lambda line: None)
+    assert set(made["rows_per_s_per_core"]) == {"zip", "parquet"}
+    slowest = min(made["rows_per_s_per_core"].values())
+    for gpu in made["gpus"].values():
+        assert gpu["cores"] == pytest.approx(gpu["rows_per_s"] / slowest, rel=0.01, abs=0.01)
+
+
+def test_the_readmes_loader_speed_is_that_of_the_record() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "recipes" / "bench" / "loader.json").read_text())
+    page = (root / "recipes" / "README.md").read_text()
+    rates = record["rows_per_s_per_core"]
+    assert f"{rates['zip']:.0f} rows/s from a zip archive and {rates['parquet']:.0f} from Parquet" in page
+    assert f"an H200 needs {record['gpus']['H200 141GB']['rows_per_s']:.0f}" in page

@@ -156,13 +156,14 @@ def test_a_row_with_another_number_of_images_is_refused() -> None:
 def test_the_check_counts_what_the_collator_makes() -> None:
     processor = processor_of(QWEN)
     rows = [row_of(TURNS), row_of(TURNS[:2]), row_of([{"from": "human", "value": "Hi"}, TURNS[1]], None)]
-    for columns in ("plain", "conversation"):
-        check = RowCheck(processor, None, columns, pairs=False)  # type: ignore[arg-type]
+    forms: tuple[Columns, ...] = ("plain", "conversation")
+    for columns in forms:
+        check = RowCheck(processor, None, columns, pairs=False)
         for row, measured in zip(rows, check(rows), strict=True):
             if measured.problem:
                 assert (columns, measured.problem[0]) == ("plain", "no image")
                 continue
-            batch = collated(processor, row, columns)  # type: ignore[arg-type]
+            batch = collated(processor, row, columns)
             images = int((batch["input_ids"] == processor.image_token_id).sum())
             assert batch["input_ids"].shape[1] - images == measured.prompt_tokens + measured.answer_tokens
             assert int((batch["labels"] >= 0).sum()) == measured.answer_tokens

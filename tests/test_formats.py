@@ -163,7 +163,8 @@ def test_text_alone_has_no_image(tmp_path: Path) -> None:
 
 
 def test_rlaif_v_is_parquet_with_pairs(tmp_path: Path) -> None:
-    parquet(tmp_path / "RLAIF-V-Dataset_000.parquet", 3, **{k: [v] * 3 for k, v in PAIR.items()}, ds_name=["x"] * 3)
+    columns: dict[str, Any] = {key: [text] * 3 for key, text in PAIR.items()}
+    parquet(tmp_path / "RLAIF-V-Dataset_000.parquet", 3, **columns, ds_name=["x"] * 3)
     index = index_of(tmp_path, "{format: rlaif_v, path: RLAIF-V-Dataset_000.parquet}", "dpo")
     assert [(r.prompt, r.chosen, r.rejected) for r in index.rows()] == [("What?", "A dog.", "A cat.")] * 3
 

@@ -109,7 +109,7 @@ def bench_dpo_step(
     shape = SIZES[size]
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
-    processor = _processor(shape)
+    processor = word_processor(shape.vocabulary, shape.image_px, shape.patch_px)
     policy = _model(shape, processor, torch.bfloat16 if cuda else torch.float32)
     off = dict.fromkeys(SWITCHES, False)
     variants: dict[str, dict[str, bool] | None] = {"stock": None}
@@ -165,20 +165,21 @@ def bench_dpo_step(
     }
 
 
-def _processor(shape: Size) -> LlavaProcessor:
-    """A tokenizer whose words are one token each, so that rows have the lengths they are given."""
+def word_processor(vocabulary: int, image_px: int, patch_px: int, prefix_tokens: int = 0) -> LlavaProcessor:
+    """A tokenizer whose words, `w0`, `w1`, ..., are one token each, so that rows have the lengths they are given."""
     special = ["<pad>", QWEN.turn_end, QWEN.image_token]
-    vocabulary = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(shape.vocabulary - 3))])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    known = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(vocabulary - 3))])}
+    words = Tokenizer(WordLevel(known, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token=QWEN.turn_end, extra_special_tokens=[QWEN.image_token]
     )
     return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": shape.image_px, "width": shape.image_px}),
+        image_processor=SiglipImageProcessorPil(size={"height": image_px, "width": image_px}),
         tokenizer=tokenizer,
-        patch_size=shape.patch_px,
-        vision_feature_select_strategy="full",
+        patch_size=patch_px,
+        vision_feature_select_strategy="default" if prefix_tokens else "full",
+        num_additional_image_tokens=prefix_tokens,
         image_token=QWEN.image_token,
     )
 

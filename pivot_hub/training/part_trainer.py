@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as sharded
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from transformers import LlavaForConditionalGeneration, Trainer
 
 from pivot_hub.data.sampler import BlockSampler
@@ -74,7 +74,7 @@ class PartTrainer(Trainer):
         rows = inputs.pop("row", None)
         computed = super().compute_loss(model, inputs, *args, **kwargs)
         loss = computed[0] if isinstance(computed, tuple) else computed
-        if self.model.training:
+        if model.training:
             # A loss that is divided by the tokens of the whole step is a share of it.
             shares = self.current_gradient_accumulation_steps if kwargs.get("num_items_in_batch") is not None else 1
             self._check_loss(float(loss.detach()) * shares, [] if rows is None else rows.tolist())
@@ -94,7 +94,7 @@ class PartTrainer(Trainer):
         self._losses.append((step, loss))
         if math.isfinite(loss) and not (warm and loss > max(HIGHEST, TIMES_MEDIAN * median(before))):
             return
-        file = stopped_file(Path(self.args.output_dir))
+        file = stopped_file(Path(cast(str, self.args.output_dir)))
         names: list[Any] = rows if self.row_ids is None else self.row_ids(rows)
         write_json(file, {"step": step, "loss": loss if math.isfinite(loss) else str(loss), "rows": names})
         raise TrainingError(
@@ -120,7 +120,7 @@ class PartTrainer(Trainer):
         target = cast(torch.nn.Module, self.model if model is None else model)
         if shards.is_dir():
             state = {"model": get_model_state_dict(target)}
-            sharded.load(state, checkpoint_id=shards)
+            load_shards(state, checkpoint_id=shards)
             set_model_state_dict(target, state["model"])
             return
         saved, _ = load_mllm(resume_from_checkpoint)
@@ -134,7 +134,7 @@ class PartTrainer(Trainer):
             return
         model, optimizer = cast(torch.nn.Module, self.model), cast(torch.optim.Optimizer, self.optimizer)
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        sharded.load(state, checkpoint_id=shards)
+        load_shards(state, checkpoint_id=shards)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(shards.with_name("scheduler.pt"), weights_only=True))

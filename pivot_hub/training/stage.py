@@ -19,7 +19,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -328,7 +327,7 @@ def _provenance(
 ) -> dict[str, Any]:
     recipe = loaded.recipe
     data = []
-    for spec, source in zip_longest(recipe.data, sources, fillvalue={}):
+    for spec, source in zip(recipe.data, sources or [{}] * len(recipe.data), strict=True):
         facts = spec.model_dump(mode="json", exclude_none=True)
         # Of a folder on this machine the name is enough; a name on the Hub stays whole.
         for key in {"path", "images"} & facts.keys():

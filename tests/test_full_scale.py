@@ -1,0 +1,120 @@
+"""The paper's recipes: every value the paper's, every model of the published size, on the meta device."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pivot_hub.parts import meta_mllm, part_config, published_parts
+from pivot_hub.plan import plan_stage
+from pivot_hub.recipe import RECIPES, load_recipe, recipe_files
+
+STAGES = ("1-align", "2-instruct", "3-dpo", "3-sft", "4-frozen")
+FOLDERS = sorted({p.parent.name for p in recipe_files()} - {"shapes"})
+HEADS = [
+    name for name in published_parts() if "siglip" not in name and name.split("/")[0] not in ("openai", "facebook")
+]
+# The paper's stages: which part trains, at which rate; epochs.
+PAPER: dict[str, tuple[dict[str, float], int]] = {
+    "1-align": ({"projector": 1e-3}, 1),
+    "2-instruct": ({"vision": 2e-6, "projector": 1e-5, "language": 1e-5}, 1),
+    "3-sft": ({"vision": 1e-5, "projector": 1e-5, "language": 1e-5}, 3),
+    "3-dpo": ({"vision": 1e-6, "projector": 1e-6, "language": 1e-6}, 3),
+    "4-frozen": ({"projector": 1e-5, "language": 1e-5}, 1),
+}
+
+
+def size_of(text: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)([MB])", text).groups()  # type: ignore[union-attr]
+    return float(number) * {"M": 1e6, "B": 1e9}[unit]
+
+
+def test_every_encoder_has_every_stage() -> None:
+    assert FOLDERS == [
+        "clip-large-336",
+        "dinov2-large",
+        "mae-large",
+        "siglip-so400m",
+        "siglip2-base",
+        "siglip2-giant",
+        "siglip2-large",
+        "siglip2-so400m",
+    ]
+    for folder in FOLDERS:
+        assert tuple(sorted(p.stem for p in (RECIPES / folder).glob("*.yaml"))) == STAGES
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_values_are_the_papers(folder: str, stage: str) -> None:
+    recipe = load_recipe(f"{folder}/{stage}").recipe
+    rates, epochs = PAPER[stage]
+    assert recipe.learning_rate.trained() == rates
+    assert recipe.global_batch == 256
+    assert recipe.model is not None
+    assert recipe.model.feature_layer == -2
+    wanted: dict[str, Any] = {
+        "num_train_epochs": epochs,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "max_length": 2048,
+        "gradient_checkpointing": True,
+    }
+    assert {k: recipe.args[k] for k in wanted} == wanted
+    if stage == "3-dpo":
+        assert recipe.args["beta"] == 0.1
+        assert "loss_type" not in recipe.args  # sigmoid is TRL's own
+    if stage.startswith("3"):
+        assert (getattr(recipe.data[0], "sample", None), recipe.data[0].format) == (20000, "mmpr")
+    assert recipe.labels == (None if stage in ("1-align", "3-dpo") else "llava_next")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_models_have_the_published_size(folder: str) -> None:
+    """Built on the meta device: each tower, head left out, and each language head."""
+    spec = load_recipe(f"{folder}/3-dpo").recipe.model
+    assert spec is not None
+    model = meta_mllm(part_config(spec.vision), part_config(spec.language), spec.feature_layer)
+    tower: Any = model.model.vision_tower
+    pooled = ("head.", "vision_model.head.", "pooler.")
+    count = sum(p.numel() for n, p in tower.named_parameters() if not n.startswith(pooled))
+    # `1B` is the paper's rounding of g's 1.14 billion; 400M the name of a shape of 413 million.
+    tolerance = {"1B": 0.15, "400M": 0.04}.get(str(published_parts()[spec.vision]["parameters"]), 0.01)
+    assert count == pytest.approx(size_of(published_parts()[spec.vision]["parameters"]), rel=tolerance)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_an_override_of_every_stage(head: str) -> None:
+    overridden = [load_recipe(f"siglip2-so400m/{stage}", [f"model.language={head}"]) for stage in STAGES]
+    assert {loaded.recipe.model and loaded.recipe.model.language for loaded in overridden} == {head}
+    assert overridden[2].parent is not None
+    assert overridden[2].parent.recipe.model == overridden[2].recipe.model
+    model = meta_mllm(part_config("google/siglip2-base-patch16-384"), part_config(head), -2)
+    language: Any = model.model.language_model
+    weights = {id(p): p.numel() for part in (language, model.lm_head) for p in part.parameters()}
+    if part_config(head).tie_word_embeddings:
+        weights = {id(p): p.numel() for p in language.parameters()}
+    assert sum(weights.values()) == pytest.approx(size_of(published_parts()[head]["parameters"]), rel=0.01)
+
+
+@pytest.mark.parametrize("path", [p for p in recipe_files() if p.parent.name != "shapes"], ids=lambda p: p.stem)
+def test_first_lines_say_where_hours_and_numbers_are_from(path: Path) -> None:
+    head = path.read_text().split("stage:")[0]
+    name = f"{path.parent.name}/{path.stem}"
+    assert head.startswith(f"# accelerate launch --config_file recipes/accelerate/ddp.yaml -m pivot_hub train {name}\n")
+    assert re.search(r"Hours: [\d.]+ on H100, computed by `pivot train .* --dry-run`", head)
+    assert re.search(r"# Expected: .*paper", head)
+    assert "bfloat16 where the authors ran float16" in head
+
+
+@pytest.mark.parametrize("name", ["siglip2-base/1-align", "mae-large/3-sft"])
+def test_hours_are_the_planners(name: str) -> None:
+    said = re.search(r"Hours: ([\d.]+) on H100", (RECIPES / f"{name}.yaml").read_text())
+    assert said is not None
+    plan = plan_stage(load_recipe(name))
+    hours = next(g.wall_hours for g in plan.gpus if g.gpu.startswith("H100"))
+    assert float(said[1]) == pytest.approx(hours, rel=0.1, abs=0.06)
