@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pivot_hub import __version__
-from pivot_hub.errors import PivotError
+from pivot_hub.errors import PivotError, TrainingError
 
 if TYPE_CHECKING:
     from pivot_hub.probes.result import ProbeResult
@@ -142,8 +142,12 @@ def train(
     for earlier in loaded.lineage()[:-1] if parents else []:
         run_stage(earlier, runs, say=_say)
     folder = run_stage(loaded, runs, output, parent, say=_say)
-    _say(f"checkpoint: {folder}")
-    _write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
+    if _is_first():
+        _say(f"checkpoint: {folder}")
+        _write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
 
 
 @app.command()
@@ -479,6 +483,11 @@ def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] 
     _write(path, {"results": [r.facts() for r in results], "skipped": list(skipped)})
 
 
+def _is_first() -> bool:
+    """Whether this is the one process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
     out.print(text, markup=False)
 
@@ -497,7 +506,8 @@ def main() -> None:
     except PivotError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"pivot: {error}", file=sys.stderr)
+        if _is_first() or isinstance(error, TrainingError):  # others fail alike, of a loss one alone may know
+            print(f"pivot: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("pivot: stopped; run the same command again to go on.", file=sys.stderr)

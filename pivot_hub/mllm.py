@@ -168,6 +168,14 @@ def freeze_parts(model: LlavaForConditionalGeneration, trained: dict[str, float]
             module.requires_grad_(part in trained)
     for parameter in _without_influence(model):
         parameter.requires_grad_(False)
+    if "vision" not in trained:
+        # Under checkpointing transformers lets every embedding ask for a gradient, the patches' too: a frozen tower
+        # would run backward for nothing. Checkpoints that are not reentrant do not need it.
+        cast(Any, model).enable_input_require_grads = _ask_for_nothing
+
+
+def _ask_for_nothing() -> None:
+    """Take the place of a model's `enable_input_require_grads`."""
 
 
 def _without_influence(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:

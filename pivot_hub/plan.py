@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from pivot_hub.errors import RecipeError
+from pivot_hub.lora import add_lora
 from pivot_hub.mllm import freeze_parts, parts_of
 from pivot_hub.parts import meta_mllm, part_config
 from pivot_hub.recipe import LoadedRecipe, ShapesData, Stage
@@ -282,6 +283,8 @@ class _Planner:
         """The stage's model on the meta device, what it does not train frozen."""
         made = meta_mllm(*self.configs, self.feature_layer)
         freeze_parts(made, self.recipe.learning_rate.trained())
+        if self.recipe.lora is not None:
+            add_lora(made, self.recipe.lora, self.recipe.seed)
         return made
 
     def arg(self, name: str, default: Any = None) -> Any:

@@ -81,7 +81,7 @@ class ShapesData(Strict):
 class Expected(Strict):
     """What a source should hold: the planner counts with it before the data is there, `pivot data check` compares."""
 
-    rows: int = Field(ge=1)
+    rows: int = Field(ge=1)  # that an epoch sees where there is no sample, as often as `subsets` say
     prompt_tokens: int = Field(ge=0)  # mean of a row: all turns that are read, without the image
     answer_tokens: int = Field(ge=1)  # mean of a row: all answers, or of one of a pair
 
@@ -120,6 +120,14 @@ class Rates(Strict):
         return {part: rate for part in PARTS if (rate := getattr(self, part)) is not None}
 
 
+class LoraSpec(Strict):
+    """Low-rank adapters on the language head, in place of its own weights; needs peft."""
+
+    rank: int = Field(64, ge=1)
+    alpha: int = Field(128, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
 class Recipe(Strict):
     """A stage of training, in full.
 
@@ -134,6 +142,7 @@ class Recipe(Strict):
         args: arguments of the stage's trainer config, in their own names: TRL's SFTConfig, or PivotDPOConfig, which is
             TRL's DPOConfig with four switches.
         global_batch: rows of an optimizer step over all processes; args.gradient_accumulation_steps follows from it.
+        lora: train adapters on the language head at its rate, and merge them in the end.
         labels: what the loss is on in align, instruct and sft. Answers by default; llava_next as the paper's authors
             train: answers with their turn's header, and every turn marker and newline of the conversation.
         on_bad_row: stop at the first row that cannot be used, or skip and count it.
@@ -149,6 +158,7 @@ class Recipe(Strict):
     data: list[DataSpec] = Field(min_length=1)
     args: dict[str, Any] = {}
     global_batch: int | None = Field(None, ge=1)
+    lora: LoraSpec | None = None
     labels: Literal["llava_next"] | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
     seed: int = 0
@@ -277,6 +287,8 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
         raise RecipeError(f"{where('model')}: `model` differs from the parent's: remove it, it is inherited.")
     if not recipe.learning_rate.trained():
         raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a rate.")
+    if recipe.lora is not None and (base_part or recipe.learning_rate.language is None):
+        raise RecipeError(f"{where('lora')}: `lora` trains the language head: give `learning_rate.language`.")
     if recipe.labels is not None and stage not in ("align", "instruct", "sft"):
         raise RecipeError(f"{where('labels')}: `labels` is for align, instruct and sft: a loss on answers has none.")
     wanted = {"align": "captions", "sft": "pairs", "dpo": "pairs", "vision": "captions"}.get(stage)
@@ -396,7 +408,7 @@ def _explain(error: ValidationError, where: _Where) -> str:
 def _keys_at(location: Sequence[str | int]) -> Iterable[str]:
     schemas: dict[str, type[BaseModel]] = {
         **{"model": ModelSpec, "learning_rate": Rates},
-        **{"shapes": ShapesData, "world": WorldSpec, "expect": Expected},
+        **{"shapes": ShapesData, "world": WorldSpec, "expect": Expected, "lora": LoraSpec},
         **dict.fromkeys(get_args(FileData.model_fields["format"].annotation), FileData),
     }
     for key in reversed(location[:-1]):

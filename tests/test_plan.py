@@ -331,7 +331,7 @@ def numbers(value: Any) -> Iterator[float]:
 def test_the_full_scale_is_planned_quickly_and_without_weights(tmp_path: Path) -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))
-    assert time.process_time() - began < 40  # 12 s on a quiet core
+    assert time.process_time() - began < 40  # 17 s on a quiet core
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; weights would be 32 GB
     facts = json.loads(json.dumps(plan.facts()))
     values = list(numbers(facts))

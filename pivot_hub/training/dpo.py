@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.data.index import RowReport
 from pivot_hub.errors import CheckpointError, TrainingError
+from pivot_hub.lora import add_lora
 from pivot_hub.mllm import freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.training.pairs import PairCollator, share_forward
@@ -141,8 +143,23 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
         return torch.stack(losses).sum()
 
     def _fill(self, cache: ReferenceCache) -> None:
-        """Compute what the cache lacks of every data set, each process its share."""
+        """Compute what the cache lacks of every data set, each process its share.
+
+        A reference whose weights are sharded runs in all processes at once: one that has no rows left repeats some.
+        """
         cache.read()
+        repeated: dict[str, Any] = {}
+        for rows in self._lacking(cache):
+            repeated = rows
+            self._meet(True)
+            self._compute_rows(cache, rows)
+        while self._meet(False):
+            self._compute_rows(cache, repeated or {row_key(self.train_dataset[0]): self.train_dataset[0]})
+        self.accelerator.wait_for_everyone()
+        cache.read()
+
+    def _lacking(self, cache: ReferenceCache) -> Iterator[dict[str, Any]]:
+        """Batches of this process's share of the rows that the cache lacks."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         size = self.args.per_device_train_batch_size
@@ -156,10 +173,15 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
                 if key not in cache.known and key not in rows:
                     rows[key] = example
                 if rows and (len(rows) == size or i + count >= len(dataset)):
-                    self._compute_rows(cache, rows)
+                    yield rows
                     rows = {}
-        self.accelerator.wait_for_everyone()
-        cache.read()
+
+    def _meet(self, more: bool) -> bool:
+        """Whether any process has more rows, where all must run together; elsewhere each runs alone."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return more
+        told = torch.tensor(int(more), device=self.accelerator.device)
+        return int(cast(torch.Tensor, self.accelerator.reduce(told))) > 0
 
     def _compute_rows(self, cache: ReferenceCache, rows: dict[str, Any]) -> None:
         inputs = self._prepare_inputs(self.data_collator(list(rows.values())))
@@ -263,6 +285,8 @@ def build_trainer(
     model, processor = load_mllm(parent)
     rates = loaded.recipe.learning_rate.trained()
     freeze_parts(model, rates)
+    if loaded.recipe.lora is not None:
+        add_lora(model, loaded.recipe.lora, loaded.recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
     report.become(rows.report)
     trainer = PivotDPOTrainer(

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import load_model, save_model
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -23,6 +24,7 @@ from transformers import LlavaForConditionalGeneration, Trainer
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import TrainingError
 from pivot_hub.files import write_json
+from pivot_hub.lora import has_lora
 from pivot_hub.mllm import load_mllm, parameter_groups, see_blank
 
 SHARDS = MODEL_SHARDS, OPTIMIZER_SHARDS = "pytorch_model_fsdp_0", "optimizer_0"  # folders of accelerate's FSDP
@@ -45,6 +47,8 @@ class PartTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if has_lora(cast(torch.nn.Module, self.model)) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise TrainingError("`lora` is for single and ddp: leave it out, or choose recipes/accelerate/ddp.yaml.")
         self._losses: deque[tuple[int, float]] = deque()  # step and loss of the last batches
         for each in (self.model, getattr(self, "ref_model", None)):
             model = None if each is None else self.accelerator.unwrap_model(each)
@@ -102,6 +106,12 @@ class PartTrainer(Trainer):
             "`args.max_grad_norm`; the last checkpoint is kept and the run resumes from it."
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = cast(torch.nn.Module, self.model)
+        if self.args.should_save and has_lora(model):  # under their own names, which from_pretrained does not know
+            save_model(model, str(Path(str(output_dir or self.args.output_dir), "model.safetensors")))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint's weights, every one of them; shards of several processes too.
 
@@ -122,6 +132,9 @@ class PartTrainer(Trainer):
             state = {"model": get_model_state_dict(target)}
             load_shards(state, checkpoint_id=shards)
             set_model_state_dict(target, state["model"])
+            return
+        if has_lora(target):
+            load_model(target, str(Path(resume_from_checkpoint, "model.safetensors")))
             return
         saved, _ = load_mllm(resume_from_checkpoint)
         target.load_state_dict(saved.state_dict(), strict=True)

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pivot_hub.data.index import RowReport
+from pivot_hub.lora import add_lora
 from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.training.conversation import ConversationCollator
@@ -52,6 +53,8 @@ def build_trainer(
         )
     rates = recipe.learning_rate.trained()
     freeze_parts(model, rates)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
     report.become(rows.report)
     trainer = PivotSFTTrainer(

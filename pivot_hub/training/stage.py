@@ -25,11 +25,12 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.data.index import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
+from pivot_hub.lora import merge_lora
 from pivot_hub.provenance import machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
 from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
@@ -177,6 +178,7 @@ def _make_work(loaded: LoadedRecipe, work: Path) -> Path | None:
 def _save_gathered(trainer: Trainer, whole: Path) -> None:
     """Write the whole model as one checkpoint, from however many processes hold it."""
     if not trainer.is_fsdp_enabled:
+        merge_lora(cast(LlavaForConditionalGeneration, trainer.model))
         trainer.save_model(str(whole))
         return
     weights = trainer.accelerator.get_state_dict(trainer.model)
