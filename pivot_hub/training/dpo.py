@@ -149,12 +149,13 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
         """
         cache.read()
         repeated: dict[str, Any] = {}
+        first = cast(Dataset, self.train_dataset)[0]
         for rows in self._lacking(cache):
             repeated = rows
             self._meet(True)
             self._compute_rows(cache, rows)
         while self._meet(False):
-            self._compute_rows(cache, repeated or {row_key(self.train_dataset[0]): self.train_dataset[0]})
+            self._compute_rows(cache, repeated or {row_key(first): first})
         self.accelerator.wait_for_everyone()
         cache.read()
 
