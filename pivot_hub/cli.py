@@ -121,7 +121,8 @@ def train(
         from pivot_hub.plan import plan_stage
 
         measured = json.loads(lengths.read_text()) if lengths else None
-        plan = plan_stage(loaded, machine, processes, mfu, measured)
+        with out.status("a step is rehearsed without weights, in about half a minute"):  # on a terminal only
+            plan = plan_stage(loaded, machine, processes, mfu, measured)
         out.print(plan.table(), markup=False)
         _write(json_path, plan.facts())
         return

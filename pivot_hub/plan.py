@@ -637,4 +637,5 @@ def _said(verdict: Verdict) -> str:
         return "fits, but not a batch of rows of max_length"
     if not verdict.advice:
         return "does not fit, whatever was tried; take smaller parts"
-    return "does not fit; fits with " + " ".join(f"{k}={v}" for k, v in verdict.advice.items())
+    options = {"machine": "--machine ", "processes": "--processes "}
+    return "does not fit; fits with " + " ".join(f"{options.get(k, f'{k}=')}{v}" for k, v in verdict.advice.items())
