@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from pivot_hub import PivotVisionModel
-from pivot_hub.chat import QWEN
+from pivot_hub.chat import GEMMA, LLAMA3, QWEN, ChatFormat
 from pivot_hub.errors import CheckpointError
-from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of
+from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm, parameter_groups, parts_of, read_processor
+from pivot_hub.recipe import load_recipe
+from pivot_hub.training.stage import run_stage
 from tests.conftest import make_language
 from tests.originals import IMAGE_PX, ORIGINALS, make_vision
+from tests.test_conversation import processor_of
 
 PATCHES = (IMAGE_PX // 8) ** 2
 MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
@@ -146,3 +151,59 @@ def test_unknown_parts_are_named(parts: Path, tmp_path: Path) -> None:
         load_mllm(parts / "vision")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_mllm(tmp_path)
+
+
+def make_head(folder: Path, chat: ChatFormat) -> Path:
+    """Save a small random head of the family that a chat format is for, with a tokenizer of single characters."""
+    tokenizer: Any = processor_of(chat).tokenizer
+    kinds: dict[str, Any] = {LLAMA3.turn_end: LlamaConfig, GEMMA.turn_end: Gemma2Config}
+    config = kinds[chat.turn_end](
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("chat", [LLAMA3, GEMMA], ids=["llama3", "gemma2"])
+def test_other_heads_speak_their_own_format_and_train(
+    chat: ChatFormat, own_recipes: Path, tmp_path: Path, parts: Path
+) -> None:
+    head = make_head(own_recipes / "head", chat)
+    model, processor = build_mllm(str(parts / "vision"), str(head))
+    assert processor.image_token == chat.image_token
+    assert model.lm_head.out_features == len(processor.tokenizer)  # the format's tokens were all there
+    end = processor.tokenizer.convert_tokens_to_ids(chat.turn_end)
+    assert model.generation_config is not None
+    assert model.generation_config.eos_token_id == end
+    overrides = [f"model.language={head}"]
+    for stage in ("1-align", "2-instruct"):
+        folder = run_stage(load_recipe(own_recipes / f"{stage}.yaml", overrides), tmp_path, say=lambda line: None)
+    again, reloaded = load_mllm(folder)
+    assert reloaded.chat_template == chat.template
+    assert type(again.model.language_model).__name__ == f"{'Llama' if chat is LLAMA3 else 'Gemma2'}Model"
+
+
+def test_a_processor_needs_no_weights(parts: Path, tmp_path: Path) -> None:
+    """What `pivot data check` counts with is what training uses, so that its index is found again."""
+    from pivot_hub.training.row_check import RowCheck
+
+    whole = build_mllm(str(parts / "vision"), str(parts / "language"))[1]
+    for part in ("vision", "language"):
+        shutil.copytree(parts / part, tmp_path / part)
+        (tmp_path / part / "model.safetensors").unlink()
+    light = read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))
+    checks = [RowCheck(processor, 64, "conversation", pairs=False).facts() for processor in (whole, light)]
+    assert checks[0] == checks[1]
+    (tmp_path / "vision" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
+        read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))

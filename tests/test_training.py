@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,3 +215,12 @@ def test_base_parts_can_be_remade(tmp_path: Path) -> None:
     model: Any = build_mllm(str(tmp_path / "vision"), str(tmp_path / "language"))[0]
     assert model.config.vision_config.model_type == "siglip_vision_model"
     assert model.config.text_config.model_type == "qwen2"
+
+
+def test_a_base_part_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pivot_hub.training import stage
+
+    monkeypatch.setattr(stage, "_processes", lambda recipe: SimpleNamespace(num_processes=2, is_main_process=True))
+    with pytest.raises(RecipeError, match="a base part is made by one process: run `pivot train` without a launcher"):
+        run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", say=quiet)
+    assert not list(tmp_path.iterdir())

@@ -70,7 +70,10 @@ def run_stage(
     """
     folder = Path(output) if output is not None else Path(runs) / loaded.name
     work = folder.with_name(f"{folder.name}.partial")
-    main = _processes(loaded.recipe).is_main_process
+    state = _processes(loaded.recipe)
+    if state.num_processes > 1 and loaded.recipe.stage in ("vision", "language"):
+        raise RecipeError(f"{loaded.path}: a base part is made by one process: run `pivot train` without a launcher.")
+    main = state.is_main_process
     say = say if main else _say_nothing
     if _on_main(lambda: _is_finished(folder, work, loaded.recipe.sha256())):
         say(f"{loaded.name}: finished before, at {folder}")
