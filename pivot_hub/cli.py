@@ -308,7 +308,7 @@ def data_check(
 
     Example: `pivot data check siglip2-so400m/3-dpo --json check.json`
     """
-    from pivot_hub.recipe import load_recipe
+    from pivot_hub.recipe import FileData, load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from pivot_hub.training.row_check import check_data
@@ -320,6 +320,11 @@ def data_check(
     out.print(report.text(), markup=False)
     on_bad_row = loaded.recipe.on_bad_row
     _write(json_path, {"recipe": loaded.name, "on_bad_row": on_bad_row, **report.facts()})
+    for number, (spec, source) in enumerate(zip(loaded.recipe.data, report.sources, strict=True)):
+        if isinstance(spec, FileData) and spec.expect is not None:
+            wanted = min(spec.sample or spec.expect.rows, spec.expect.rows)
+            if source["rows"] != wanted:
+                _say(f"source {number}: {source['rows']} rows, where the recipe expects {wanted}")
     if report.skipped_rows and on_bad_row == "stop":
         _say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
         raise typer.Exit(1)

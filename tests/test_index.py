@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pivot_hub.cli import main
+from pivot_hub.data import index
 from pivot_hub.data.index import Measured, index_rows
 from pivot_hub.data.row import Row
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import DataError
 from pivot_hub.recipe import LoadedRecipe, load_recipe
+from pivot_hub.training.stage import run_stage
 
 
 class Counting:
@@ -150,3 +154,55 @@ def test_an_epoch_in_blocks_is_seeded_and_whole() -> None:
 def test_rows_that_are_read_alone_are_blocks_of_one() -> None:
     blocks = np.concatenate([np.repeat(np.arange(4), 8), np.arange(4, 20)])
     assert sorted(BlockSampler(blocks, 0, window=16)) == list(range(48))
+
+
+def test_data_check_says_all_before_training_and_training_finds_it_done(
+    own_recipes: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Missing, corrupt, equal and repeated rows are all named; no weight is read; the stage reads the same index."""
+    images = own_recipes / "images"
+    images.mkdir()
+    Image.new("RGB", (9, 9), "red").save(images / "a.png")
+    (images / "b.png").write_bytes(b"no image")
+    pair = {"image": "a.png", "question": "What?", "chosen": "A star.", "rejected": "A cube."}
+    rows = [pair, pair, *({**pair, "question": f"{i}?"} for i in range(3))]
+    bad = [{**pair, "image": "c.png"}, {**pair, "image": "b.png"}, {**pair, "rejected": "A star."}]
+    (own_recipes / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + bad))
+    path = own_recipes / "3-dpo.yaml"
+    line = next(part for part in path.read_text().splitlines() if part.startswith("data:"))
+    source = "{format: mmpr, path: pairs.jsonl, images: images, expect: {rows: 9, prompt_tokens: 9, answer_tokens: 9}}"
+    path.write_text(path.read_text().replace(line, f"data: [{source}]"))
+    for part in ("vision", "language"):
+        (own_recipes / "base" / part / "model.safetensors").unlink()
+    command = ["pivot", "data", "check", str(path), "--json", str(tmp_path / "check.json")]
+    for more, code in ((["on_bad_row=skip"], 0), ([], 1)):
+        monkeypatch.setattr(sys, "argv", [*command[:4], *more, *command[4:]])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert (left.value.code or 0) == code
+    said = capsys.readouterr().out
+    for words in (
+        "5 rows an epoch, 3 left out, 1 duplicates",
+        "left out, missing image: 1",
+        "left out, corrupt image: 1",
+        "left out, same answers: 1",
+        "source 0: 5 rows, where the recipe expects 9",
+        "training would stop at the first of these rows",
+    ):
+        assert words in said
+    checked = json.loads((tmp_path / "check.json").read_text())
+    built: list[Path] = []
+    monkeypatch.setattr(index, "_build", lambda *args: built.append(args[0]))
+    folder = run_stage(load_recipe(path, ["on_bad_row=skip"]), trained.parent, tmp_path / "out", say=lambda line: None)
+    assert not built
+    report = json.loads((folder / "report.json").read_text())["data"]
+    assert {k: checked[k] for k in report} == report
+    provenance = json.loads((folder / "provenance.json").read_text())["data"][0]
+    assert provenance["ids_sha256"] == checked["sources"][0]["ids_sha256"]
+    assert len(provenance["files_sha256"]) == 64
+    with pytest.raises(DataError, match=r"pairs.jsonl:6: image c.png does not exist"):
+        run_stage(load_recipe(path), trained.parent, tmp_path / "stop", say=lambda line: None)
