@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: setup quickstart test conformance lint format space clean
+.PHONY: setup quickstart test slow conformance lint format space clean
 
 setup: $(VENV)/.done
 
@@ -21,6 +21,9 @@ quickstart: setup  ## set-up, then the paper in a box on the built-in world
 
 test: setup  ## the default suite
 	$(PY) -m pytest
+
+slow: setup  ## the tests that the default suite leaves out for their length
+	$(PY) -m pytest -m slow
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
 	$(PY) -m pytest -m conformance -s tests/conformance

@@ -26,6 +26,13 @@ from pivot_hub.training.stage import run_lineage  # noqa: E402
 from tests.originals import IMAGE_PX, make_vision  # noqa: E402
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" not in str(config.option.markexpr):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes a minute and repeats what others show: make slow"))
+
+
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
 

@@ -20,6 +20,7 @@ from pivot_hub.recipe import load_recipe
 from pivot_hub.training.dpo import SWITCHES
 
 
+@pytest.mark.slow
 def test_every_form_is_timed_against_native(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_peak_memory", lambda form, *rest: len(form))  # seven processes: see the next test
     lines: list[str] = []

@@ -75,8 +75,15 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 # Pairs, checkpointing of activations on and off, in each of the two ways.
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("stage", "checkpointing"), [("3-sft", "true"), ("3-dpo", "false")])
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "how"),
+    [
+        ("3-sft", "true", "ddp"),
+        pytest.param("3-sft", "true", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("3-dpo", "false", "ddp", marks=pytest.mark.slow),
+        ("3-dpo", "false", "fsdp2"),
+    ],
+)
 def test_two_processes_take_the_steps_of_one(
     recipes: Path, trained: Path, tmp_path: Path, stage: str, how: str, checkpointing: str
 ) -> None:
@@ -168,7 +175,7 @@ def when_logged(process: subprocess.Popen[str], log: Path, lines: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_run_stopped_on_two_processes_goes_on_on_one_or_two(
     recipes: Path, trained: Path, tmp_path: Path, how: str
 ) -> None:
