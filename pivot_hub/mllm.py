@@ -106,7 +106,9 @@ def read_processor(
         config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
         image_processor = read_image_processor(vision, config.backbone_config, revision=vision_revision)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{vision}: cannot be read: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0].removeprefix(f"{vision}: ").rstrip(".")
+        hint = "" if Path(vision).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
+        raise CheckpointError(f"{vision}: its configuration cannot be read: {reason}{hint}.") from error
     tokenizer = _load_tokenizer(language, language_revision)
     chat = chat_format(tokenizer)
     _add_tokens(tokenizer, None, chat)

@@ -224,8 +224,9 @@ def _find(path: Path) -> Path:
     for candidate in (path, RECIPES / path, RECIPES / f"{path}.yaml"):
         if candidate.is_file():
             return candidate.resolve()
-    known = [str(p.relative_to(RECIPES)) for p in recipe_files()]
-    raise RecipeError(f"{path}: no such recipe{_nearest(str(path), known)}; shipped ones: {', '.join(known)}.")
+    known = [str(p.relative_to(RECIPES).with_suffix("")) for p in recipe_files()]
+    folders = ", ".join(sorted({name.split("/")[0] for name in known}))
+    raise RecipeError(f"{path}: no such recipe{_nearest(str(path), known)}; folders of shipped ones: {folders}.")
 
 
 def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> LoadedRecipe:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from pivot_hub.data.index import RowIndex, index_rows
 from pivot_hub.data.row import Row, read_records
-from pivot_hub.data.store import FileStore
+from pivot_hub.data.sampler import BlockSampler
+from pivot_hub.data.store import FileStore, ParquetStore
 from pivot_hub.errors import DataError, RecipeError
 from pivot_hub.recipe import load_recipe
 from pivot_hub.training.sft import PivotSFTTrainer
@@ -149,6 +150,28 @@ def test_subsets_of_a_parquet_data_set_are_mixed_by_weight(tmp_path: Path) -> No
     assert len(set(blocks.tolist())) == len({row.block for row in rows})
     with pytest.raises(DataError, match=r"nothing: there is no \.json, \.jsonl, \.parquet file in it"):
         index_of(tmp_path, "{format: llava, path: data, subsets: {nothing: 1}}")
+
+
+def test_a_window_of_rows_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is kept in memory is bounded by rows, however large the groups are."""
+    parquet(tmp_path / "rows.parquet", 96, conversations=[CONVERSATION] * 96)
+    index = index_of(tmp_path, "{format: llava, path: rows.parquet}")
+    store = ParquetStore(tmp_path, kept=32)
+    reads: list[tuple[str, int]] = []
+    inner = pq.ParquetFile.read_row_group
+
+    def read_row_group(self: Any, group: int, **options: Any) -> Any:
+        reads.append(("rows.parquet", group))
+        return inner(self, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+    rows = list(index.rows())
+    blocks = index.blocks()
+    assert blocks is not None
+    for i in BlockSampler(blocks, seed=0, window=16):
+        assert store.open(rows[i]).getpixel((0, 0)) == colour(i)
+        assert sum(map(len, store._kept.values())) < 32 + 4
+    assert len(reads) == len(set(reads)) == 24
 
 
 def test_text_alone_has_no_image(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_model_is_inherited_and_resolved_copy_reads_back(recipes: Path, tmp_path
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == loaded.recipe.resolved()
 
 
-def test_unknown_name_lists_the_shipped_recipes() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean `shapes/3-dpo\.yaml`"):
+def test_unknown_name_lists_the_folders_of_shipped_recipes() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean `shapes/3-dpo`.*folders of shipped ones: clip-large-336, dinov2"):
         load_recipe("shapes/3-dppo")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pivot_hub.data.image import decode_image, open_image
 from pivot_hub.data.row import Row, Span, image_columns
+from pivot_hub.data.sampler import WINDOW
 from pivot_hub.errors import DataError
 
 ARCHIVES = (".zip", ".tar")
@@ -97,15 +98,15 @@ class ParquetStore:
     """Images that lie in the Parquet files of their rows, as the datasets library writes them.
 
     A row group is the least that can be read. The last ones stay in memory: `sampler.BlockSampler` asks for rows so
-    that each group is read about once an epoch.
+    that each group is read about once an epoch, by each loader process.
 
     Args:
         folder: that the references `file#row` start from.
-        groups: row groups kept.
+        kept: rows whose groups stay; two of the sampler's windows.
     """
 
-    def __init__(self, folder: Path, groups: int = 32) -> None:
-        self.folder, self.groups = folder, groups
+    def __init__(self, folder: Path, kept: int = 2 * WINDOW) -> None:
+        self.folder, self.kept = folder, kept
         self._starts: dict[str, list[int]] = {}
         self._kept: OrderedDict[tuple[str, int], list[bytes | None]] = OrderedDict()
 
@@ -144,12 +145,14 @@ class ParquetStore:
             values = table.read_row_group(group, columns=[column])[column].to_pylist()
         firsts = [v[0] if isinstance(v, list) and v else v for v in values]
         self._kept[file, group] = [v["bytes"] if v else None for v in firsts]
-        if len(self._kept) > self.groups:
+        oldest = next(iter(self._kept.values()))
+        while sum(map(len, self._kept.values())) - len(oldest) >= self.kept:
             self._kept.popitem(last=False)
+            oldest = next(iter(self._kept.values()))
         return self._kept[file, group]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "groups": self.groups, "_starts": {}, "_kept": OrderedDict()}
+        return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict()}
 
 
 def _split(reference: str) -> tuple[str, int]:

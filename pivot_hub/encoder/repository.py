@@ -105,7 +105,8 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
         return model, model.image_processor
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].removeprefix(f"{name}: ")
-        raise CheckpointError(f"{name}: no encoder can be loaded: {reason}") from error
+        hint = "" if Path(name).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
+        raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
 
 
 def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
