@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from pivot_hub import PivotVisionModel
+from pivot_hub.encoder.extract import extract_encoder
 from pivot_hub.errors import CheckpointError, DataError, RecipeError, TrainingError
 from pivot_hub.mllm import build_mllm, load_mllm
 from pivot_hub.recipe import load_recipe
@@ -224,3 +226,21 @@ def test_a_base_part_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RecipeError, match="a base part is made by one process: run `pivot train` without a launcher"):
         run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", say=quiet)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_is_scored_frozen_in_a_new_mllm(recipes: Path, trained: Path, tmp_path: Path) -> None:
+    """As 4-frozen of the paper's recipes: the encoder is named once, for every stage, and stays as it was published."""
+    repository = extract_encoder(trained / "3-dpo", tmp_path / "encoder")
+    overrides = [f"model.vision={repository}"]
+    align = load_recipe(recipes / "1-align.yaml", overrides)
+    frozen = load_recipe(recipes / "2-instruct.yaml", [*overrides, "learning_rate.vision=null"])
+    assert frozen.parent is not None
+    assert frozen.parent.recipe == align.recipe
+    with pytest.raises(CheckpointError, match="vision"):  # a parent of another encoder
+        run_stage(frozen, trained.parent, tmp_path / "wrong", say=quiet)
+    for loaded in (align, frozen):
+        folder = run_stage(loaded, tmp_path / "runs", say=quiet)
+    published = PivotVisionModel.from_pretrained(repository).backbone.state_dict()
+    tower = cast(torch.nn.Module, load_mllm(folder)[0].model.vision_tower).state_dict()
+    assert all(torch.equal(tower[name], value) for name, value in published.items())
+    assert {part(n) for n in moved(tmp_path / "runs" / "tiny" / "1-align", folder)} == {"projector", "language"}

@@ -153,13 +153,18 @@ class RowIndex:
 
     def blocks(self) -> np.ndarray | None:
         """For each row a number of the block it lies in, or None where every row is read alone as cheaply."""
-        blocks = self.table.with_format("arrow")["block"][:]
-        if blocks.null_count == len(blocks):
+        known: dict[str | None, int] = {}
+        numbers = np.empty(len(self.table), np.int64)
+        done = 0
+        for batch in self.table.select_columns("block").with_format("arrow").iter(1 << 16):
+            codes = batch["block"].combine_chunks().dictionary_encode(null_encoding="encode")
+            renamed = np.array([known.setdefault(name, len(known)) for name in codes.dictionary.to_pylist()])
+            numbers[done : done + len(codes)] = renamed[codes.indices.to_numpy()]
+            done += len(codes)
+        if set(known) == {None}:
             return None
-        codes = blocks.combine_chunks().dictionary_encode()
-        numbers = np.array(codes.indices.fill_null(-1), dtype=np.int64)
-        alone = numbers < 0
-        numbers[alone] = len(codes.dictionary) + np.arange(int(alone.sum()))
+        alone = numbers == known.get(None, -1)
+        numbers[alone] = len(known) + np.arange(int(alone.sum()))
         return numbers
 
     def as_dataset(self, columns: Columns, image_token: str) -> Dataset:
