@@ -85,27 +85,15 @@ class ConversationCollator:
             input_ids, attention_mask, labels (B, longest), padded on the right; pixel_values (images, ...) where a row
             has one; row (B,).
         """
-        pictures = [image for e in examples for image in e["images"]]
-        made: dict[str, Any] = {}
-        runs: list[int] = []
-        if pictures:
-            token = self.processor.image_token
-            shown: Any = self.processor(
-                images=pictures,
-                text=[token] * len(pictures),
-                return_tensors="pt",
-                padding=True,
-                add_special_tokens=False,
-            )
-            made["pixel_values"] = shown["pixel_values"]
-            runs = (shown["input_ids"] == self.processor.image_token_id).sum(1).tolist()
+        pixels, runs = prepare_images(self.processor, [image for e in examples for image in e["images"]])
+        made: dict[str, Any] = {} if pixels is None else {"pixel_values": pixels}
         widths = iter(runs)
         rows = [self._tokens(e, [next(widths) for _ in e["images"]]) for e in examples]
         tokenizer: Any = self.processor.tokenizer
         ids, labels = zip(*rows, strict=True)
-        made["input_ids"] = _padded(ids, tokenizer.pad_token_id)
-        made["attention_mask"] = _padded([[1] * len(i) for i in ids], 0)
-        made["labels"] = _padded(labels, IGNORED)
+        made["input_ids"] = padded(ids, tokenizer.pad_token_id)
+        made["attention_mask"] = padded([[1] * len(i) for i in ids], 0)
+        made["labels"] = padded(labels, IGNORED)
         if "row" in examples[0]:
             made["row"] = torch.tensor([e["row"] for e in examples])
         return made
@@ -133,6 +121,15 @@ class ConversationCollator:
         return ids[: self.max_length], labels[: self.max_length]
 
 
-def _padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+def prepare_images(processor: LlavaProcessor, images: Sequence[Any]) -> tuple[torch.Tensor | None, list[int]]:
+    """Pixel values (images, ...), None without an image, and how many image tokens each becomes."""
+    if not images:
+        return None, []
+    text = [processor.image_token] * len(images)
+    made: Any = processor(images=list(images), text=text, return_tensors="pt", padding=True, add_special_tokens=False)
+    return made["pixel_values"], (made["input_ids"] == processor.image_token_id).sum(1).tolist()
+
+
+def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
     """(rows, longest), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)

@@ -24,6 +24,7 @@ from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
 from pivot_hub.errors import DataError
+from pivot_hub.training.conversation import padded, prepare_images
 
 ATTENTION = "pivot_pairs"
 Logps = tuple[float, float]  # of the chosen and of the rejected answer
@@ -78,7 +79,7 @@ class PairCollator:
         pictures = [_images(e) for e in examples]
         rows = [_rendered(e, i, self.processor) for e, i in zip(examples, pictures, strict=True)]
         distinct, image_of = self._distinct(pictures)
-        pixels, runs = self._pixels(distinct)
+        pixels, runs = prepare_images(self.processor, distinct)
         prompts = self._prompts([r["prompt"] for r in rows], image_of, runs)
         tokenizer: Any = self.processor.tokenizer
         answers = [
@@ -136,16 +137,6 @@ class PairCollator:
                     image_of[-1].append(known[key])
         return distinct, image_of
 
-    def _pixels(self, images: list[Any]) -> tuple[torch.Tensor | None, list[int]]:
-        """Pixel values of the images, and how many image tokens each becomes."""
-        if not images:
-            return None, []
-        token = self.processor.image_token
-        made: Any = self.processor(
-            images=images, text=[token] * len(images), return_tensors="pt", padding=True, add_special_tokens=False
-        )
-        return made["pixel_values"], (made["input_ids"] == self.processor.image_token_id).sum(1).tolist()
-
     def _cut(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
         if self.max_length is None:
             return answers
@@ -189,12 +180,12 @@ class PairCollator:
                 lengths.append(len(prompt) + len(answer))
         tokenizer: Any = self.processor.tokenizer
         return {
-            "input_ids": _padded(tails, tokenizer.pad_token_id),
-            "completion_mask": _padded(masks, 0),
-            "attention_mask": _padded([[1] * n for n in lengths], 0),
-            "pair_ids": _padded(ids, tokenizer.pad_token_id),
-            "pair_positions": _padded(positions, 0),
-            "pair_take": _padded(take, 0),
+            "input_ids": padded(tails, tokenizer.pad_token_id),
+            "completion_mask": padded(masks, 0),
+            "attention_mask": padded([[1] * n for n in lengths], 0),
+            "pair_ids": padded(ids, tokenizer.pad_token_id),
+            "pair_positions": padded(positions, 0),
+            "pair_take": padded(take, 0),
             "pair_layout": tuple(layout),
         }
 
@@ -357,8 +348,3 @@ def _within(costs: list[int], most: int) -> list[range]:
             ranges.append(range(i, i + 1))
             spent = cost
     return ranges
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(rows, longest), padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
