@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pivot_hub.data import source
 from pivot_hub.data.index import RowIndex, index_rows
 from pivot_hub.data.row import Row, read_records
 from pivot_hub.data.sampler import BlockSampler
@@ -284,3 +285,35 @@ def test_a_stopped_run_on_parquet_goes_on_at_the_exact_row(
     assert straight[:9] != straight[9:]
     a, b = (json.loads((f / "provenance.json").read_text())["weights_sha256"] for f in (whole, cut))
     assert a == b
+
+
+def test_what_is_not_here_is_taken_from_the_hub_at_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole data set, of which only the named subsets are fetched; or single files of one."""
+    hub = tmp_path / "hub"
+    parquet(hub / "vqa" / "train.parquet", 2, conversations=[CONVERSATION] * 2)
+    rows_json(hub, ["a.png"])
+    with zipfile.ZipFile(hub / "images.zip", "w") as archive:
+        archive.writestr("a.png", png(7))
+    asked: list[Any] = []
+
+    def snapshot(repo: str, *, repo_type: str, revision: str | None, allow_patterns: list[str] | None) -> str:
+        asked.append((repo, repo_type, revision, allow_patterns))
+        return str(hub)
+
+    def file(repo: str, name: str, *, repo_type: str, revision: str | None) -> str:
+        asked.append((repo, repo_type, revision, name))
+        return str(hub / name)
+
+    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    monkeypatch.setattr(source, "hf_hub_download", file)
+    index = index_of(tmp_path, "{format: llava, path: lab/Mix, revision: abc123, subsets: {vqa: 1}}")
+    assert shown(index) == [colour(0), colour(1)]
+    spec = "{format: llava, path: lab/Pre/rows.json, images: lab/Pre/images.zip, revision: abc}"
+    assert shown(index_of(tmp_path, spec)) == [colour(7)]
+    assert asked == [
+        ("lab/Mix", "dataset", "abc123", ["vqa/*"]),
+        ("lab/Pre", "dataset", "abc", "rows.json"),
+        ("lab/Pre", "dataset", "abc", "images.zip"),
+    ]
