@@ -67,6 +67,12 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(f"{f.name}{file_sha256(f)}" for f in files).encode()).hexdigest()
 
 
+def hub_commit(path: Path) -> str | None:
+    """The Hub commit that a file or folder of the Hub's cache is of; None elsewhere."""
+    folders = path.parts
+    return folders[folders.index("snapshots") + 1] if "snapshots" in folders[:-1] else None
+
+
 def source_commit() -> str | None:
     """Commit of the checkout this package runs from, or None for an installed wheel."""
     root = Path(__file__).parent.parent

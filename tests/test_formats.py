@@ -291,7 +291,7 @@ def test_what_is_not_here_is_taken_from_the_hub_at_its_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole data set, of which only the named subsets are fetched; or single files of one."""
-    hub = tmp_path / "hub"
+    hub = tmp_path / "hub" / "snapshots" / "abc123"
     parquet(hub / "vqa" / "train.parquet", 2, conversations=[CONVERSATION] * 2)
     rows_json(hub, ["a.png"])
     with zipfile.ZipFile(hub / "images.zip", "w") as archive:
@@ -310,6 +310,7 @@ def test_what_is_not_here_is_taken_from_the_hub_at_its_revision(
     monkeypatch.setattr(source, "hf_hub_download", file)
     index = index_of(tmp_path, "{format: llava, path: lab/Mix, revision: abc123, subsets: {vqa: 1}}")
     assert shown(index) == [colour(0), colour(1)]
+    assert index.report.sources[0]["hub_commit"] == "abc123"
     spec = "{format: llava, path: lab/Pre/rows.json, images: lab/Pre/images.zip, revision: abc}"
     assert shown(index_of(tmp_path, spec)) == [colour(7)]
     assert asked == [

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from pivot_hub import PivotVisionModel
 from pivot_hub.encoder.extract import extract_encoder
@@ -244,3 +246,17 @@ def test_an_encoder_is_scored_frozen_in_a_new_mllm(recipes: Path, trained: Path,
     tower = cast(torch.nn.Module, load_mllm(folder)[0].model.vision_tower).state_dict()
     assert all(torch.equal(tower[name], value) for name, value in published.items())
     assert {part(n) for n in moved(tmp_path / "runs" / "tiny" / "1-align", folder)} == {"projector", "language"}
+
+
+def test_parts_of_the_hub_are_told_by_their_commit(recipes: Path, parts: Path, tmp_path: Path) -> None:
+    """Whatever revision a recipe named, or none: the commit that was read is in provenance.json."""
+    cache = Path(HF_HUB_CACHE)
+    for part in ("vision", "language"):
+        repo = cache / f"models--lab--{part}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(f"{part}commit")
+        shutil.copytree(parts / part, repo / "snapshots" / f"{part}commit")
+    loaded = load_recipe(recipes / "1-align.yaml", ["model.vision=lab/vision", "model.language=lab/language"])
+    folder = run_stage(loaded, tmp_path / "runs", say=quiet)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["parts"] == {"vision": "visioncommit", "language": "languagecommit"}

@@ -27,14 +27,15 @@ from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
 from pivot_hub.data.row import Row
-from pivot_hub.data.source import Columns, Source, example, files_sha256, sources_of
+from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
 from pivot_hub.files import whole_folder, write_json
+from pivot_hub.provenance import hub_commit
 from pivot_hub.recipe import LoadedRecipe, ShapesData
 
 CHUNK = 256  # rows that are checked together, by one process
 Advance = Callable[[int, int | None, float], None]  # gets rows checked, of how many if that is known, and rows/s
-LAYOUT = 1  # of the index's files
+LAYOUT = 2  # of the index's files
 NAMED = 100  # bad rows that are named; all are counted
 SCHEMA = pa.schema(
     [
@@ -80,7 +81,8 @@ class RowReport:
         skipped_rows: that cannot be used; `skipped` names the first ones, `problems` counts them by kind.
         image_modes: of the decoded images, as stored.
         duplicates: rows whose image and texts were there before; they are kept.
-        sources: of each, rows, a hash of their ids, rows of each group, a hash of the annotation files.
+        sources: of each, rows, a hash of their ids, rows of each group, a hash of the annotation files,
+            and the Hub's commit where they came from there.
         answers_cut: rows whose answer `max_length` shortens.
         prompt_tokens, answer_tokens: means of a row, without the image; of a pair, of one answer.
         answer_lengths: rows by tokens of their answer, in powers of two, as "9-16".
@@ -448,6 +450,7 @@ def _listing(names: Dataset, groups: _Groups, some: np.ndarray, first: int, sour
         "ids_sha256": made.hexdigest(),
         "groups": {name: int(n) for name, n in zip(groups.names, counts, strict=True) if name is not None},
         "files_sha256": files_sha256(source),
+        "hub_commit": hub_commit(source.folder) if isinstance(source, FileSource) else None,
     }
 
 

@@ -25,13 +25,14 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import try_to_load_from_cache
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.data.index import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.lora import merge_lora
-from pivot_hub.provenance import machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import hub_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
 from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
@@ -363,10 +364,20 @@ def _provenance(
 
 
 def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """Weights of the parts that were joined, where they are folders; Hub parts are named by revision."""
-    assert loaded.recipe.model is not None
-    folders = {part: Path(loaded.locate(getattr(loaded.recipe.model, part))) for part in ("vision", "language")}
-    return {part: weights_sha256(folder) for part, folder in folders.items() if folder.is_dir()}
+    """What tells the parts that were joined: of folders their weights' hash, of Hub repositories the commit."""
+    spec = loaded.recipe.model
+    assert spec is not None
+    made = {}
+    for part, name, revision in (
+        ("vision", spec.vision, spec.vision_revision),
+        ("language", spec.language, spec.language_revision),
+    ):
+        folder = Path(loaded.locate(name))
+        if folder.is_dir():
+            made[part] = weights_sha256(folder)
+        elif isinstance(config := try_to_load_from_cache(name, "config.json", revision=revision), str):
+            made[part] = str(hub_commit(Path(config)))
+    return made
 
 
 def run_lineage(recipe: str | Path, runs: str | Path, say: Callable[[str], None] = print) -> Path:
