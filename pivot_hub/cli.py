@@ -99,7 +99,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will cost, and load no weight.")] = False,
     machine: Annotated[str, typer.Option(help="For --dry-run, a file of recipes/accelerate.")] = "ddp",
     processes: Annotated[int, typer.Option(help="For --dry-run, GPUs.")] = 8,
-    mfu: Annotated[float, typer.Option(help="For --dry-run, the share of a GPU's peak that is reached.")] = 0.35,
+    mfu: Annotated[
+        float | None, typer.Option(help="For --dry-run, the share of a GPU's peak that is reached; 0.35 by default.")
+    ] = None,
     lengths: Annotated[
         Path | None, typer.Option(help="For --dry-run, what `pivot data check --json` wrote, instead of `expect`.")
     ] = None,
@@ -118,11 +120,11 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from pivot_hub.plan import plan_stage
+        from pivot_hub.plan import MFU, plan_stage
 
         measured = json.loads(lengths.read_text()) if lengths else None
         with out.status("a step is rehearsed without weights, in about half a minute"):  # on a terminal only
-            plan = plan_stage(loaded, machine, processes, mfu, measured)
+            plan = plan_stage(loaded, machine, processes, MFU if mfu is None else mfu, measured)
         out.print(plan.table(), markup=False)
         _write(json_path, plan.facts())
         return

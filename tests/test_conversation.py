@@ -40,6 +40,11 @@ def processor_of(chat: ChatFormat) -> LlavaProcessor:
     tokens.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token=chat.turn_end)
     tokenizer.add_special_tokens({"extra_special_tokens": sorted({*marks, "<bos>"})})
+    return processor_with(tokenizer, chat)
+
+
+def processor_with(tokenizer: Any, chat: ChatFormat) -> LlavaProcessor:
+    """A processor for images of four tokens."""
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         tokenizer=tokenizer,

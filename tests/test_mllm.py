@@ -207,3 +207,18 @@ def test_a_processor_needs_no_weights(parts: Path, tmp_path: Path) -> None:
     (tmp_path / "vision" / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):
         read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))
+
+
+@pytest.mark.parametrize("trained", [{"projector": 1e-3}, {"vision": 1e-4, "projector": 1e-3}])
+def test_a_frozen_tower_runs_nothing_backward_under_checkpointing(trained: dict[str, float], parts: Path) -> None:
+    model, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
+    freeze_parts(model, trained)
+    model.gradient_checkpointing_enable()
+    model.train()
+    entered: list[torch.Tensor] = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    batch = processor(text=[text], images=[Image.new("RGB", (50, 40), "red")], return_tensors="pt")
+    model(**batch).logits.sum().backward()
+    assert entered[0].requires_grad == ("vision" in trained)
+    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())

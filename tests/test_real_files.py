@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoTokenizer, LlavaProcessor, SiglipImageProcessorPil
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from pivot_hub import PivotVisionConfig
 from pivot_hub.chat import QWEN
@@ -32,6 +32,7 @@ from pivot_hub.errors import DataError
 from pivot_hub.training.conversation import ConversationCollator
 from tests.conftest import make_language
 from tests.originals import make_vision
+from tests.test_conversation import processor_with
 from tests.test_formats import index_of, png
 
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -253,14 +254,7 @@ def test_llama_factorys_conversations_are_read() -> None:
 def test_prompts_are_the_authors_token_for_token() -> None:
     """Qwen2.5's own tokenizer. The ids were looked up in its vocabulary by hand; 151655 stands for the image."""
     tokenizer = AutoTokenizer.from_pretrained(HUB / "qwen2.5-vl-7b-instruct")
-    processor = LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": 32, "width": 32}),
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="full",
-        image_token=QWEN.image_token,
-        chat_template=QWEN.template,
-    )
+    processor = processor_with(tokenizer, QWEN)
     start, end, newline, image = 151644, 151645, 198, [151655] * 4
     system = [start, 8948, newline, 2610, 525, 264, 10950, 17847, 13, end, newline]  # You are a helpful assistant.
     asked = [start, 872, newline, *image, newline, 3838, 374, 432, 5267, 16141, 304, 825, 3409, 13, end, newline]
