@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.gradcam import Explain, answer_batch, answer_log_probs, enlarge, gradient_map, inner_border
 from pivot_hub.mllm import build_mllm, load_mllm
 from pivot_hub.recipe import load_recipe

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pivot_hub.cli import main
 from pivot_hub.data import index
-from pivot_hub.data.index import Measured, index_rows
+from pivot_hub.data.index import index_rows
+from pivot_hub.data.report import Measured
 from pivot_hub.data.row import Row
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import DataError
@@ -196,8 +197,10 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
         assert words in said
     checked = json.loads((tmp_path / "check.json").read_text())
     built: list[Path] = []
-    monkeypatch.setattr(index, "_build", lambda *args: built.append(args[0]))
-    folder = run_stage(load_recipe(path, ["on_bad_row=skip"]), trained.parent, tmp_path / "out", say=lambda line: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_build", lambda *args: built.append(args[0]))
+        skip = load_recipe(path, ["on_bad_row=skip"])
+        folder = run_stage(skip, trained.parent, tmp_path / "out", say=lambda line: None)
     assert not built
     report = json.loads((folder / "report.json").read_text())["data"]
     assert {k: checked[k] for k in report} == report
@@ -206,3 +209,18 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
     assert len(provenance["files_sha256"]) == 64
     with pytest.raises(DataError, match=r"pairs.jsonl:6: image c.png does not exist"):
         run_stage(load_recipe(path), trained.parent, tmp_path / "stop", say=lambda line: None)
+
+
+def test_a_mended_image_is_looked_at_again(tmp_path: Path) -> None:
+    """A check that left a row out does not stand in the way once its image is there, though the rows did not change."""
+    rows = [{**talk("q"), "image": "a.png"}]
+    spec = "path: rows.jsonl, images: ."
+    recipe_of(tmp_path, [*rows, talk("q")], "skip")
+    file = tmp_path / "0.yaml"
+    file.write_text(file.read_text().replace("path: rows.jsonl", spec))
+    assert index_rows(load_recipe(file), Counting(), tmp_path / "kept").report.skipped_rows == 1
+    stop = load_recipe(file, ["on_bad_row=stop"])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: image a.png does not exist"):
+        index_rows(stop, Counting(), tmp_path / "kept")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert index_rows(stop, Counting(), tmp_path / "kept").report.rows == 2

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from pivot_hub.data.image import open_image
-from pivot_hub.data.index import Measured, index_rows
+from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
+from pivot_hub.data.report import Measured
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import example
 from pivot_hub.errors import DataError

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from trl import SFTConfig
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.provenance import machine, versions
 from pivot_hub.recipe import load_recipe
 from pivot_hub.training import sft

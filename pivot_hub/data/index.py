@@ -15,17 +15,18 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
+from pivot_hub.data.report import Measured, RowReport, Tally
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
@@ -54,15 +55,6 @@ SCHEMA = pa.schema(
 )
 
 
-class Measured(NamedTuple):
-    """What a check finds of one row: what is wrong with it, as (kind, sentence), and its tokens without the image."""
-
-    problem: tuple[str, str] | None = None
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-    cut: bool = False
-
-
 class Check(Protocol):
     """Measures rows for a stage."""
 
@@ -70,62 +62,6 @@ class Check(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """All that its answers depend on besides the rows."""
-
-
-@dataclass
-class RowReport:
-    """What was read, and what was left out and why; it travels into the stage's report.
-
-    Attributes:
-        rows: that an epoch sees.
-        skipped_rows: that cannot be used; `skipped` names the first ones, `problems` counts them by kind.
-        image_modes: of the decoded images, as stored.
-        duplicates: rows whose image and texts were there before; they are kept.
-        sources: of each, rows, a hash of their ids, rows of each group, a hash of the annotation files,
-            and the Hub's commit where they came from there.
-        answers_cut: rows whose answer `max_length` shortens.
-        prompt_tokens, answer_tokens: means of a row, without the image; of a pair, of one answer.
-        answer_lengths: rows by tokens of their answer, in powers of two, as "9-16".
-    """
-
-    rows: int = 0
-    skipped_rows: int = 0
-    skipped: list[str] = field(default_factory=list)
-    problems: Counter[str] = field(default_factory=Counter)
-    image_modes: Counter[str] = field(default_factory=Counter)
-    duplicates: int = 0
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    answers_cut: int = 0
-    prompt_tokens: float = 0.0
-    answer_tokens: float = 0.0
-    answer_lengths: dict[str, int] = field(default_factory=dict)
-
-    def become(self, other: RowReport) -> None:
-        """Take another report's place."""
-        vars(self).update(vars(other))
-
-    def text(self) -> str:
-        """One screen for a person."""
-        lines = [f"{self.rows} rows an epoch, {self.skipped_rows} left out, {self.duplicates} duplicates"]
-        for number, source in enumerate(self.sources):
-            groups = sorted(source["groups"].items(), key=lambda g: -g[1])
-            more = f", {len(groups) - 8} more" if len(groups) > 8 else ""
-            named = ": " + ", ".join(f"{name} {count}" for name, count in groups[:8]) + more if groups else ""
-            lines.append(f"  source {number}: {source['rows']} rows{named}; ids {source['ids_sha256'][:12]}")
-        if self.image_modes:
-            lines.append("images: " + ", ".join(f"{mode} {count}" for mode, count in self.image_modes.most_common()))
-        lines.append(f"tokens of a row, without its image: {self.prompt_tokens} asked, {self.answer_tokens} answered")
-        lines.append(f"answers cut by max_length: {self.answers_cut}")
-        most = max(self.answer_lengths.values(), default=1)
-        for tokens, count in self.answer_lengths.items():
-            lines.append(f"  {tokens:>9} tokens {count:>9} {'#' * round(40 * count / most)}")
-        for kind, count in self.problems.most_common():
-            lines.append(f"left out, {kind}: {count}")
-        lines += [f"  {reason}" for reason in self.skipped[:10]]
-        return "\n".join(lines)
-
-    def facts(self) -> dict[str, Any]:
-        return {**asdict(self), "problems": dict(self.problems), "image_modes": dict(self.image_modes)}
 
 
 @dataclass(frozen=True)
@@ -219,19 +155,19 @@ def index_rows(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     place = Path(folder or Path(HF_HOME) / "pivot_hub" / "rows") / key
-    if fresh or not (place / "report.json").is_file():
+    # Images are no part of the key: a row that was left out may have been mended since.
+    doubtful = loaded.recipe.on_bad_row == "stop" and _skipped(place)
+    if fresh or doubtful or not (place / "report.json").is_file():
         with whole_folder(place) as made:
             report = _build(made, loaded, sources, check, advance, os.cpu_count() or 1 if workers is None else workers)
             write_json(made / "report.json", report.facts())
-    index = _read(place, sources)
-    if index.report.skipped_rows and loaded.recipe.on_bad_row == "stop":
-        raise DataError(_refusal(index.report.skipped[0]))
-    return index
+    return _read(place, sources)
 
 
-def _refusal(reason: str) -> str:
-    hint = "mend the row, or set `on_bad_row: skip` in the recipe to leave such rows out"
-    return f"{reason.rstrip('.')}; {hint}."
+def _skipped(place: Path) -> bool:
+    """Whether the index that lies there, if any, left rows out."""
+    file = place / "report.json"
+    return file.is_file() and json.loads(file.read_text())["skipped_rows"] > 0
 
 
 def _build(
@@ -242,7 +178,7 @@ def _build(
     advance: Advance,
     workers: int,
 ) -> RowReport:
-    report, tally, specs = RowReport(), _Tally(), loaded.recipe.data
+    report, tally, specs = RowReport(), Tally(), loaded.recipe.data
     stop = loaded.recipe.on_bad_row == "stop"
     read, kept, began = 0, 0, time.monotonic()
     expected = [spec.rows if isinstance(spec, ShapesData) else spec.expect and spec.expect.rows for spec in specs]
@@ -262,7 +198,8 @@ def _build(
                     if problem is not None:
                         kind, reason = problem
                         if stop:
-                            raise DataError(_refusal(reason))
+                            hint = "mend the row, or set `on_bad_row: skip` in the recipe to leave such rows out"
+                            raise DataError(f"{reason.rstrip('.')}; {hint}.")
                         report.skipped_rows += 1
                         report.problems[kind] += 1
                         report.skipped += [reason][: NAMED - len(report.skipped)]
@@ -366,42 +303,6 @@ def _examine(source: Source, check: Check, chunk: list[Examined]) -> list[Examin
                     problem = ("corrupt image", str(error))
         made.append((row, problem, mode, measured))
     return made
-
-
-class _Tally:
-    """Counts over all rows, in memory that hardly grows with them: 8 bytes a row, to find duplicates."""
-
-    def __init__(self) -> None:
-        self.prompt = self.answer = self.cut = self.count = 0
-        self.lengths: Counter[int] = Counter()
-        self.hashes: list[np.ndarray] = []
-        self.new: list[int] = []
-
-    def add(self, row: Row, measured: Measured) -> None:
-        self.count += 1
-        self.prompt += measured.prompt_tokens
-        self.answer += measured.answer_tokens
-        self.cut += measured.cut
-        self.lengths[max(measured.answer_tokens - 1, 0).bit_length()] += 1
-        content = "\0".join(map(str, (row.image, row.earlier, row.prompt, row.chosen, row.rejected)))
-        self.new.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))
-        if len(self.new) >= 1 << 16:
-            self.pack()
-
-    def pack(self) -> None:
-        self.hashes.append(np.array(self.new, np.uint64))
-        self.new = []
-
-    def fill(self, report: RowReport) -> None:
-        self.pack()
-        report.duplicates = self.count - len(np.unique(np.concatenate(self.hashes)))
-        report.prompt_tokens = round(self.prompt / self.count, 2)
-        report.answer_tokens = round(self.answer / self.count, 2)
-        report.answers_cut = self.cut
-        report.answer_lengths = {
-            f"{2 ** (bits - 1) + 1}-{2**bits}" if bits > 1 else str(bits + 1): self.lengths[bits]
-            for bits in sorted(self.lengths)
-        }
 
 
 @dataclass

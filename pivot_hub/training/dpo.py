@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, TrainingError
 from pivot_hub.lora import add_lora
 from pivot_hub.mllm import freeze_parts, load_mllm

@@ -22,7 +22,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from pivot_hub.chat import QWEN, SYSTEM
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.data.shapes import DESCRIBE, KINDS, SCAN_SIDE
 from pivot_hub.data.source import ShapesSource
 from pivot_hub.errors import RecipeError

@@ -11,7 +11,8 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import LlavaProcessor
 
-from pivot_hub.data.index import Measured, RowIndex, index_rows
+from pivot_hub.data.index import RowIndex, index_rows
+from pivot_hub.data.report import Measured
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, example
 from pivot_hub.errors import RecipeError

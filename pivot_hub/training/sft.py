@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.lora import add_lora
 from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm
 from pivot_hub.recipe import LoadedRecipe

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import try_to_load_from_cache
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.lora import merge_lora
@@ -105,7 +105,8 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(PlainProgress(loaded.name, say))
     if report.skipped:
-        say(f"{loaded.name}: {report.skipped_rows} rows skipped, the first: {report.skipped[0]}")
+        first = f"the first: {report.skipped[0]}"
+        say(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` looks again)")
     if resume is not None:
         say(f"{loaded.name}: resuming from step {_step_of(resume)}")
     _on_main(lambda: log.cut_to(_step_of(resume) if resume else 0))

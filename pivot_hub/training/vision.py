@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from pivot_hub.data.index import RowReport
+from pivot_hub.data.report import RowReport
 from pivot_hub.data.shapes import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
 from pivot_hub.data.source import ShapesSource
 from pivot_hub.encoder import PivotVisionModel
