@@ -22,7 +22,7 @@ COUNTS: dict[Split, int] = {"train": 400, "validation": 150, "test": 300}
 WORLD = World()
 FACTS = {
     *("task", "metric", "value", "unit", "n", "split", "seed", "protocol", "feature_layer", "encoder"),
-    *("encoder_sha256", "partner", "ci95", "duration_s", "versions"),
+    *("encoder_sha256", "partner", "ci95", "duration_s", "versions", "data_sha256"),
 }
 
 

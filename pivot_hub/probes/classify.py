@@ -14,7 +14,7 @@ from pivot_hub.data.image import image_files, open_image
 from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene, Split
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.features import FeatureModel, patch_features, pooled, standardised
-from pivot_hub.probes.result import ProbeResult, bootstrap, bootstrap_mean
+from pivot_hub.probes.result import ProbeResult, balanced_accuracy, measure
 
 CS = (0.001, 0.01, 0.1, 1.0)
 
@@ -54,20 +54,14 @@ def classify_shapes(
         best = max(CS, key=lambda c: _balanced(y["validation"][task], _fit_each(x, y, task, c, "validation")))
         predicted = _fit_each(x, y, task, best, "test")
         tallies = _tallies(y["test"][task], predicted)
-        value, interval = bootstrap(tallies, _balanced_accuracy, seed)
         results.append(
-            ProbeResult(
-                task=f"shapes/{task}",
-                metric="balanced_accuracy",
-                value=100 * value,
-                unit="percent",
-                n=len(predicted),
-                split="test",
-                seed=seed,
+            measure(
+                f"shapes/{task}",
+                "balanced_accuracy",
+                tallies,
                 protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
-                partner=None,
-                ci95=(100 * interval[0], 100 * interval[1]),
-                duration_s=round(time.monotonic() - started, 2),
+                seed=seed,
+                duration_s=time.monotonic() - started,
                 **conditions,
             )
         )
@@ -125,20 +119,14 @@ def _single_label(
 
     best = max(CS, key=lambda c: correct(c, "validation").mean())
     hits = correct(best, "test").astype(np.float64)
-    value, interval = bootstrap_mean(hits, seed)
     commonest = max(np.mean(y["test"] == label) for label in np.unique(y["train"]))
-    return ProbeResult(
-        task=task,
-        metric="accuracy",
-        value=100 * value,
-        unit="percent",
-        n=len(hits),
-        split="test",
-        seed=seed,
+    return measure(
+        task,
+        "accuracy",
+        hits,
         protocol=f"mean-pooled, L2; logistic regression, C {best:g} by validation; chance {100 * commonest:.1f}",
-        partner=None,
-        ci95=(100 * interval[0], 100 * interval[1]),
-        duration_s=round(time.monotonic() - started, 2),
+        seed=seed,
+        duration_s=time.monotonic() - started,
         **conditions,
     )
 
@@ -159,17 +147,8 @@ def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.stack([truth & predicted, truth, ~truth & ~predicted, ~truth], axis=1)
 
 
-def _balanced_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(draws, 4, values) -> (draws,): recall of positives and of negatives, averaged, then over values.
-
-    A value that a small resample never or always holds has no recall on one side and is left out of that draw.
-    """
-    with np.errstate(invalid="ignore"):
-        return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
-
-
 def _balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return float(_balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
+    return float(balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
 
 
 def _class_files(folder: Path, seed: int) -> dict[Split, list[tuple[Path, str]]]:

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import Pair, Picture
 from pivot_hub.gradcam import EXPLAINS, METHODS, Explain, Method, enlarge, gradient_map
-from pivot_hub.probes.result import ProbeResult, bootstrap_mean
+from pivot_hub.probes.result import ProbeResult, measure
 
 THRESHOLDS = tuple(np.round(np.arange(0.05, 1.0, 0.05), 2))
 
@@ -54,7 +54,7 @@ def localize(
     for explain in EXPLAINS:
         started = time.monotonic()
         maps = {s: [_maps(model, processor, reference, t, explain) for t in some] for s, some in targets.items()}
-        duration = round((time.monotonic() - started) / len(METHODS), 2)
+        duration = (time.monotonic() - started) / len(METHODS)
         for method in METHODS:
             chosen = {split: [m[method] for m in made] for split, made in maps.items()}
             results += _scores(chosen, targets, f"{method} of {explain}", conditions, seed, duration)
@@ -92,25 +92,18 @@ def _scores(
             f"map above {threshold:g} of its peak, chosen on validation",
         ),
     }
-    results = []
-    for metric, (values, protocol) in scored.items():
-        value, interval = bootstrap_mean(values, seed)
-        results.append(
-            ProbeResult(
-                task=f"shapes/localisation/{what}",
-                metric=metric,
-                value=100 * value,
-                unit="percent",
-                n=len(values),
-                split="test",
-                seed=seed,
-                protocol=protocol,
-                ci95=(100 * interval[0], 100 * interval[1]),
-                duration_s=duration_s,
-                **conditions,
-            )
+    return [
+        measure(
+            f"shapes/localisation/{what}",
+            metric,
+            values,
+            protocol=protocol,
+            seed=seed,
+            duration_s=duration_s,
+            **conditions,
         )
-    return results
+        for metric, (values, protocol) in scored.items()
+    ]
 
 
 def _pointing(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> np.ndarray:
