@@ -419,6 +419,28 @@ def bench_dpo_step(
     _write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, say=_say))
 
 
+@bench.command("probe")
+def bench_probe(
+    images: Annotated[int, typer.Option(help="Rows that are fitted.")] = 50_000,
+    width: Annotated[int, typer.Option(help="Of a feature.")] = 1152,
+    classes: Annotated[int, typer.Option(help="Of the rows.")] = 1000,
+    cs: Annotated[str, typer.Option(help="Inverse penalties, comma-separated.")] = "0.01,0.1,1",
+    tolerance: Annotated[float, typer.Option(help="scikit-learn's tol.")] = 1e-6,
+    max_iter: Annotated[int, typer.Option(help="scikit-learn's max_iter.")] = 100,
+    kinds: Annotated[str, typer.Option(help="random and correlated features, comma-separated.")] = "random,correlated",
+    json_path: JsonPath = None,
+) -> None:
+    """Our logistic regression against scikit-learn's: time, loss and accuracy.
+
+    Example: `pivot bench probe --images 5000 --width 128 --classes 100 --json probe.json`
+    """
+    from pivot_hub.bench.probe import bench_probe
+
+    chosen = tuple(float(c) for c in cs.split(","))
+    measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=_say)
+    _write(json_path, measured)
+
+
 @app.command()
 def gradcam(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
