@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -267,21 +267,75 @@ def export(
 @app.command()
 def probe(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
-    data: Annotated[str, typer.Option(help="`shapes`, or a folder of class folders.")] = "shapes",
-    seed: Annotated[int, typer.Option(help="Of splits and bootstrap.")] = 0,
+    data: Annotated[
+        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; a Hub data set.")
+    ] = "shapes",
+    protocols: Annotated[
+        str, typer.Option(help="For classes, comma-separated: prototypes, fast, full, knn, attention.")
+    ] = "prototypes,fast,full,knn",
+    revision: Annotated[str | None, typer.Option(help="Of a Hub data set.")] = None,
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, that the encoder computes in.")] = "float32",
     on_bad_row: Annotated[str, typer.Option(help="stop at an image that cannot be decoded, or skip it.")] = "stop",
+    cache: Annotated[Path | None, typer.Option(help="Folder of computed features; below HF_HOME by default.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode; one a core by default.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure a frozen encoder: classification and segmentation of the world, or classes of a folder.
+    """Measure a frozen encoder: classification and segmentation of the built-in world, or classes of images.
 
-    Example: `pivot probe hub/pivot/shapes-dpo --data shapes --json results.json`
+    Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
     """
     from pivot_hub.probes.run import probe_encoder
 
-    results, skipped = probe_encoder(encoder, data, seed, on_bad_row)
-    if skipped:
-        _say(f"{len(skipped)} images skipped, the first: {skipped[0]}")
-    _show(results, json_path, skipped)
+    with _bar("images") as advance:
+        results, skipped = probe_encoder(
+            encoder,
+            data,
+            seed,
+            on_bad_row,
+            protocols=tuple(protocols.split(",")),
+            revision=revision,
+            dtype=dtype,
+            cache=cache,
+            workers=workers,
+            progress=advance,
+        )
+    for reason in skipped:
+        _say(f"left out: {reason}")
+    _show(results, json_path)
+
+
+@app.command()
+def compare(
+    encoders: Annotated[
+        list[str], typer.Argument(help="Two or more: folders, Hub names, or files that `--json` of a probe wrote.")
+    ],
+    data: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "shapes",
+    protocols: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "prototypes,fast,full,knn",
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(help="Of the paired bootstrap.")] = 10_000,
+    figure: Annotated[Path | None, typer.Option(help="Draw the differences here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Which encoder is better, on the same test items; each is compared with the first.
+
+    Example: `pivot compare hub/pivot/shapes-sft hub/pivot/shapes-dpo --figure compare.png`
+    """
+    from pivot_hub.files import write_whole
+    from pivot_hub.probes.compare import compare_results, draw_comparisons
+    from pivot_hub.probes.run import probe_all
+
+    with _bar("images") as advance:
+        measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+    made = compare_results(measured, draws, seed)
+    out.print(made.table())
+    _say(made.method())
+    if markdown:
+        write_whole(markdown, made.markdown())
+    if figure:
+        draw_comparisons(made, figure)
+    _write(json_path, made.facts())
 
 
 @app.command()
@@ -506,11 +560,14 @@ def _bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
     yield advance
 
 
-def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] = ()) -> None:
+def _show(results: list[ProbeResult], path: Path | None) -> None:
     for result in results:
         low, high = result.ci95
         _say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
-    _write(path, {"results": [r.facts() for r in results], "skipped": list(skipped)})
+    if path is not None:
+        from pivot_hub.probes.result import write_results
+
+        write_results(path, results)
 
 
 def _is_first() -> bool:

@@ -15,6 +15,7 @@ from pivot_hub.errors import ProbeError
 from pivot_hub.files import write_json
 from pivot_hub.provenance import versions
 
+CELLS = 20_000_000  # counts of resampled items that are in memory at once
 Statistic = Callable[[np.ndarray], np.ndarray]  # summed tallies (draws, ...) to values (draws,)
 
 
@@ -163,9 +164,13 @@ def bootstrap(
 
 def resample(tallies: np.ndarray, seed: int, draws: int) -> np.ndarray:
     """Sums (draws, ...) of tallies (n, ...) over n items drawn with replacement; one seed draws the same items."""
-    n, shape = len(tallies), tallies.shape[1:]
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
-    return (counts @ tallies.reshape(n, -1).astype(np.float64)).reshape(draws, *shape)
+    n, rng = len(tallies), np.random.default_rng(seed)
+    flat = tallies.reshape(n, -1).astype(np.float64)
+    made, at_once = [], max(1, CELLS // n)
+    for start in range(0, draws, at_once):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(at_once, draws - start))
+        made.append(counts.astype(np.float64) @ flat)
+    return np.concatenate(made).reshape(draws, *tallies.shape[1:])
 
 
 def mean(sums: np.ndarray) -> np.ndarray:
