@@ -285,6 +285,67 @@ def probe(
 
 
 @app.command()
+def localize(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    data: Annotated[Path, typer.Option(help="A folder of photos; with `images` and `labels` in it, YOLO's layout.")],
+    boxes: Annotated[Path | None, typer.Option(help="A folder of YOLO label files, or a COCO JSON file.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of id masks, PNG.")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="YAML with the names of ids; else looked for by the labels.")
+    ] = None,
+    ignore: Annotated[str, typer.Option(help="For --masks, ids that are no class, comma-separated.")] = "255",
+    explain: Annotated[str, typer.Option(help="Some of answer, sft, dpo, comma-separated.")] = "answer",
+    reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
+    question: Annotated[str, typer.Option(help="Template of the question.")] = "Is there {article} {name}?",
+    answer: Annotated[str, typer.Option(help="Template of the right answer.")] = "Yes, there is {article} {name}.",
+    rejected: Annotated[str, typer.Option(help="Template of the wrong one, for dpo.")] = "No, there is no {name}.",
+    limit: Annotated[int | None, typer.Option(help="How many photos, drawn by the seed; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the bootstrap and random weights.")] = 0,
+    on_bad_row: Annotated[str, typer.Option(help="stop at a bad photo or label, or skip the photo.")] = "stop",
+    name: Annotated[
+        str | None, typer.Option(help="Of the encoder in the results; the checkpoint's by default.")
+    ] = None,
+    random_vision: Annotated[
+        bool, typer.Option("--random-vision", help="First give the vision tower random weights: the floor.")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Score an MLLM's gradient maps against boxes or masks of photos: pointing game, energy inside, IoU.
+
+    Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
+    """
+    from pivot_hub.errors import ProbeError
+    from pivot_hub.probes.localize import Wording, localize_folder
+    from pivot_hub.probes.result import write_results
+
+    try:
+        ignored = [int(i) for i in ignore.split(",") if i]
+    except ValueError:
+        raise ProbeError(f"--ignore {ignore!r}: give ids, as in 0,255.") from None
+    results, left_out = localize_folder(
+        checkpoint,
+        data,
+        boxes,
+        masks,
+        names,
+        ignored,
+        explain.split(","),
+        reference,
+        Wording(question, answer, rejected),
+        limit,
+        seed,
+        on_bad_row,
+        name,
+        random_vision,
+    )
+    if left_out:
+        _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+    _show(results, None)
+    if json_path is not None:
+        write_results(json_path, results)
+
+
+@app.command()
 def read(
     language: Annotated[str, typer.Argument(help="Folder or Hub name of a causal language model.")],
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
