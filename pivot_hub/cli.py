@@ -165,12 +165,7 @@ def search(
 
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
-    from pivot_hub.errors import RecipeError
-
-    try:
-        candidates = [float(r) for r in rates.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rates {rates!r}: give numbers, as in 3e-5,1e-4,3e-4.") from None
+    candidates = _numbers("--rates", rates, float)
     from pivot_hub.training.search import search_rate
 
     record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=_say)
@@ -314,21 +309,16 @@ def localize(
 
     Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
     """
-    from pivot_hub.errors import ProbeError
     from pivot_hub.probes.localize import Wording, localize_folder
     from pivot_hub.probes.result import write_results
 
-    try:
-        ignored = [int(i) for i in ignore.split(",") if i]
-    except ValueError:
-        raise ProbeError(f"--ignore {ignore!r}: give ids, as in 0,255.") from None
     results, left_out = localize_folder(
         checkpoint,
         data,
         boxes,
         masks,
         names,
-        ignored,
+        _numbers("--ignore", ignore, int) if ignore else [],
         explain.split(","),
         reference,
         Wording(question, answer, rejected),
@@ -490,13 +480,43 @@ def gradcam(
     reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
     explain: Annotated[str, typer.Option(help="answer, sft or dpo.")] = "answer",
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("gradcam.png"),
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Train on this pair alone, by each loss, and draw both on the way.")
+    ] = False,
+    steps: Annotated[str, typer.Option(help="For --overfit, when to look, comma-separated; 0 is before.")] = "10,20,30",
+    learning_rate: Annotated[
+        str | None, typer.Option(help="For --overfit, as in 3e-5, or one a loss, as in sft=1e-5,dpo=3e-5.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="For --overfit, of the DPO loss.")] = 0.1,
+    mask: Annotated[
+        Path | None, typer.Option(help="For --overfit, a picture that is black outside of the thing asked about.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Draw where an answer, or a loss on it, depends on the image.
 
-    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`
+    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`; the paper's
+    experiment on one pair: `pivot gradcam runs/shapes/2-instruct scene.png --question "What is it?" --answer
+    "It is a star." --rejected "It is a ring." --overfit --json overfit.json`
     """
-    from pivot_hub.figure import draw_maps
+    from pivot_hub.figure import draw_maps, draw_rows
+
+    if overfit:
+        from pivot_hub.overfit import LOSSES, figure_rows, overfit_file
+
+        looked = _numbers("--steps", steps, int)
+        rates = {} if learning_rate is None else _rates(learning_rate, LOSSES)
+        runs, picture, seen, facts = overfit_file(
+            checkpoint, image, question, answer, rejected, looked, rates, beta, mask
+        )
+        heading = f"{question}\nright: {answer}   wrong: {rejected}"
+        heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
+        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
+        for run in runs:
+            _say(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
+        _say(f"figure: {output}")
+        _write(json_path, facts)
+        return
     from pivot_hub.gradcam import explain_file
 
     made, picture = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
@@ -550,6 +570,27 @@ def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] 
         low, high = result.ci95
         _say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
     _write(path, {"results": [r.facts() for r in results], "skipped": list(skipped)})
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    from pivot_hub.errors import RecipeError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option} {text!r}: give numbers with commas between them.") from None
+
+
+def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
+    """A rate for all losses, or `loss=rate` with commas between them."""
+    if "=" not in text:
+        return dict.fromkeys(losses, _numbers("--learning-rate", text, float)[0])
+    rates = dict(part.partition("=")[::2] for part in text.split(","))
+    if unknown := [loss for loss in rates if loss not in losses]:
+        from pivot_hub.errors import RecipeError
+
+        raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
+    return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
 
 
 def _is_first() -> bool:

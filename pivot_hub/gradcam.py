@@ -75,14 +75,7 @@ def gradient_map(
         anchor = answer_log_probs(reference, batch) if explain == "dpo" and reference is not None else None
     with torch.enable_grad(), _tokens_of(model) as tokens:
         log_probs = answer_log_probs(model, batch)
-        if explain == "answer":
-            value = log_probs[0]
-        elif explain == "sft":
-            value = -log_probs[0] / batch["completion_mask"][0].sum()
-        else:
-            assert anchor is not None
-            ratio = log_probs - anchor
-            value = -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
+        value = explained_value(explain, log_probs, batch, anchor, beta)
         features, projected = tokens["features"], tokens["projected"]
         by_feature, by_token = torch.autograd.grad(value, [features, projected])
     patches = slice(register_tokens(model), None)
@@ -94,6 +87,27 @@ def gradient_map(
         "gradient": inner_border(_square(by_token.sum(0)[patches].abs().sum(-1))),
     }
     return GradientMaps(maps, float(value.detach()))
+
+
+def explained_value(
+    explain: Explain, log_probs: Tensor, batch: dict[str, Tensor], anchor: Tensor | None = None, beta: float = 0.1
+) -> Tensor:
+    """What is explained of a pair's (A,) log-probabilities, a scalar.
+
+    Args:
+        explain: see `gradient_map`.
+        log_probs: of the answer, and for `dpo` of the rejected one.
+        batch: of the answers.
+        anchor: log-probabilities of both under the reference, for `dpo`.
+        beta: of the DPO loss.
+    """
+    if explain == "answer":
+        return log_probs[0]
+    if explain == "sft":
+        return -log_probs[0] / batch["completion_mask"][0].sum()
+    assert anchor is not None
+    ratio = log_probs - anchor
+    return -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
 
 
 def answer_batch(

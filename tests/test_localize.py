@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from pivot_hub.cli import app
 from pivot_hub.data.region import read_photos
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.gradcam import seen_image, seen_mask
@@ -262,20 +262,19 @@ def test_what_cannot_be_localised_is_said(trained: Path, tmp_path: Path) -> None
         localize_folder(trained / "3-sft", folder, explains=["loss"])
 
 
-@pytest.mark.slow
 def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path / "fruit")
-    command = [sys.executable, "-m", "pivot_hub", "localize", str(trained / "3-dpo"), "--data", str(folder)]
+    command = ["localize", str(trained / "3-dpo"), "--data", str(folder)]
     command += ["--explain", "answer,dpo", "--reference", str(trained / "2-instruct")]
-    done = subprocess.run([*command, "--json", str(tmp_path / "r.json")], capture_output=True, text=True, check=True)
+    done = CliRunner().invoke(app, ["--debug", *command, "--json", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
     results = read_results(tmp_path / "r.json")
     assert len(results) == 12
     assert all(r.tallies is not None for r in results)
-    assert "fruit/localisation/gradient of dpo" in done.stdout
+    assert "fruit/localisation/gradient of dpo" in done.output
     assert str(tmp_path) not in (tmp_path / "r.json").read_text()
     (folder / "labels" / "train" / "a0.txt").write_text("5 0.5 0.5 1 1\n")
-    bad = subprocess.run([*command, "--json", str(tmp_path / "s.json")], capture_output=True, text=True, check=False)
-    assert bad.returncode == 2
-    assert bad.stderr.count("\n") == 1
-    assert "a0.txt, line 1: class id 5 has no name" in bad.stderr
+    bad = CliRunner().invoke(app, ["--debug", *command, "--json", str(tmp_path / "s.json")])
+    assert isinstance(bad.exception, DataError)
+    assert "a0.txt, line 1: class id 5 has no name" in str(bad.exception)
     assert not (tmp_path / "s.json").exists()
