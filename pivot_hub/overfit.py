@@ -187,14 +187,14 @@ def overfit_file(
     if known is not None and known.size != picture.size:
         raise DataError(f"{mask} is {known.size} and its image {picture.size} pixels: give a mask of the image's size.")
     model, processor = load_mllm(checkpoint)
-    seen = None if known is None else seen_mask(processor, np.asarray(known).any(-1))
+    seen = None if known is None else seen_mask(processor, np.asarray(known).max(-1) > 0)
     if seen is not None and not seen.any():
         raise DataError(f"{mask}: nothing of it is left in what the encoder sees; give the mask of a larger thing.")
     runs = [
         overfit_pair(model, processor, picture, question, answer, rejected, loss, steps, rates[loss], beta, seen)
         for loss in LOSSES
     ]
-    facts = {
+    facts: dict[str, Any] = {
         "question": question,
         "answer": answer,
         "rejected": rejected,
@@ -203,9 +203,9 @@ def overfit_file(
         "optimizer": "AdamW, no weight decay, constant rate, all parts",
         "beta": beta,
         "target_area": None if seen is None else float(seen.mean()),
-        **{run.loss: run.facts() for run in runs},
         "versions": versions(),
     }
+    facts |= {run.loss: run.facts() for run in runs}
     return runs, seen_image(processor, picture), seen, facts
 
 

@@ -278,3 +278,20 @@ def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_pa
     assert isinstance(bad.exception, DataError)
     assert "a0.txt, line 1: class id 5 has no name" in str(bad.exception)
     assert not (tmp_path / "s.json").exists()
+
+
+def test_the_page_shows_the_recorded_results() -> None:
+    """Every number of the table is that of the record, and all records are of the same targets."""
+    root = Path(__file__).parents[1]
+    kept = {
+        name: read_results(root / "recipes" / "shapes" / "real" / f"localisation-coco128-{name}.json")
+        for name in ("base", "sft", "dpo", "random")
+    }
+    assert len({r.data_sha256 for results in kept.values() for r in results}) == 1
+    assert len({results[0].encoder_sha256 for results in kept.values()}) == 4
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    for row in zip(*kept.values(), strict=True):
+        cells = [f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in row]
+        assert f"| {' | '.join([row[0].task.split('/')[-1], row[0].metric, *cells])} |" in page
+        assert f"{row[0].n} photos" in page
+        assert all(r.tallies is not None and len(r.tallies) == r.n for r in row)

@@ -60,10 +60,10 @@ class Wording:
         """
         words = {"name": name, "article": "an" if name[:1].lower() in "aeiou" else "a"}
         try:
-            said = [template.format(**words) for template in (self.question, self.answer, self.rejected)]
+            question, answer, rejected = (t.format(**words) for t in (self.question, self.answer, self.rejected))
         except (KeyError, IndexError, ValueError) as error:
             raise ProbeError(f"a template of {self} cannot be filled ({error!r}): use {{name}}, {{article}}.") from None
-        return Pair("presence", "question", *said, target=0)
+        return Pair("presence", "question", question, answer, rejected, target=0)
 
 
 def localize(

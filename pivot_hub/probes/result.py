@@ -118,8 +118,9 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
     """Write results as a JSON list, and their tallies beside it as `.npz`, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    tallies: dict[str, Any] = {str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None}
     try:
-        np.savez_compressed(beside, **{str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None})
+        np.savez_compressed(beside, **tallies)
         beside.replace(path.with_suffix(".npz"))
     finally:
         beside.unlink(missing_ok=True)

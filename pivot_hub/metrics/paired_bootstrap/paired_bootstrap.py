@@ -116,6 +116,6 @@ class PairedBootstrap(evaluate.Metric):
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
             raise ValueError("a score is not finite: leave the item out of both lists.")
         ones = np.ones(len(first))
-        tallies = (np.stack([scores, ones], axis=1) for scores in (first, second))
-        made = paired_difference(*tallies, mean, seed, draws)
+        tallies = [np.stack([scores, ones], axis=1) for scores in (first, second)]
+        made = paired_difference(tallies[0], tallies[1], mean, seed, draws)
         return {"difference": made.value, "ci95": list(made.ci95), "p_value": made.p_value, "n": len(first)}
