@@ -17,9 +17,10 @@ from pivot_hub.cli import app
 from pivot_hub.data.region import read_photos
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.gradcam import seen_image, seen_mask
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
 from pivot_hub.mllm import load_mllm, randomise_vision
 from pivot_hub.probes.localize import Target, Wording, localize, localize_folder, photo_targets
-from pivot_hub.probes.result import read_results
+from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from tests.originals import IMAGE_PX
 
 LABELS = {"a": "0 0.25 0.5 0.5 1.0\n", "b": "1 0.5 0.5 0.2 0.2\n0 0.9 0.1 0.2 0.2\n", "c": "1 0 0 1 0 0 1\n"}
@@ -295,3 +296,15 @@ def test_the_page_shows_the_recorded_results() -> None:
         assert f"| {' | '.join([row[0].task.split('/')[-1], row[0].metric, *cells])} |" in page
         assert f"{row[0].n} photos" in page
         assert all(r.tallies is not None and len(r.tallies) == r.n for r in row)
+        assert all(r.ci95[0] < 18.2 for r in row)
+    p_values = {
+        other: [_p_value(a, b) for a, b in zip(kept["dpo"], kept[other], strict=True)] for other in ("sft", "random")
+    }
+    assert round(min(p_values["sft"]), 2) == 0.04
+    assert round(min(p_values["random"]), 4) == 0.0001
+
+
+def _p_value(first: ProbeResult, second: ProbeResult) -> float:
+    assert first.tallies is not None
+    assert second.tallies is not None
+    return paired_difference(first.tallies, second.tallies, statistic_of(first.metric), seed=0).p_value

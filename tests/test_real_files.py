@@ -324,7 +324,7 @@ def test_regions_of_three_formats_agree() -> None:
     assert np.mean(inside) > 0.98
     assert np.mean(overlap) > 0.9
     # The same labels under the names of another folder: an id that is none there, or another thing.
-    with pytest.raises(DataError, match=r"txt, line \d+: class id 0 has no name in .*instance_segmentation"):
+    with pytest.raises(DataError, match=r"txt, line \d+: class id 45 has no name in .*instance_segmentation"):
         read_photos(
             coco,
             boxes=coco / "object_detection" / "labels",
