@@ -81,6 +81,15 @@ def test_a_class_that_is_predicted_and_never_true() -> None:
     assert float(theirs) == pytest.approx(mean_recall(sums)[0] * 2 / 3)
 
 
+def test_the_number_of_classes_changes_no_mean() -> None:
+    predicted, true = _ids(2, 8, 5, 255)
+    metric, images = load_metric("mean_iou"), {"predictions": predicted, "references": true, "ignore_index": 255}
+    told, found = metric.compute(**images, num_classes=8), metric.compute(**images)
+    assert (len(told.pop("per_class_iou")), len(found.pop("per_class_iou"))) == (8, 5)
+    del told["per_class_recall"], found["per_class_recall"]
+    assert told == pytest.approx(found)
+
+
 def test_bad_ids_are_named() -> None:
     ids = np.array([0, 1, 7])
     with pytest.raises(ValueError, match="reference is class 7 of 3: raise num_classes or give ignore_index"):

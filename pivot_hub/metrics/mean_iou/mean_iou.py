@@ -87,16 +87,19 @@ class MeanIou(evaluate.Metric):
             "the pixels of all images together. Classes that never occur are left out of the means.",
             citation="",
             inputs_description="predictions and references: class ids, (H, W) of each image. num_classes: ids are "
-            "below it. ignore_index: true id of pixels that count nowhere (255, say).",
+            "below it; by default the largest id is the last class. ignore_index: true id of pixels that count nowhere (255, say).",
             features=datasets.Features({"predictions": ids, "references": ids}),
             reference_urls=["https://arxiv.org/abs/1608.05442"],
         )
 
     def _compute(
-        self, predictions: Any, references: Any, num_classes: int, ignore_index: int | None = None
+        self, predictions: Any, references: Any, num_classes: int | None = None, ignore_index: int | None = None
     ) -> dict[str, Any]:
-        pairs = zip(predictions, references, strict=True)
-        tallies = [pixel_tallies(np.asarray(p), np.asarray(t), num_classes, ignore_index) for p, t in pairs]
+        predicted, true = ([np.asarray(ids) for ids in images] for images in (predictions, references))
+        if num_classes is None:  # classes that never occur are in no mean
+            num_classes = 1 + max(int(i) for ids in (*predicted, *true) for i in np.unique(ids) if i != ignore_index)
+        pairs = zip(predicted, true, strict=True)
+        tallies = [pixel_tallies(p, t, num_classes, ignore_index) for p, t in pairs]
         sums = np.sum(tallies, axis=0)[None]
         if not sums[:, 2].any():
             raise ValueError("no pixel is left to score: every reference is ignore_index, or there is none.")
