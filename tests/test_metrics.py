@@ -99,7 +99,7 @@ def test_bad_ids_are_named() -> None:
     with pytest.raises(ValueError, match="the same pixels"):
         pixel_tallies(ids, ids[:2], 3)
     with pytest.raises(ValueError, match="no pixel is left"):
-        load_metric("mean_iou").compute(predictions=[[[0]]], references=[[[255]]], num_classes=2, ignore_index=255)
+        load_metric("mean_iou").compute(predictions=[[[0]]], references=[[[255]]], ignore_index=255)
     with pytest.raises(ValueError, match="bring the map to the mask's size"):
         load_metric("energy_inside").compute(predictions=[[[0.5]]], references=[[[1, 0]]])
     with pytest.raises(ValueError, match="negative somewhere"):

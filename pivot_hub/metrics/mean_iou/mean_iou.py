@@ -87,7 +87,7 @@ class MeanIou(evaluate.Metric):
             "the pixels of all images together. Classes that never occur are left out of the means.",
             citation="",
             inputs_description="predictions and references: class ids, (H, W) of each image. num_classes: ids are "
-            "below it; by default the largest id is the last class. ignore_index: true id of pixels that count nowhere (255, say).",
+            "below it; by default the largest id is the last class. ignore_index: true id of pixels that count nowhere.",
             features=datasets.Features({"predictions": ids, "references": ids}),
             reference_urls=["https://arxiv.org/abs/1608.05442"],
         )
@@ -97,7 +97,8 @@ class MeanIou(evaluate.Metric):
     ) -> dict[str, Any]:
         predicted, true = ([np.asarray(ids) for ids in images] for images in (predictions, references))
         if num_classes is None:  # classes that never occur are in no mean
-            num_classes = 1 + max(int(i) for ids in (*predicted, *true) for i in np.unique(ids) if i != ignore_index)
+            found = np.unique([i for ids in (*predicted, *true) for i in np.unique(ids) if i != ignore_index])
+            num_classes = 1 + int(found.max(initial=0))
         pairs = zip(predicted, true, strict=True)
         tallies = [pixel_tallies(p, t, num_classes, ignore_index) for p, t in pairs]
         sums = np.sum(tallies, axis=0)[None]
