@@ -87,7 +87,7 @@ class MeanIou(evaluate.Metric):
             "the pixels of all images together. Classes that never occur are left out of the means.",
             citation="",
             inputs_description="predictions and references: class ids, (H, W) of each image. num_classes: ids are "
-            "below it; by default the largest id is the last class. ignore_index: true id of pixels that count nowhere.",
+            "below it; by default the largest id is the last class. ignore_index: id of true pixels left out.",
             features=datasets.Features({"predictions": ids, "references": ids}),
             reference_urls=["https://arxiv.org/abs/1608.05442"],
         )
