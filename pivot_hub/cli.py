@@ -330,9 +330,9 @@ def localize(
     )
     if left_out:
         _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
-    _show(results, None)
     if json_path is not None:
         write_results(json_path, results)
+    _show(results, None)
 
 
 @app.command()
