@@ -107,7 +107,7 @@ def localize(
         for target in some:
             scored = [s for e in explains for s in _scores(model, processor, reference, target, e)]
             rows[split].append(np.array(scored))
-            images[split].append(target.image or str(len(images[split])))
+            images[split].append(target.image or f"{len(images[split]):08}")
             if split == "test":
                 areas.append(float(target.mask.mean()))
             said = (split, target.image, target.pair.question, target.pair.chosen, target.pair.rejected)
@@ -257,6 +257,6 @@ def _scores(
 
 
 def _by_image(scores: np.ndarray, images: Sequence[str]) -> np.ndarray:
-    """Sum and number of the scores of each image: (images, 2)."""
+    """Sum and number of the scores of each image, in order of their names: (images, 2)."""
     _, place = np.unique(images, return_inverse=True)
     return np.stack([np.bincount(place, scores), np.bincount(place)], axis=1)
