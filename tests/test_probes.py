@@ -11,9 +11,12 @@ from PIL import Image
 
 from pivot_hub.data.shapes import SPLITS, Split, World
 from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap
+from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
 from pivot_hub.probes.classify import classify_shapes, shapes_labels
-from pivot_hub.probes.localize import _energy, _ious, _pointing
-from pivot_hub.probes.result import ProbeResult, bootstrap, read_results, write_results
+from pivot_hub.probes.localize import THRESHOLDS, overlaps
+from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_encoder
 from pivot_hub.probes.segment import CLASSES, class_masks, segment_patches
 
@@ -99,10 +102,14 @@ def test_localisation_scores() -> None:
     off[6, 6] = 1
     half, nothing = on.copy(), np.zeros((8, 8))
     half[6, 6] = 4
-    maps, masks = [on, off, half, nothing], [mask] * 4
-    assert _pointing(maps, masks).tolist() == [1, 0, 0, 0]
-    assert _energy(maps, masks).tolist() == [1, 0, 0.5, 0]
-    assert _ious(maps, masks, 0.2).tolist() == [1, 0, 0.8, 0]
+    maps = [on, off, half, nothing]
+    assert [points_at(m, mask) for m in maps] == [1, 0, 0, 0]
+    assert [energy_inside(m, mask) for m in maps] == [1, 0, 0.5, 0]
+    low = THRESHOLDS.tolist().index(0.2)
+    assert [float(overlaps(m, mask)[low]) for m in maps] == [1, 0, 0.8, 0]
+    corner = np.zeros((8, 8), bool)
+    corner[0, 0] = True
+    assert points_at(nothing, corner) == points_at(nothing + 1, corner) == 0  # no peak points nowhere
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
