@@ -67,25 +67,16 @@ class FileStore:
         assert row.image is not None
         if row.archive is None or row.span is None:
             return open_image(self.root / row.image, row.id)
-        offset, length, method = row.span
         file = self.root / row.archive
-        with file.open("rb") as archive:
-            archive.seek(offset)
-            data = archive.read(length)
         try:
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, -15)
+            data = read_member(file, row.span)
         except zlib.error as error:
             raise DataError(f"{row.id}: image {row.image} is damaged in {file} ({error}); fetch it again.") from error
         return decode_image(io.BytesIO(data), row.id, f"{row.image} of {file}")
 
     def _find(self, archive: str, image: str) -> Span | None:
         if archive not in self._members:
-            file = self.root / archive
-            try:
-                self._members[archive] = _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
-            except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
-                raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
+            self._members[archive] = archive_members(self.root / archive)
         members, parts = self._members[archive], PurePosixPath(image).parts
         # Rows name images from the folder that archives are unpacked in: `coco/a.jpg` may be `a.jpg` inside.
         return next((members[n] for i in range(len(parts)) if (n := "/".join(parts[i:])) in members), None)
@@ -153,6 +144,31 @@ class ParquetStore:
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict()}
+
+
+def archive_members(file: Path) -> dict[str, Span]:
+    """Files in a .zip or uncompressed .tar, by name, each with where it lies.
+
+    Raises:
+        DataError: the archive is not whole, encrypted, or packed so that a file cannot be read alone.
+    """
+    try:
+        return _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
+    except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
+        raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
+
+
+def read_member(file: Path, span: Span) -> bytes:
+    """Bytes of one file in an archive.
+
+    Raises:
+        zlib.error: they are damaged.
+    """
+    offset, length, method = span
+    with file.open("rb") as archive:
+        archive.seek(offset)
+        data = archive.read(length)
+    return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
 
 
 def _split(reference: str) -> tuple[str, int]:
