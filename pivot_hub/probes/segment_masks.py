@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pivot_hub.data.shapes import Split
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.features import FeatureModel
 from pivot_hub.probes.heads import (
@@ -121,14 +122,15 @@ def segment_masks(
     sizes = _sizes(model, image_processor, image_px)
     ignored = data.ignored if ignore_ids is None else frozenset(ignore_ids)
     skipped = list(data.unpaired)
-    parts = {split: _check(data.parts[split], ignored, on_bad_row, skipped) for split in ("train", "validation")}
+    fitted_on: tuple[Split, ...] = ("train", "validation")
+    parts = {split: _check(data, split, ignored, on_bad_row, skipped) for split in fitted_on}
     pairs = [p for part in parts.values() for p in part.pairs]
     named = max(names) + 1 if names else None
     classes = classes or named or data.classes or 1 + max(part.highest for part in parts.values())
     rows = range(len(parts["train"].pairs)), range(len(parts["train"].pairs), len(pairs))
-    for split, some in zip(parts, rows, strict=True):
-        if not some:
-            raise ProbeError(f"{data.name}: no image of {split} can be used; mend the files that were skipped.")
+
+    def tokens_of(some: Sequence[Pair], px: int, folder: str) -> Rows:
+        return encode(some, px) if encode else encode_pairs(model, image_processor, some, px, folder, say)
 
     fitted: dict[int, list[tuple[Setting, Head]]] = {}
     durations: dict[int, float] = {}
@@ -136,7 +138,7 @@ def segment_masks(
     for px in sizes:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = encode(pairs, px) if encode else encode_pairs(model, image_processor, pairs, px, scratch, say)
+            tokens = tokens_of(pairs, px, scratch)
             labels = _labels(pairs, px, classes, ignored, scratch)
             fitted[px] = _choose(heads, tokens, labels, rows, classes, seed, model.device, steps, say)
             counts = np.bincount(np.asarray(labels).ravel() + 1, minlength=classes + 1)[1:]
@@ -145,15 +147,13 @@ def segment_masks(
         durations[px] = time.monotonic() - started
 
     # From here on nothing is chosen: the part that is reported is opened for the first time.
-    test = _check(data.parts["test"], ignored, on_bad_row, skipped)
+    test = _check(data, "test", ignored, on_bad_row, skipped)
     digest = hashlib.sha256("".join([*(p.sha256 for p in parts.values()), test.sha256]).encode()).hexdigest()
     results: list[ProbeResult] = []
     for px, chosen in fitted.items():
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = (
-                encode(test.pairs, px) if encode else encode_pairs(model, image_processor, test.pairs, px, scratch, say)
-            )
+            tokens = tokens_of(test.pairs, px, scratch)
             tallies = _score([head for _, head in chosen], tokens, test.pairs, classes, ignored)
             del tokens
         if not tallies[0][:, 2].any():
@@ -199,7 +199,6 @@ def per_class(tallies: np.ndarray, names: Mapping[int, str] | None = None) -> li
     ]
 
 
-@torch.no_grad()
 def encode_pairs(
     model: FeatureModel,
     image_processor: Any,
@@ -221,15 +220,15 @@ def encode_pairs(
         tokens = _tokens(model, image_processor, [p.open_image() for p in some], image_px)
         if (bad := ~np.isfinite(tokens).all(axis=(1, 2))).any():
             raise ProbeError(
-                f"the encoder's features of {some[int(bad.argmax())].name} are not finite; check its weights, or run it "
-                "in float32."
+                f"the encoder's features of {some[int(bad.argmax())].name} are not finite; check its weights, or run "
+                "it in float32."
             )
         if not start:
             needed = tokens[0].nbytes * len(pairs)
             if needed > shutil.disk_usage(folder).free:
                 raise ProbeError(
-                    f"features of {len(pairs)} images at {image_px} px take {needed / 1e9:.1f} GB, more than is free in "
-                    "the temporary folder; set TMPDIR to a larger disk."
+                    f"features of {len(pairs)} images at {image_px} px take {needed / 1e9:.1f} GB, more than is free "
+                    "in the temporary folder; set TMPDIR to a larger disk."
                 )
             made = np.lib.format.open_memmap(file, "w+", np.float32, (len(pairs), *tokens.shape[1:]))
         made[start : start + len(some)] = tokens
@@ -247,6 +246,7 @@ def tokens_side(model: FeatureModel, image_px: int) -> int:
     return int(image_px // model.config.patch_size)
 
 
+@torch.no_grad()
 def _tokens(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image], px: int) -> np.ndarray:
     # Resized here, by the processor's filter, because processors differ in how they are told a size, and some crop.
     squares = [image.resize((px, px), image_processor.resample) for image in images]
@@ -288,10 +288,10 @@ class _Part:
     sha256: str
 
 
-def _check(pairs: Sequence[Pair], ignored: Iterable[int], on_bad_row: str, skipped: list[str]) -> _Part:
+def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: str, skipped: list[str]) -> _Part:
     """Open every image and mask of a part once."""
     good, highest, made = [], -1, hashlib.sha256()
-    for pair in pairs:
+    for pair in data.parts[split]:
         try:
             image, ids = pair.open_image(), pair.open_ids()
             if image.size != ids.shape[::-1]:
@@ -309,13 +309,15 @@ def _check(pairs: Sequence[Pair], ignored: Iterable[int], on_bad_row: str, skipp
         made.update(f"{pair.name} {ids.shape}\n".encode())
         made.update(counted.astype("<i4").tobytes())
         good.append(pair)
+    if not good:
+        raise ProbeError(f"{data.name}: no image of the {split} part can be used; mend the files that were skipped.")
     return _Part(good, highest, made.hexdigest())
 
 
 def _labels(pairs: Sequence[Pair], px: int, classes: int, ignored: Iterable[int], folder: str) -> np.ndarray:
-    """Class ids under the centres of a square grid: (N, side, side) int16, -1 where ignored, in a mapped file."""
+    """Class ids under the centres of a square grid: (N, side, side) int32, -1 where ignored, in a mapped file."""
     side = px // LABEL_STRIDE
-    made = np.lib.format.open_memmap(Path(folder) / "labels.npy", "w+", np.int16, (len(pairs), side, side))
+    made = np.lib.format.open_memmap(Path(folder) / "labels.npy", "w+", np.int32, (len(pairs), side, side))
     for i, pair in enumerate(pairs):
         ids = ids_within(pair.open_ids(), classes, ignored, pair.name)
         rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in ids.shape)
