@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -317,7 +317,7 @@ def segment(
     known = None if names is None else read_names(names)
     found = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     results, skipped = segment_masks(
         model,
         image_processor,

@@ -204,7 +204,7 @@ def test_prediction_is_that_of_all_logits_upsampled_at_once() -> None:
     rng = np.random.default_rng(0)
     ids = np.arange(40) * 3
     head = Head("mlp", Scale(np.zeros(8), np.ones(8)), ids, seed=0)
-    torch.nn.init.normal_(head.layers[2].weight)
+    torch.nn.init.normal_(list(head.parameters())[-2])  # the last layer starts at zero
     tokens = rng.normal(size=(2, 16, 8)).astype(np.float32)
     with torch.no_grad():
         logits = functional.interpolate(head(torch.from_numpy(tokens)), size=(21, 13), mode="bilinear")
@@ -239,6 +239,18 @@ def test_heads_fitted_together_are_those_fitted_alone() -> None:
         alone = fit_heads([setting], tokens, labels, range(20), scale, steps=5)[0].state_dict()
         assert all(torch.equal(v, alone[k]) for k, v in head.state_dict().items())
         assert head.predict(tokens[:1], (8, 8)).any()
+
+
+def test_ignored_pixels_teach_nothing() -> None:
+    tokens = np.eye(3, dtype=np.float32)[np.random.default_rng(0).integers(2, size=(12, 16))]
+    labels = np.kron(tokens.argmax(2).reshape(12, 4, 4), np.ones((1, 2, 2), int)).astype(np.int32)
+    tokens[6:], labels[6:] = np.eye(3, dtype=np.float32)[2], -1
+    head = fit_heads(
+        [Setting("linear", 1e-2, 1e-2)], tokens, labels, range(12), Scale(np.zeros(3), np.ones(3)), steps=9
+    )
+    weight = next(head[0].parameters())
+    assert weight[:, :2].abs().min() > 0
+    assert torch.equal(weight[:, 2], torch.zeros(2))
 
 
 # Data sets on disk
@@ -346,7 +358,7 @@ def test_layouts_are_found(layout: str, encoder: tuple[Any, Any], tmp_path: Path
     assert not skipped
     assert results[0].value > 40
     if layout in ("scene-parse", "zip", "tar"):
-        assert (found.classes, found.ignored, dict(found.names)) == (151, {0, 255}, {1: "wall", 150: "flag"})
+        assert (found.classes, found.ignored, dict(found.names)) == (151, frozenset({0, 255}), {1: "wall", 150: "flag"})
         assert [c["id"] for c in per_class(_tallies(results[0]))] == [1, 2, 150]
     else:
         assert [c["id"] for c in per_class(_tallies(results[0]))] == [0, 1, 2]
@@ -601,6 +613,11 @@ def test_command_writes_results_tallies_and_classes(command: Any, folder: Path, 
     assert not any(str(tmp_path) in f.read_text() for f in (tmp_path / "out").glob("*.json"))
 
 
+def test_command_has_an_example() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["segment", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert "Example: pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016" in shown
+
+
 def test_command_refuses_in_one_sentence_and_writes_nothing(command: Any, tmp_path: Path) -> None:
     for arguments, message in (
         (("--ignore", "void"), "--ignore is 'void'"),
@@ -621,7 +638,8 @@ def test_camvid_and_coco_masks(encoder: tuple[Any, Any]) -> None:
     assert (camvid[0].n, _tallies(camvid[0]).shape) == (20, (20, 3, 11))
     coco = REAL / "coco128"
     names = read_names(coco / "semantic_segmentation" / "config.yaml")
-    masks = {"masks": coco / "semantic_segmentation" / "masks", "names": names, "ignore_ids": (0,)}
-    results, skipped = segment_folder(*encoder, coco / "images", **masks, **options, on_bad_row="skip")
+    masks: dict[str, Any] = {"masks": coco / "semantic_segmentation" / "masks", "names": names, "ignore_ids": (0,)}
+    masks |= {**options, "on_bad_row": "skip"}
+    results, skipped = segment_folder(*encoder, coco / "images", **masks)
     assert results[0].task == "segmentation/coco128/linear/32px"
     assert (results[0].n, len(skipped)) == (20, 28)

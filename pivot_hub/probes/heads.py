@@ -63,6 +63,10 @@ class Head(nn.Module):
     the train part's statistics instead, which gives the same to every batch, in any order.
     """
 
+    mean: torch.Tensor
+    spread: torch.Tensor
+    ids: torch.Tensor
+
     def __init__(self, kind: str, scale: Scale, ids: np.ndarray, seed: int) -> None:
         super().__init__()
         width, out = len(scale.mean), len(ids)
@@ -166,8 +170,8 @@ def fit_heads(
             queue = np.concatenate([queue, rng.permutation(np.asarray(rows))])
         batch, queue = np.sort(queue[:BATCH]), queue[BATCH:]  # a disk reads in order
         shown = torch.from_numpy(np.ascontiguousarray(tokens[batch])).to(device)
-        truth = np.asarray(labels[batch]).astype(np.int64)
-        truth = torch.from_numpy(np.where(truth < 0, -1, index[truth])).to(device)
+        known = np.asarray(labels[batch])
+        truth = torch.from_numpy(np.where(known < 0, -1, index[known])).to(device)
         counted = (truth >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         for head in heads:

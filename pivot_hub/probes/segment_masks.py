@@ -158,6 +158,7 @@ def segment_masks(
             del tokens
         if not tallies[0][:, 2].any():
             raise ProbeError(f"{data.name}: no pixel of {data.reported} counts; are its masks empty, or all ignored?")
+        duration = durations[px] + time.monotonic() - started
         for (setting, _), tallied in zip(chosen, tallies, strict=True):
             for metric in METRICS:
                 results.append(
@@ -167,7 +168,7 @@ def segment_masks(
                         tallied,
                         protocol=_protocol(setting, px, tokens_side(model, px), ignored, metric, tallied, commonest),
                         seed=seed,
-                        duration_s=durations[px] + time.monotonic() - started,
+                        duration_s=duration,
                         split=data.reported,
                         data_sha256=digest,
                         **conditions,
