@@ -643,3 +643,27 @@ def test_camvid_and_coco_masks(encoder: tuple[Any, Any]) -> None:
     results, skipped = segment_folder(*encoder, coco / "images", **masks)
     assert results[0].task == "segmentation/coco128/linear/32px"
     assert (results[0].n, len(skipped)) == (20, 28)
+
+
+def test_the_pages_table_is_that_of_the_records() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    rows = table_rows(root / "recipes" / "shapes" / "real")
+    assert len(rows) == 6
+    for row in rows:
+        assert row in page
+
+
+def table_rows(folder: Path) -> list[str]:
+    """Rows of the page's table: a data set, size and head each, an encoder a column."""
+    cells: dict[str, list[str]] = {}
+    for data in ("camvid", "coco128"):
+        for encoder in ("base", "sft", "dpo", "random"):
+            found = {(r.task, r.metric): r for r in read_results(folder / f"segmentation-{data}-{encoder}.json")}
+            for task in dict.fromkeys(task for task, _ in found):
+                iou, accuracy, recall = (found[task, m] for m in ("mean_iou", "pixel_accuracy", "mean_recall"))
+                low, high = iou.ci95
+                text = f"{iou.value:.1f} [{low:.1f}, {high:.1f}], {accuracy.value:.1f}, {recall.value:.1f}"
+                cells.setdefault(task, []).append(text)
+                assert (iou.n, iou.unit) == (20, "percent")
+    return [f"| {' | '.join([*task.split('/')[1:], *some])} |" for task, some in cells.items()]

@@ -29,6 +29,7 @@ PARTS = {
     "val": ("val", "valid", "validation", "val2017"),
     "test": ("test", "testing"),
 }
+_PART_NAMES = {name for names in PARTS.values() for name in names}
 MASKS = ("masks", "annotations", "labels")
 COLUMNS = ("mask", "masks", "annotation", "annotations", "label", "labels", "segmentation", "semantic_segmentation")
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # of PIL: one whole number a pixel
@@ -238,7 +239,7 @@ def _files(place: Path) -> dict[str, File]:
     elif place.is_file() and place.suffix in ARCHIVES:
         members = archive_members(place)
         tops = {name.split("/")[0] for name in members if _is_picture(name)}
-        top = f"{tops.pop()}/" if len(tops) == 1 else ""
+        top = f"{tops.pop()}/" if len(tops) == 1 and not tops & _PART_NAMES else ""
         found = {n.removeprefix(top): File(n, place, span) for n, span in members.items() if n.startswith(top)}
     else:
         raise ProbeError(
@@ -334,7 +335,7 @@ def _set_name(place: Path) -> str:
     """A folder's name that tells its data set, without the path to it."""
     full = place.resolve()
     names = [full.stem if full.is_file() else full.name, *(p.name for p in full.parents)]
-    return next(n for n in names if n not in ("images", *sum(PARTS.values(), ())))
+    return next(n for n in names if n not in {"images", *_PART_NAMES})
 
 
 def _scene_parse_names(file: File | None) -> dict[int, str]:

@@ -139,9 +139,8 @@ def segment_masks(
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
             tokens = tokens_of(pairs, px, scratch)
-            labels = _labels(pairs, px, classes, ignored, scratch)
+            labels, counts = _labels(pairs, px, classes, ignored, scratch)
             fitted[px] = _choose(heads, tokens, labels, rows, classes, seed, model.device, steps, say)
-            counts = np.bincount(np.asarray(labels).ravel() + 1, minlength=classes + 1)[1:]
             commonest = int(counts.argmax())
             del tokens, labels
         durations[px] = time.monotonic() - started
@@ -315,15 +314,23 @@ def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: str
     return _Part(good, highest, made.hexdigest())
 
 
-def _labels(pairs: Sequence[Pair], px: int, classes: int, ignored: Iterable[int], folder: str) -> np.ndarray:
-    """Class ids under the centres of a square grid: (N, side, side) int32, -1 where ignored, in a mapped file."""
+def _labels(
+    pairs: Sequence[Pair], px: int, classes: int, ignored: Iterable[int], folder: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids under the centres of a square grid, and how many there are of each.
+
+    Returns:
+        (N, side, side) int32 in a mapped file, -1 where ignored; (classes,).
+    """
     side = px // LABEL_STRIDE
     made = np.lib.format.open_memmap(Path(folder) / "labels.npy", "w+", np.int32, (len(pairs), side, side))
+    counts = np.zeros(classes, np.int64)
     for i, pair in enumerate(pairs):
         ids = ids_within(pair.open_ids(), classes, ignored, pair.name)
         rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in ids.shape)
         made[i] = ids[np.ix_(rows, columns)]
-    return made
+        counts += np.bincount(made[i][made[i] >= 0], minlength=classes)
+    return made, counts
 
 
 def _choose(
