@@ -658,6 +658,7 @@ def table_rows(folder: Path) -> list[str]:
     """Rows of the page's table: a data set, size and head each, an encoder a column."""
     cells: dict[str, list[str]] = {}
     for data in ("camvid", "coco128"):
+        hashes = set()
         for encoder in ("base", "sft", "dpo", "random"):
             found = {(r.task, r.metric): r for r in read_results(folder / f"segmentation-{data}-{encoder}.json")}
             for task in dict.fromkeys(task for task, _ in found):
@@ -665,5 +666,30 @@ def table_rows(folder: Path) -> list[str]:
                 low, high = iou.ci95
                 text = f"{iou.value:.1f} [{low:.1f}, {high:.1f}], {accuracy.value:.1f}, {recall.value:.1f}"
                 cells.setdefault(task, []).append(text)
-                assert (iou.n, iou.unit) == (20, "percent")
+                hashes.add(iou.data_sha256)
+        assert len(hashes) == 1  # one split and the same masks, so that encoders can be paired
     return [f"| {' | '.join([*task.split('/')[1:], *some])} |" for task, some in cells.items()]
+
+
+def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
+    folder = Path(__file__).parents[1] / "recipes" / "shapes" / "real"
+    found = {
+        (data, encoder): [
+            r for r in read_results(folder / f"segmentation-{data}-{encoder}.json") if r.metric == "mean_iou"
+        ]
+        for data in ("camvid", "coco128")
+        for encoder in ("base", "sft", "dpo", "random")
+    }
+    counts = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), size=2000)
+
+    def drawn(result: ProbeResult) -> np.ndarray:
+        return 100 * mean_iou(np.einsum("dn,nck->dck", counts, _tallies(result)))
+
+    for data, above in (("camvid", True), ("coco128", False)):
+        for encoder in ("base", "sft", "dpo"):
+            for trained, random in zip(found[data, encoder], found[data, "random"], strict=True):
+                low, high = np.percentile(drawn(trained) - drawn(random), [2.5, 97.5])
+                assert (low > 0) == above, (trained.task, encoder, low, high)
+                assert not above or 6 <= round(trained.value - random.value) <= 14
+    pairs = zip(found["camvid", "dpo"], found["camvid", "sft"], strict=True)
+    assert [round(d.value - s.value, 1) for d, s in pairs] == [-0.3, -0.9, -0.5, 1.9]
