@@ -693,3 +693,7 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
                 assert not above or 6 <= round(trained.value - random.value) <= 14
     pairs = zip(found["camvid", "dpo"], found["camvid", "sft"], strict=True)
     assert [round(d.value - s.value, 1) for d, s in pairs] == [-0.3, -0.9, -0.5, 1.9]
+    seeded = [read_results(folder / f"segmentation-camvid-{e}-seed1.json")[0] for e in ("sft", "dpo")]
+    assert [(r.task.split("/", 2)[2], r.metric, r.seed, round(r.value, 1)) for r in seeded] == [
+        ("mlp/128px", "mean_iou", 1, value) for value in (41.5, 40.9)
+    ]
