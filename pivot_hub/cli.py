@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pivot_hub import __version__
-from pivot_hub.errors import PivotError, TrainingError
+from pivot_hub.errors import PivotError, ProbeError, TrainingError
 
 if TYPE_CHECKING:
     from pivot_hub.probes.result import ProbeResult
@@ -390,6 +390,63 @@ def localize(
 
 
 @app.command()
+def segment(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
+    masks: Annotated[Path | None, typer.Option(help="The masks, where --data holds the images alone.")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Ids that count nowhere, as in 255,0; 255 by default.")] = None,
+    classes: Annotated[int | None, typer.Option(help="How many ids there are; by default what the masks hold.")] = None,
+    names: Annotated[Path | None, typer.Option(help="Names of ids: .txt, .json or .yaml.")] = None,
+    heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
+    image_px: Annotated[str | None, typer.Option(help="Sizes of images, as in 384,512; the encoder's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the heads and the bootstrap.")] = 0,
+    on_bad_row: Annotated[str, typer.Option(help="stop at a file that cannot be used, or skip it.")] = "stop",
+    json_path: JsonPath = None,
+) -> None:
+    """Measure a frozen encoder by the classes of pixels: mIoU, pixel accuracy and recall of heads on its patch tokens.
+
+    Beside the JSON go the tallies of images (.npz) and the scores of single classes (.classes.json).
+
+    Example: `pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016 --image-px 384,512 --json ade20k.json`
+    """
+    import torch
+
+    from pivot_hub.encoder.repository import encoder_facts, read_encoder
+    from pivot_hub.files import write_json
+    from pivot_hub.probes.masks import open_masks, read_names
+    from pivot_hub.probes.result import write_results
+    from pivot_hub.probes.segment_masks import per_class, segment_masks
+
+    ignored = None if ignore is None else _numbers(ignore, "--ignore")
+    sizes = None if image_px is None else _numbers(image_px, "--image-px")
+    known = None if names is None else read_names(names)
+    found = open_masks(data, masks, seed, on_bad_row)
+    model, image_processor = read_encoder(encoder)
+    cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    results, skipped = segment_masks(
+        model,
+        image_processor,
+        found,
+        conditions={**encoder_facts(encoder, model), "feature_layer": model.config.pivot["feature_layer"]},
+        ignore_ids=ignored,
+        classes=classes,
+        names=known,
+        heads=heads.split(","),
+        image_px=sizes,
+        seed=seed,
+        on_bad_row=on_bad_row,
+        say=_say,
+    )
+    if skipped:
+        _say(f"{len(skipped)} files skipped, the first: {skipped[0]}")
+    _show(results, None)
+    if json_path is not None:
+        write_results(json_path, results)
+        scores = {r.task: per_class(r.tallies, known or found.names) for r in results if r.tallies is not None}
+        write_json(json_path.with_suffix(".classes.json"), {"skipped": skipped, "classes": scores})
+
+
+@app.command()
 def read(
     language: Annotated[str, typer.Argument(help="Folder or Hub name of a causal language model.")],
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
@@ -670,6 +727,14 @@ def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
 
         raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
     return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Whole numbers between commas."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ProbeError(f"{option} is {text!r}; give whole numbers between commas, as in 384,512.") from None
 
 
 def _is_first() -> bool:
