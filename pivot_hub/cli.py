@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pivot_hub import __version__
-from pivot_hub.errors import PivotError, ProbeError, TrainingError
+from pivot_hub.errors import PivotError, TrainingError
 
 if TYPE_CHECKING:
     from pivot_hub.probes.result import ProbeResult
@@ -417,8 +417,8 @@ def segment(
     from pivot_hub.probes.result import write_results
     from pivot_hub.probes.segment_masks import per_class, segment_masks
 
-    ignored = None if ignore is None else _numbers(ignore, "--ignore")
-    sizes = None if image_px is None else _numbers(image_px, "--image-px")
+    ignored = None if ignore is None else _numbers("--ignore", ignore, int) if ignore else []
+    sizes = None if image_px is None else _numbers("--image-px", image_px, int)
     known = None if names is None else read_names(names)
     found = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
@@ -598,7 +598,7 @@ def bench_probe(
     """
     from pivot_hub.bench.probe import bench_probe
 
-    chosen = tuple(float(c) for c in cs.split(","))
+    chosen = _numbers("--cs", cs, float)
     measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=_say)
     _write(json_path, measured)
 
@@ -727,14 +727,6 @@ def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
 
         raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
     return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    """Whole numbers between commas."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ProbeError(f"{option} is {text!r}; give whole numbers between commas, as in 384,512.") from None
 
 
 def _is_first() -> bool:
