@@ -203,6 +203,11 @@ def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
         return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
 
 
+def mean_over_parts(sums: np.ndarray) -> np.ndarray:
+    """(draws, parts, 2) summed values and counts of each part -> (draws,); parts without an item are left out."""
+    return _over(sums[:, :, 0], sums[:, :, 1])
+
+
 def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         return np.nanmean(part / whole, axis=1)
@@ -213,6 +218,9 @@ STATISTICS: dict[str, Statistic] = {
     "mean_recall": mean_recall,
     "pixel_accuracy": pixel_accuracy,
     "balanced_accuracy": balanced_accuracy,
+    # Of MME and of CV-Bench.
+    "perception_score": mean_over_parts,
+    "mean_2d_3d": mean_over_parts,
 }
 
 
