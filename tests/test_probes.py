@@ -11,11 +11,13 @@ from PIL import Image
 
 from pivot_hub.data.shapes import SPLITS, Split, World
 from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.mllm import load_mllm
 from pivot_hub.probes.classify import classify_shapes, shapes_labels
 from pivot_hub.probes.localize import _energy, _ious, _pointing
 from pivot_hub.probes.result import ProbeResult, bootstrap, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_encoder
 from pivot_hub.probes.segment import CLASSES, class_masks, segment_patches
+from pivot_hub.probes.vqa import generate_answers
 
 CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
 COUNTS: dict[Split, int] = {"train": 400, "validation": 150, "test": 300}
@@ -171,6 +173,20 @@ def test_bad_folders_are_named(parts: Path, tmp_path: Path) -> None:
         probe_encoder(vision, str(split))
     with pytest.raises(ProbeError, match="neither `shapes` nor a folder"):
         probe_encoder(vision, "imagenet")
+
+
+def test_questions_of_several_images_and_of_none_share_a_pass(trained: Path) -> None:
+    model, processor = load_mllm(trained / "3-dpo")
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids  # else the tiny model says nothing
+    one, two = (WORLD.scene("test", i).render().image for i in range(2))
+    questions, shown = ["What is it?", "Which is larger?", "What is a star?"], [[one], [one, two], []]
+    together = generate_answers(model, processor, questions, shown)
+    alone = [generate_answers(model, processor, [q], [s])[0] for q, s in zip(questions, shown, strict=True)]
+    assert together == alone
+    assert all(together)
+    assert together[:1] == generate_answers(model, processor, questions[:1], [one])
+    assert together[2:] == generate_answers(model, processor, questions[2:])
 
 
 def test_world_probe_of_a_random_encoder(parts: Path) -> None:

@@ -92,7 +92,7 @@ def _mme(samples: Sequence[Sample], key: str) -> Scored:
     for item in (s[key] for s in samples if key in s):
         images.setdefault((item["category"], str(item["question_id"])), []).append(item["score"])
     # Accuracy and accuracy+ of an image, each half of its category's points.
-    values = [(np.mean(scores) + (sum(scores) == 2)) / 2 for scores in images.values()]
+    values = [(sum(scores) / len(scores) + (sum(scores) == 2)) / 2 for scores in images.values()]
     tallies = _in_parts(values, [[MME_PERCEPTION.index(category)] for category, _ in images], len(MME_PERCEPTION))
     value, count = tallies.sum(0).T
     return Scored(tallies, float(200 * (value[count > 0] / count[count > 0]).sum()))

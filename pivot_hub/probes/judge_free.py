@@ -35,6 +35,7 @@ def circular_accuracy(items: Sequence[dict[str, Any]]) -> float:
 
 
 def show_mathvista(row: dict[str, Any]) -> list[Image.Image]:
+    """The row's image."""
     return [row["decoded_image"].convert("RGB")]
 
 

@@ -18,6 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from safetensors import safe_open
 
+from pivot_hub import __version__
 from pivot_hub.encoder.encode import DTYPES
 from pivot_hub.errors import ProbeError
 from pivot_hub.files import whole_folder, write_json
@@ -32,8 +33,8 @@ OVERALL = "All 16"
 _JOB = "job.json"  # in a finished task's folder: what it was run on
 _ASK_VERSIONS = (
     "import importlib.metadata as m, json, pivot_hub;"
-    "print(json.dumps({n: m.version(d) for n, d in (('lmms_eval', 'lmms-eval'), ('torch', 'torch'), "
-    "('transformers', 'transformers'), ('datasets', 'datasets'))}))"
+    "found = {n.replace('-', '_'): m.version(n) for n in ('lmms-eval', 'torch', 'transformers', 'datasets')};"
+    "print(json.dumps({**found, 'pivot_hub': pivot_hub.__version__}))"
 )
 
 
@@ -144,11 +145,11 @@ def lmms_versions(python: Path) -> dict[str, str]:
     """Versions of lmms-eval and of what it computes with, in the environment of a Python.
 
     Raises:
-        ProbeError: it has no lmms-eval, or none of this package.
+        ProbeError: it has no lmms-eval, or this package not in this version.
     """
     remedy = (
-        "make one with `python -m venv .lmms && .lmms/bin/pip install 'pivot-hub[eval]'` and set "
-        f"{PYTHON}=.lmms/bin/python, or give --python"
+        "make one with `python -m venv .lmms && .lmms/bin/pip install 'pivot-hub[eval]'` ('.[eval]' in a checkout) and "
+        f"set {PYTHON}=.lmms/bin/python, or give --python"
     )
     try:
         done = subprocess.run([str(python), "-c", _ASK_VERSIONS], capture_output=True, text=True, check=False)
@@ -158,6 +159,8 @@ def lmms_versions(python: Path) -> dict[str, str]:
         reason = (done.stderr.strip().splitlines() or ["it failed"])[-1]
         raise ProbeError(f"{python} has no environment with lmms-eval ({reason}); {remedy}.")
     found: dict[str, str] = json.loads(done.stdout)
+    if found["pivot_hub"] != __version__:
+        raise ProbeError(f"{python} has pivot_hub {found['pivot_hub']}, this is {__version__}; install it there too.")
     return found
 
 
@@ -167,7 +170,8 @@ def tower_facts(mllm: Path) -> dict[str, Any]:
     tensors: dict[str, tuple[Path, str]] = {}
     for file in mllm.glob("*.safetensors"):
         with safe_open(file, framework="np") as weights:
-            tensors |= {k.partition("vision_tower.")[2]: (file, k) for k in weights.keys() if "vision_tower." in k}  # noqa: SIM118
+            named = (key for key in weights.keys() if "vision_tower." in key)  # noqa: SIM118
+            tensors |= {key.partition("vision_tower.")[2]: (file, key) for key in named}
     for name, (file, key) in sorted(tensors.items()):
         with safe_open(file, framework="pt") as weights:
             digest.update(name.encode() + weights.get_tensor(key).contiguous().view(-1).numpy().tobytes())
@@ -288,7 +292,8 @@ def _run(
             done = subprocess.run([*command, "--output_path", str(beside)], stdout=file, stderr=file, check=False)
         if done.returncode != 0:
             lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-            raise ProbeError(f"{job['task']}: lmms-eval failed with {lines[-1].strip()[:300]!r}; its log is {log}.")
+            reason = lines[-1].strip()[:300].rstrip(".")
+            raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log}.")
         split = _split(beside, job["task"])
         write_json(beside / _JOB, {**job, "split": split, "duration_s": round(time.monotonic() - started, 2)})
 

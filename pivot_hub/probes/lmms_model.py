@@ -72,7 +72,8 @@ class PivotMllm(lmms):
         super().__init__()
         self.batch_size = int(batch_size)
         model, self.processor = load_mllm(pretrained)
-        self.model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[dtype])
+        module: Any = model  # transformers types `to` as for one argument
+        self.model = module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[dtype])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answers in the order of the requests; those of one length limit and one set of stops share passes."""
@@ -119,14 +120,30 @@ def main() -> None:
     from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
+    from tenacity import RetryError
 
     path = f"pivot_hub.probes.lmms_model.{PivotMllm.__name__}"
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(MODEL, simple_class_path=path))
     _, args = parse_eval_args()
+    if args.include_path:
+        _refuse_taken_names(args.tasks.split(","), args.include_path)
     args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
     # MMMU draws a letter where it can read none: in threads the draws would fall differently each time.
     args.process_docs_parallel = 1
-    cli_evaluate_single(args)
+    try:
+        cli_evaluate_single(args)
+    except RetryError as error:  # a data set that cannot be fetched, tried five times
+        error.reraise()
+
+
+def _refuse_taken_names(tasks: list[str], folder: str) -> None:
+    """Of two tasks of one name lmms-eval runs its own, without a word."""
+    from lmms_eval.tasks import TaskManager
+
+    own = TaskManager("ERROR", include_path=folder, include_defaults=False).task_index
+    taken = own.keys() & set(tasks) & TaskManager("ERROR").task_index.keys()
+    if taken:
+        raise ValueError(f"lmms-eval has a task {sorted(taken)[0]} of its own; give the one in {folder} another name")
 
 
 if __name__ == "__main__":

@@ -188,21 +188,24 @@ def tiny_rows(name: str, count: int) -> list[dict[str, Any]]:
 
 
 def write_tasks(folder: Path, count: int = 12) -> None:
+    """Each benchmark's task with only the data exchanged, and lmms-eval's own MMBench beside ours."""
     index = TaskManager("WARNING", include_path=[str(TASKS)]).task_index
     folder.mkdir(parents=True, exist_ok=True)
-    for name, benchmark in BENCHMARKS.items():
+    tasks = {name: (name, b.task, b.split) for name, b in BENCHMARKS.items()}
+    tasks["mmbench_static"] = ("mmbench_en", "mmbench_en_dev_static", "dev")
+    for tiny, (name, original, split) in tasks.items():
         data = folder / f"{name}.parquet"
         datasets.Dataset.from_list(tiny_rows(name, count)).to_parquet(data)
         task = {
-            "task": f"tiny_{name}",
-            "include": index[benchmark.task]["yaml_path"],
+            "task": f"tiny_{tiny}",
+            "include": index[original]["yaml_path"],
             "dataset_path": "parquet",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {benchmark.split: str(data)}},
+            "dataset_kwargs": {"data_files": {split: str(data)}},
         }
         if name == "gqa":
             task["process_docs"] = None  # it would fetch the images
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        (folder / f"{tiny}.yaml").write_text(yaml.safe_dump(task))
 
 
 def trim_run(run: Path, target: Path) -> None:
