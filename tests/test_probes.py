@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pivot_hub.data.shapes import SPLITS, Split, World
@@ -178,15 +179,18 @@ def test_bad_folders_are_named(parts: Path, tmp_path: Path) -> None:
 def test_questions_of_several_images_and_of_none_share_a_pass(trained: Path) -> None:
     model, processor = load_mllm(trained / "3-dpo")
     assert model.generation_config is not None
-    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids  # else the tiny model says nothing
+    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
+    with torch.no_grad():  # the tiny model says the same to all; with large weights whatever it sees counts
+        for weight in model.parameters():
+            weight.mul_(3)
     one, two = (WORLD.scene("test", i).render().image for i in range(2))
-    questions, shown = ["What is it?", "Which is larger?", "What is a star?"], [[one], [one, two], []]
-    together = generate_answers(model, processor, questions, shown)
-    alone = [generate_answers(model, processor, [q], [s])[0] for q, s in zip(questions, shown, strict=True)]
+    question, shown = "Which is larger?", [[one], [one, two], [two, one], []]
+    together = generate_answers(model, processor, [question] * 4, shown)
+    alone = [generate_answers(model, processor, [question], [images])[0] for images in shown]
     assert together == alone
-    assert all(together)
-    assert together[:1] == generate_answers(model, processor, questions[:1], [one])
-    assert together[2:] == generate_answers(model, processor, questions[2:])
+    assert len(set(together)) == 4
+    assert together[:1] == generate_answers(model, processor, [question], [one])
+    assert together[3:] == generate_answers(model, processor, [question])
 
 
 def test_world_probe_of_a_random_encoder(parts: Path) -> None:
