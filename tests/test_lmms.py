@@ -198,10 +198,16 @@ def test_a_killed_command_goes_on(mllm: Path, program: Path, tmp_path: Path) -> 
 def test_figures_that_samples_do_not_make_are_refused(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_vqa(mllm, out, ["gqa"], python=program, say=silent)
+    facts = {"encoder": "tower", "encoder_sha256": "0", "feature_layer": -2}
     file = next((out / "gqa").rglob("*_results.json"))
+    assert read_task(out / "gqa", "gqa", facts)[0].value == pytest.approx(200 / 3)
     file.write_text(file.read_text().replace("0.6666666666666666", "0.7"))
     with pytest.raises(ProbeError, match=r"gqa: lmms-eval gives exact_match 0\.7, and its samples 0\.66667; delete"):
-        read_task(out / "gqa", "gqa", {})
+        read_task(out / "gqa", "gqa", facts)
+    log = next((out / "gqa").rglob("*.jsonl"))
+    log.write_text("")
+    with pytest.raises(ProbeError, match="gqa: none of its questions counts for exact_match; give a larger"):
+        read_task(out / "gqa", "gqa", facts)
 
 
 def test_bad_input_is_refused_in_words(
@@ -212,11 +218,16 @@ def test_bad_input_is_refused_in_words(
     for options, says in (
         ({"dtype": "int8"}, "give one of float32, float16, bfloat16"),
         ({"limit": 0}, "a limit of 0 questions leaves none"),
+        ({"tasks": [""]}, "'' is no task; give names as in --tasks gqa,mmvp"),
+        ({"tasks": ["../gqa"]}, "is no task"),
         ({"tasks": ["own"], "include": tmp_path / "none"}, "holds no task file of lmms-eval"),
         ({"tasks": ["tiny_mmvp", "tiny_mme"]}, "tiny_mmvp: no metric of it has a number for each question"),
     ):
         with pytest.raises(ProbeError, match=says):
             evaluate_vqa(mllm, out, python=program, say=silent, **options)
+    (tmp_path / "pictures" / "mme").mkdir(parents=True)
+    with pytest.raises(ProbeError, match="mme is there and is no result of this command; choose another --output"):
+        evaluate_vqa(mllm, tmp_path / "pictures", python=program, say=silent)
     with pytest.raises(CheckpointError, match="not an MLLM; give a LLaVA checkpoint"):
         evaluate_vqa(parts / "language", out, python=program)
     shutil.copytree(mllm, tmp_path / "a,b")

@@ -74,7 +74,7 @@ def _field(name: str) -> Callable[[Sequence[Sample], str], Scored]:
 
 def _mean(values: Iterable[float]) -> Scored:
     tallies = np.array(list(values))
-    return Scored(tallies, tallies.mean())
+    return Scored(tallies, float(tallies.mean()) if len(tallies) else float("nan"))
 
 
 def _of_1000(samples: Sequence[Sample], key: str) -> Scored:

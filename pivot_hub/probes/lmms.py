@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,9 +28,12 @@ from pivot_hub.probes.benchmarks import BENCHMARKS, GROUPS, Benchmark, Sample, r
 from pivot_hub.probes.result import ProbeResult, measure, write_results
 from pivot_hub.provenance import versions, weights_sha256
 
+# Tells the process of lmms-eval that its input is that of the process that waits for it.
+WATCHED = "PIVOT_WATCHED"
 # Names the Python that has lmms-eval, where it is not the one that runs.
 PYTHON = "PIVOT_LMMS_PYTHON"
 OVERALL = "All 16"
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 _JOB = "job.json"  # in a finished task's folder: what it was run on
 _ASK_VERSIONS = (
     "import importlib.metadata as m, json, pivot_hub;"
@@ -105,19 +109,23 @@ def evaluate_vqa(
         raise ProbeError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     if limit is not None and limit < 1:
         raise ProbeError(f"a limit of {limit} questions leaves none; give 1 or more, or leave it out for all.")
+    names = list(tasks or BENCHMARKS)
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ProbeError(f"{name!r} is no task; give names as in --tasks gqa,mmvp.")
     if set(str(source.resolve())) & set(",="):
         raise ProbeError(f"{source}: lmms-eval splits its arguments at commas and equals signs; rename the folder.")
     program = Path(python or os.environ.get(PYTHON) or sys.executable)
     software = lmms_versions(program)
     base = {"mllm_sha256": weights_sha256(source), "dtype": dtype, "lmms_eval": software["lmms_eval"]}
-    facts = tower_facts(source)
-    facts |= {"partner": source.resolve().name, "versions": {**versions(), **software}}
-    names = list(tasks or BENCHMARKS)
-    found = []
+    facts = {**tower_facts(source), "partner": source.resolve().name}
+    found: dict[str, list[ProbeResult]] = {}
     for number, name in enumerate(names):
         job = {**base, "task": _task(name), "limit": limit, "files_sha256": _files_sha256(name, include)}
         folder = target / name
         earlier = _job(folder)
+        if folder.exists() and not earlier:
+            raise ProbeError(f"{folder} is there and is no result of this command; choose another --output.")
         if earlier and earlier["mllm_sha256"] != job["mllm_sha256"]:
             raise ProbeError(f"{folder} holds the result of another MLLM; choose another --output.")
         if earlier and earlier.items() >= job.items():
@@ -125,10 +133,10 @@ def evaluate_vqa(
         else:
             log = target / f"{name}.log"
             say(f"{name}: task {number + 1} of {len(names)}, {limit or 'all'} questions; log: {log}")
-            _run(program, source, folder, job, batch, include, log)
-        found += read_task(folder, name, facts)
+            _run(program, source, folder, {**job, "versions": software}, batch, include, log)
+        found[name] = read_task(folder, name, facts)
     run = [name for name in BENCHMARKS if _job(target / name).items() >= base.items()]
-    done = {name: read_task(target / name, name, facts)[0] for name in run}
+    done = {name: (found.get(name) or read_task(target / name, name, facts))[0] for name in run}
     limited = [name for name in run if _job(target / name)["limit"] is not None]
     averages, refused = [], []
     for group in (*GROUPS, OVERALL) if run else ():
@@ -137,8 +145,9 @@ def evaluate_vqa(
                 averages.append(average(group, done, limited))
             except ProbeError as error:
                 refused.append(str(error))
-    write_results(target / "results.json", [*found, *averages])
-    return Evaluation(found, averages, refused)
+    results = [result for some in found.values() for result in some]
+    write_results(target / "results.json", [*results, *averages])
+    return Evaluation(results, averages, refused)
 
 
 def lmms_versions(python: Path) -> dict[str, str]:
@@ -186,10 +195,10 @@ def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeRe
     Args:
         folder: of the task, as `evaluate_vqa` fills it.
         name: of BENCHMARKS, or the task's.
-        facts: conditions of the results: encoder, partner, versions.
+        facts: conditions of the results: encoder, encoder_sha256, feature_layer, partner.
 
     Raises:
-        ProbeError: the samples do not make the figure that lmms-eval gives, or no metric is a mean of its samples.
+        ProbeError: there is nothing to measure, or the samples do not make the figure that lmms-eval gives.
     """
     job = json.loads((folder / _JOB).read_text())
     figures, samples = read_lmms(folder, job["task"])
@@ -198,6 +207,8 @@ def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeRe
     made = []
     for b in read:
         scored = b.read(samples, b.key)
+        if b.key not in figures or not len(scored.tallies):
+            raise ProbeError(f"{name}: none of its questions counts for {b.metric}; give a larger --limit, or none.")
         if not np.isclose(scored.figure, figures[b.key], atol=1e-4):
             raise ProbeError(
                 f"{name}: lmms-eval gives {b.key} {figures[b.key]}, and its samples {scored.figure:.5f}; delete "
@@ -214,6 +225,7 @@ def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeRe
                 seed=0,
                 duration_s=job["duration_s"],
                 data_sha256=_questions_sha256(samples),
+                versions={**versions(), **job["versions"]},
                 **facts,
             )
         )
@@ -229,9 +241,7 @@ def read_lmms(folder: Path, task: str) -> tuple[dict[str, float], list[Sample]]:
     results = list(folder.rglob("*_results.json"))
     logs = list(folder.rglob(f"*_samples_{task}.jsonl"))
     if len(results) != 1 or len(logs) != 1:
-        raise ProbeError(
-            f"{folder} holds no result of lmms-eval's {task}; name a single task, and not a group of them."
-        )
+        raise ProbeError(f"{folder} holds no result of lmms-eval's {task}; name single tasks, not a group.")
     said = json.loads(results[0].read_text(encoding="utf-8"))["results"][task]
     figures = {key.split(",")[0]: v for key, v in said.items() if isinstance(v, int | float)}
     samples = [json.loads(line) for line in logs[0].read_text(encoding="utf-8").splitlines()]
@@ -289,8 +299,12 @@ def _run(
     command += ["--include_path", str(include.resolve())] if include else []
     with whole_folder(folder) as beside:
         with log.open("w") as file:
-            done = subprocess.run([*command, "--output_path", str(beside)], stdout=file, stderr=file, check=False)
-        if done.returncode != 0:
+            command += ["--output_path", str(beside)]
+            # It leaves when its input ends: a killed command must not go on computing.
+            variables = {**os.environ, WATCHED: "1"}
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=variables) as child:
+                failed = child.wait()
+        if failed:
             lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             reason = lines[-1].strip()[:300].rstrip(".")
             raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log}.")

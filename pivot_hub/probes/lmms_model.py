@@ -8,6 +8,9 @@ generation fails.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from tqdm import tqdm  # noqa: E402
 
 from pivot_hub.encoder.encode import DTYPES  # noqa: E402
 from pivot_hub.mllm import load_mllm  # noqa: E402
+from pivot_hub.probes.lmms import WATCHED  # noqa: E402
 from pivot_hub.probes.vqa import generate_answers  # noqa: E402
 
 
@@ -122,6 +126,8 @@ def main() -> None:
     from lmms_eval.models.registry_v2 import ModelManifest
     from tenacity import RetryError
 
+    if os.environ.get(WATCHED):
+        leave_with_parent()
     path = f"pivot_hub.probes.lmms_model.{PivotMllm.__name__}"
     MODEL_REGISTRY_V2.register_manifest(ModelManifest(MODEL, simple_class_path=path))
     _, args = parse_eval_args()
@@ -134,6 +140,16 @@ def main() -> None:
         cli_evaluate_single(args)
     except RetryError as error:  # a data set that cannot be fetched, tried five times
         error.reraise()
+
+
+def leave_with_parent() -> None:
+    """End this process when its standard input ends, which that of a process that was killed does."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _refuse_taken_names(tasks: list[str], folder: str) -> None:

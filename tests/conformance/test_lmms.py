@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -143,6 +144,22 @@ def test_what_fails_is_said_in_one_sentence(task: str, says: str, python: Path, 
     assert done.returncode == 2
     assert done.stderr.startswith(f"pivot: {task}: lmms-eval failed: {says}")
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{task}.log"]
+
+
+@pytest.mark.conformance
+def test_lmms_eval_leaves_with_the_command_that_was_killed(python: Path) -> None:
+    code = "import time; from pivot_hub.probes.lmms_model import leave_with_parent; leave_with_parent();"
+    code += "print(1, flush=True); time.sleep(120)"
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [str(python), "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=variables) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"1\n"
+        assert child.poll() is None
+        child.stdin.close()
+        assert child.wait(timeout=30) == 1
 
 
 @pytest.mark.conformance
