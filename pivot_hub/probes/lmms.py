@@ -58,7 +58,7 @@ class Evaluation:
 
     def table(self) -> Table:
         table = Table(title="VQA through lmms-eval, percent [95% interval]", title_justify="left", box=SIMPLE)
-        for column in ("task", "group", "metric", "value", "questions"):
+        for column in ("task", "group", "metric", "value", "items"):
             table.add_column(column, no_wrap=True)
         for r in [*self.results, *self.averages]:
             name = r.task.removeprefix("vqa/")
