@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.box import SIMPLE
 from rich.table import Table
 from safetensors import safe_open
@@ -178,12 +179,13 @@ def tower_facts(mllm: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, str]] = {}
     for file in mllm.glob("*.safetensors"):
-        with safe_open(file, framework="np") as weights:
+        with safe_open(file, framework="pt") as weights:
             named = (key for key in weights.keys() if "vision_tower." in key)  # noqa: SIM118
             tensors |= {key.partition("vision_tower.")[2]: (file, key) for key in named}
     for name, (file, key) in sorted(tensors.items()):
         with safe_open(file, framework="pt") as weights:
-            digest.update(name.encode() + weights.get_tensor(key).contiguous().view(-1).numpy().tobytes())
+            tensor = weights.get_tensor(key).contiguous().view(-1).view(torch.uint8)  # numpy knows no bfloat16
+            digest.update(name.encode() + tensor.numpy().tobytes())
     layer = mllm_config(mllm).vision_feature_layer
     name = f"{mllm.resolve().name}/vision_tower"
     return {"feature_layer": layer, "encoder": name, "encoder_sha256": digest.hexdigest()}
@@ -241,7 +243,7 @@ def read_lmms(folder: Path, task: str) -> tuple[dict[str, float], list[Sample]]:
     results = list(folder.rglob("*_results.json"))
     logs = list(folder.rglob(f"*_samples_{task}.jsonl"))
     if len(results) != 1 or len(logs) != 1:
-        raise ProbeError(f"{folder} holds no result of lmms-eval's {task}; name single tasks, not a group.")
+        raise ProbeError(f"{task}: lmms-eval wrote no result of it alone; name single tasks, not a group.")
     said = json.loads(results[0].read_text(encoding="utf-8"))["results"][task]
     figures = {key.split(",")[0]: v for key, v in said.items() if isinstance(v, int | float)}
     samples = [json.loads(line) for line in logs[0].read_text(encoding="utf-8").splitlines()]
@@ -308,6 +310,7 @@ def _run(
             lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             reason = lines[-1].strip()[:300].rstrip(".")
             raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log}.")
+        read_lmms(beside, job["task"])  # without a result it is not finished
         split = _split(beside, job["task"])
         write_json(beside / _JOB, {**job, "split": split, "duration_s": round(time.monotonic() - started, 2)})
 
