@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,12 +171,7 @@ def search(
 
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
-    from pivot_hub.errors import RecipeError
-
-    try:
-        candidates = [float(r) for r in rates.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rates {rates!r}: give numbers, as in 3e-5,1e-4,3e-4.") from None
+    candidates = _numbers("--rates", rates, float)
     from pivot_hub.training.search import search_rate
 
     record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=_say)
@@ -342,6 +337,62 @@ def compare(
     if figure:
         draw_comparisons(made, figure)
     _write(json_path, made.facts())
+
+
+@app.command()
+def localize(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    data: Annotated[Path, typer.Option(help="A folder of photos; with `images` and `labels` in it, YOLO's layout.")],
+    boxes: Annotated[Path | None, typer.Option(help="A folder of YOLO label files, or a COCO JSON file.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of id masks, PNG.")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="YAML with the names of ids; else looked for by the labels.")
+    ] = None,
+    ignore: Annotated[str, typer.Option(help="For --masks, ids that are no class, comma-separated.")] = "255",
+    explain: Annotated[str, typer.Option(help="Some of answer, sft, dpo, comma-separated.")] = "answer",
+    reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
+    question: Annotated[str, typer.Option(help="Template of the question.")] = "Is there {article} {name}?",
+    answer: Annotated[str, typer.Option(help="Template of the right answer.")] = "Yes, there is {article} {name}.",
+    rejected: Annotated[str, typer.Option(help="Template of the wrong one, for dpo.")] = "No, there is no {name}.",
+    limit: Annotated[int | None, typer.Option(help="How many photos, drawn by the seed; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the bootstrap and random weights.")] = 0,
+    on_bad_row: Annotated[str, typer.Option(help="stop at a bad photo or label, or skip the photo.")] = "stop",
+    name: Annotated[
+        str | None, typer.Option(help="Of the encoder in the results; the checkpoint's by default.")
+    ] = None,
+    random_vision: Annotated[
+        bool, typer.Option("--random-vision", help="First give the vision tower random weights: the floor.")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Score an MLLM's gradient maps against boxes or masks of photos: pointing game, energy inside, IoU.
+
+    Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
+    """
+    from pivot_hub.probes.localize import Wording, localize_folder
+    from pivot_hub.probes.result import write_results
+
+    results, left_out = localize_folder(
+        checkpoint,
+        data,
+        boxes,
+        masks,
+        names,
+        _numbers("--ignore", ignore, int) if ignore else [],
+        explain.split(","),
+        reference,
+        Wording(question, answer, rejected),
+        limit,
+        seed,
+        on_bad_row,
+        name,
+        random_vision,
+    )
+    if left_out:
+        _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+    if json_path is not None:
+        write_results(json_path, results)
+    _show(results, None)
 
 
 @app.command()
@@ -542,13 +593,43 @@ def gradcam(
     reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
     explain: Annotated[str, typer.Option(help="answer, sft or dpo.")] = "answer",
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("gradcam.png"),
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Train on this pair alone, by each loss, and draw both on the way.")
+    ] = False,
+    steps: Annotated[str, typer.Option(help="For --overfit, when to look, comma-separated; 0 is before.")] = "10,20,30",
+    learning_rate: Annotated[
+        str | None, typer.Option(help="For --overfit, as in 3e-5, or one a loss, as in sft=1e-5,dpo=3e-5.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="For --overfit, of the DPO loss.")] = 0.1,
+    mask: Annotated[
+        Path | None, typer.Option(help="For --overfit, a picture that is black outside of the thing asked about.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Draw where an answer, or a loss on it, depends on the image.
 
-    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`
+    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`; the paper's
+    experiment on one pair: `pivot gradcam runs/shapes/2-instruct scene.png --question "What is it?" --answer
+    "It is a star." --rejected "It is a ring." --overfit --json overfit.json`
     """
-    from pivot_hub.figure import draw_maps
+    from pivot_hub.figure import draw_maps, draw_rows
+
+    if overfit:
+        from pivot_hub.overfit import LOSSES, figure_rows, overfit_file
+
+        looked = _numbers("--steps", steps, int)
+        rates = {} if learning_rate is None else _rates(learning_rate, LOSSES)
+        runs, picture, seen, facts = overfit_file(
+            checkpoint, image, question, answer, rejected, looked, rates, beta, mask
+        )
+        heading = f"{question}\nright: {answer}   wrong: {rejected}"
+        heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
+        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
+        for run in runs:
+            _say(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
+        _say(f"figure: {output}")
+        _write(json_path, facts)
+        return
     from pivot_hub.gradcam import explain_file
 
     made, picture = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
@@ -605,6 +686,27 @@ def _show(results: list[ProbeResult], path: Path | None) -> None:
         from pivot_hub.probes.result import write_results
 
         write_results(path, results)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    from pivot_hub.errors import RecipeError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option} {text!r}: give numbers with commas between them.") from None
+
+
+def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
+    """A rate for all losses, or `loss=rate` with commas between them."""
+    if "=" not in text:
+        return dict.fromkeys(losses, _numbers("--learning-rate", text, float)[0])
+    rates = dict(part.partition("=")[::2] for part in text.split(","))
+    if unknown := [loss for loss in rates if loss not in losses]:
+        from pivot_hub.errors import RecipeError
+
+        raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
+    return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
 
 
 def _is_first() -> bool:

@@ -16,16 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pivot_hub import __version__
+from pivot_hub.data.shapes import World
 from pivot_hub.errors import CheckpointError, ProbeError
+from pivot_hub.mllm import load_mllm
 from pivot_hub.probes import lmms
 from pivot_hub.probes.benchmarks import BENCHMARKS, GROUPS
 from pivot_hub.probes.choices import chosen_letter, options_in, same_choice
 from pivot_hub.probes.judge_free import ask_mathvista, score_mathvista
 from pivot_hub.probes.lmms import OVERALL, average, evaluate_vqa, read_task, tower_facts
 from pivot_hub.probes.result import ProbeResult, read_results
+from pivot_hub.probes.vqa import generate_answers
 
 RECORDED = Path(__file__).with_name("lmms")
 # Two right answers, then a wrong one, twelve rows; what differs from 2 in 3 was worked out by hand.
@@ -333,3 +337,20 @@ def test_results_of_two_mllms_can_be_paired(tiny: None, trained: Path, program: 
         made += evaluate_vqa(trained / stage, tmp_path / stage, ["gqa"], python=program, say=silent).results
     assert made[0].data_sha256 == made[1].data_sha256
     assert made[0].encoder_sha256 != made[1].encoder_sha256
+
+
+def test_questions_of_several_images_and_of_none_share_a_pass(mllm: Path) -> None:
+    model, processor = load_mllm(mllm)
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
+    with torch.no_grad():  # the tiny model says the same to all; with large weights whatever it sees counts
+        for weight in model.parameters():
+            weight.mul_(3)
+    one, two = (World().scene("test", i).render().image for i in range(2))
+    question, shown = "Which is larger?", [[one], [one, two], [two, one], []]
+    together = generate_answers(model, processor, [question] * 4, shown)
+    alone = [generate_answers(model, processor, [question], [images])[0] for images in shown]
+    assert together == alone
+    assert len(set(together)) == 4
+    assert together[:1] == generate_answers(model, processor, [question], [one])
+    assert together[3:] == generate_answers(model, processor, [question])

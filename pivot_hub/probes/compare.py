@@ -12,7 +12,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pivot_hub.errors import ProbeError
-from pivot_hub.probes.result import ProbeResult, resample, statistic_of
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.probes.result import ProbeResult, statistic_of
 
 LEVEL = 0.05  # of the corrected p-values
 NONE_SHOWN = "no difference shown"
@@ -74,8 +75,8 @@ class Comparisons:
         """How the numbers came about, in two sentences."""
         return (
             f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
-            f"bootstrap draws, seed {self.seed}. p is corrected by Holm's method over the {len(self.rows)} comparisons; "
-            "a difference is called below 0.05."
+            f"bootstrap draws, seed {self.seed}, and say nothing of other training seeds. p is corrected by Holm's "
+            f"method over the {len(self.rows)} comparisons; a difference is called below 0.05."
         )
 
     def facts(self) -> dict[str, Any]:
@@ -119,14 +120,27 @@ def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 1
                 pairs.append((other, first, found[other][key]))
     if not pairs:
         raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
-    measured = [_difference(first, second, draws, seed) for _, first, second in pairs]
-    corrected = holm([p for *_, p in measured])
+    measured = [paired_difference(_tallies(b), _tallies(a), statistic_of(a.metric), seed, draws) for _, a, b in pairs]
+    corrected = holm([made.p_value for made in measured])
     rows = []
-    for (other, a, b), (difference, ci95, p), p_holm in zip(pairs, measured, corrected, strict=True):
-        better = other if difference > 0 else names[0]
-        verdict = f"{better} better" if p_holm < LEVEL else NONE_SHOWN
-        values = (a.value, b.value, difference, ci95)
-        rows.append(Comparison(a.task, a.metric, a.n, names[0], other, *values, p, p_holm, verdict))
+    for (other, a, b), made, p_holm in zip(pairs, measured, corrected, strict=True):
+        better = other if made.value > 0 else names[0]
+        rows.append(
+            Comparison(
+                task=a.task,
+                metric=a.metric,
+                n=a.n,
+                first=names[0],
+                other=other,
+                first_value=a.value,
+                other_value=b.value,
+                difference=100 * made.value,
+                ci95=(100 * made.ci95[0], 100 * made.ci95[1]),
+                p=made.p_value,
+                p_holm=p_holm,
+                verdict=f"{better} better" if p_holm < LEVEL else NONE_SHOWN,
+            )
+        )
     return Comparisons(names, rows, draws, seed)
 
 
@@ -161,7 +175,7 @@ def draw_comparisons(made: Comparisons, path: Path) -> None:
     figure.text(0.01, 0.01, "filled: a difference at 5% after Holm's correction", fontsize=7)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _check_pair(first: str, a: ProbeResult, other: str, b: ProbeResult) -> None:
@@ -171,17 +185,11 @@ def _check_pair(first: str, a: ProbeResult, other: str, b: ProbeResult) -> None:
                 f"{a.task}: {first} and {other} differ in {what}, so their test items are no pairs; probe both on the "
                 "same data with the same seed."
             )
-    if a.tallies is None or b.tallies is None:
-        lacking = first if a.tallies is None else other
-        raise ProbeError(f"{a.task}: {lacking} has no tallies (.npz) beside its JSON; run `pivot probe --json` again.")
 
 
-def _difference(a: ProbeResult, b: ProbeResult, draws: int, seed: int) -> tuple[float, tuple[float, float], float]:
-    """Difference b - a in points, its interval and its p-value; one seed draws the same items for both."""
-    assert a.tallies is not None
-    assert b.tallies is not None
-    statistic = statistic_of(a.metric)
-    apart = 100 * (statistic(resample(b.tallies, seed, draws)) - statistic(resample(a.tallies, seed, draws)))
-    low, high = np.nanpercentile(apart, [2.5, 97.5])
-    tail = min((apart <= 0).sum(), (apart >= 0).sum())
-    return b.value - a.value, (float(low), float(high)), min(1.0, 2 * (1 + tail) / (1 + draws))
+def _tallies(result: ProbeResult) -> np.ndarray:
+    if result.tallies is None:
+        raise ProbeError(
+            f"{result.task} of {result.encoder} has no tallies (.npz) beside its JSON; write it anew with `--json`."
+        )
+    return result.tallies

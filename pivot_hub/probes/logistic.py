@@ -75,10 +75,9 @@ def fit_logistic(
     cs: Sequence[float],
     classes: int | None = None,
     start: Logistic | None = None,
-    tolerance: float = 2e-5,
+    tolerance: float = 5e-6,
     max_steps: int = 500,
     device: str | torch.device = "cpu",
-    each: Callable[[Logistic], None] = lambda fitted: None,
 ) -> list[Logistic]:
     """Fit one regression for each C.
 
@@ -88,10 +87,10 @@ def fit_logistic(
         cs: inverse penalties; fitted from the smallest on, returned in the order given.
         classes: how many there are; one more than the largest of `y` by default.
         start: where the first one begins, as at the optimum of a part of the rows.
-        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS.
+        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS; the loss is then
+            within a few times this of its optimum.
         max_steps: of one C.
         device: that computes.
-        each: gets each fit as soon as it is made.
 
     Returns:
         The fits.
@@ -106,10 +105,9 @@ def fit_logistic(
     problem = _Problem(x, y, classes or int(y.max()) + 1, torch.device(device))
     fits = {}
     path = [] if start is None else [_Point(start.c, problem.centred(start.weight, start.bias), math.inf)]
-    for c in sorted(set(cs)):
+    for c in sorted({*cs, *(problem.lead(min(cs)) if start is None else ())}):
         path.append(problem.minimise(c, path, tolerance, max_steps))
         fits[c] = problem.fit(path[-1])
-        each(fits[c])
         del path[:-2]
     return [fits[c] for c in cs]
 
@@ -137,6 +135,12 @@ class _Problem:
         self.spread = values.clamp_min(0).float()  # variances along the axes, (D,)
         self.axes = self.axes.float()
         self.counts = torch.bincount(self.y, minlength=classes)
+
+    def lead(self, c: float) -> Iterator[float]:
+        """Cs below the first, to begin where the penalty is as strong as the data: from zero, a weak one is far."""
+        while 1 / (c * self.n) < self.spread.mean().item() / self.classes:
+            c /= 10
+            yield c
 
     def centred(self, weight: Tensor, bias: Tensor) -> Tensor:
         weight = weight.to(self.device)

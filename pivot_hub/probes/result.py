@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import numpy as np
 
 from pivot_hub.errors import ProbeError
 from pivot_hub.files import write_json
+from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Statistic, bootstrap, mean
 from pivot_hub.provenance import versions
-
-CELLS = 20_000_000  # counts of resampled items that are in memory at once
-Statistic = Callable[[np.ndarray], np.ndarray]  # summed tallies (draws, ...) to values (draws,)
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,9 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
     """Write results as a JSON list, and their tallies beside it as `.npz`, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    tallies: dict[str, Any] = {str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None}
     try:
-        np.savez_compressed(beside, **{str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None})
+        np.savez_compressed(beside, **tallies)
         beside.replace(path.with_suffix(".npz"))
     finally:
         beside.unlink(missing_ok=True)
@@ -144,55 +144,6 @@ def read_results(path: Path) -> list[ProbeResult]:
         return [replace(r, tallies=kept.get(str(i))) for i, r in enumerate(results)]
 
 
-def bootstrap(
-    tallies: np.ndarray, statistic: Statistic, seed: int, draws: int = 1000
-) -> tuple[float, tuple[float, float]]:
-    """A statistic of per-item tallies with its percentile interval over resampled items.
-
-    Args:
-        tallies: (n, ...) of each test item, which add up over items.
-        statistic: of the summed tallies.
-        seed: of the resampling.
-        draws: resamples.
-
-    Returns:
-        The value over all items, and the 2.5 and 97.5 percentiles over resamples.
-    """
-    low, high = np.nanpercentile(statistic(resample(tallies, seed, draws)), [2.5, 97.5])
-    return float(statistic(tallies.sum(0, dtype=np.float64)[None])[0]), (float(low), float(high))
-
-
-def resample(tallies: np.ndarray, seed: int, draws: int) -> np.ndarray:
-    """Sums (draws, ...) of tallies (n, ...) over n items drawn with replacement; one seed draws the same items."""
-    n, rng = len(tallies), np.random.default_rng(seed)
-    flat = tallies.reshape(n, -1).astype(np.float64)
-    made, at_once = [], max(1, CELLS // n)
-    for start in range(0, draws, at_once):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(at_once, draws - start))
-        made.append(counts.astype(np.float64) @ flat)
-    return np.concatenate(made).reshape(draws, *tallies.shape[1:])
-
-
-def mean(sums: np.ndarray) -> np.ndarray:
-    """(draws, 2) summed values and counts -> (draws,)."""
-    return sums[:, 0] / sums[:, 1]
-
-
-def mean_iou(sums: np.ndarray) -> np.ndarray:
-    """(draws, 3, classes) pixels hit, predicted and true -> (draws,); classes that never occur are left out."""
-    return _over(sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0])
-
-
-def mean_recall(sums: np.ndarray) -> np.ndarray:
-    """(draws, 3, classes) pixels hit, predicted and true -> (draws,)."""
-    return _over(sums[:, 0], sums[:, 2])
-
-
-def pixel_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(draws, 3, classes) pixels hit, predicted and true -> (draws,)."""
-    return sums[:, 0].sum(1) / sums[:, 2].sum(1)
-
-
 def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
     """(draws, 4, values) true positives, positives, true negatives, negatives -> (draws,).
 
@@ -205,12 +156,8 @@ def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
 
 def mean_over_parts(sums: np.ndarray) -> np.ndarray:
     """(draws, parts, 2) summed values and counts of each part -> (draws,); parts without an item are left out."""
-    return _over(sums[:, :, 0], sums[:, :, 1])
-
-
-def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return np.nanmean(part / whole, axis=1)
+        return np.nanmean(sums[:, :, 0] / sums[:, :, 1], axis=1)
 
 
 STATISTICS: dict[str, Statistic] = {

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from pivot_hub.data.shapes import SHAPES, Picture, Scene, Split
+from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
 from pivot_hub.probes.features import standardised
-from pivot_hub.probes.result import ProbeResult, mean_iou, measure
+from pivot_hub.probes.result import ProbeResult, measure
 
 DECAYS = (1e-5, 1e-4, 1e-3)
 FIT_SCENES = 500  # of 64 patches each: more change the scores by less than their interval
