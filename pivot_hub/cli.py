@@ -51,6 +51,12 @@ data = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(data, name="data")
+evaluation = typer.Typer(
+    help="Measure an MLLM on published benchmarks.\n\nExample: `pivot eval vqa runs/shapes/3-dpo --output vqa/dpo`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(evaluation, name="eval")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
@@ -492,6 +498,37 @@ def data_check(
     if report.skipped_rows and on_bad_row == "stop":
         _say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
         raise typer.Exit(1)
+
+
+@evaluation.command("vqa")
+def eval_vqa(
+    mllm: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results, of one MLLM; run again to go on.")] = Path("vqa"),
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated, as in gqa,mmvp; the paper's 16 by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, for a trial; never averaged.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions of one pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
+    include_path: Annotated[Path | None, typer.Option(help="A folder with lmms-eval task files of your own.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python with lmms-eval; by default $PIVOT_LMMS_PYTHON, else this one.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Run the paper's 16 VQA benchmarks through lmms-eval and average them by group; finished tasks are not run again.
+
+    Example: `pivot eval vqa runs/siglip2-so400m/3-dpo --output vqa/dpo --dtype bfloat16`
+    """
+    from pivot_hub.probes.lmms import evaluate_vqa
+
+    names = [t.strip() for t in tasks.split(",")] if tasks else []
+    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, say=_say)
+    out.print(made.table())
+    for sentence in made.refused:
+        _say(sentence)
+    _say(f"results: {output / 'results.json'}")
+    _write(json_path, made.facts())
 
 
 @bench.command("shapes")
