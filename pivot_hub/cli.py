@@ -370,7 +370,6 @@ def localize(
     Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
     """
     from pivot_hub.probes.localize import Wording, localize_folder
-    from pivot_hub.probes.result import write_results
 
     results, left_out = localize_folder(
         checkpoint,
@@ -390,9 +389,7 @@ def localize(
     )
     if left_out:
         _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
-    if json_path is not None:
-        write_results(json_path, results)
-    _show(results, None)
+    _show(results, json_path)
 
 
 @app.command()
@@ -407,6 +404,9 @@ def segment(
     image_px: Annotated[str | None, typer.Option(help="Sizes of images, as in 384,512; the encoder's own.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the heads and the bootstrap.")] = 0,
     on_bad_row: Annotated[str, typer.Option(help="stop at a file that cannot be used, or skip it.")] = "stop",
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the tokens here, so that a stopped run goes on; else they are temporary.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder by the classes of pixels: mIoU, pixel accuracy and recall of heads on its patch tokens.
@@ -417,37 +417,39 @@ def segment(
     """
     import torch
 
-    from pivot_hub.encoder.repository import encoder_facts, read_encoder
+    from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.masks import open_masks, read_names
-    from pivot_hub.probes.result import write_results
-    from pivot_hub.probes.segment_masks import per_class, segment_masks
+    from pivot_hub.probes.segment_masks import cached_encode, per_class, segment_masks
 
     ignored = None if ignore is None else _numbers("--ignore", ignore, int) if ignore else []
     sizes = None if image_px is None else _numbers("--image-px", image_px, int)
     known = None if names is None else read_names(names)
     found = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
+    check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    results, skipped = segment_masks(
-        model,
-        image_processor,
-        found,
-        conditions={**encoder_facts(encoder, model), "feature_layer": model.config.pivot["feature_layer"]},
-        ignore_ids=ignored,
-        classes=classes,
-        names=known,
-        heads=heads.split(","),
-        image_px=sizes,
-        seed=seed,
-        on_bad_row=on_bad_row,
-        say=_say,
-    )
+    facts = encoder_facts(encoder, model)
+    with _bar("images") as advance:
+        results, skipped = segment_masks(
+            model,
+            image_processor,
+            found,
+            conditions={**facts, "feature_layer": model.config.pivot["feature_layer"]},
+            ignore_ids=ignored,
+            classes=classes,
+            names=known,
+            heads=heads.split(","),
+            image_px=sizes,
+            seed=seed,
+            on_bad_row=on_bad_row,
+            encode=None if cache is None else cached_encode(model, image_processor, facts, cache, advance),
+            say=_say,
+        )
     if skipped:
         _say(f"{len(skipped)} files skipped, the first: {skipped[0]}")
-    _show(results, None)
+    _show(results, json_path)
     if json_path is not None:
-        write_results(json_path, results)
         scores = {r.task: per_class(r.tallies, known or found.names) for r in results if r.tallies is not None}
         write_json(json_path.with_suffix(".classes.json"), {"skipped": skipped, "classes": scores})
 

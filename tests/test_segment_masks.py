@@ -30,7 +30,7 @@ from pivot_hub.probes.features import patch_features
 from pivot_hub.probes.heads import Head, Scale, Setting, fit_heads, scale_of, tally
 from pivot_hub.probes.masks import MaskData, Pair, decode_ids, open_masks, read_names
 from pivot_hub.probes.result import ProbeResult, read_results
-from pivot_hub.probes.segment_masks import _tokens, per_class, segment_folder, segment_masks
+from pivot_hub.probes.segment_masks import _tokens, cached_encode, per_class, segment_folder, segment_masks
 
 CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -72,6 +72,9 @@ def make_data(counts: Sequence[int] = (24, 8, 10), seed: int = 0) -> tuple[MaskD
 class _Nowhere:
     def open(self) -> Path:
         raise AssertionError("a pair in memory has no file")
+
+    def stamp(self) -> tuple[str, ...]:
+        return ("in memory",)
 
 
 def knowing(pairs: Sequence[Pair], px: int) -> np.ndarray:
@@ -621,7 +624,7 @@ def test_command_has_an_example() -> None:
 
 def test_command_refuses_in_one_sentence_and_writes_nothing(command: Any, tmp_path: Path) -> None:
     for arguments, message in (
-        (("--ignore", "void"), "--ignore is 'void'"),
+        (("--ignore", "void"), "--ignore 'void': give numbers"),
         (("--image-px", "33"), "takes no images of 33 px"),
         (("--classes", "2"), "but 2 classes have ids 0 to 1"),
     ):
@@ -698,3 +701,21 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
     assert [(r.task.split("/", 2)[2], r.metric, r.seed, round(r.value, 1)) for r in seeded] == [
         ("mlp/128px", "mean_iou", 1, value) for value in (41.5, 40.9)
     ]
+
+
+def test_tokens_on_disk_are_those_made_and_are_made_once(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+    data, _ = make_data()
+    seen: list[int] = []
+    facts = {"encoder": "test", "encoder_sha256": "0"}
+
+    def run() -> dict[str, ProbeResult]:
+        kept = cached_encode(*encoder, facts, tmp_path / "cache", lambda done, total, rate: seen.append(done))
+        return probe(encoder, data, encode=kept, image_px=[32, 64])
+
+    plain, first = probe(encoder, data, image_px=[32, 64]), run()
+    count = len(seen)
+    assert count > 0
+    again = run()
+    assert len(seen) == count  # nothing was encoded again
+    values = [[r.value for r in made.values()] for made in (plain, first, again)]
+    assert values[0] == values[1] == values[2]

@@ -153,10 +153,10 @@ def classify_images(
             image_processor,
             data.part(part),
             facts,
-            tokens,
-            dtype,
             on_bad_row,
-            cache,
+            tokens=tokens,
+            dtype=dtype,
+            cache=cache,
             workers=workers,
             progress=progress,
         )

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import yaml
@@ -41,6 +41,9 @@ class Stored(Protocol):
 
     def open(self) -> Path | io.BytesIO: ...
 
+    def stamp(self) -> tuple[Any, ...]:
+        """What changes when the picture does, found without reading it."""
+
 
 @dataclass(frozen=True)
 class File:
@@ -64,6 +67,9 @@ class File:
         except zlib.error as error:
             raise DataError(f"{self}: damaged in its archive ({error}); fetch it again.") from error
 
+    def stamp(self) -> tuple[Any, ...]:
+        return self.name, self.span, self.path.stat().st_size, self.path.stat().st_mtime_ns
+
     def __str__(self) -> str:
         return self.name
 
@@ -82,6 +88,9 @@ class Cell:
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise DataError(f"{self}: holds no picture; remove the row.")
         return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+
+    def stamp(self) -> tuple[Any, ...]:
+        return self.table._fingerprint, self.row, self.column
 
     def __str__(self) -> str:
         return f"{self.column} of row {self.row} of {self.place}"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 
 from pivot_hub.data.shapes import Split
+from pivot_hub.encoder.encode import Progress
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
-from pivot_hub.probes.features import FeatureModel
+from pivot_hub.probes.features import FeatureModel, cached_values
 from pivot_hub.probes.heads import (
     DECAYS,
     KINDS,
@@ -242,6 +244,75 @@ def encode_pairs(
     return made
 
 
+def cached_encode(model: Any, image_processor: Any, facts: dict[str, Any], cache: Path, progress: Progress) -> Encode:
+    """Tokens that are kept on disk, for `segment_masks`: computed once, and a stopped run goes on.
+
+    Args:
+        model, image_processor: of the probe.
+        facts: encoder and encoder_sha256.
+        cache: folder of the tokens.
+        progress: called after every batch.
+    """
+
+    def encode(pairs: Sequence[Pair], px: int) -> Rows:
+        sized = _AtSize(model, px), _Squashed(image_processor, px)
+        values, _, bad = cached_values(
+            *sized, _PairImages(pairs), facts, tokens=True, cache=cache, batch=ENCODE_BATCH, progress=progress
+        )
+        if bad:
+            raise DataError(bad[0])
+        return values
+
+    return encode
+
+
+class _AtSize:
+    """An encoder that takes images of one size, by interpolated positions where that is not its own."""
+
+    def __init__(self, model: Any, px: int) -> None:
+        known = model.config
+        self._model, self._options = model, {} if px == known.image_size else {"interpolate_pos_encoding": True}
+        self.device, self.dtype = model.device, model.dtype
+        self.config = SimpleNamespace(
+            image_size=px, patch_size=known.patch_size, hidden_size=known.hidden_size, pivot=known.pivot
+        )
+
+    def __call__(self, pixels: torch.Tensor) -> Any:
+        return self._model(pixels, **self._options)
+
+
+class _Squashed:
+    """An image processor that takes whole images to a square of one size."""
+
+    def __init__(self, processor: Any, px: int) -> None:
+        self._processor, self._px = processor, px
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> Any:
+        # Resized here, by the processor's filter, because processors differ in how they are told a size, and some crop.
+        squares = [image.resize((self._px, self._px), self._processor.resample) for image in images]
+        return self._processor(images=squares, do_resize=False, do_center_crop=False, return_tensors=return_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self._processor.to_dict(), "squashed_px": self._px}
+
+
+@dataclass(frozen=True)
+class _PairImages:
+    """The images of pairs, as features are made of."""
+
+    pairs: Sequence[Pair]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [f"{i}: {pair.name}" for i, pair in enumerate(self.pairs)]
+
+    def open(self, index: int) -> Image.Image:
+        return self.pairs[index].open_image()
+
+    def stamp(self) -> str:
+        return hashlib.sha256(repr([pair.image.stamp() for pair in self.pairs]).encode()).hexdigest()
+
+
 def tokens_side(model: FeatureModel, image_px: int) -> int:
     """Patches along a side of an image."""
     return int(image_px // model.config.patch_size)
@@ -249,12 +320,8 @@ def tokens_side(model: FeatureModel, image_px: int) -> int:
 
 @torch.no_grad()
 def _tokens(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image], px: int) -> np.ndarray:
-    # Resized here, by the processor's filter, because processors differ in how they are told a size, and some crop.
-    squares = [image.resize((px, px), image_processor.resample) for image in images]
-    made = image_processor(images=squares, do_resize=False, do_center_crop=False, return_tensors="pt")
-    pixels = made["pixel_values"].to(model.device)
-    options = {} if px == model.config.image_size else {"interpolate_pos_encoding": True}
-    tokens: np.ndarray = model(pixels, **options).last_hidden_state.float().cpu().numpy()
+    pixels = _Squashed(image_processor, px)(images, "pt")["pixel_values"].to(model.device)
+    tokens: np.ndarray = _AtSize(model, px)(pixels).last_hidden_state.float().cpu().numpy()
     return tokens
 
 
