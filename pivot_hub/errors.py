@@ -39,3 +39,13 @@ class ProbeError(PivotError):
     """A probe cannot measure what it was asked to."""
 
     exit_code = 2
+
+
+class CardError(PivotError):
+    """A card lacks a fact, or says what the facts do not."""
+
+    exit_code = 2
+
+
+class PublishError(PivotError):
+    """A repository cannot be published or pulled; what is on the Hub is what was there before."""

@@ -15,6 +15,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from pivot_hub.card import read_prose
 from pivot_hub.data.shapes import World
 from pivot_hub.encoder.extract import extract_encoder
 from pivot_hub.encoder.repository import read_encoder
@@ -25,6 +26,7 @@ from pivot_hub.mllm import image_px, load_mllm
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
+from pivot_hub.publication import write_card
 from pivot_hub.recipe import load_recipe
 from pivot_hub.training.stage import run_stage
 
@@ -121,7 +123,8 @@ def run_quickstart(
     assert align.recipe.model is not None
     encoders = {"base": Path(align.locate(align.recipe.model.vision))}
     for branch, stage in BRANCHES.items():
-        encoders[branch] = _extract_once(folders[stage], output / "hub" / "pivot" / f"shapes-{branch}", say)
+        target = output / "hub" / "pivot" / f"shapes-{branch}"
+        encoders[branch] = _extract_once(folders[stage], target, _command(seed, overrides), say)
 
     results: list[ProbeResult] = []
     parent = folders["2-instruct"]
@@ -130,6 +133,9 @@ def run_quickstart(
     # Tasks in one block each, encoders side by side within it.
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     results.sort(key=lambda r: order.index((r.task, r.metric)))
+    measured = {name: [r for r in results if r.encoder == name] for name in encoders}
+    for branch in BRANCHES:
+        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=measured)
 
     before = _read(output / "report.json")
     report = QuickstartReport(
@@ -147,10 +153,18 @@ def run_quickstart(
     return report
 
 
-def _extract_once(checkpoint: Path, target: Path, say: Callable[[str], None]) -> Path:
+def _command(seed: int, overrides: Sequence[str]) -> str:
+    """What makes these encoders again."""
+    if overrides:
+        call = f'run_quickstart(Path("quickstart"), {seed}, {json.dumps(list(overrides))})'
+        return f"python -c 'from pathlib import Path; from pivot_hub.quickstart import run_quickstart; {call}'"
+    return "pivot quickstart" + (f" --seed {seed}" if seed else "")
+
+
+def _extract_once(checkpoint: Path, target: Path, command: str, say: Callable[[str], None]) -> Path:
     made_from = _read(target / "provenance.json").get("mllm_weights_sha256")
     if made_from != weights_sha256(checkpoint):
-        extract_encoder(checkpoint, target)
+        extract_encoder(checkpoint, target, command)
         say(f"encoder: {target}")
     return target
 

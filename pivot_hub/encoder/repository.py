@@ -23,6 +23,7 @@ from pivot_hub.provenance import file_sha256, seal, sealed_text, weights_sha256
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # A golden vector is replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
+HUBS_OWN = {".gitattributes"}  # the Hub puts it into every repository
 
 
 def write_repository(
@@ -137,7 +138,7 @@ def verify_repository(folder: str | Path) -> list[str]:
         return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
     if text != sealed_text(provenance) or own != hashlib.sha256(sealed_text(provenance, False).encode()).hexdigest():
         return ["provenance.json differs from its own hash; pull the repository again."]
-    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"}
+    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
     for name in sorted(expected.keys() - present):
         problems.append(f"{name} is missing; pull the repository again.")
     for name in sorted(present - expected.keys()):

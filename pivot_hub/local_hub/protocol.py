@@ -107,7 +107,8 @@ class Call:
         namespace, name = self.part("namespace"), self.part("name")
         found = self.hub.store.repos.get((type_, f"{namespace}/{name}"))
         account = self.account()
-        seen = found is not None and (not found.private or (account and namespace in (account.name, *account.organisations)))
+        known = account is not None and namespace in (account.name, *account.organisations)
+        seen = found is not None and (known or not found.private)
         if found is None or not seen:
             raise HubError(404 if account else 401, "Repository not found", "RepoNotFound")
         if write:
@@ -129,41 +130,38 @@ def build_app(hub: Hub) -> ASGIApp:
     repo = "/api/{type}/{namespace}/{name}"
     git = ("/{namespace}/{name}", "/{type}/{namespace}/{name}")
     routes = [
-        ("GET", "/api/whoami-v2", whoami),
-        ("POST", "/api/validate-yaml", validate_yaml),
-        ("POST", "/api/repos/create", create_repo),
-        ("DELETE", "/api/repos/delete", delete_repo),
-        ("GET", "/api/collections", collections),
-        ("POST", "/api/collections", create_collection),
-        ("GET", "/api/collections/{namespace}/{slug}", collection),
-        ("POST", "/api/collections/{namespace}/{slug}/items", add_item),
-        ("GET", repo, info),
-        ("GET", repo + "/revision/{revision}", info),
-        ("GET", repo + "/tree/{revision}", tree),
-        ("GET", repo + "/tree/{revision}/{path:path}", tree),
-        ("POST", repo + "/paths-info/{revision}", paths_info),
-        ("GET", repo + "/refs", refs),
-        ("GET", repo + "/commits/{revision}", commits),
-        ("POST", repo + "/preupload/{revision}", preupload),
-        ("POST", repo + "/commit/{revision}", commit),
-        ("POST", repo + "/tag/{revision}", tag),
-        ("DELETE", repo + "/tag/{revision}", delete_tag),
-        ("POST", repo + "/branch/{revision}", branch),
-        ("GET", repo + "/discussions", discussions),
-        ("GET", repo + "/discussions/{number}", discussion),
-        ("POST", repo + "/discussions/{number}/merge", merge),
-        *(("POST", prefix + ".git/info/lfs/objects/batch", lfs_batch) for prefix in git),
-        ("PUT", "/lfs/{oid}", lfs_put),
-        ("PUT", "/lfs/{oid}/{number}", lfs_put_part),
-        ("POST", "/lfs/{oid}/complete", lfs_complete),
-        ("POST", "/lfs/{oid}/verify", lfs_verify),
-        ("GET", "/cdn/{oid}", cdn),
-        *(("GET", prefix + "/resolve/{revision}/{path:path}", resolve) for prefix in git),
+        ("GET", "/api/whoami-v2", _whoami),
+        ("POST", "/api/validate-yaml", _validate_yaml),
+        ("POST", "/api/repos/create", _create_repo),
+        ("DELETE", "/api/repos/delete", _delete_repo),
+        ("GET", "/api/collections", _collections),
+        ("POST", "/api/collections", _create_collection),
+        ("GET", "/api/collections/{namespace}/{slug}", _collection),
+        ("POST", "/api/collections/{namespace}/{slug}/items", _add_item),
+        ("GET", repo, _info),
+        ("GET", repo + "/revision/{revision}", _info),
+        ("GET", repo + "/tree/{revision}", _tree),
+        ("GET", repo + "/tree/{revision}/{path:path}", _tree),
+        ("POST", repo + "/paths-info/{revision}", _paths_info),
+        ("GET", repo + "/refs", _refs),
+        ("GET", repo + "/commits/{revision}", _commits),
+        ("POST", repo + "/preupload/{revision}", _preupload),
+        ("POST", repo + "/commit/{revision}", _commit),
+        ("POST", repo + "/tag/{revision}", _tag),
+        ("DELETE", repo + "/tag/{revision}", _delete_tag),
+        ("POST", repo + "/branch/{revision}", _branch),
+        ("GET", repo + "/discussions", _discussions),
+        ("GET", repo + "/discussions/{number}", _discussion),
+        ("POST", repo + "/discussions/{number}/merge", _merge),
+        *(("POST", prefix + ".git/info/lfs/objects/batch", _lfs_batch) for prefix in git),
+        ("PUT", "/lfs/{oid}", _lfs_put),
+        ("PUT", "/lfs/{oid}/{number}", _lfs_put_part),
+        ("POST", "/lfs/{oid}/complete", _lfs_complete),
+        ("POST", "/lfs/{oid}/verify", _lfs_verify),
+        ("GET", "/cdn/{oid}", _cdn),
+        *(("GET", prefix + "/resolve/{revision}/{path:path}", _resolve) for prefix in git),
     ]
-    made = [
-        Route(path, partial(_answer, hub, handler), methods=[method])
-        for method, path, handler in routes
-    ]
+    made = [Route(path, partial(_answer, hub, handler), methods=[method]) for method, path, handler in routes]
     return _RawPath(Starlette(routes=made))
 
 
@@ -195,7 +193,7 @@ async def _answer(hub: Hub, handler: Handler, request: Request) -> Response:
         return JSONResponse({"error": "Insufficient storage: the hub's disk is full"}, 507)
 
 
-async def whoami(call: Call) -> Response:
+async def _whoami(call: Call) -> Response:
     account = call.account()
     if account is None:
         raise HubError(401, "Unauthorized")
@@ -205,14 +203,14 @@ async def whoami(call: Call) -> Response:
     return JSONResponse({**facts, "orgs": organisations, "auth": token})
 
 
-async def validate_yaml(call: Call) -> Response:
+async def _validate_yaml(call: Call) -> Response:
     given = await call.json()
     errors, warnings = metadata_problems(given["content"], given["repoType"])
     said = {"errors": [{"message": e} for e in errors], "warnings": [{"message": w} for w in warnings]}
     return JSONResponse(said, 400 if errors else 200)
 
 
-async def create_repo(call: Call) -> Response:
+async def _create_repo(call: Call) -> Response:
     given = await call.json()
     account = call.account()
     namespace = given.get("organization") or (account.name if account else "")
@@ -226,7 +224,7 @@ async def create_repo(call: Call) -> Response:
     return JSONResponse({"url": call.url(_page(repo)), "name": repo.name, "id": repo.name})
 
 
-async def delete_repo(call: Call) -> Response:
+async def _delete_repo(call: Call) -> Response:
     given = await call.json()
     namespace = given.get("organization") or ""
     call.writer(namespace)
@@ -237,7 +235,7 @@ async def delete_repo(call: Call) -> Response:
     return JSONResponse({})
 
 
-async def info(call: Call) -> Response:
+async def _info(call: Call) -> Response:
     repo = call.repo()
     commit = repo.commit_at(call.part("revision") if "revision" in call.request.path_params else "main")
     with_blobs = "blobs" in call.request.query_params
@@ -264,7 +262,7 @@ async def info(call: Call) -> Response:
     return JSONResponse(facts | ({"sdk": repo.sdk} if repo.sdk else {}))
 
 
-async def tree(call: Call) -> Response:
+async def _tree(call: Call) -> Response:
     commit = call.repo().commit_at(call.part("revision"))
     below = call.part("path").rstrip("/") + "/" if "path" in call.request.path_params else ""
     recursive = call.request.query_params.get("recursive", "").lower() in ("1", "true")
@@ -285,13 +283,13 @@ async def tree(call: Call) -> Response:
     return JSONResponse(list(found.values()))
 
 
-async def paths_info(call: Call) -> Response:
+async def _paths_info(call: Call) -> Response:
     commit = call.repo().commit_at(call.part("revision"))
     wanted = parse_qs((await call.request.body()).decode())["paths"]  # the client sends a form here
     return JSONResponse([_tree_facts(p, commit.tree[p]) for p in wanted if p in commit.tree])
 
 
-async def refs(call: Call) -> Response:
+async def _refs(call: Call) -> Response:
     repo = call.repo()
     groups = {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/", "pullRequests": "refs/pr/"}
     listed = {
@@ -305,7 +303,7 @@ async def refs(call: Call) -> Response:
     return JSONResponse(listed)
 
 
-async def commits(call: Call) -> Response:
+async def _commits(call: Call) -> Response:
     repo = call.repo()
     commit: Commit | None = repo.commit_at(call.part("revision"))
     listed = []
@@ -316,7 +314,7 @@ async def commits(call: Call) -> Response:
     return JSONResponse(listed)
 
 
-async def preupload(call: Call) -> Response:
+async def _preupload(call: Call) -> Response:
     repo = _written(call)
     known = repo.commit_at(call.part("revision")).tree
     files = []
@@ -328,7 +326,7 @@ async def preupload(call: Call) -> Response:
     return JSONResponse({"files": files})
 
 
-async def commit(call: Call) -> Response:
+async def _commit(call: Call) -> Response:
     """One commit of a header line and a line a file, all or nothing."""
     repo, proposed = _written(call), "create_pr" in call.request.query_params
     account = call.account()
@@ -361,7 +359,8 @@ async def commit(call: Call) -> Response:
     with store.lock:
         number = len(repo.pulls) + 1
         repo.refs[f"refs/pr/{number}"] = base.oid
-        repo.pulls.append({"num": number, "title": about[0], "author": account.name, "status": "open", "base": base.oid, "createdAt": now()})
+        pull = {"num": number, "title": about[0], "author": account.name, "status": "open"}
+        repo.pulls.append({**pull, "base": base.oid, "createdAt": now()})
         done = store.commit(repo, f"refs/pr/{number}", base.oid, *about, made)
     facts = {"pullRequestUrl": call.url(f"{_page(repo)}/discussions/{number}")}
     return JSONResponse(_commit_facts(call, repo, done) | facts)
@@ -391,12 +390,12 @@ def _apply(store: Store, files: dict[str, Entry], key: str, value: dict[str, Any
         raise HubError(400, f"unknown operation {key}")
 
 
-async def tag(call: Call) -> Response:
+async def _tag(call: Call) -> Response:
     repo = call.repo(write=True)
     return _new_ref(call, repo, f"refs/tags/{(await call.json())['tag']}", call.part("revision"))
 
 
-async def delete_tag(call: Call) -> Response:
+async def _delete_tag(call: Call) -> Response:
     repo = call.repo(write=True)
     if repo.refs.pop(f"refs/tags/{call.part('revision')}", None) is None:
         raise HubError(404, "no such tag", "RevisionNotFound")
@@ -404,7 +403,7 @@ async def delete_tag(call: Call) -> Response:
     return JSONResponse({})
 
 
-async def branch(call: Call) -> Response:
+async def _branch(call: Call) -> Response:
     repo = call.repo(write=True)
     start = (await call.json()).get("startingPoint", "main")
     return _new_ref(call, repo, f"refs/heads/{call.part('revision')}", start)
@@ -419,7 +418,7 @@ def _new_ref(call: Call, repo: Repo, ref: str, revision: str) -> Response:
     return JSONResponse({})
 
 
-async def discussions(call: Call) -> Response:
+async def _discussions(call: Call) -> Response:
     repo, asked = call.repo(), call.request.query_params
     found = [p for p in repo.pulls if asked.get("status") in (None, "all", p["status"])]
     found = [p for p in found if asked.get("author") in (None, p["author"])]
@@ -430,7 +429,7 @@ async def discussions(call: Call) -> Response:
     return JSONResponse({"discussions": listed, "count": len(found), "start": int(asked.get("p", 0)) * 50})
 
 
-async def discussion(call: Call) -> Response:
+async def _discussion(call: Call) -> Response:
     repo = call.repo()
     pull = _pull(repo, call.part("number"))
     conflicts = repo.refs[MAIN] != pull["base"] and pull["status"] == "open"
@@ -448,7 +447,7 @@ async def discussion(call: Call) -> Response:
     return JSONResponse(_pull_facts(repo, pull) | facts | {"diff": ""})
 
 
-async def merge(call: Call) -> Response:
+async def _merge(call: Call) -> Response:
     repo = call.repo(write=True)
     pull = _pull(repo, call.part("number"))
     if repo.refs[MAIN] != pull["base"]:
@@ -459,13 +458,13 @@ async def merge(call: Call) -> Response:
     return JSONResponse({})
 
 
-async def collections(call: Call) -> Response:
+async def _collections(call: Call) -> Response:
     owner = call.request.query_params.get("owner")
     found = [c for c in call.hub.store.collections if owner in (None, c["owner"]["name"])]
     return JSONResponse(found)
 
 
-async def create_collection(call: Call) -> Response:
+async def _create_collection(call: Call) -> Response:
     given = await call.json()
     call.writer(given["namespace"])
     title = re.sub(r"\W+", "-", given["title"].lower()).strip("-")
@@ -490,12 +489,12 @@ async def create_collection(call: Call) -> Response:
     return JSONResponse(made)
 
 
-async def collection(call: Call) -> Response:
-    return JSONResponse(_collection(call))
+async def _collection(call: Call) -> Response:
+    return JSONResponse(_known_collection(call))
 
 
-async def add_item(call: Call) -> Response:
-    made, given = _collection(call), await call.json()
+async def _add_item(call: Call) -> Response:
+    made, given = _known_collection(call), await call.json()
     call.writer(call.part("namespace"))
     item = given["item"]
     if (item["type"], item["id"]) not in call.hub.store.repos:
@@ -508,7 +507,7 @@ async def add_item(call: Call) -> Response:
     return JSONResponse(made)
 
 
-async def lfs_batch(call: Call) -> Response:
+async def _lfs_batch(call: Call) -> Response:
     repo = _written(call)
     objects = []
     for asked in (await call.json())["objects"]:
@@ -522,21 +521,24 @@ async def lfs_batch(call: Call) -> Response:
             if size > call.hub.part_bytes:
                 parts = -(-size // call.hub.part_bytes)
                 links = {f"{n:05}": f"{link}/{n}?{signed}" for n in range(1, parts + 1)}
-                upload = {"href": f"{link}/complete?{signed}", "header": {"chunk_size": str(call.hub.part_bytes), **links}}
+                upload = {
+                    "href": f"{link}/complete?{signed}",
+                    "header": {"chunk_size": str(call.hub.part_bytes), **links},
+                }
             made["actions"] = {"upload": upload, "verify": verify}
         objects.append(made)
     transfer = "multipart" if any(o["size"] > call.hub.part_bytes for o in objects) else "basic"
     return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
 
 
-async def lfs_put(call: Call) -> Response:
+async def _lfs_put(call: Call) -> Response:
     oid = _signed(call)
     with await _received(call) as file:
         call.hub.store.put_large(oid, _blocks(file))
     return Response(headers={"ETag": f'"{oid}"'})
 
 
-async def lfs_put_part(call: Call) -> Response:
+async def _lfs_put_part(call: Call) -> Response:
     oid = _signed(call)
     number = int(call.part("number"))
     with await _received(call) as file:
@@ -544,7 +546,7 @@ async def lfs_put_part(call: Call) -> Response:
     return Response(headers={"ETag": f'"{oid[:16]}-{number}"'})
 
 
-async def lfs_complete(call: Call) -> Response:
+async def _lfs_complete(call: Call) -> Response:
     oid = _signed(call)
     parts = [_part_path(call, oid, p["partNumber"]) for p in (await call.json())["parts"]]
 
@@ -559,7 +561,7 @@ async def lfs_complete(call: Call) -> Response:
     return JSONResponse({})
 
 
-async def lfs_verify(call: Call) -> Response:
+async def _lfs_verify(call: Call) -> Response:
     given = await call.json()
     place = call.hub.store.large_path(call.part("oid"))
     if not place.is_file() or place.stat().st_size != given["size"]:
@@ -567,7 +569,7 @@ async def lfs_verify(call: Call) -> Response:
     return JSONResponse({})
 
 
-async def resolve(call: Call) -> Response:
+async def _resolve(call: Call) -> Response:
     """A file at a revision: small ones at once, large ones by a signed link to another host."""
     commit, entry = call.repo().entry_at(call.part("revision"), call.part("path"))
     name = quote(call.part("path").rsplit("/", 1)[-1])
@@ -583,7 +585,7 @@ async def resolve(call: Call) -> Response:
     return Response(status_code=302, headers=headers | linked)
 
 
-async def cdn(call: Call) -> Response:
+async def _cdn(call: Call) -> Response:
     oid = _signed(call)
     return _file(call.hub.store.large_path(oid), {"ETag": f'"{oid}"'})
 
@@ -634,7 +636,7 @@ def _written(call: Call) -> Repo:
     return repo
 
 
-def _collection(call: Call) -> dict[str, Any]:
+def _known_collection(call: Call) -> dict[str, Any]:
     slug = f"{call.part('namespace')}/{call.part('slug')}"
     for made in call.hub.store.collections:
         if made["slug"] == slug:

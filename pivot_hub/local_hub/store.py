@@ -231,6 +231,7 @@ def large_entry(sha256: str, size: int) -> Entry:
 
 
 def git_sha1(content: bytes) -> str:
+    """The hash git gives a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -240,6 +241,7 @@ def is_large(path: str, size: int, sample: bytes) -> bool:
 
 
 def now() -> str:
+    """The time, as the Hub writes it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
 
 

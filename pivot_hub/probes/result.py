@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pivot_hub.files import write_json
+from pivot_hub.files import write_whole
 from pivot_hub.provenance import versions
 
 
@@ -57,7 +57,12 @@ class ProbeResult:
 
 def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
     """Write results as a JSON list."""
-    write_json(path, [r.facts() for r in results])
+    write_whole(path, results_text(results))
+
+
+def results_text(results: Sequence[ProbeResult]) -> str:
+    """Results as the JSON list that `read_results` reads."""
+    return json.dumps([r.facts() for r in results], indent=2) + "\n"
 
 
 def read_results(path: Path) -> list[ProbeResult]:
