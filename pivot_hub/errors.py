@@ -49,3 +49,7 @@ class CardError(PivotError):
 
 class PublishError(PivotError):
     """A repository cannot be published or pulled; what is on the Hub is what was there before."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

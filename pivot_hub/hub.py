@@ -24,7 +24,7 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 
@@ -391,9 +391,14 @@ def _commit(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience, say:
             )
             return Pushed(made.oid, made.pr_url or _url(api, pub), "pull request" if propose else "commit")
         except HTTPError as error:
-            patience.wait(error, attempt, say)
+            # A try that seemed lost may land late, and is then in this one's way.
+            late = attempt > 1 and isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+            if not late:
+                patience.wait(error, attempt, say)
             if done := _landed(api, plan, remote, patience):
                 return done
+            if late:
+                raise
         attempt += 1
 
 

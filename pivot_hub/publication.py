@@ -90,7 +90,6 @@ def stage_encoder(
     encoder: str | Path,
     repo: str,
     prose: Prose,
-    private: bool = False,
     also: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Iterator[Publication]:
@@ -100,8 +99,7 @@ def stage_encoder(
         encoder: folder of its repository, which stays as it is.
         repo: its name on the Hub.
         prose: of its card.
-        private: the repository is for few, which changes nothing in what is looked for.
-        also: exports to add: onnx, int8.
+        also: exports to add: onnx; int8, which comes with onnx.
         say: gets progress.
 
     Raises:

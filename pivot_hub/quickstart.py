@@ -6,6 +6,7 @@ Every step leaves its result on disk and is skipped when that result is there: r
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +21,10 @@ from pivot_hub.data.shapes import World
 from pivot_hub.encoder.extract import extract_encoder
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.figure import draw_rows
-from pivot_hub.files import write_json, write_whole
+from pivot_hub.files import whole_folder, write_json, write_whole
 from pivot_hub.gradcam import gradient_map
 from pivot_hub.mllm import image_px, load_mllm
-from pivot_hub.probes.result import ProbeResult
+from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
 from pivot_hub.publication import write_card
@@ -151,6 +152,29 @@ def run_quickstart(
         write_whole(output / "report.md", report.markdown())
         write_json(output / "report.json", report.facts())
     return report
+
+
+def push_quickstart(output: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, str]]:
+    """Publish what a finished quickstart made, and the base encoder, to a hub on this machine; load it back by name.
+
+    Args:
+        output: of `run_quickstart`; gets `local-hub/`, and the base encoder with its card beside the other two.
+        say: gets progress.
+    """
+    from pivot_hub.local_hub.trial import push_local
+
+    encoders = output / "hub" / "pivot"
+    base = encoders / "shapes-base"
+    align = load_recipe("shapes/1-align")
+    assert align.recipe.model is not None
+    source = Path(align.locate(align.recipe.model.vision))
+    results = [r for r in read_results(encoders / "shapes-dpo" / "results" / "base.json") if r.partner is None]
+    if not base.is_dir():
+        with whole_folder(base) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            write_card(folder, read_prose("shapes-base"), results={"base": results})
+    names = ("shapes-base", "shapes-sft", "shapes-dpo")
+    return push_local({name: encoders / name for name in names}, output / "local-hub", "PIVOT built-in world", say)
 
 
 def _command(seed: int, overrides: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ def encode_folder(
     fitting = SHARD_BYTES // (int(np.prod(shape)) * stored.itemsize * batch)
     per_shard = batch * max(1, min(SHARD_BATCHES, fitting))
     job = {
-        **encoder_facts(encoder, model),
+        **encoder_facts(encoder),
         "feature_layer": model.config.pivot["feature_layer"],
         "files_sha256": _listing_sha256(names, files),
         "shape": shape,

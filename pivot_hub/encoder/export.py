@@ -102,7 +102,7 @@ def export_encoder(
                     f"{encoder}: the ONNX model's features differ from torch's by {worst:.1e} relative, over "
                     f"{FLOAT32_TOLERANCE}; nothing was kept; report it with the versions of torch and onnxscript."
                 )
-        facts = encoder_facts(encoder, model)
+        facts = encoder_facts(encoder)
         named = (facts["encoder"], facts["encoder_sha256"], sizes)
         report = {
             **facts,

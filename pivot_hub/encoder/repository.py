@@ -18,7 +18,7 @@ from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import whole_folder
-from pivot_hub.provenance import file_sha256, seal, sealed_text, weights_sha256
+from pivot_hub.provenance import cached_commit, file_sha256, seal, sealed_text, weights_sha256
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # A golden vector is replayed on other machines, whose kernels sum in another order.
@@ -110,7 +110,7 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
 
 
-def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
+def encoder_facts(name: str | Path) -> dict[str, str]:
     """What a result says of the encoder it was measured on.
 
     Returns:
@@ -120,7 +120,7 @@ def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
     path = Path(name)
     if path.is_dir():
         return {"encoder": path.resolve().name, "encoder_sha256": weights_sha256(path)}
-    return {"encoder": str(name), "encoder_sha256": str(model.config.backbone_config._commit_hash)}
+    return {"encoder": str(name), "encoder_sha256": str(cached_commit(str(name)))}
 
 
 def verify_repository(folder: str | Path) -> list[str]:

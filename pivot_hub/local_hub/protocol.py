@@ -128,6 +128,7 @@ class Call:
 def build_app(hub: Hub) -> ASGIApp:
     """The hub as an ASGI application."""
     repo = "/api/{type}/{namespace}/{name}"
+    large = "/lfs/{type}/{namespace}/{name}/{oid}"
     git = ("/{namespace}/{name}", "/{type}/{namespace}/{name}")
     routes = [
         ("GET", "/api/whoami-v2", _whoami),
@@ -154,11 +155,11 @@ def build_app(hub: Hub) -> ASGIApp:
         ("GET", repo + "/discussions/{number}", _discussion),
         ("POST", repo + "/discussions/{number}/merge", _merge),
         *(("POST", prefix + ".git/info/lfs/objects/batch", _lfs_batch) for prefix in git),
-        ("PUT", "/lfs/{oid}", _lfs_put),
-        ("PUT", "/lfs/{oid}/{number}", _lfs_put_part),
-        ("POST", "/lfs/{oid}/complete", _lfs_complete),
-        ("POST", "/lfs/{oid}/verify", _lfs_verify),
-        ("GET", "/cdn/{oid}", _cdn),
+        ("PUT", large, _lfs_put),
+        ("PUT", large + "/{number}", _lfs_put_part),
+        ("POST", large + "/complete", _lfs_complete),
+        ("POST", large + "/verify", _lfs_verify),
+        ("GET", "/cdn/{type}/{namespace}/{name}/{oid}", _cdn),
         *(("GET", prefix + "/resolve/{revision}/{path:path}", _resolve) for prefix in git),
     ]
     made = [Route(path, partial(_answer, hub, handler), methods=[method]) for method, path, handler in routes]
@@ -239,7 +240,7 @@ async def _info(call: Call) -> Response:
     repo = call.repo()
     commit = repo.commit_at(call.part("revision") if "revision" in call.request.path_params else "main")
     with_blobs = "blobs" in call.request.query_params
-    card = _card_data(call.hub, commit)
+    card = _card_data(call.hub, repo, commit)
     siblings = [{"rfilename": p} | (_blob_facts(e) if with_blobs else {}) for p, e in commit.tree.items()]
     facts = {
         "_id": hashlib.sha1(repo.name.encode()).hexdigest()[:24],
@@ -346,7 +347,7 @@ async def _commit(call: Call) -> Response:
         base = repo.commit_at(expected)
     made = dict(base.tree)
     for key, value in operations:
-        _apply(store, made, key, value)
+        _apply(store, repo, made, key, value)
     if readme := next((v for k, v in operations if k == "file" and v["path"] == "README.md"), None):
         errors, _ = metadata_problems(base64.b64decode(readme["content"]).decode(), repo.type)
         if errors:
@@ -366,7 +367,7 @@ async def _commit(call: Call) -> Response:
     return JSONResponse(_commit_facts(call, repo, done) | facts)
 
 
-def _apply(store: Store, files: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
+def _apply(store: Store, repo: Repo, files: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
     path = value["path"]
     if key == "file":
         try:
@@ -375,7 +376,7 @@ def _apply(store: Store, files: dict[str, Entry], key: str, value: dict[str, Any
             raise HubError(400, f"{path}: not base64") from error
         files[path] = Entry(len(content), store.put_blob(content))
     elif key == "lfsFile":
-        place = store.large_path(value["oid"])
+        place = store.large_path(repo, value["oid"])
         if not place.is_file():
             raise HubError(400, f"{path}: its content was not uploaded")
         files[path] = large_entry(value["oid"], place.stat().st_size)
@@ -513,49 +514,44 @@ async def _lfs_batch(call: Call) -> Response:
     for asked in (await call.json())["objects"]:
         oid, size = asked["oid"], asked["size"]
         made: dict[str, Any] = {"oid": oid, "size": size}
-        if not call.hub.store.large_path(oid).is_file():
-            link = call.url(f"/lfs/{oid}")
-            signed = f"size={size}&signature={call.hub.sign(oid)}"
-            verify = {"href": f"{link}/verify?repo={quote(repo.name)}"}
+        if not call.hub.store.large_path(repo, oid).is_file():
+            link, signed = call.url(f"/lfs/{repo.type}s/{repo.name}/{oid}"), f"signature={call.hub.sign(oid)}"
             upload: dict[str, Any] = {"href": f"{link}?{signed}"}
             if size > call.hub.part_bytes:
                 parts = -(-size // call.hub.part_bytes)
-                links = {f"{n:05}": f"{link}/{n}?{signed}" for n in range(1, parts + 1)}
-                upload = {
-                    "href": f"{link}/complete?{signed}",
-                    "header": {"chunk_size": str(call.hub.part_bytes), **links},
-                }
-            made["actions"] = {"upload": upload, "verify": verify}
+                header = {f"{n:05}": f"{link}/{n}?{signed}" for n in range(1, parts + 1)}
+                header["chunk_size"] = str(call.hub.part_bytes)
+                upload = {"href": f"{link}/complete?{signed}", "header": header}
+            made["actions"] = {"upload": upload, "verify": {"href": f"{link}/verify"}}
         objects.append(made)
     transfer = "multipart" if any(o["size"] > call.hub.part_bytes for o in objects) else "basic"
     return JSONResponse({"transfer": transfer, "objects": objects}, media_type="application/vnd.git-lfs+json")
 
 
 async def _lfs_put(call: Call) -> Response:
-    oid = _signed(call)
+    path = _signed(call)
     with await _received(call) as file:
-        call.hub.store.put_large(oid, _blocks(file))
-    return Response(headers={"ETag": f'"{oid}"'})
+        call.hub.store.put_large(path, _blocks(file))
+    return Response(headers={"ETag": f'"{path.name}"'})
 
 
 async def _lfs_put_part(call: Call) -> Response:
-    oid = _signed(call)
-    number = int(call.part("number"))
+    path, number = _signed(call), int(call.part("number"))
     with await _received(call) as file:
-        call.hub.store._keep(_part_path(call, oid, number), _blocks(file))
-    return Response(headers={"ETag": f'"{oid[:16]}-{number}"'})
+        call.hub.store.keep(_part_path(path, number), _blocks(file))
+    return Response(headers={"ETag": f'"{path.name[:16]}-{number}"'})
 
 
 async def _lfs_complete(call: Call) -> Response:
-    oid = _signed(call)
-    parts = [_part_path(call, oid, p["partNumber"]) for p in (await call.json())["parts"]]
+    path = _signed(call)
+    parts = [_part_path(path, p["partNumber"]) for p in (await call.json())["parts"]]
 
     def blocks() -> Iterator[bytes]:
         for part in parts:
             with part.open("rb") as file:
                 yield from _blocks(file)
 
-    call.hub.store.put_large(oid, blocks())
+    call.hub.store.put_large(path, blocks())
     for part in parts:
         part.unlink()
     return JSONResponse({})
@@ -563,31 +559,34 @@ async def _lfs_complete(call: Call) -> Response:
 
 async def _lfs_verify(call: Call) -> Response:
     given = await call.json()
-    place = call.hub.store.large_path(call.part("oid"))
-    if not place.is_file() or place.stat().st_size != given["size"]:
+    path = call.hub.store.large_path(call.repo(write=True), call.part("oid"))
+    if not path.is_file() or path.stat().st_size != given["size"]:
         raise HubError(404, "the object was not uploaded whole")
     return JSONResponse({})
 
 
 async def _resolve(call: Call) -> Response:
     """A file at a revision: small ones at once, large ones by a signed link to another host."""
-    commit, entry = call.repo().entry_at(call.part("revision"), call.part("path"))
+    repo = call.repo()
+    commit, entry = repo.entry_at(call.part("revision"), call.part("path"))
     name = quote(call.part("path").rsplit("/", 1)[-1])
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{entry.etag}"'}
     headers["Content-Disposition"] = f'inline; filename="{name}"'
     if entry.sha256 is None:
-        return _file(call.hub.store.path(entry), headers)
+        return _file(call.hub.store.path(repo, entry), headers)
     # Loopback has two names: the client treats the other one as the Hub's content network, and sends it no token.
-    port = call.request.url.port
     host = "localhost" if call.request.url.hostname == "127.0.0.1" else "127.0.0.1"
-    link = f"http://{host}:{port}/cdn/{entry.sha256}?signature={call.hub.sign(entry.sha256)}"
-    linked = {"X-Linked-ETag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size), "Location": link}
-    return Response(status_code=302, headers=headers | linked)
+    path = f"/cdn/{repo.type}s/{repo.name}/{entry.sha256}?signature={call.hub.sign(entry.sha256)}"
+    linked = {"X-Linked-ETag": f'"{entry.sha256}"', "X-Linked-Size": str(entry.size)}
+    location = {"Location": f"http://{host}:{call.request.url.port}{path}"}
+    return Response(status_code=302, headers=headers | linked | location)
 
 
 async def _cdn(call: Call) -> Response:
-    oid = _signed(call)
-    return _file(call.hub.store.large_path(oid), {"ETag": f'"{oid}"'})
+    path = _signed(call)
+    if not path.is_file():
+        raise HubError(404, "no such object")
+    return _file(path, {"ETag": f'"{path.name}"'})
 
 
 def _file(path: Path, headers: dict[str, str]) -> Response:
@@ -613,15 +612,19 @@ def _blocks(file: Any) -> Iterator[bytes]:
         yield block
 
 
-def _signed(call: Call) -> str:
+def _signed(call: Call) -> Path:
+    """Where the large file of a link lies, if this hub signed the link."""
     oid = call.part("oid")
     if not hmac.compare_digest(call.request.query_params.get("signature", ""), call.hub.sign(oid)):
         raise HubError(403, "the link is not signed by this hub")
-    return oid
+    repo = call.hub.store.repos.get((TYPES[call.part("type")], f"{call.part('namespace')}/{call.part('name')}"))
+    if repo is None:
+        raise HubError(404, "Repository not found", "RepoNotFound")
+    return call.hub.store.large_path(repo, oid)
 
 
-def _part_path(call: Call, oid: str, number: int) -> Path:
-    return call.hub.store.folder / "parts" / f"{oid}.{number:05}"
+def _part_path(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.part{number:05}")
 
 
 def _written(call: Call) -> Repo:
@@ -684,7 +687,7 @@ def _tree_facts(path: str, entry: Entry) -> dict[str, Any]:
     return facts
 
 
-def _card_data(hub: Hub, commit: Commit) -> dict[str, Any]:
+def _card_data(hub: Hub, repo: Repo, commit: Commit) -> dict[str, Any]:
     entry = commit.tree.get("README.md")
-    match = REGEX_YAML_BLOCK.search(hub.store.path(entry).read_text()) if entry else None
+    match = REGEX_YAML_BLOCK.search(hub.store.path(repo, entry).read_text()) if entry else None
     return (yaml.safe_load(match.group(2)) or {}) if match else {}

@@ -186,11 +186,11 @@ class Store:
     def put_blob(self, content: bytes) -> str:
         """Keep a small file under its git hash."""
         oid = git_sha1(content)
-        self._keep(self.folder / "blobs" / oid, [content])
+        self.keep(self.folder / "blobs" / oid, [content])
         return oid
 
-    def put_large(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        """Keep a large file that is what its SHA-256 says.
+    def put_large(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Keep a large file, at the path of its repository and hash, that is what its SHA-256 says.
 
         Raises:
             HubError: it is not.
@@ -201,12 +201,13 @@ class Store:
             for chunk in chunks:
                 digest.update(chunk)
                 yield chunk
-            if digest.hexdigest() != sha256:
-                raise HubError(400, f"the content is not that of {sha256}")
+            if digest.hexdigest() != path.name:
+                raise HubError(400, f"the content is not that of {path.name}")
 
-        self._keep(self.large_path(sha256), hashed())
+        self.keep(path, hashed())
 
-    def _keep(self, path: Path, chunks: Iterable[bytes]) -> None:
+    def keep(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write a file in one step."""
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{threading.get_ident()}")
         try:
@@ -217,11 +218,12 @@ class Store:
         finally:
             beside.unlink(missing_ok=True)
 
-    def large_path(self, sha256: str) -> Path:
-        return self.folder / "lfs" / sha256
+    def large_path(self, repo: Repo, sha256: str) -> Path:
+        """Where a large file lies: each repository keeps its own."""
+        return self.folder / "lfs" / repo.type / repo.name / sha256
 
-    def path(self, entry: Entry) -> Path:
-        return self.large_path(entry.sha256) if entry.sha256 else self.folder / "blobs" / entry.blob
+    def path(self, repo: Repo, entry: Entry) -> Path:
+        return self.large_path(repo, entry.sha256) if entry.sha256 else self.folder / "blobs" / entry.blob
 
 
 def large_entry(sha256: str, size: int) -> Entry:

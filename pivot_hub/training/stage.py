@@ -25,14 +25,13 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import try_to_load_from_cache
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.lora import merge_lora
-from pivot_hub.provenance import hub_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import cached_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
 from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
@@ -379,8 +378,8 @@ def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
         folder = Path(loaded.locate(name))
         if folder.is_dir():
             made[part] = weights_sha256(folder)
-        elif isinstance(config := try_to_load_from_cache(name, "config.json", revision=revision), str):
-            made[part] = str(hub_commit(Path(config)))
+        elif commit := cached_commit(name, revision):
+            made[part] = commit
     return made
 
 
