@@ -22,7 +22,6 @@ from huggingface_hub import (
     constants,
     get_session,
     hf_hub_download,
-    snapshot_download,
 )
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
@@ -215,12 +214,14 @@ def fetch(
     Raises:
         PublishError: it is not there, or cannot be downloaded.
     """
-
-    def download() -> str:
-        return snapshot_download(repo, revision=revision, force_download=fresh)
-
+    # Not snapshot_download: some of its requests wait for ever on a hub that is silent.
     with in_words(repo):
-        return Path(patience.again(download, say))
+        info = _look(HfApi(), repo, "model", patience, revision)
+        names = sorted(s.rfilename for s in info.siblings)
+        for name in names:
+            download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=fresh)
+            file = Path(patience.again(download, say))
+        return file.parents[names[-1].count("/")]
 
 
 def published_problems(folder: str | Path) -> list[str]:
@@ -265,9 +266,15 @@ def add_to_collection(
     return made.url, added
 
 
+def _look(api: HfApi, repo: str, type_: str, patience: Patience, revision: str | None = None) -> Any:
+    """A repository's commit and files at a revision."""
+    options: dict[str, Any] = {"revision": revision, "files_metadata": True, "timeout": patience.timeout_s}
+    return patience.again(partial(api.repo_info, repo, repo_type=type_, **options))
+
+
 def _remote(api: HfApi, repo: str, type_: str, patience: Patience) -> Remote | None:
     try:
-        info: Any = patience.again(lambda: api.repo_info(repo, repo_type=type_, files_metadata=True))
+        info = _look(api, repo, type_, patience)
     except RepositoryNotFoundError:
         return None
     refs = patience.again(lambda: api.list_repo_refs(repo, repo_type=type_))
@@ -428,10 +435,7 @@ def _open_proposal(api: HfApi, pub: Publication, patience: Patience) -> tuple[st
     for proposal in opened:
         if proposal.title != pub.summary:
             continue
-        revision = proposal.git_reference
-        info = patience.again(
-            partial(api.repo_info, pub.repo, repo_type=pub.type, revision=revision, files_metadata=True)
-        )
+        info = _look(api, pub.repo, pub.type, patience, proposal.git_reference)
         files, here = _files_there(info), _files_here(pub)
         if here.keys() == files.keys() and all(_same(here[p], files[p]) for p in here):
             return info.sha, proposal.url
@@ -450,8 +454,7 @@ def _set_tag(
 def _take_away(api: HfApi, pub: Publication, made: Remote, say: Callable[[str], None]) -> None:
     """Delete the repository that this push made and that holds nothing yet."""
     try:
-        info = api.repo_info(pub.repo, repo_type=pub.type)
-        if info.sha == made.sha:
+        if api.repo_info(pub.repo, repo_type=pub.type, timeout=Patience().timeout_s).sha == made.sha:
             api.delete_repo(pub.repo, repo_type=pub.type)
     except (HTTPError, OSError):
         say(f"{pub.repo} was made and is empty; push again, or delete it on its page")
@@ -494,4 +497,4 @@ def models_of(names: Sequence[str], patience: Patience = Patience()) -> None:
     api = HfApi()
     for name in names:
         with in_words(name):
-            patience.again(partial(api.model_info, name))
+            _look(api, name, "model", patience)
