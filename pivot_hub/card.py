@@ -21,7 +21,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import Field, ValidationError
 
 from pivot_hub.errors import CardError
-from pivot_hub.figure import draw_intervals
 from pivot_hub.model_index import eval_files, eval_results, file_differences, index_differences
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.recipe import PACKAGE, LoadedRecipe, ShapesData, Strict, load_recipe
@@ -220,7 +219,7 @@ def render_plan(prose: Prose) -> str:
     """
     loaded = load_recipe(prose.recipe)
     assert loaded.recipe.model is not None
-    return f"{NOT_TRAINED}\n\n" + _template().render(
+    return f"{NOT_TRAINED}\n" + _template().render(
         trained=False,
         name=prose.repository,
         prose=prose,
@@ -455,6 +454,8 @@ def _apart(facts: Facts) -> str | None:
 
 
 def _draw(pair: list[tuple[ProbeResult, ProbeResult]]) -> bytes:
+    from pivot_hub.figure import draw_intervals
+
     rows = [
         (f"{sft.task.partition('/')[2]}\n{sft.metric}", {"SFT": (sft.value, *sft.ci95), "DPO": (dpo.value, *dpo.ci95)})
         for sft, dpo in pair

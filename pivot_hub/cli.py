@@ -212,12 +212,11 @@ def verify(
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
-    from pivot_hub.encoder.repository import verify_repository
-    from pivot_hub.hub import fetch, published_problems
+    from pivot_hub.hub import fetch, published_problems, repository_problems
 
     if Path(encoder).exists() or "/" not in encoder:
         with_card = (Path(encoder) / "README.md").is_file()  # an encoder that was just extracted has none yet
-        problems = published_problems(encoder) if with_card else verify_repository(encoder)
+        problems = published_problems(encoder) if with_card else repository_problems(encoder)
     else:
         problems = published_problems(fetch(encoder, say=_say))
     for problem in problems:

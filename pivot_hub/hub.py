@@ -230,9 +230,14 @@ def published_problems(folder: str | Path) -> list[str]:
     Returns:
         A sentence each; empty for a sound one.
     """
-    from pivot_hub.encoder.repository import verify_repository
+    return repository_problems(folder) or card_problems(folder)
 
-    return verify_repository(folder) or card_problems(folder)
+
+def repository_problems(folder: str | Path) -> list[str]:
+    """What is wrong with a repository that needs no card: hashes, keys, golden vectors."""
+    from pivot_hub.encoder.repository import verify_repository  # loads torch, which the rest here does without
+
+    return verify_repository(folder)
 
 
 def add_to_collection(

@@ -7,12 +7,14 @@ tests need is here: failures, and the environment of a client that knows nothing
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +60,15 @@ class Fault:
         return method == self.method and re.search(self.path, path) is not None
 
 
+DISK_IS_FULL = ContextVar("DISK_IS_FULL", default=False)  # for the request that is worked on, and no other
+
+
 class FullDisk(Store):
     """A store whose disk can be full."""
 
-    full = False
-
     def keep(self, path: Path, chunks: Any) -> None:
-        if self.full:
-            raise OSError(28, "No space left on device")
+        if DISK_IS_FULL.get():
+            raise OSError(errno.ENOSPC, "No space left on device")
         super().keep(path, chunks)
 
 
@@ -158,14 +161,12 @@ class _Failing:
             if not connection.is_closing():
                 await send(message)
 
-        server.store.full = fault.disk_full
+        DISK_IS_FULL.set(fault.disk_full)
         try:
             await self.app(scope, reading, sending)
         except Exception:
             if not connection.is_closing():
                 raise
-        finally:
-            server.store.full = False
 
 
 @contextmanager

@@ -197,6 +197,9 @@ def _write_onnx(model: PivotVisionModel, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    # The exporter notes for each node where in this machine's files it came from.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     if sum(p.numel() * p.element_size() for p in model.parameters()) < PROTOBUF_LIMIT:
         program.save(str(path), external_data=False)
         return
