@@ -197,7 +197,7 @@ def render_card(facts: Facts, prose: Prose, repository: str | None = None) -> Mo
         apart=_apart(facts),
         figure=FIGURE if _pair(facts) else None,
         results=facts.own_results(),
-        lineage=_lineage(stages, name, metadata.base_model, _hub_name(_language(facts), prose), prose),
+        lineage=_lineage(stages, name, metadata.get("base_model"), _hub_name(_language(facts), prose), prose),
         sources=_sources([_fact(step, "provenance", "data") for step in chain], prose),
         stages=stages,
         gpu_hours=_sum([s["gpu_hours"] for s in stages]),
@@ -259,7 +259,7 @@ def card_problems(folder: str | Path) -> list[str]:
         card = ModelCard((path / "README.md").read_text())
     except (CardError, ValueError, yaml.YAMLError) as error:
         return [f"README.md cannot be held against the results: {error}"]
-    problems = index_differences(own, card.data.eval_results or [])
+    problems = index_differences(own, card.data.get("eval_results", []))
     names = {f".eval_results/{r.task.split('/')[0]}.yaml" for r in own}
     for name in sorted(names):
         if not (path / name).is_file():

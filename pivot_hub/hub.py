@@ -253,7 +253,7 @@ def add_to_collection(
     """
     api, owner = HfApi(), publication.repo.partition("/")[0]
     # The pair as this push names it, under its owner: `pivot/x` of the prose may be published as `me/x`.
-    wanted = {publication.repo: (publication.stage or "").upper()}
+    wanted = {publication.repo: "base" if publication.stage == "base" else (publication.stage or "").upper()}
     for stage, name in (publication.pair or {}).items():
         if stage != publication.stage:
             wanted[name] = stage.upper()

@@ -66,7 +66,7 @@ def _search(file: Path, patterns: list[tuple[str, re.Pattern[bytes]]]) -> Iterat
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         end = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else size
         is_text = b"\0" not in content[:8192]
-        seen = set()
+        seen: set[tuple[int, int]] = set()
         for kind, pattern in patterns:
             for match in pattern.finditer(content, 0, min(end, size)):
                 if any(a < match.end() and match.start() < b for a, b in seen):

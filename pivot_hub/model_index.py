@@ -69,7 +69,7 @@ def index_differences(results: Sequence[ProbeResult], published: Sequence[EvalRe
     """Where a card's `model-index` says another number than the results."""
     measured = {(r.task, r.metric): (round(r.value, DECIMALS), _interval(r)) for r in results}
     said = {
-        (p.task_name, p.metric_type): (p.metric_value, (p.metric_args or {}).get("ci95", "no interval"))
+        (str(p.task_name), p.metric_type): (p.metric_value, (p.metric_args or {}).get("ci95", "no interval"))
         for p in published
     }
     return [

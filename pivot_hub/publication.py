@@ -19,7 +19,6 @@ from pivot_hub.files import write_whole
 from pivot_hub.leaks import find_leaks
 from pivot_hub.probes.result import ProbeResult, results_text
 from pivot_hub.provenance import seal, source_commit, versions
-from pivot_hub.space import SPACES
 
 EXPORTS = ("onnx", "int8")
 
@@ -134,7 +133,7 @@ def stage_encoder(
             tag=f"v{prose.version}",
             stage=stage,
             base=prose.names.get(base, base) if base else None,
-            pair=prose.pair,
+            pair={str(stage): name for stage, name in prose.pair.items()},
         )
 
 
@@ -149,6 +148,8 @@ def stage_space(repo: str, encoders: Sequence[str]) -> Iterator[Publication]:
     Raises:
         PublishError: a file holds what must not be published.
     """
+    from pivot_hub.space import SPACES
+
     with TemporaryDirectory(prefix="pivot-push-") as made:
         folder = Path(made) / "space"
         shutil.copytree(SPACES / "gradcam", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))

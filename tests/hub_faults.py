@@ -86,8 +86,9 @@ def at_download(**fault: Any) -> dict[str, Any]:
 
 MAKING = {"method": "POST", "path": "/api/repos/create", "status": 403}
 HASTY = {**QUICK, "timeout_s": 1.5}
-NEW, DONE = "the new version", {"ends": "commit", "remote": "the new version", "again": "unchanged"}
-PULL = {"action": "pull", "again": "pulled"}
+NEW = "the new version"
+DONE: dict[str, Any] = {"ends": "commit", "remote": NEW, "again": "unchanged"}
+PULL: dict[str, Any] = {"action": "pull", "again": "pulled"}
 SCENARIOS = [
     Scenario("401: the login is not valid", at_look(status=401, headers=INVALID), 1),
     Scenario("403: the token may not write", at_commit(status=403), 1),

@@ -73,7 +73,7 @@ def test_every_card_is_linted_offline(name: str) -> None:
     assert written.keys() <= METADATA_KEYS
     assert ModelCard(str(card)).data.to_dict() == written
     own = facts_of(name).own_results()
-    assert [(e.task_name, e.metric_type, e.metric_value) for e in card.data.eval_results or []] == [
+    assert [(e.task_name, e.metric_type, e.metric_value) for e in card.data.get("eval_results")] == [
         (r.task, r.metric, round(r.value, 2)) for r in own
     ]
     for file, content in card_files(facts_of(name), read_prose(name)).items():

@@ -230,8 +230,8 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     assert len(app.commits) == 2
     assert {"app.py", "requirements.txt", "README.md"} <= app.commit_at("main").tree.keys()
     header = SpaceCard(server.store.path(app, app.commit_at("main").tree["README.md"]).read_text())
-    assert header.data.models == ["pivot/tiny-sft", "pivot/tiny-dpo"]
-    assert header.data.sdk == "gradio"
+    assert header.data.get("models") == ["pivot/tiny-sft", "pivot/tiny-dpo"]
+    assert header.data.get("sdk") == "gradio"
     assert "nothing to change" in said[4]["out"]
 
 
