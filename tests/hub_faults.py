@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -222,7 +223,7 @@ class _Trial:
         server.faults.append(fault)
         ended = self.act(scenario.patience)
         fault.times = 0
-        asked = Counter(p for m, p, _ in server.log[mark:] if m == fault.method and fault.fits(m, p))
+        asked = Counter(p for m, p, _ in server.log[mark:] if m == fault.method and re.search(fault.path, p))
         row = {
             "fault": scenario.name,
             "tries": max(asked.values(), default=0),
@@ -313,6 +314,34 @@ class _Trial:
         sealed = json.loads(self.server.text(self.repo, "provenance.json", revision))["files"]
         hashes = {p: file_sha256(self.server.store.path(repo, e)) for p, e in tree.items()}
         return sealed == {p: h for p, h in hashes.items() if p not in (".gitattributes", "provenance.json")}
+
+
+def refuse_from_each_request(folder: Path, new: bool) -> list[dict[str, Any]]:
+    """Push while the hub refuses everything from the n-th request on, for each n, until a push gets through.
+
+    Returns:
+        For each n: what the push ended as, whether the repository is as it was, and how the push after it ended.
+    """
+    old, encoder = (make_publishable(folder / f"encoder-{seed}", seed) for seed in (1, 2))
+    rows: list[dict[str, Any]] = []
+    with hub_server(folder / "hub") as server, Client(server.environment(folder / "home")) as client:
+        while not rows or rows[-1]["ends"] != "commit":
+            repo = f"pivot/n{len(rows):02}"
+            told = {"do": "push", "repo": repo, "patience": {**QUICK, "tries": 1}}
+            if not new:
+                assert client.tell(**told, encoder=str(old), version="0.1.0")["kind"] == "commit"
+            before = state(server, repo)
+            fault = Fault("any", "", skip=len(rows), status=403)
+            server.faults.append(fault)
+            ended = client.tell(**told, encoder=str(encoder), version="0.1.1")
+            fault.times = 0
+            after = state(server, repo)
+            again = client.tell(**told, encoder=str(encoder), version="0.1.1")
+            whole = state(server, repo)
+            rows.append(
+                {"ends": ended["kind"], "before": before, "after": after, "again": again["kind"], "whole": whole}
+            )
+    return rows
 
 
 def _fingerprint(folder: Path) -> dict[str, str]:

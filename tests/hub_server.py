@@ -35,7 +35,8 @@ class Fault:
     """A way to fail, for requests that match, so many times.
 
     Args:
-        method: of the request; path: a pattern in its path.
+        method: of the request, or any; path: a pattern in its path.
+        skip: so many requests that match are answered first.
         times: that it happens; later requests are answered.
         status: to answer with instead; headers: of that answer.
         cut_request: break the connection after so many bytes of the request's body were read.
@@ -48,6 +49,7 @@ class Fault:
     method: str
     path: str
     times: int = FOR_EVER
+    skip: int = 0
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     cut_request: int | None = None
@@ -57,7 +59,11 @@ class Fault:
     before: Callable[[HubServer], None] | None = None
 
     def fits(self, method: str, path: str) -> bool:
-        return method == self.method and re.search(self.path, path) is not None
+        """Whether the fault befalls a request; one that is skipped is counted."""
+        if self.times <= 0 or self.method not in (method, "any") or re.search(self.path, path) is None:
+            return False
+        self.skip -= 1
+        return self.skip < 0
 
 
 DISK_IS_FULL = ContextVar("DISK_IS_FULL", default=False)  # for the request that is worked on, and no other
@@ -122,7 +128,7 @@ class _Failing:
         method, path = scope["method"], scope["raw_path"].decode()
         number = len(server.log)
         server.log.append((method, path, "no answer"))
-        fault = next((f for f in server.faults if f.times > 0 and f.fits(method, path)), None)
+        fault = next((f for f in server.faults if f.fits(method, path)), None)
         if fault is None:
             fault = Fault(method, path)
         fault.times -= 1

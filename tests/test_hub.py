@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import SpaceCard
 
 from pivot_hub.provenance import file_sha256
-from tests.hub_faults import PAGE, SCENARIOS, put, render, try_faults
+from tests.hub_faults import PAGE, SCENARIOS, put, refuse_from_each_request, render, try_faults
 from tests.hub_server import ROOT, HubServer, hub_server, state
 from tests.publishable import PROSE, make_publishable
 
@@ -261,6 +261,23 @@ def test_bad_input_is_one_sentence(server: HubServer, encoder: Path, work: Path)
         assert said["code"] == code, arguments
         assert part in said["err"], arguments
         assert len(said["err"].strip().splitlines()) == 1, arguments
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["existing", "new"])
+def test_refused_from_any_request_on_the_remote_is_as_before_or_whole(tmp_path: Path, new: bool) -> None:
+    rows = refuse_from_each_request(tmp_path, new)
+    assert len(rows) > 8, "a push is several requests"
+    wholes = {row["whole"]["tree"] for row in rows}
+    assert len(wholes) == 1, "in the end the same lies everywhere"
+    for number, row in enumerate(rows):
+        assert row["again"] in ("commit", "unchanged"), number
+        assert row["ends"] in ("refused", "commit"), number
+        assert row["whole"]["refs"]["refs/tags/v0.1.1"] == row["whole"]["refs"]["refs/heads/main"]
+        if row["after"] == row["before"]:
+            continue
+        # Not as before: all of it is there, but for the tag; or an empty repository, whose deletion was refused too.
+        empty = new and ".gitattributes" in row["after"]["tree"] and "README.md" not in row["after"]["tree"]
+        assert row["after"]["tree"] == row["whole"]["tree"] or empty, number
 
 
 def test_every_fault_ends_as_the_table_says(tmp_path: Path) -> None:
