@@ -6,6 +6,7 @@ Every call goes through huggingface_hub, with its login and its HF_ENDPOINT; not
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -312,45 +313,38 @@ def _compare(pub: Publication, remote: Remote | None, patience: Patience) -> tup
             changes.append(Change(path, there[path][0], here[path].stat().st_size))
     if remote is None or not changes:
         return changes, [], None
-    card = _remote_text(pub, remote, "README.md", patience)
-    new = here["README.md"].read_text()
-    difference = list(
-        difflib.unified_diff((card or "").splitlines(), new.splitlines(), "there", "here", lineterm="", n=1)
-    )
-    return changes, difference, _edited(pub, remote, card, patience)
+    old = _remote_bytes(pub, remote, "README.md", patience).decode().splitlines() if "README.md" in there else []
+    new = here["README.md"].read_text().splitlines()
+    card = list(difflib.unified_diff(old, new, "there", "here", lineterm="", n=1))
+    return changes, card, _edited(pub, remote, changes, patience)
 
 
-def _edited(pub: Publication, remote: Remote, card: str | None, patience: Patience) -> str | None:
+def _edited(pub: Publication, remote: Remote, changes: Sequence[Change], patience: Patience) -> str | None:
     """What differs from the hashes the remote was sealed with: a hand was there, and it is asked, not overwritten."""
     if not remote.files:
         return None
-    sealed_text = _remote_text(pub, remote, "provenance.json", patience)
     try:
-        sealed = json.loads(sealed_text or "")["files"]
+        sealed = json.loads(_remote_bytes(pub, remote, "provenance.json", patience))["files"]
     except (ValueError, KeyError, TypeError):
         return "the repository there was not made by this package"
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "README.md"
-        file.write_bytes((card or "").encode())
-        if card is not None and file_sha256(file) != sealed.get("README.md"):
-            return "its card was edited by hand"
-    foreign = sorted(remote.files.keys() - sealed.keys() - {"provenance.json"})
-    other = sorted(p for p, (_, digest, large) in remote.files.items() if large and sealed.get(p, digest) != digest)
-    if foreign or other:
-        return f"{(foreign + other)[0]} was put there by hand"
+    if foreign := sorted((remote.files.keys() ^ sealed.keys()) - {"provenance.json"}):
+        return f"{foreign[0]} was put there or taken away by hand"
+    for path in [c.path for c in changes if c.before is not None and c.path != "provenance.json"]:
+        _, digest, large = remote.files[path]
+        if not large:  # git's hash says nothing of the sealed one
+            digest = hashlib.sha256(_remote_bytes(pub, remote, path, patience)).hexdigest()
+        if digest != sealed[path]:
+            return f"{'its card' if path == 'README.md' else path} was edited by hand"
     return None
 
 
-def _remote_text(pub: Publication, remote: Remote, name: str, patience: Patience) -> str | None:
-    """A text file of the remote, byte by byte as it is there; None where there is none."""
+def _remote_bytes(pub: Publication, remote: Remote, name: str, patience: Patience) -> bytes:
+    """A file of the remote; nothing where there is none."""
     if name not in remote.files:
-        return None
+        return b""
     with TemporaryDirectory() as folder:
-
-        def download() -> str:
-            return hf_hub_download(pub.repo, name, repo_type=pub.type, revision=remote.sha, local_dir=folder)
-
-        return Path(patience.again(download)).read_bytes().decode()
+        options: dict[str, Any] = {"repo_type": pub.type, "revision": remote.sha, "local_dir": folder}
+        return Path(patience.again(partial(hf_hub_download, pub.repo, name, **options))).read_bytes()
 
 
 def _same(file: Path, there: tuple[int, str, bool]) -> bool:

@@ -173,6 +173,20 @@ def test_prose_that_lacks_what_the_facts_need_is_named(encoder: Path, changes: d
         render_card(read_facts(encoder), make_prose(**changes))
 
 
+def test_data_and_names_on_the_hub_reach_the_metadata(encoder: Path) -> None:
+    prose = make_prose(
+        data={"shapes": {"hub": "pivot/shapes-world", "licence": "MIT"}},
+        license="other",
+        license_name="as the base's",
+        names={"base/vision": "google/siglip2-base-patch16-384"},
+    )
+    written = render_card(read_facts(encoder), prose).data.to_dict()
+    assert written["datasets"] == ["pivot/shapes-world"]
+    assert written["base_model"] == "google/siglip2-base-patch16-384"
+    assert (written["license"], written["license_name"]) == ("other", "as the base's")
+    assert written["model-index"][0]["name"] == "pivot/tiny-dpo"
+
+
 def test_no_licence_is_defaulted() -> None:
     with pytest.raises(ValidationError, match="license"):
         make_prose(license=None)

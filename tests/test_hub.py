@@ -115,6 +115,16 @@ def test_another_card_needs_another_version(published: list[dict[str, Any]]) -> 
     assert "there is no prose of this name" in published[4]["err"]
 
 
+def test_no_token_is_in_anything_that_was_made(
+    server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path
+) -> None:
+    files = [f for place in (server.store.folder, encoder, work) for f in place.rglob("*") if f.is_file()]
+    assert len(files) > 30
+    for file in files:
+        content = file.read_bytes()
+        assert not any(token.encode() in content for token in server.tokens.values()), file
+
+
 def test_the_encoder_stays_as_it_was(encoder: Path, published: list[dict[str, Any]]) -> None:
     assert not (encoder / "README.md").exists()
 
@@ -200,6 +210,44 @@ def test_what_was_changed_on_the_hub_is_found_and_not_pulled(
     after = state(server, name)
     assert after["refs"]["refs/heads/main"] == before["refs"]["refs/heads/main"]
     assert after["pulls"] == [1]
+
+
+def test_other_traces_of_a_hand_become_a_proposal_too(server: HubServer, encoder: Path, work: Path) -> None:
+    names = {"ada/foreign": "notes.txt", "ada/config": "config.json", "ada/theirs": "README.md"}
+    pushes = [["push", str(encoder), n, "--yes", "--prose", "0.1.0.yaml"] for n in names]
+    assert [s["code"] for s in commands(server, work, *pushes[:2])] == [0, 0]
+    server.store.create("model", "ada/theirs", False, None, "ada")
+    for name, path in names.items():
+        server.write(name, path, "{}")
+    heads = {name: state(server, name)["refs"]["refs/heads/main"] for name in names}
+    next_version = [[*p[:-1], "0.2.0.yaml"] for p in pushes]
+    for name, said, reason in zip(
+        names,
+        commands(server, work, *next_version),
+        ("notes.txt was put there", "config.json was edited by hand", "was not made by this package"),
+        strict=True,
+    ):
+        assert said["code"] == 0, said["err"]
+        assert "One pull request" in said["out"]
+        assert reason in said["out"]
+        assert state(server, name)["refs"]["refs/heads/main"] == heads[name]
+
+
+def test_whoever_is_asked_may_say_no(server: HubServer, encoder: Path, work: Path) -> None:
+    """On a terminal of its own: the question comes after the changes, and `n` publishes nothing."""
+    import os
+    import pty
+
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "pivot_hub", "push", str(encoder), "ada/asked", "--prose", "0.1.0.yaml"]
+    options: dict[str, Any] = {"env": server.environment(work / "home-ada"), "cwd": work, "stdin": terminal}
+    os.write(main, b"n\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    os.close(main)
+    os.close(terminal)
+    assert done.returncode == 1
+    assert done.stdout.index("+ README.md") < done.stdout.index("Publish this?")
+    assert server.repo("ada/asked") is None
 
 
 def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Path) -> None:
