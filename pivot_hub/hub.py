@@ -219,6 +219,8 @@ def fetch(
     with in_words(repo):
         info = _look(HfApi(), repo, "model", patience, revision)
         names = sorted(s.rfilename for s in info.siblings)
+        if not names:
+            raise PublishError(f"{repo} is empty: nothing was published there yet.")
         for name in names:
             download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=fresh)
             file = Path(patience.again(download, say))
@@ -253,7 +255,6 @@ def add_to_collection(
         PublishError: the Hub refuses.
     """
     api, owner = HfApi(), publication.repo.partition("/")[0]
-    # The pair as this push names it, under its owner: `pivot/x` of the prose may be published as `me/x`.
     wanted = {publication.repo: "base" if publication.stage == "base" else (publication.stage or "").upper()}
     for stage, name in (publication.pair or {}).items():
         if stage != publication.stage:
