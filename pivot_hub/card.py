@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from pydantic import Field, ValidationError
 
-from pivot_hub.errors import CardError
+from pivot_hub.errors import CardError, ProbeError
 from pivot_hub.model_index import eval_files, eval_results, file_differences, index_differences
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.recipe import PACKAGE, LoadedRecipe, ShapesData, Strict, load_recipe
@@ -539,8 +539,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _results(path: Path) -> list[ProbeResult]:
     try:
         return read_results(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CardError(f"results/{path.name} is no list of results: {error}.") from error
+    except ProbeError as error:
+        raise CardError(str(error)) from error
 
 
 def _template() -> jinja2.Template:

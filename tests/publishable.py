@@ -10,7 +10,8 @@ import yaml
 
 from pivot_hub.card import Prose, read_facts
 from pivot_hub.encoder.repository import read_encoder, write_repository
-from pivot_hub.probes.result import ProbeResult, write_results
+from pivot_hub.files import write_whole
+from pivot_hub.probes.result import ProbeResult, results_text
 from pivot_hub.provenance import machine, seal, versions
 from tests.originals import make_vision
 
@@ -52,7 +53,7 @@ def make_publishable(folder: Path, seed: int = 0) -> Path:
     write_repository(folder, model, facts, files={"recipe.yaml": recipe})
     own = read_facts(folder).encoder_sha256
     for number, (name, sha) in enumerate({"base": "b" * 64, "sft": "c" * 64, "dpo": own}.items()):
-        write_results(folder / "results" / f"{name}.json", make_results(name, sha, 50.0 + 10 * number))
+        write_whole(folder / "results" / f"{name}.json", results_text(make_results(name, sha, 50.0 + 10 * number)))
     seal(folder, facts)
     return folder
 

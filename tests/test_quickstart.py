@@ -48,19 +48,16 @@ def test_report_holds_every_result_with_its_conditions(output: Path) -> None:
     assert len(set(shas.values())) == 3
 
 
-def test_verdicts_follow_from_the_intervals(output: Path) -> None:
+def test_dpo_is_compared_with_sft_in_pairs(output: Path) -> None:
     report = json.loads((output / "report.json").read_text())
     found = {(r["task"], r["metric"], r["encoder"]): r for r in report["results"]}
-    assert report["comparison"]
-    for row in report["comparison"]:
+    rows = report["comparison"]["rows"]
+    assert {(r["task"], r["metric"]) for r in rows} == {k[:2] for k in found if k[2] == "dpo"}
+    for row in rows:
         sft, dpo = (found[row["task"], row["metric"], e] for e in ("sft", "dpo"))
-        assert (row["sft"], row["dpo"]) == (sft["value"], dpo["value"])
-        expected = "no difference shown"
-        if sft["ci95"][0] > dpo["ci95"][1]:
-            expected = "SFT better"
-        if dpo["ci95"][0] > sft["ci95"][1]:
-            expected = "DPO better"
-        assert row["verdict"] == expected
+        assert (row["first_value"], row["other_value"]) == (sft["value"], dpo["value"])
+        assert row["difference"] == pytest.approx(dpo["value"] - sft["value"], abs=1e-9)
+        assert (row["verdict"] == "no difference shown") == (row["p_holm"] >= 0.05)
 
 
 def test_both_encoders_are_sound_repositories(output: Path) -> None:
@@ -169,6 +166,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["bench", "encoder", "--forms", "tpu"], 2, "there is no form 'tpu'"),
         (["encode", "nowhere", "--encoder", "nowhere"], 2, "is no folder"),
         (["export", "nowhere", "out"], 2, "no encoder can be loaded"),
+        (["localize", "nowhere", "--data", "nowhere"], 2, "is not a folder"),
         (["space", "--runs", "nowhere"], 2, "run `pivot quickstart` first"),
         (["fly"], 2, "No such command"),
         (["train"], 2, "Missing argument"),
@@ -186,7 +184,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_help_shows_an_example_for_every_command() -> None:
     listed = pivot("--help").stdout
-    commands = ["quickstart", "train", "search", "extract", "verify", "encode", "export", "probe", "read", "gradcam"]
+    commands = [
+        "quickstart",
+        "train",
+        "search",
+        "extract",
+        "verify",
+        "encode",
+        "export",
+        "probe",
+        "localize",
+        "read",
+        "gradcam",
+    ]
     commands += ["card", "push", "pull"]
     for command in [*commands, "space", "bench", "bench shapes", "bench encoder"]:
         assert command.split()[0] in listed
