@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pivot_hub import __version__
-from pivot_hub.errors import PivotError, ProbeError, TrainingError
+from pivot_hub.errors import PivotError, TrainingError
 
 if TYPE_CHECKING:
     from pivot_hub.probes.result import ProbeResult
@@ -51,6 +51,12 @@ data = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(data, name="data")
+evaluation = typer.Typer(
+    help="Measure an MLLM on published benchmarks.\n\nExample: `pivot eval vqa runs/shapes/3-dpo --output vqa/dpo`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(evaluation, name="eval")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
@@ -519,8 +525,8 @@ def segment(
     from pivot_hub.probes.result import write_results
     from pivot_hub.probes.segment_masks import per_class, segment_masks
 
-    ignored = None if ignore is None else _numbers(ignore, "--ignore")
-    sizes = None if image_px is None else _numbers(image_px, "--image-px")
+    ignored = None if ignore is None else _numbers("--ignore", ignore, int) if ignore else []
+    sizes = None if image_px is None else _numbers("--image-px", image_px, int)
     known = None if names is None else read_names(names)
     found = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
@@ -594,6 +600,37 @@ def data_check(
     if report.skipped_rows and on_bad_row == "stop":
         _say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
         raise typer.Exit(1)
+
+
+@evaluation.command("vqa")
+def eval_vqa(
+    mllm: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results, of one MLLM; run again to go on.")] = Path("vqa"),
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated, as in gqa,mmvp; the paper's 16 by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, for a trial; never averaged.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions of one pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
+    include_path: Annotated[Path | None, typer.Option(help="A folder with lmms-eval task files of your own.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python with lmms-eval; by default $PIVOT_LMMS_PYTHON, else this one.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Run the paper's 16 VQA benchmarks through lmms-eval and average them by group; finished tasks are not run again.
+
+    Example: `pivot eval vqa runs/siglip2-so400m/3-dpo --output vqa/dpo --dtype bfloat16`
+    """
+    from pivot_hub.probes.lmms import evaluate_vqa
+
+    names = [t.strip() for t in tasks.split(",")] if tasks else []
+    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, say=_say)
+    out.print(made.table())
+    for sentence in made.refused:
+        _say(sentence)
+    _say(f"results: {output / 'results.json'}")
+    _write(json_path, made.facts())
 
 
 @bench.command("shapes")
@@ -700,7 +737,7 @@ def bench_probe(
     """
     from pivot_hub.bench.probe import bench_probe
 
-    chosen = tuple(float(c) for c in cs.split(","))
+    chosen = _numbers("--cs", cs, float)
     measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=_say)
     _write(json_path, measured)
 
@@ -829,14 +866,6 @@ def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
 
         raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
     return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    """Whole numbers between commas."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ProbeError(f"{option} is {text!r}; give whole numbers between commas, as in 384,512.") from None
 
 
 def _is_first() -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pivot_hub.encoder.encode import encode_images
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes import classify, features
@@ -194,8 +195,12 @@ def test_features_are_computed_once_for_encoder_processor_data_and_layer(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    encode = features.encode_images
-    monkeypatch.setattr(features, "encode_images", lambda *a, **k: (runs.append(1), encode(*a, **k))[1])
+
+    def counted(*args: Any, **options: Any) -> dict[str, Any]:
+        runs.append(1)
+        return encode_images(*args, **options)
+
+    monkeypatch.setattr(features, "encode_images", counted)
     train = open_classes(str(class_folder(tmp_path / "data"))).part("train")
     model, processor = read_encoder(parts / "vision")
 

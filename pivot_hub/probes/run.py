@@ -71,8 +71,8 @@ def probe_shapes(
     tokens = {
         split: patch_features(model, image_processor, (p.image for p in part.pictures)) for split, part in parts.items()
     }
-    sizes_of = {split: getattr(sizes, split) for split in SPLITS}
-    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, sizes_of)}
+    counts: dict[str, int] = {split: getattr(sizes, split) for split in SPLITS}
+    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, counts)}
     scenes = {split: part.scenes for split, part in parts.items()}
     results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
     masks = {split: class_masks(part.scenes, part.pictures) for split, part in parts.items()}
