@@ -121,8 +121,8 @@ class Facts:
         own = [r for r in own if not r.task.endswith(LOSS_MAPS)]
         if not own:
             raise CardError(
-                "results/*.json are missing for these weights: `pivot probe ENCODER --json results.json`, then "
-                "`pivot card ENCODER --results results.json`."
+                "results/*.json are missing for these weights: `pivot probe ENCODER --json dpo.json`, then "
+                "`pivot card ENCODER --results dpo.json`."
             )
         return own
 
@@ -430,7 +430,10 @@ def _pair(facts: Facts) -> list[tuple[ProbeResult, ProbeResult]]:
     by_name = {name: {(r.task, r.metric): r for r in facts.results if r.encoder == name} for name in ("sft", "dpo")}
     for name, found in by_name.items():
         if not found:
-            raise CardError(f"results of the {name} encoder are missing: the card holds SFT against DPO.")
+            raise CardError(
+                f"results of the {name} encoder are missing: the card holds SFT against DPO; put them in with "
+                f"`pivot card ENCODER --results {name}.json`."
+            )
     tasks = [k for k in by_name["sft"] if k in by_name["dpo"] and not k[0].endswith(LOSS_MAPS)]
     return [(by_name["sft"][k], by_name["dpo"][k]) for k in tasks]
 

@@ -232,20 +232,22 @@ def verify(
 def card(
     encoder: Annotated[Path, typer.Argument(help="Folder of an encoder repository.")],
     results: Annotated[
-        list[Path] | None, typer.Option(help="Files of results that go into it; may be repeated.")
+        list[Path] | None, typer.Option(help="Results to put in; base.json, sft.json, dpo.json name their columns.")
     ] = None,
     prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
     repository: Annotated[str | None, typer.Option(help="Its name on the Hub, when not the prose's.")] = None,
 ) -> None:
     """Put results and the card made of them into an encoder repository; a missing fact is an error that names it.
 
-    Example: `pivot card hub/pivot/shapes-dpo --results quickstart/results/dpo.json`
+    Example: `pivot card hub/pivot/mine --prose mine.yaml --results sft.json --results dpo.json`
     """
+    from dataclasses import replace
+
     from pivot_hub.card import read_prose
     from pivot_hub.probes.result import read_results
     from pivot_hub.publication import write_card
 
-    given = {file.stem: read_results(file) for file in results or []}
+    given = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
     changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, given or None)
     _say(f"card: {encoder / 'README.md'}{'' if changed else ', as it was'}")
 

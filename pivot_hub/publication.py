@@ -17,7 +17,7 @@ from pivot_hub.card import Facts, Prose, card_files, read_facts
 from pivot_hub.errors import PublishError
 from pivot_hub.files import write_whole
 from pivot_hub.leaks import find_leaks
-from pivot_hub.probes.result import ProbeResult, results_text
+from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import seal, source_commit, versions
 
 EXPORTS = ("onnx", "int8")
@@ -58,7 +58,7 @@ def write_card(
         folder: of the repository.
         prose: of its card.
         repository: its name on the Hub, where it is not the prose's.
-        results: by the name of their file in `results/`, in place of those that are there.
+        results: by the name of their file in `results/`, beside those that are there or in their place.
 
     Returns:
         Whether anything changed.
@@ -69,7 +69,8 @@ def write_card(
     path = Path(folder)
     facts = read_facts(path)
     if results is not None:
-        facts = Facts(**{**vars(facts), "results": [r for name in sorted(results) for r in results[name]]})
+        listed = {f.stem: read_results(f) for f in (path / "results").glob("*.json")} | dict(results)
+        facts = Facts(**{**vars(facts), "results": [r for name in sorted(listed) for r in listed[name]]})
     made = card_files(facts, prose, repository)
     for name, listed in (results or {}).items():
         made[f"results/{name}.json"] = results_text(listed).encode()

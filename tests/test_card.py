@@ -34,10 +34,11 @@ from pivot_hub.card import (
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CardError
 from pivot_hub.local_hub.metadata import metadata_problems
+from pivot_hub.probes.result import write_results
 from pivot_hub.publication import write_card
 from pivot_hub.recipe import recipe_files
 from tests.cards import FACTS, TRAINED, facts_of, rendered
-from tests.publishable import make_prose, make_publishable
+from tests.publishable import make_prose, make_publishable, make_results
 
 PROSE_FILES = sorted(CARDS.glob("*.yaml"))
 
@@ -259,13 +260,24 @@ def test_facts_hold_no_weights() -> None:
 
 
 def test_the_command_puts_results_and_card_into_a_repository(encoder: Path, tmp_path: Path) -> None:
+    """Files that `pivot probe --json` wrote, whose names are the encoders' in the card."""
     folder = Path(shutil.copytree(encoder, tmp_path / "tiny-dpo"))
+    shutil.rmtree(folder / "results")
     prose = tmp_path / "tiny.yaml"
     prose.write_text(yaml.safe_dump(make_prose().model_dump(exclude_none=True)))
-    command = [sys.executable, "-m", "pivot_hub", "card", str(folder)]
-    done = subprocess.run([*command, "--prose", str(prose)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert card_problems(folder) == []
+    command = [sys.executable, "-m", "pivot_hub", "card", str(folder), "--prose", str(prose)]
+    for name, sha in (("sft", "c" * 64), ("dpo", read_facts(folder).encoder_sha256)):
+        write_results(tmp_path / f"{name}.json", make_results(f"tiny-{name}", sha, 60.0))
+        command += ["--results", str(tmp_path / f"{name}.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify_repository(folder) == []
+    assert card_problems(folder) == []
+    assert "| probe | metric | sft | **dpo** (this) | n |" in (folder / "README.md").read_text()
+    # Another file of results joins those that are there.
+    write_card(folder, make_prose(), results={"base": make_results("base", "b" * 64, 50.0)})
+    assert card_problems(folder) == []
+    assert "| probe | metric | base | sft | **dpo** (this) | n |" in (folder / "README.md").read_text()
+    done = subprocess.run(command[:5], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "there is no prose of this name" in done.stderr
