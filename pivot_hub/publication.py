@@ -69,8 +69,9 @@ def write_card(
     path = Path(folder)
     facts = read_facts(path)
     if results is not None:
-        listed = {f.stem: read_results(f) for f in (path / "results").glob("*.json")} | dict(results)
-        facts = Facts(**{**vars(facts), "results": [r for name in sorted(listed) for r in listed[name]]})
+        known: dict[str, Sequence[ProbeResult]] = {f.stem: read_results(f) for f in (path / "results").glob("*.json")}
+        known |= results
+        facts = Facts(**{**vars(facts), "results": [r for name in sorted(known) for r in known[name]]})
     made = card_files(facts, prose, repository)
     for name, listed in (results or {}).items():
         made[f"results/{name}.json"] = results_text(listed).encode()
