@@ -201,10 +201,12 @@ def probe_all(
     for encoder in encoders:
         path = Path(encoder)
         if path.suffix == ".json":
-            results, name = read_results(path), path.stem
+            results = read_results(path)
         else:
             results, _ = probe_encoder(encoder, data, seed, protocols=protocols, progress=progress)
-            name = results[0].encoder
+        name = results[0].encoder
+        if name in found and path.suffix == ".json":
+            name = path.stem
         if name in found:
             raise ProbeError(
                 f"two encoders are named {name!r}; rename a folder or a file, so that a table can tell them."
