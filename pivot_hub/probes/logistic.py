@@ -29,7 +29,8 @@ from pivot_hub.errors import ProbeError
 CELLS = 8_000_000  # of a block's logits: what stays in a processor's cache, nearly
 HISTORY = 20  # pairs of steps and gradients L-BFGS remembers
 SLACK = 1e-6
-QUICK, QUICK_STEPS = 300, 12
+# Quick products go on to so many times the tolerance, or until their rounding lets so many steps not halve the promise.
+QUICK, STALLED = 20, 4
 
 
 class Rows(Protocol):
@@ -135,6 +136,8 @@ class _Problem:
         self.spread = values.clamp_min(0).float()  # variances along the axes, (D,)
         self.axes = self.axes.float()
         self.counts = torch.bincount(self.y, minlength=classes)
+        rows = min(len(x), _rows(x, classes))
+        self._buffers = torch.empty(2, rows, classes, device=device)  # a block's logits and probabilities
 
     def lead(self, c: float) -> Iterator[float]:
         """Cs below the first, to begin where the penalty is as strong as the data: from zero, a weak one is far."""
@@ -159,35 +162,43 @@ class _Problem:
         return point.cross_entropy + penalty / 2 * point.theta[:, :-1].double().square().sum().item()
 
     def value(self, theta: Tensor) -> tuple[float, Tensor]:
-        """Mean cross-entropy and its gradient, one pass over the data; remembers how confused the classes are."""
+        """Mean cross-entropy and its gradient: one pass over the data."""
         weight, bias = self.plain(theta)
         gradient = torch.zeros_like(weight)
-        sums, squares = torch.zeros(2, self.classes, device=self.device)
+        sums = torch.zeros(self.classes, device=self.device)
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        row = 0
-        for block in _blocks(self.x, self.classes, self.device):
-            labels = self.y[row : row + len(block), None]
-            row += len(block)
-            logits = torch.addmm(bias, block, weight.T)
+        for block, labels in self._labelled():
+            logits, p = (kept[: len(block)] for kept in self._buffers)
+            torch.addmm(bias, block, weight.T, out=logits)
             top, where = logits.max(1, keepdim=True)
             own = logits.gather(1, labels)
-            p = torch.softmax(logits, 1)
+            torch.softmax(logits, 1, out=p)
             loss += (top - own - p.gather(1, where).log()).sum(dtype=torch.float64)  # the largest p never underflows
             sums += p.sum(0)
-            squares += torch.linalg.vector_norm(p, dim=0).square_()
             p.scatter_add_(1, labels, p.new_full((1, 1), -1.0).expand(len(block), 1))
             gradient.addmm_(p.T, block)
-        self.confusion = ((sums - squares) / self.n).clamp_min(1e-12)
         residual = (sums - self.counts) / self.n
         gradient = gradient.div_(self.n).addr_(residual, self.mean, alpha=-1)
         return loss.item() / self.n, torch.cat([gradient, residual[:, None]], 1)
 
-    def rounder(self, penalty: float) -> Callable[[Tensor], Tensor]:
-        """The inverse of a Hessian that is diagonal in class and axis, as a function of a gradient.
+    def confusion(self, theta: Tensor) -> Tensor:
+        """Mean of p (1 - p) for each class: (classes,)."""
+        weight, bias = self.plain(theta)
+        spread = torch.zeros(self.classes, device=self.device)
+        for block, _ in self._labelled():
+            p = torch.softmax(torch.addmm(bias, block, weight.T), 1)
+            spread += p.sum(0) - p.square_().sum(0)
+        return (spread / self.n).clamp_min(1e-12)
 
-        Its size is that of mean p (1 - p) of each class, where the loss was last computed.
-        """
-        confusion = self.confusion
+    def _labelled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        row = 0
+        for block in _blocks(self.x, self.classes, self.device):
+            yield block, self.y[row : row + len(block), None]
+            row += len(block)
+
+    def rounder(self, theta: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+        """The inverse of a Hessian that is diagonal in class and axis, as a function of a gradient."""
+        confusion = self.confusion(theta)
         scale = 1 / (torch.outer(confusion, self.spread) + penalty)
         axes = self.axes
 
@@ -202,8 +213,8 @@ class _Problem:
         penalty = 1 / (c * self.n)
         with _quick_products():
             at, gradient = self._begin(c, path, penalty)
-            precondition = self.rounder(penalty)
-            at, gradient = self._descend(at, gradient, penalty, precondition, QUICK * tolerance, QUICK_STEPS)
+            precondition = self.rounder(at.theta, penalty)
+            at, gradient = self._descend(at, gradient, penalty, precondition, QUICK * tolerance, max_steps, STALLED)
         at.cross_entropy, gradient = self.value(at.theta)
         at, _ = self._descend(at, gradient, penalty, precondition, tolerance, max_steps)
         if at.steps < max_steps:
@@ -221,15 +232,20 @@ class _Problem:
         precondition: Callable[[Tensor], Tensor],
         tolerance: float,
         max_steps: int,
+        stalled: int | None = None,
     ) -> tuple[_Point, Tensor]:
-        """Take steps until the quadratic model of the loss promises less than the tolerance."""
+        """Take steps until the quadratic model of the loss promises less than the tolerance, or stalls."""
+        best, best_at = math.inf, at.steps
         while at.steps < max_steps:
             # The history is of the loss alone: the penalty's part is exact, at any C.
             pairs = [(moved, _ridge(changed, moved, penalty)) for moved, changed in at.history]
             full = _ridge(gradient, at.theta, penalty)
             direction = _two_loops(full, pairs, precondition).neg_()
             slope = _dot(direction, full)
-            if -slope / 2 < tolerance:
+            promise = -slope / 2
+            if promise < best / 2:
+                best, best_at = promise, at.steps
+            if promise < tolerance or (stalled and at.steps - best_at >= stalled):
                 break
             at, gradient = self._search(at, gradient, direction, slope, penalty)
         return at, gradient
@@ -338,6 +354,10 @@ def _near(x: Rows, classes: int, device: torch.device) -> Rows:
 
 
 def _blocks(x: Rows, classes: int, device: str | torch.device = "cpu") -> Iterator[Tensor]:
-    rows = max(256, CELLS // max(classes, x.shape[1]))
+    rows = _rows(x, classes)
     for start in range(0, len(x), rows):
         yield torch.as_tensor(x[start : start + rows], dtype=torch.float32, device=device)
+
+
+def _rows(x: Rows, classes: int) -> int:
+    return max(256, CELLS // max(classes, x.shape[1]))
