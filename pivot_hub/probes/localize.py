@@ -30,6 +30,33 @@ class Target:
         return self.picture.masks[self.pair.target]
 
 
+@dataclass(frozen=True)
+class MapScores:
+    """How one map sits on a target: the peak on it or not, and shares from 0 to 1."""
+
+    peak_inside: bool
+    energy_inside: float
+    iou: float
+    area: float  # of the target: what an even map has inside
+
+
+def score_map(grid: np.ndarray, mask: np.ndarray, threshold: float = 0.5) -> MapScores:
+    """Score one map against a true mask, as `localize` scores many.
+
+    Args:
+        grid: (H, W), non-negative.
+        mask: (px, px) bool.
+        threshold: the share of its peak above which a cell counts for the IoU.
+    """
+    large = [enlarge(grid, mask.shape[0])]
+    return MapScores(
+        peak_inside=bool(large[0].max() > 0 and _pointing(large, [mask])[0]),
+        energy_inside=float(_energy(large, [mask])[0]),
+        iou=float(_ious(large, [mask], threshold)[0]),
+        area=float(mask.mean()),
+    )
+
+
 def localize(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
