@@ -148,6 +148,16 @@ def scene_subject(world: World, seed: int, kind: Kind) -> Subject:
     return Subject(picture.image, pair.question, pair.chosen, pair.rejected, mask)
 
 
+def fit_picture(pair: MllmPair, image: Image.Image) -> Image.Image:
+    """Cut a picture to what both encoders see of it: some take its middle square, others the whole."""
+    processors: list[Any] = [m.processor.image_processor for m in (pair.first, pair.second)]
+    if not any(getattr(p, "do_center_crop", False) for p in processors):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
 def compare(
     pair: MllmPair, subject: Subject, explain: Explain = "answer", layer: int | None = None
 ) -> Comparison:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
 from PIL import Image
 
-from pivot_hub.gradcam import enlarge
-
-COLOURS = "viridis"  # perceptually uniform and safe for colour-blind people
+from pivot_hub.comparison import Comparison
+from pivot_hub.gradcam import Method, enlarge
+from pivot_hub.overlay import COLOURS, DIVERGING, densities, stretch
 
 
 def draw_maps(image: Image.Image, maps: Sequence[tuple[str, np.ndarray]], path: Path) -> None:
@@ -30,8 +31,8 @@ def draw_rows(
 ) -> None:
     """Draw one row a scene: the image with its target outlined, then each map as an overlay.
 
-    Maps of one row are brought to a share of their own sum, then drawn on one scale, so that a colour means the
-    same share of the gradient in every map of the row.
+    Maps of one row are brought to multiples of their own mean, then drawn on one scale, so that a colour means the
+    same in every map of the row.
 
     Args:
         rows: (caption, image, (px, px) target mask or None, (title, (H, W) map) pairs).
@@ -41,13 +42,13 @@ def draw_rows(
     figure = Figure(figsize=(2.4 * columns, 2.75 * len(rows)))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axes, (caption, image, mask, maps) in zip(grid, rows, strict=True):
-        shares = [_share(enlarge(m, image.width)) for _, m in maps]
-        top = max(s.max() for s in shares)
+        spread = densities([enlarge(m, image.width) for _, m in maps])
+        top = max(s.max() for s in spread)
         axes[0].imshow(image)
         axes[0].set_title(caption, fontsize=7.5, wrap=True)
-        for ax, (title, _), share in zip(axes[1:], maps, shares, strict=False):
+        for ax, (title, _), large in zip(axes[1:], maps, spread, strict=False):
             ax.imshow(image.convert("L"), cmap="gray")
-            ax.imshow(share, cmap=COLOURS, alpha=0.72, vmin=0, vmax=top)
+            ax.imshow(large, cmap=COLOURS[0], alpha=0.72, vmin=0, vmax=top)
             ax.set_title(title, fontsize=7.5)
         for ax in axes:
             if mask is not None:
@@ -58,6 +59,53 @@ def draw_rows(
     figure.savefig(path, dpi=130)
 
 
-def _share(grid: np.ndarray) -> np.ndarray:
-    total = grid.sum()
-    return grid / total if total > 0 else grid
+def draw_comparison(
+    comparison: Comparison, file: Path | IO[bytes], method: Method = "gradcam", colours: str = COLOURS[0]
+) -> None:
+    """Draw what the Space shows: the picture, both maps on one scale, their difference, with the scales beside them.
+
+    Args:
+        comparison: of two MLLMs.
+        file: the PNG.
+        method: whose maps.
+        colours: of the maps; the difference has its own.
+    """
+    subject, views = comparison.subject, (comparison.first, comparison.second)
+    image = subject.image
+    large = [stretch(m, image.size) for m in densities([v.maps[method] for v in views])]
+    top = max(float(m.max()) for m in large) or 1.0
+    difference = large[1] - large[0]
+    reach = float(np.abs(difference).max()) or 1.0
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 4)
+    said = [f"says: {_plain(v.answer)}" for v in views]
+    for ax, (title, text) in zip(
+        axes,
+        [
+            ("The picture", _plain(subject.question)),
+            (views[0].name, said[0]),
+            (views[1].name, said[1]),
+            ("Difference", f"{views[1].name} minus {views[0].name}"),
+        ],
+        strict=True,
+    ):
+        ax.imshow(image if ax is axes[0] else image.convert("L"), cmap="gray")
+        ax.set_title(f"{_plain(title)}\n{text}", fontsize=9, parse_math=False)
+        if subject.mask is not None:
+            x, y = np.linspace(0, image.width - 1, subject.mask.shape[1]), np.linspace(
+                0, image.height - 1, subject.mask.shape[0]
+            )
+            ax.contour(x, y, subject.mask, levels=[0.5], colors="white", linewidths=1.2)
+        ax.set_axis_off()
+    shown = [ax.imshow(m, cmap=colours, alpha=0.72, vmin=0, vmax=top) for ax, m in zip(axes[1:], large, strict=False)]
+    apart = axes[3].imshow(difference, cmap=DIVERGING, alpha=0.72, vmin=-reach, vmax=reach)
+    scale = {"location": "bottom", "shrink": 0.9, "aspect": 40}
+    figure.colorbar(shown[0], ax=axes[1:3], label=f"{method} of {comparison.explain}, times an even spread", **scale)
+    figure.colorbar(apart, ax=axes[3], **scale)
+    figure.savefig(file, dpi=130, format="png")
+
+
+def _plain(text: str) -> str:
+    """One line of at most 48 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 48 else f"{line[:47]}…"

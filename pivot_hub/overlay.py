@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 
 COLOURS = ("viridis", "cividis", "magma")  # even in lightness, and safe for colour-blind people
 DIVERGING = "PuOr"  # orange to purple, white where nothing differs: safe as well
+FAINTEST = 0.35  # opacity of a map where it is lowest: the picture below stays readable
 SIDE_PX = 320  # longer side of a map as it is shown
 
 
@@ -49,6 +50,15 @@ def colour(values: np.ndarray, name: str, low: float, high: float) -> Image.Imag
     return Image.fromarray(_table(name)[(255 * places.clip(0, 1)).round().astype(np.uint8)])
 
 
+def translucent(values: np.ndarray, name: str, low: float, high: float, clear: float) -> Image.Image:
+    """Colour a map to lie over a picture: RGBA, at `clear` see-through and the more opaque the farther from it."""
+    span = max(high - clear, clear - low)
+    far = np.abs(values - clear) / span if span > 0 else np.zeros_like(values)
+    made = colour(values, name, low, high)
+    made.putalpha(Image.fromarray((255 * (FAINTEST + (1 - FAINTEST) * far.clip(0, 1))).astype(np.uint8)))
+    return made
+
+
 def scale_bar(name: str) -> Image.Image:
     """The scale itself, low to high from left to right, (8, 256) px."""
     return Image.fromarray(np.broadcast_to(_table(name)[None], (8, 256, 3)).copy())
@@ -57,6 +67,7 @@ def scale_bar(name: str) -> Image.Image:
 def outline(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """The edge of a (px, px) mask as a white line with a dark rim, transparent elsewhere."""
     inside = Image.fromarray((255 * mask).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    inside = inside.filter(ImageFilter.GaussianBlur(max(size) / mask.shape[0] / 2))  # no stairs where pixels were few
     inside = inside.point(lambda v: 255 * (v >= 128))
     rings = [
         np.asarray(inside.filter(ImageFilter.MaxFilter(2 * w + 1))) > np.asarray(inside.filter(ImageFilter.MinFilter(3)))
@@ -68,11 +79,11 @@ def outline(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture as a PNG inside a link, which a page shows without asking any server."""
+def data_uri(image: Image.Image, form: str = "PNG") -> str:
+    """A picture inside a link, as PNG or WEBP: a page shows it without asking any server."""
     file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, form, **({"quality": 90} if form == "WEBP" else {}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @lru_cache

@@ -63,7 +63,7 @@ def decode_image(file: Path | IO[bytes], owner: str, name: str) -> Image.Image:
         raise DataError(f"{owner}: image {name} cannot be decoded ({reason}); replace the file.") from None
 
 
-def read_upload(file: Path, most: int = MOST_PIXELS) -> Image.Image:
+def read_upload(file: Path | IO[bytes], most: int = MOST_PIXELS) -> Image.Image:
     """Decode a picture that a stranger gave: upright, RGB, of an animation the first frame.
 
     Args:
