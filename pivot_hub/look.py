@@ -20,6 +20,15 @@ from pivot_hub.mllm_pair import PairNames
 from pivot_hub.overlay import COLOURS
 
 CLOSER = ("swipe", "patches", "colours", "words")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "ask": KINDS,
+    "explain": EXPLAINS,
+    "method": METHODS,
+    "colours": COLOURS,
+    "closer": CLOSER,
+}
+KINDS_OF_VALUE = {int: "a whole number", str: "a text"}
+LARGEST = 999_999_999
 LINK_BYTES = 4000  # of a picture inside a link: servers and proxies take addresses of about 8 KB
 
 
@@ -60,6 +69,22 @@ class Look:
     second: str = ""
     parent: str = ""
     picture: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be chosen: looks come from links and programs, not from the page alone.
+
+        Raises:
+            DataError: a value is none of those allowed, or of another kind; the message names it.
+        """
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise DataError(f"{name} is {str(value)[:40]!r}: it is one of {', '.join(allowed)}.")
+        for name, start in ((f.name, f.default) for f in fields(self)):
+            value = getattr(self, name)
+            if type(value) is not type(start):
+                raise DataError(f"{name} is {str(value)[:40]!r}: it has to be {KINDS_OF_VALUE[type(start)]}.")
+            if isinstance(value, int) and not 0 <= value <= LARGEST:
+                raise DataError(f"{name} is {value}: it lies between 0 and {LARGEST:,}.")
 
     @property
     def names(self) -> PairNames:
@@ -104,24 +129,11 @@ def read_look(query: Mapping[str, str]) -> Look:
     Raises:
         DataError: a value is none that can be chosen; the message names it.
     """
-    allowed: dict[str, tuple[str, ...]] = {
-        "ask": KINDS,
-        "explain": EXPLAINS,
-        "method": METHODS,
-        "colours": COLOURS,
-        "closer": CLOSER,
-    }
     chosen: dict[str, Any] = {}
     for name, start in ((f.name, f.default) for f in fields(Look)):
-        if name not in query:
-            continue
-        value = query[name]
-        if isinstance(start, int):
-            if not value.isdecimal() or len(value) > 9:
-                raise DataError(f"The link says {name}={value[:40]}, which is no whole number.")
-            chosen[name] = int(value)
-        elif name in allowed and value not in allowed[name]:
-            raise DataError(f"The link says {name}={value[:40]}; it is one of {', '.join(allowed[name])}.")
-        else:
-            chosen[name] = value
+        if name in query:
+            value = query[name]
+            if isinstance(start, int) and not (value.isdecimal() and len(value) < 10):
+                raise DataError(f"{name} is {value[:40]!r}, which is no whole number.")
+            chosen[name] = int(value) if isinstance(start, int) else value
     return Look(**chosen)

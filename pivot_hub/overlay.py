@@ -67,7 +67,7 @@ def scale_bar(name: str) -> Image.Image:
 def outline(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     """The edge of a (px, px) mask as a white line with a dark rim, transparent elsewhere."""
     inside = Image.fromarray((255 * mask).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    inside = inside.filter(ImageFilter.GaussianBlur(max(size) / mask.shape[0] / 2))  # no stairs where pixels were few
+    inside = inside.filter(ImageFilter.GaussianBlur(0.9 * max(size) / mask.shape[0]))  # no stairs where pixels were few
     inside = inside.point(lambda v: 255 * (v >= 128))
     rings = [
         np.asarray(inside.filter(ImageFilter.MaxFilter(2 * w + 1))) > np.asarray(inside.filter(ImageFilter.MinFilter(3)))

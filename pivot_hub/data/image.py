@@ -10,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pivot_hub.errors import DataError
 
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "MPO")  # no format that runs other programs
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that runs other programs
 MOST_PIXELS = 64_000_000  # of a picture a visitor gives: 192 MB once it is decoded
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
@@ -76,7 +76,8 @@ def read_upload(file: Path | IO[bytes], most: int = MOST_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the lower one
-            with Image.open(file, formats=UPLOAD_FORMATS) as stored:
+            Image.init()
+            with Image.open(file, formats=[f for f in UPLOAD_FORMATS if f in Image.OPEN]) as stored:
                 width, height = stored.size
                 turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
     except Image.DecompressionBombError:

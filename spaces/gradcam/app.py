@@ -49,9 +49,18 @@ ABOUT = """**Grad-CAM** weighs the encoder's features by how much each raises th
 language model. Both are the encoder's own grid of patches, enlarged. The built-in pair is small: it was trained on drawn
 scenes in minutes on two CPU cores, so of photographs it knows nothing. What a pair shows on one picture is an example,
 not a result: measured over many scenes, this one shows no difference between SFT and DPO."""
-# One line at a time: maps hang hooks into shared models. Whoever waits is served in the order of arrival.
+# One line: maps hang hooks into shared models. Whoever waits is served in the order of arrival.
 QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
-HIDDEN: dict[str, Any] = {**QUEUE, "api_visibility": "private", "show_progress": "hidden"}
+# Values come as they were sent: Gradio's own reading of pictures would answer a broken one with an error of Pillow's.
+# That a file lies in the upload folder is checked before; `read_upload` and `Look` judge the rest.
+AS_SENT: dict[str, Any] = {**QUEUE, "preprocess": False}
+# What a visitor does while the answer to the step before is on its way is not lost: the last step wins.
+HIDDEN: dict[str, Any] = {
+    **AS_SENT,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
 MOST_WAITING = 200
 SET_OPACITY = "(percent) => { document.documentElement.style.setProperty('--heat', percent / 100); }"
 SHOW_LINK = """(query) => {
@@ -90,21 +99,6 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-def picture_input(**options: Any) -> gr.Image:
-    """Make an image input that hands over the file as it came: `read_upload` judges what it holds, not Gradio.
-
-    Gradio's own reading would answer a broken file with an error of Pillow's; that the file lies in the upload folder
-    it has checked before.
-    """
-
-    def path_of(payload: ImageData | None) -> str | None:
-        return None if payload is None else payload.path
-
-    made = gr.Image(type="filepath", **options)
-    made.preprocess = path_of
-    return made
-
-
 def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Blocks:
     """Build the app; models are loaded here, once for all visitors.
 
@@ -124,7 +118,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
     with gr.Blocks(title="What did DPO change?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(INTRO, elem_classes="intro")
         gallery = gr.HTML(viewer.panels.gallery(pictures, 0), js_on_load=script, elem_id="examples")
-        with gr.Row(elem_classes="main"):
+        with gr.Row(elem_classes="desk"):
             with gr.Column(scale=1, min_width=300, elem_classes="choose"):
                 with gr.Group():
                     question = gr.Textbox(
@@ -157,7 +151,8 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
                         )
                         another = gr.Button("Another scene", elem_id="another")
                     with gr.Tab("Your own picture"):
-                        upload = picture_input(
+                        upload = gr.Image(
+                            type="filepath",
                             label="Your picture",
                             sources=["upload", "clipboard", "webcam"],
                             height=260,
@@ -267,12 +262,13 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             """The visitor's look with what the controls say now."""
             said = dict(zip(controls, values, strict=True))
             top = viewer.pair(look).layers
-            said["layer"] = 0 if said["layer"] >= top else int(said["layer"])  # the last one is each encoder's own
-            return replace(look, **said | {"scene": int(said["scene"] or 0), "opacity": int(said["opacity"])})
+            said |= {name: int(said[name] or 0) for name in ("scene", "layer", "opacity")}  # sliders send floats
+            said["layer"] %= top  # the last one is each encoder's own, which a look calls 0
+            return replace(look, **said)
 
-        def show(look: Look, file: str | None) -> dict[Any, Any]:
+        def show(look: Look, file: dict[str, Any] | None) -> dict[Any, Any]:
             """Compare anew, and show all of it."""
-            made = viewer.see(look, file)
+            made = viewer.see(look, file and file["path"])
             texts = {question: made.look.question, right: made.look.right, wrong: made.look.wrong}
             return {**redraw(made), **texts, scene: made.look.scene, ask: made.look.ask}
 
@@ -300,50 +296,53 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             return run
 
         @told
-        def look_now(look: Look, file: str | None, *values: Any) -> dict[Any, Any]:
+        def look_now(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
             return show(take(look, values), file)
 
         @told
-        def look_at_scene(look: Look, file: str | None, *values: Any) -> dict[Any, Any]:
+        def look_at_scene(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(fresh, None)}
 
         @told
-        def look_at_another(look: Look, file: str | None, *values: Any) -> dict[Any, Any]:
+        def look_at_another(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=random.randrange(100_000)), None)}
 
         @told
-        def look_at_example(event: gr.EventData, look: Look, file: str | None, *values: Any) -> dict[Any, Any]:
+        def look_at_example(event: gr.EventData, look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
             example = examples[int(event.index) % len(examples)]
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=example.scene, ask=example.ask), None)}
 
-        @told
-        def look_at_own(look: Look, file: str | None, *values: Any) -> dict[Any, Any]:
-            text = DESCRIBE if file else ""
-            fresh = replace(take(look, values), question=text, right="", wrong="", explain="answer", picture="")
+        def look_at_own(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+            """A picture was given, or taken away: by the visitor, or with a scene that is shown already."""
+            if file is None and not look.picture:
+                return {chosen: look}
+            fresh = replace(take(look, values), question=DESCRIBE if file else "", right="", wrong="", picture="")
+            fresh = replace(fresh, explain="answer")  # without a right answer there is no loss to explain
             try:
                 return {explain: "answer", **show(fresh, file)}
             except PivotError as error:
-                return {message: viewer.panels.message(str(error)), upload: None}
+                text = viewer.panels.message(str(error))
+                return {message: text, upload: None, chosen: replace(look, picture="")}
 
         @told
         def draw_again(made: Seen | None, *values: Any) -> dict[Any, Any]:
             if made is None:
-                return {}
+                return {seen: None}
             how = dict(zip(("method", "colours", "opacity", "closer"), values, strict=True))
             return redraw(Seen(replace(made.look, **how), made.comparison))
 
         @told
         def pick_patch(event: gr.EventData, made: Seen | None) -> dict[Any, Any]:
             if made is None:
-                return {}
+                return {seen: None}
             made = Seen(replace(made.look, row=int(event.row), column=int(event.column)), made.comparison)
             return {chosen: made.look, seen: made, close: viewer.closer(made), query: made.look.query()}
 
         def load_pair(
-            look: Look, file: str | None, *values: Any, progress: gr.Progress = gr.Progress()
+            look: Look, file: dict[str, Any] | None, *values: Any, progress: gr.Progress = gr.Progress()
         ) -> dict[Any, Any]:
             *values_of_controls, one, other, of_both = values
             wanted = PairNames(one.strip(), other.strip(), of_both.strip())
@@ -392,13 +391,14 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
         gr.on([scene.submit, scene.blur, ask.input], look_at_scene, given, all_shown, **HIDDEN)
         another.click(look_at_another, given, all_shown, **HIDDEN)
         gallery.select(look_at_example, given, all_shown, **HIDDEN)
-        upload.input(look_at_own, given, all_shown, **HIDDEN)
+        # Not `input`: Gradio 6.31 fires it for files and not for what is pasted or photographed.
+        upload.change(look_at_own, given, all_shown, **HIDDEN)
         how = [method, colours, opacity, closer]
         gr.on([method.input, colours.input, opacity.release, closer.input], draw_again, [seen, *how], all_shown, **HIDDEN)
         close.select(pick_patch, [seen], [chosen, seen, close, query, message], **HIDDEN)
         opacity.change(None, opacity, js=SET_OPACITY)
         message.change(None, js=SHOW_MESSAGE)
-        gr.on([button.click, another.click, upload.input], None, js=SHOW_MAPS)
+        gr.on([button.click, another.click], None, js=SHOW_MAPS)
         query.change(None, query, link, js=SHOW_LINK)
         pair_shown = [*all_shown, layer, loading, first, second, parent]
         wanted = [*given, first, second, parent]
@@ -423,7 +423,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
 
 def add_endpoints(viewer: Viewer) -> None:
     """Offer the page's work to programs: `gradio_client`, HTTP, and MCP where it is installed."""
-    picture = picture_input(visible=False, label="Picture: empty for a scene of the built-in world")
+    picture = gr.Image(visible=False, type="filepath", label="Picture: empty for a scene of the built-in world")
     scene = gr.Number(Look.scene, visible=False, label="Scene: any whole number draws its own", precision=0, minimum=0)
     ask = gr.Dropdown(list(KINDS), value=Look.ask, visible=False, label="Kind of the scene's own question")
     question = gr.Textbox(visible=False, label="Question: empty for the scene's own, with its answers")
@@ -443,14 +443,16 @@ def add_endpoints(viewer: Viewer) -> None:
     figure, numbers = gr.Image(visible=False, label="Figure", format="png"), gr.JSON(visible=False, label="Numbers")
     button = gr.Button(visible=False)
 
-    def see(picture: str | None, **chosen: Any) -> Seen:
+    def see(picture: dict[str, Any] | None, **chosen: Any) -> Seen:
+        whole = ("scene", "layer", "row", "column")
         try:
-            return viewer.see(Look(**chosen), picture)
+            chosen |= {name: int(chosen[name]) for name in whole if chosen.get(name) is not None}  # JSON has one number
+            return viewer.see(Look(**chosen), picture and picture["path"])
         except PivotError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def look(
-        picture: str | None,
+        picture: dict[str, Any] | None,
         scene: int,
         ask: Kind,
         question: str,
@@ -502,7 +504,7 @@ def add_endpoints(viewer: Viewer) -> None:
         return viewer.figure(seen), viewer.numbers(seen)
 
     def patches(
-        picture: str | None, scene: int, row: int, column: int, first: str, second: str, parent: str
+        picture: dict[str, Any] | None, scene: int, row: int, column: int, first: str, second: str, parent: str
     ) -> dict[str, Any]:
         """Say how alike both encoders find one patch of a picture and every other, and show their features as colour.
 
@@ -522,7 +524,7 @@ def add_endpoints(viewer: Viewer) -> None:
         return viewer.patch_numbers(see(picture, question=DESCRIBE, scene=scene, row=row, column=column, **names))
 
     def words(
-        picture: str | None,
+        picture: dict[str, Any] | None,
         scene: int,
         ask: Kind,
         question: str,
@@ -554,9 +556,9 @@ def add_endpoints(viewer: Viewer) -> None:
         names = {"first": first, "second": second, "parent": parent}
         return viewer.word_numbers(see(picture, scene=scene, ask=ask, method=method, **texts, **names))
 
-    button.click(look, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **QUEUE)
-    button.click(patches, [picture, scene, row, column, *pair], numbers, api_name="patches", **QUEUE)
-    button.click(words, [*what, method, *pair], numbers, api_name="words", **QUEUE)
+    button.click(look, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **AS_SENT)
+    button.click(patches, [picture, scene, row, column, *pair], numbers, api_name="patches", **AS_SENT)
+    button.click(words, [*what, method, *pair], numbers, api_name="words", **AS_SENT)
 
 
 def names_from_environment() -> tuple[PairNames, Path | None]:
