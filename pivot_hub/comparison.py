@@ -183,7 +183,7 @@ def compare(
         raise DataError("The DPO loss compares two answers: give a right and a wrong one.")
     if explain == "dpo" and pair.parent is None:
         raise DataError("The DPO loss needs the parent of both encoders: name it beside them.")
-    with pair.lock:
+    with pair.alone():
         views = [_view(mllm, pair, subject, explain, layer) for mllm in (pair.first, pair.second)]
     return Comparison(subject, explain, layer, *views)
 
@@ -191,7 +191,7 @@ def compare(
 def compare_tokens(pair: MllmPair, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
     """Maps of each token of the explained answer, in both MLLMs."""
     subject = comparison.subject
-    with pair.lock:
+    with pair.alone():
         one, other = (
             token_maps(mllm.model, mllm.processor, subject.image, subject.question, view.explained)
             for mllm, view in ((pair.first, comparison.first), (pair.second, comparison.second))
@@ -201,7 +201,7 @@ def compare_tokens(pair: MllmPair, comparison: Comparison) -> tuple[list[TokenMa
 
 def compare_patches(pair: MllmPair, image: Image.Image, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Patch features (H, W, D) of a picture in both encoders."""
-    with pair.lock:
+    with pair.alone():
         one, other = (patch_tokens(m.model, m.processor, image, layer) for m in (pair.first, pair.second))
     return one, other
 

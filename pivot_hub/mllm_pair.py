@@ -12,7 +12,8 @@ import re
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -35,7 +36,23 @@ SHIPPED = RECIPES / "shapes" / "pair"
 STAGES = {"parent": "2-instruct", "sft": "3-sft", "dpo": "3-dpo"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # never a pickle, never code
+FEW_PARAMETERS = 50_000_000  # of an MLLM that computes faster on one thread
 MOST_PARAMETERS = 3_000_000_000  # of an MLLM that a visitor may ask for
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: operations of microseconds, which waking a second one only delays.
+
+    Beside other programs it delays them by thousands: a comparison by the shipped pair took 0.22 s on one thread and
+    2.7 to 6.0 s on two, on two cores that others used too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -60,14 +77,21 @@ class Mllm:
 class MllmPair:
     """Two MLLMs, in evaluation mode, with the parent of both where there is one.
 
-    Maps hang hooks into a model while they are computed: whoever uses one of these holds `lock`.
+    Maps hang hooks into a model while they are computed: whoever uses one of these does it within `alone()`.
     """
 
     names: PairNames
     first: Mllm
     second: Mllm
     parent: Mllm | None
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Use the models with nobody else in them, and small ones on one thread."""
+        size = sum(p.numel() for p in self.first.model.parameters())
+        with self.lock, _one_thread() if size < FEW_PARAMETERS else nullcontext():
+            yield
 
     @property
     def image_px(self) -> int:
@@ -124,6 +148,7 @@ def pack_pair(runs: Path, output: Path) -> Path:
     return output
 
 
+@_one_thread()
 def shipped_pair(folder: Path = SHIPPED) -> MllmPair:
     """Load the packed pair.
 
@@ -189,7 +214,7 @@ class PairShelf:
         if names == PairNames():
             return self.start()
         if not names.first or not names.second:
-            raise CheckpointError("two MLLMs are compared: give both names, or neither for the built-in pair.")
+            raise CheckpointError("Two MLLMs are compared: give both names, or neither for the built-in pair.")
         with self._lock:
             if names in self._others:
                 self._others.move_to_end(names)
@@ -234,8 +259,8 @@ class PairShelf:
             raise
         except Exception as error:  # no network, a proxy, a full disk: the library has a class for each
             raise CheckpointError(
-                f"{name}: it could not be fetched from the Hub ({type(error).__name__}); try again later, or name "
-                "a repository that is already here."
+                f"{name}: it could not be fetched; the Hub is out of reach or has no such repository. Check the "
+                "spelling, or try again later."
             ) from error
 
     def _check_size(self, name: str, config_file: Path) -> None:

@@ -54,6 +54,9 @@ QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 # Values come as they were sent: Gradio's own reading of pictures would answer a broken one with an error of Pillow's.
 # That a file lies in the upload folder is checked before; `read_upload` and `Look` judge the rest.
 AS_SENT: dict[str, Any] = {**QUEUE, "preprocess": False}
+# Programs and those who load other encoders, minutes of a download perhaps, keep nobody else waiting.
+PROGRAMS: dict[str, Any] = {**AS_SENT, "concurrency_id": "programs"}
+LOADING: dict[str, Any] = {"concurrency_id": "loading", "concurrency_limit": 4}
 # What a visitor does while the answer to the step before is on its way is not lost: the last step wins.
 HIDDEN: dict[str, Any] = {
     **AS_SENT,
@@ -332,7 +335,14 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             if made is None:
                 return {seen: None}
             how = dict(zip(("method", "colours", "opacity", "closer"), values, strict=True))
-            return redraw(Seen(replace(made.look, **how), made.comparison))
+            return redraw(Seen(replace(made.look, **how | {"opacity": int(how["opacity"])}), made.comparison))
+
+        def remember_opacity(made: Seen | None, percent: float) -> dict[Any, Any]:
+            """The page has set it already: only the link has to know."""
+            if made is None:
+                return {seen: None}
+            made = Seen(replace(made.look, opacity=int(percent)), made.comparison)
+            return {chosen: made.look, seen: made, query: made.look.query()}
 
         @told
         def pick_patch(event: gr.EventData, made: Seen | None) -> dict[Any, Any]:
@@ -387,14 +397,15 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
 
         all_shown = [chosen, seen, stage, close, message, query, question, right, wrong, scene, ask, upload, explain]
         gr.on([button.click, question.submit, right.submit, wrong.submit], look_now, given, all_shown, **HIDDEN)
-        gr.on([explain.input, layer.release], look_now, given, all_shown, **HIDDEN)
-        gr.on([scene.submit, scene.blur, ask.input], look_at_scene, given, all_shown, **HIDDEN)
+        gr.on([explain.input, layer.input], look_now, given, all_shown, **HIDDEN)
+        gr.on([scene.input, ask.input], look_at_scene, given, all_shown, **HIDDEN)
         another.click(look_at_another, given, all_shown, **HIDDEN)
         gallery.select(look_at_example, given, all_shown, **HIDDEN)
         # Not `input`: Gradio 6.31 fires it for files and not for what is pasted or photographed.
         upload.change(look_at_own, given, all_shown, **HIDDEN)
         how = [method, colours, opacity, closer]
-        gr.on([method.input, colours.input, opacity.release, closer.input], draw_again, [seen, *how], all_shown, **HIDDEN)
+        gr.on([method.input, colours.input, closer.input], draw_again, [seen, *how], all_shown, **HIDDEN)
+        opacity.input(remember_opacity, [seen, opacity], [chosen, seen, query], **HIDDEN)
         close.select(pick_patch, [seen], [chosen, seen, close, query, message], **HIDDEN)
         opacity.change(None, opacity, js=SET_OPACITY)
         message.change(None, js=SHOW_MESSAGE)
@@ -402,9 +413,10 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
         query.change(None, query, link, js=SHOW_LINK)
         pair_shown = [*all_shown, layer, loading, first, second, parent]
         wanted = [*given, first, second, parent]
-        load.click(load_pair, wanted, pair_shown, **{**HIDDEN, "show_progress": "full"}, show_progress_on=loading)
-        back.click(load_built_in, wanted, pair_shown, **{**HIDDEN, "show_progress": "full"}, show_progress_on=loading)
-        app.load(open_link, None, [*pair_shown, method, opacity, colours, closer], **HIDDEN)
+        loads: dict[str, Any] = {**HIDDEN, **LOADING, "show_progress": "full", "show_progress_on": loading}
+        load.click(load_pair, wanted, pair_shown, **loads)
+        back.click(load_built_in, wanted, pair_shown, **loads)
+        app.load(open_link, None, [*pair_shown, method, opacity, colours, closer], **{**HIDDEN, **LOADING})
 
         def figure_link(made: Seen | None) -> str:
             return "" if made is None else data_uri(viewer.figure(made))
@@ -426,16 +438,16 @@ def add_endpoints(viewer: Viewer) -> None:
     picture = gr.Image(visible=False, type="filepath", label="Picture: empty for a scene of the built-in world")
     scene = gr.Number(Look.scene, visible=False, label="Scene: any whole number draws its own", precision=0, minimum=0)
     ask = gr.Dropdown(list(KINDS), value=Look.ask, visible=False, label="Kind of the scene's own question")
-    question = gr.Textbox(visible=False, label="Question: empty for the scene's own, with its answers")
-    right = gr.Textbox(visible=False, label="Right answer: empty to explain what each model says")
-    wrong = gr.Textbox(visible=False, label="Wrong answer")
+    question = gr.Textbox("", visible=False, label="Question: empty for the scene's own, with its answers")
+    right = gr.Textbox("", visible=False, label="Right answer: empty to explain what each model says")
+    wrong = gr.Textbox("", visible=False, label="Wrong answer")
     explain = gr.Radio(list(EXPLAINS), value=Look.explain, visible=False, label="What to explain")
     method = gr.Radio(list(METHODS), value=Look.method, visible=False, label="Map")
     layer = gr.Number(0, visible=False, label="Layer for Grad-CAM: 0 for the one the MLLM sees", precision=0, minimum=0)
     colours = gr.Dropdown(list(COLOURS), value=Look.colours, visible=False, label="Colours of the maps")
-    first = gr.Textbox(visible=False, label="First MLLM by Hub name: empty for the built-in pair")
-    second = gr.Textbox(visible=False, label="Second MLLM")
-    parent = gr.Textbox(visible=False, label="Parent of both, for the DPO loss")
+    first = gr.Textbox("", visible=False, label="First MLLM by Hub name: empty for the built-in pair")
+    second = gr.Textbox("", visible=False, label="Second MLLM")
+    parent = gr.Textbox("", visible=False, label="Parent of both, for the DPO loss")
     row = gr.Number(Look.row, visible=False, label="Row of the patch, from 0 at the top", precision=0, minimum=0)
     column = gr.Number(Look.column, visible=False, label="Column, from 0 at the left", precision=0, minimum=0)
     what = [picture, scene, ask, question, right, wrong]
@@ -443,7 +455,7 @@ def add_endpoints(viewer: Viewer) -> None:
     figure, numbers = gr.Image(visible=False, label="Figure", format="png"), gr.JSON(visible=False, label="Numbers")
     button = gr.Button(visible=False)
 
-    def see(picture: dict[str, Any] | None, **chosen: Any) -> Seen:
+    def see(picture: dict[str, Any] | None = None, **chosen: Any) -> Seen:
         whole = ("scene", "layer", "row", "column")
         try:
             chosen |= {name: int(chosen[name]) for name in whole if chosen.get(name) is not None}  # JSON has one number
@@ -452,19 +464,19 @@ def add_endpoints(viewer: Viewer) -> None:
             raise gr.Error(str(error), print_exception=False) from error
 
     def look(
-        picture: dict[str, Any] | None,
-        scene: int,
-        ask: Kind,
-        question: str,
-        right: str,
-        wrong: str,
-        explain: Explain,
-        method: Method,
-        layer: int,
-        colours: str,
-        first: str,
-        second: str,
-        parent: str,
+        picture: dict[str, Any] | None = None,
+        scene: int = Look.scene,
+        ask: Kind = Look.ask,
+        question: str = "",
+        right: str = "",
+        wrong: str = "",
+        explain: Explain = Look.explain,
+        method: Method = Look.method,
+        layer: int = 0,
+        colours: str = Look.colours,
+        first: str = "",
+        second: str = "",
+        parent: str = "",
     ) -> tuple[Image.Image, dict[str, Any]]:
         """Show where two vision encoders, one trained by SFT and one by DPO, look for an answer on a picture.
 
@@ -504,7 +516,7 @@ def add_endpoints(viewer: Viewer) -> None:
         return viewer.figure(seen), viewer.numbers(seen)
 
     def patches(
-        picture: dict[str, Any] | None, scene: int, row: int, column: int, first: str, second: str, parent: str
+        picture: dict[str, Any] | None = None, scene: int = Look.scene, row: int = Look.row, column: int = Look.column, first: str = "", second: str = "", parent: str = ""
     ) -> dict[str, Any]:
         """Say how alike both encoders find one patch of a picture and every other, and show their features as colour.
 
@@ -524,16 +536,16 @@ def add_endpoints(viewer: Viewer) -> None:
         return viewer.patch_numbers(see(picture, question=DESCRIBE, scene=scene, row=row, column=column, **names))
 
     def words(
-        picture: dict[str, Any] | None,
-        scene: int,
-        ask: Kind,
-        question: str,
-        right: str,
-        wrong: str,
-        method: Method,
-        first: str,
-        second: str,
-        parent: str,
+        picture: dict[str, Any] | None = None,
+        scene: int = Look.scene,
+        ask: Kind = Look.ask,
+        question: str = "",
+        right: str = "",
+        wrong: str = "",
+        method: Method = Look.method,
+        first: str = "",
+        second: str = "",
+        parent: str = "",
     ) -> dict[str, Any]:
         """Show where each token of an answer depends on the picture, in both encoders.
 
@@ -556,9 +568,9 @@ def add_endpoints(viewer: Viewer) -> None:
         names = {"first": first, "second": second, "parent": parent}
         return viewer.word_numbers(see(picture, scene=scene, ask=ask, method=method, **texts, **names))
 
-    button.click(look, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **AS_SENT)
-    button.click(patches, [picture, scene, row, column, *pair], numbers, api_name="patches", **AS_SENT)
-    button.click(words, [*what, method, *pair], numbers, api_name="words", **AS_SENT)
+    button.click(look, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **PROGRAMS)
+    button.click(patches, [picture, scene, row, column, *pair], numbers, api_name="patches", **PROGRAMS)
+    button.click(words, [*what, method, *pair], numbers, api_name="words", **PROGRAMS)
 
 
 def names_from_environment() -> tuple[PairNames, Path | None]:
