@@ -27,12 +27,12 @@ else:
 
 
 import gradio as gr  # noqa: E402
-from gradio.data_classes import ImageData  # noqa: E402
+from gradio.utils import get_upload_folder  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pivot_hub.comparison import scene_subject  # noqa: E402
 from pivot_hub.data.shapes import DESCRIBE, KINDS, Kind, World  # noqa: E402
-from pivot_hub.errors import PivotError  # noqa: E402
+from pivot_hub.errors import DataError, PivotError  # noqa: E402
 from pivot_hub.gradcam import EXPLAINS, METHODS, Explain, Method  # noqa: E402
 from pivot_hub.look import Look, read_look  # noqa: E402
 from pivot_hub.mllm_pair import PairNames, PairShelf  # noqa: E402
@@ -52,7 +52,7 @@ not a result: measured over many scenes, this one shows no difference between SF
 # One line: maps hang hooks into shared models. Whoever waits is served in the order of arrival.
 QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 # Values come as they were sent: Gradio's own reading of pictures would answer a broken one with an error of Pillow's.
-# That a file lies in the upload folder is checked before; `read_upload` and `Look` judge the rest.
+# `path_of`, `read_upload` and `Look` judge them.
 AS_SENT: dict[str, Any] = {**QUEUE, "preprocess": False}
 # Programs and those who load other encoders, minutes of a download perhaps, keep nobody else waiting.
 PROGRAMS: dict[str, Any] = {**AS_SENT, "concurrency_id": "programs"}
@@ -100,6 +100,22 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "mcp_server": importlib.util.find_spec("mcp") is not None,
 }
+
+
+def path_of(file: Any) -> Path | None:
+    """The file behind an image input as it was sent: one that was uploaded here, and no other of this machine.
+
+    Gradio 6.31 checks this itself only where the sender marked the value as a file.
+
+    Raises:
+        DataError: it is none.
+    """
+    if file is None:
+        return None
+    path = file.get("path") if isinstance(file, dict) else None
+    if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+        raise DataError("This is no picture that was uploaded here; upload it again.")
+    return Path(path)
 
 
 def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Blocks:
@@ -271,7 +287,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
 
         def show(look: Look, file: dict[str, Any] | None) -> dict[Any, Any]:
             """Compare anew, and show all of it."""
-            made = viewer.see(look, file and file["path"])
+            made = viewer.see(look, path_of(file))
             texts = {question: made.look.question, right: made.look.right, wrong: made.look.wrong}
             return {**redraw(made), **texts, scene: made.look.scene, ask: made.look.ask}
 
@@ -459,7 +475,7 @@ def add_endpoints(viewer: Viewer) -> None:
         whole = ("scene", "layer", "row", "column")
         try:
             chosen |= {name: int(chosen[name]) for name in whole if chosen.get(name) is not None}  # JSON has one number
-            return viewer.see(Look(**chosen), picture and picture["path"])
+            return viewer.see(Look(**chosen), path_of(picture))
         except PivotError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
