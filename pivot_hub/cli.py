@@ -165,12 +165,7 @@ def search(
 
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
-    from pivot_hub.errors import RecipeError
-
-    try:
-        candidates = [float(r) for r in rates.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rates {rates!r}: give numbers, as in 3e-5,1e-4,3e-4.") from None
+    candidates = _numbers("--rates", rates, float)
     from pivot_hub.training.search import search_rate
 
     record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=_say)
@@ -267,21 +262,131 @@ def export(
 @app.command()
 def probe(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
-    data: Annotated[str, typer.Option(help="`shapes`, or a folder of class folders.")] = "shapes",
-    seed: Annotated[int, typer.Option(help="Of splits and bootstrap.")] = 0,
+    data: Annotated[
+        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; a Hub data set.")
+    ] = "shapes",
+    protocols: Annotated[
+        str, typer.Option(help="For classes, comma-separated: prototypes, fast, full, knn, attention.")
+    ] = "prototypes,fast,full,knn",
+    revision: Annotated[str | None, typer.Option(help="Of a Hub data set.")] = None,
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, that the encoder computes in.")] = "float32",
     on_bad_row: Annotated[str, typer.Option(help="stop at an image that cannot be decoded, or skip it.")] = "stop",
+    cache: Annotated[Path | None, typer.Option(help="Folder of computed features; below HF_HOME by default.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode; one a core by default.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure a frozen encoder: classification and segmentation of the world, or classes of a folder.
+    """Measure a frozen encoder: classification and segmentation of the built-in world, or classes of images.
 
-    Example: `pivot probe hub/pivot/shapes-dpo --data shapes --json results.json`
+    Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
     """
     from pivot_hub.probes.run import probe_encoder
 
-    results, skipped = probe_encoder(encoder, data, seed, on_bad_row)
-    if skipped:
-        _say(f"{len(skipped)} images skipped, the first: {skipped[0]}")
-    _show(results, json_path, skipped)
+    with _bar("images") as advance:
+        results, skipped = probe_encoder(
+            encoder,
+            data,
+            seed,
+            on_bad_row,
+            protocols=tuple(protocols.split(",")),
+            revision=revision,
+            dtype=dtype,
+            cache=cache,
+            workers=workers,
+            progress=advance,
+        )
+    for reason in skipped:
+        _say(f"left out: {reason}")
+    _show(results, json_path)
+
+
+@app.command()
+def compare(
+    encoders: Annotated[
+        list[str], typer.Argument(help="Two or more: folders, Hub names, or files that `--json` of a probe wrote.")
+    ],
+    data: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "shapes",
+    protocols: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "prototypes,fast,full,knn",
+    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(help="Of the paired bootstrap.")] = 10_000,
+    figure: Annotated[Path | None, typer.Option(help="Draw the differences here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Which encoder is better, on the same test items; each is compared with the first.
+
+    Example: `pivot compare hub/pivot/shapes-sft hub/pivot/shapes-dpo --figure compare.png`
+    """
+    from pivot_hub.files import write_whole
+    from pivot_hub.probes.compare import compare_results, draw_comparisons
+    from pivot_hub.probes.run import probe_all
+
+    with _bar("images") as advance:
+        measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+    made = compare_results(measured, draws, seed)
+    out.print(made.table())
+    _say(made.method())
+    if markdown:
+        write_whole(markdown, made.markdown())
+    if figure:
+        draw_comparisons(made, figure)
+    _write(json_path, made.facts())
+
+
+@app.command()
+def localize(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    data: Annotated[Path, typer.Option(help="A folder of photos; with `images` and `labels` in it, YOLO's layout.")],
+    boxes: Annotated[Path | None, typer.Option(help="A folder of YOLO label files, or a COCO JSON file.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="A folder of id masks, PNG.")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="YAML with the names of ids; else looked for by the labels.")
+    ] = None,
+    ignore: Annotated[str, typer.Option(help="For --masks, ids that are no class, comma-separated.")] = "255",
+    explain: Annotated[str, typer.Option(help="Some of answer, sft, dpo, comma-separated.")] = "answer",
+    reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
+    question: Annotated[str, typer.Option(help="Template of the question.")] = "Is there {article} {name}?",
+    answer: Annotated[str, typer.Option(help="Template of the right answer.")] = "Yes, there is {article} {name}.",
+    rejected: Annotated[str, typer.Option(help="Template of the wrong one, for dpo.")] = "No, there is no {name}.",
+    limit: Annotated[int | None, typer.Option(help="How many photos, drawn by the seed; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the bootstrap and random weights.")] = 0,
+    on_bad_row: Annotated[str, typer.Option(help="stop at a bad photo or label, or skip the photo.")] = "stop",
+    name: Annotated[
+        str | None, typer.Option(help="Of the encoder in the results; the checkpoint's by default.")
+    ] = None,
+    random_vision: Annotated[
+        bool, typer.Option("--random-vision", help="First give the vision tower random weights: the floor.")
+    ] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Score an MLLM's gradient maps against boxes or masks of photos: pointing game, energy inside, IoU.
+
+    Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
+    """
+    from pivot_hub.probes.localize import Wording, localize_folder
+    from pivot_hub.probes.result import write_results
+
+    results, left_out = localize_folder(
+        checkpoint,
+        data,
+        boxes,
+        masks,
+        names,
+        _numbers("--ignore", ignore, int) if ignore else [],
+        explain.split(","),
+        reference,
+        Wording(question, answer, rejected),
+        limit,
+        seed,
+        on_bad_row,
+        name,
+        random_vision,
+    )
+    if left_out:
+        _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+    if json_path is not None:
+        write_results(json_path, results)
+    _show(results, None)
 
 
 @app.command()
@@ -434,6 +539,28 @@ def bench_dpo_step(
     _write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, say=_say))
 
 
+@bench.command("probe")
+def bench_probe(
+    images: Annotated[int, typer.Option(help="Rows that are fitted.")] = 50_000,
+    width: Annotated[int, typer.Option(help="Of a feature.")] = 1152,
+    classes: Annotated[int, typer.Option(help="Of the rows.")] = 1000,
+    cs: Annotated[str, typer.Option(help="Inverse penalties, comma-separated.")] = "0.01,0.1,1",
+    tolerance: Annotated[float, typer.Option(help="scikit-learn's tol.")] = 1e-6,
+    max_iter: Annotated[int, typer.Option(help="scikit-learn's max_iter.")] = 100,
+    kinds: Annotated[str, typer.Option(help="random and correlated features, comma-separated.")] = "random,correlated",
+    json_path: JsonPath = None,
+) -> None:
+    """Our logistic regression against scikit-learn's: time, loss and accuracy.
+
+    Example: `pivot bench probe --images 5000 --width 128 --classes 100 --json probe.json`
+    """
+    from pivot_hub.bench.probe import bench_probe
+
+    chosen = tuple(float(c) for c in cs.split(","))
+    measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=_say)
+    _write(json_path, measured)
+
+
 @app.command()
 def gradcam(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
@@ -444,13 +571,43 @@ def gradcam(
     reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
     explain: Annotated[str, typer.Option(help="answer, sft or dpo.")] = "answer",
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("gradcam.png"),
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Train on this pair alone, by each loss, and draw both on the way.")
+    ] = False,
+    steps: Annotated[str, typer.Option(help="For --overfit, when to look, comma-separated; 0 is before.")] = "10,20,30",
+    learning_rate: Annotated[
+        str | None, typer.Option(help="For --overfit, as in 3e-5, or one a loss, as in sft=1e-5,dpo=3e-5.")
+    ] = None,
+    beta: Annotated[float, typer.Option(help="For --overfit, of the DPO loss.")] = 0.1,
+    mask: Annotated[
+        Path | None, typer.Option(help="For --overfit, a picture that is black outside of the thing asked about.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Draw where an answer, or a loss on it, depends on the image.
 
-    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`
+    Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`; the paper's
+    experiment on one pair: `pivot gradcam runs/shapes/2-instruct scene.png --question "What is it?" --answer
+    "It is a star." --rejected "It is a ring." --overfit --json overfit.json`
     """
-    from pivot_hub.figure import draw_maps
+    from pivot_hub.figure import draw_maps, draw_rows
+
+    if overfit:
+        from pivot_hub.overfit import LOSSES, figure_rows, overfit_file
+
+        looked = _numbers("--steps", steps, int)
+        rates = {} if learning_rate is None else _rates(learning_rate, LOSSES)
+        runs, picture, seen, facts = overfit_file(
+            checkpoint, image, question, answer, rejected, looked, rates, beta, mask
+        )
+        heading = f"{question}\nright: {answer}   wrong: {rejected}"
+        heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
+        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
+        for run in runs:
+            _say(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
+        _say(f"figure: {output}")
+        _write(json_path, facts)
+        return
     from pivot_hub.gradcam import explain_file
 
     made, picture = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
@@ -523,11 +680,35 @@ def _bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
     yield advance
 
 
-def _show(results: list[ProbeResult], path: Path | None, skipped: Sequence[str] = ()) -> None:
+def _show(results: list[ProbeResult], path: Path | None) -> None:
     for result in results:
         low, high = result.ci95
         _say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
-    _write(path, {"results": [r.facts() for r in results], "skipped": list(skipped)})
+    if path is not None:
+        from pivot_hub.probes.result import write_results
+
+        write_results(path, results)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    from pivot_hub.errors import RecipeError
+
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option} {text!r}: give numbers with commas between them.") from None
+
+
+def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
+    """A rate for all losses, or `loss=rate` with commas between them."""
+    if "=" not in text:
+        return dict.fromkeys(losses, _numbers("--learning-rate", text, float)[0])
+    rates = dict(part.partition("=")[::2] for part in text.split(","))
+    if unknown := [loss for loss in rates if loss not in losses]:
+        from pivot_hub.errors import RecipeError
+
+        raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
+    return {loss: _numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
 
 
 def _is_first() -> bool:

@@ -27,34 +27,44 @@ def draw_maps(image: Image.Image, maps: Sequence[tuple[str, np.ndarray]], path: 
 
 
 def draw_rows(
-    rows: Sequence[tuple[str, Image.Image, np.ndarray | None, Sequence[tuple[str, np.ndarray]]]], path: Path
+    rows: Sequence[tuple[str, Image.Image, np.ndarray | None, Sequence[tuple[str, np.ndarray]]]],
+    path: Path,
+    heading: str = "",
+    rows_a_scale: int = 1,
 ) -> None:
     """Draw one row a scene: the image with its target outlined, then each map as an overlay.
 
-    Maps of one row are brought to multiples of their own mean, then drawn on one scale, so that a colour means the
-    same in every map of the row.
+    Maps are brought to a share of their own sum, then drawn on one scale for each row, so that a colour means the same
+    share of the gradient in every map of the row.
 
     Args:
         rows: (caption, image, (px, px) target mask or None, (title, (H, W) map) pairs).
         path: of the PNG.
+        heading: above all.
+        rows_a_scale: how many neighbouring rows share a scale; more than one get a bar that tells its values.
     """
     columns = 1 + max(len(maps) for *_, maps in rows)
-    figure = Figure(figsize=(2.4 * columns, 2.75 * len(rows)))
+    figure = Figure(figsize=(2.4 * columns, 2.65 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes, (caption, image, mask, maps) in zip(grid, rows, strict=True):
-        spread = densities([enlarge(m, image.width) for _, m in maps])
-        top = max(s.max() for s in spread)
+    shares = [[_share(enlarge(m, image.width)) for _, m in maps] for _, image, _, maps in rows]
+    for number, (axes, (caption, image, mask, maps)) in enumerate(zip(grid, rows, strict=True)):
+        first = number - number % rows_a_scale
+        top = max(s.max() for row in shares[first : first + rows_a_scale] for s in row)
         axes[0].imshow(image)
         axes[0].set_title(caption, fontsize=7.5, wrap=True)
-        for ax, (title, _), large in zip(axes[1:], maps, spread, strict=False):
+        for ax, (title, _), share in zip(axes[1:], maps, shares[number], strict=False):
             ax.imshow(image.convert("L"), cmap="gray")
-            ax.imshow(large, cmap=COLOURS[0], alpha=0.72, vmin=0, vmax=top)
+            drawn = ax.imshow(share, cmap=COLOURS[0], alpha=0.72, vmin=0, vmax=top)
             ax.set_title(title, fontsize=7.5)
         for ax in axes:
             if mask is not None:
                 ax.contour(mask, levels=[0.5], colors="white", linewidths=1.2)
             ax.set_axis_off()
-    figure.tight_layout()
+        if rows_a_scale > 1 and number == first:
+            bar = figure.colorbar(drawn, ax=list(grid[first : first + rows_a_scale].flat), fraction=0.02, pad=0.01)
+            bar.set_label("share of the map, in percent a pixel", fontsize=7.5)
+            bar.ax.tick_params(labelsize=7)
+    figure.suptitle(heading, fontsize=9, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -109,3 +119,8 @@ def _plain(text: str) -> str:
     """One line of at most 48 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 48 else f"{line[:47]}…"
+
+
+def _share(grid: np.ndarray) -> np.ndarray:
+    total = grid.sum()
+    return 100 * grid / total if total > 0 else grid

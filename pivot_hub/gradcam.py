@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from pivot_hub.data.image import open_image
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
 from pivot_hub.errors import DataError
-from pivot_hub.mllm import chat_prompt, image_px, load_mllm, register_tokens
+from pivot_hub.mllm import chat_prompt, load_mllm, register_tokens
 
 Explain = Literal["answer", "sft", "dpo"]
 Method = Literal["gradcam", "gradient"]
@@ -85,14 +85,7 @@ def gradient_map(
         batch["pixel_values"] = batch["pixel_values"].clone().requires_grad_()
     with torch.enable_grad(), _tokens_of(model, inner) as tokens:
         log_probs = answer_log_probs(model, batch)
-        if explain == "answer":
-            value = log_probs[0]
-        elif explain == "sft":
-            value = -log_probs[0] / batch["completion_mask"][0].sum()
-        else:
-            assert anchor is not None
-            ratio = log_probs - anchor
-            value = -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
+        value = explained_value(explain, log_probs, batch, anchor, beta)
         features, projected = tokens["features"], tokens["projected"]
         by_feature, by_token = torch.autograd.grad(value, [features, projected])
     patches = slice(register_tokens(model), None)
@@ -154,6 +147,27 @@ def feature_layer(model: LlavaForConditionalGeneration) -> int:
     return layer if layer >= 0 else int(cast(Any, model.config.vision_config).num_hidden_layers) + 1 + layer
 
 
+def explained_value(
+    explain: Explain, log_probs: Tensor, batch: dict[str, Tensor], anchor: Tensor | None = None, beta: float = 0.1
+) -> Tensor:
+    """What is explained of a pair's (A,) log-probabilities, a scalar.
+
+    Args:
+        explain: see `gradient_map`.
+        log_probs: of the answer, and for `dpo` of the rejected one.
+        batch: of the answers.
+        anchor: log-probabilities of both under the reference, for `dpo`.
+        beta: of the DPO loss.
+    """
+    if explain == "answer":
+        return log_probs[0]
+    if explain == "sft":
+        return -log_probs[0] / batch["completion_mask"][0].sum()
+    assert anchor is not None
+    ratio = log_probs - anchor
+    return -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
+
+
 def answer_batch(
     processor: LlavaProcessor, image: Image.Image, question: str, answers: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -210,6 +224,29 @@ def enlarge(grid: np.ndarray, image_px: int) -> np.ndarray:
     """Bilinear interpolation of a (H, W) map to (image_px, image_px)."""
     sheet = Image.fromarray(grid.astype(np.float32))
     return np.asarray(sheet.resize((image_px, image_px), Image.Resampling.BILINEAR))
+
+
+def seen_image(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
+    """What the encoder sees of an image: resized, cropped or padded by its own processor, colours as they were.
+
+    Raises:
+        DataError: the processor gives images that are not square, which maps cannot be laid over.
+    """
+    prepared = cast(Any, processor).image_processor(
+        images=image, do_rescale=False, do_normalize=False, return_tensors="np"
+    )["pixel_values"][0]
+    if prepared.shape[1] != prepared.shape[2]:
+        raise DataError(f"the image processor gives images of {prepared.shape[1:]} pixels; maps need square ones.")
+    return Image.fromarray(prepared.transpose(1, 2, 0).round().clip(0, 255).astype(np.uint8))
+
+
+def seen_mask(processor: LlavaProcessor, mask: np.ndarray) -> np.ndarray:
+    """What the encoder sees of a (H, W) bool mask: its way is the image's, so no resize or crop is guessed.
+
+    Returns:
+        (image_px, image_px) bool, pixels of which at least half lies on the mask.
+    """
+    return np.asarray(seen_image(processor, Image.fromarray(mask).convert("RGB")))[..., 0] >= 128
 
 
 def _grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
@@ -293,5 +330,4 @@ def explain_file(
     model, processor = load_mllm(checkpoint)
     parent = load_mllm(reference)[0].eval() if reference is not None else None
     made = gradient_map(model.eval(), processor, picture, question, answer, explain, rejected, parent)
-    side = image_px(model)
-    return made, picture.resize((side, side))
+    return made, seen_image(processor, picture)

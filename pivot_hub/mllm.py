@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
@@ -135,6 +136,15 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
 def image_px(model: LlavaForConditionalGeneration) -> int:
     """Side of the square images the model's encoder takes."""
     return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
+
+
+def randomise_vision(model: LlavaForConditionalGeneration, seed: int) -> None:
+    """Give the vision tower the random weights it would begin its training with: the floor of what it can show."""
+    tower = cast(PreTrainedModel, model.model.vision_tower)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = AutoModel.from_config(tower.config)
+    tower.load_state_dict(fresh.state_dict())
 
 
 def register_tokens(model: LlavaForConditionalGeneration) -> int:

@@ -125,7 +125,7 @@ class Panels:
             views.append({"name": view.name, "tokens": made})
         explained = comparison.first.explained
         same = explained == comparison.second.explained
-        text = f"Each token of {explained!r}" if same else "Each token of what the model says itself"
+        text = f"Each token of “{explained}”" if same else "Each token of what the model says itself"
         facts = {
             "text": f"{text}, given the tokens before it: its probability, and where its {METHOD_NAMES[method]} lies.",
             "views": views,

@@ -67,6 +67,17 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(f"{f.name}{file_sha256(f)}" for f in files).encode()).hexdigest()
 
 
+def state_sha256(module: Any) -> str:
+    """One hash over a torch module's weights and buffers, by name, type, shape and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def hub_commit(path: Path) -> str | None:
     """The Hub commit that a file or folder of the Hub's cache is of; None elsewhere."""
     folders = path.parts

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pivot_hub.data.shapes import SPLITS, Split, World
-from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.encoder.extract import extract_encoder
+from pivot_hub.errors import CheckpointError
+from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap
+from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
 from pivot_hub.probes.classify import classify_shapes, shapes_labels
-from pivot_hub.probes.localize import _energy, _ious, _pointing
-from pivot_hub.probes.result import ProbeResult, bootstrap, read_results, write_results
+from pivot_hub.probes.localize import THRESHOLDS, overlaps
+from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_encoder
 from pivot_hub.probes.segment import CLASSES, class_masks, segment_patches
 
@@ -22,7 +26,7 @@ COUNTS: dict[Split, int] = {"train": 400, "validation": 150, "test": 300}
 WORLD = World()
 FACTS = {
     *("task", "metric", "value", "unit", "n", "split", "seed", "protocol", "feature_layer", "encoder"),
-    *("encoder_sha256", "partner", "ci95", "duration_s", "versions"),
+    *("encoder_sha256", "partner", "ci95", "duration_s", "versions", "data_sha256"),
 }
 
 
@@ -99,10 +103,14 @@ def test_localisation_scores() -> None:
     off[6, 6] = 1
     half, nothing = on.copy(), np.zeros((8, 8))
     half[6, 6] = 4
-    maps, masks = [on, off, half, nothing], [mask] * 4
-    assert _pointing(maps, masks).tolist() == [1, 0, 0, 0]
-    assert _energy(maps, masks).tolist() == [1, 0, 0.5, 0]
-    assert _ious(maps, masks, 0.2).tolist() == [1, 0, 0.8, 0]
+    maps = [on, off, half, nothing]
+    assert [points_at(m, mask) for m in maps] == [1, 0, 0, 0]
+    assert [energy_inside(m, mask) for m in maps] == [1, 0, 0.5, 0]
+    low = THRESHOLDS.tolist().index(0.2)
+    assert [float(overlaps(m, mask)[low]) for m in maps] == [1, 0, 0.8, 0]
+    corner = np.zeros((8, 8), bool)
+    corner[0, 0] = True
+    assert points_at(nothing, corner) == points_at(nothing + 1, corner) == 0  # no peak points nowhere
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -123,54 +131,7 @@ def test_results_read_back(tmp_path: Path) -> None:
     assert read_results(tmp_path / "results.json") == result
 
 
-def _class_folder(folder: Path, per_class: int = 10) -> Path:
-    """Two classes that differ in brightness, with the modes that real files come in."""
-    modes = ("RGB", "L", "P", "RGBA", "CMYK")
-    for label, level in (("dark", 20), ("light", 220)):
-        (folder / label).mkdir(parents=True)
-        for i in range(per_class):
-            image = Image.effect_noise((40 + i, 30), 30).point(lambda v, level=level: (v + 3 * level) // 4)
-            mode = modes[i % len(modes)]
-            suffix = "jpg" if mode in ("RGB", "L", "CMYK") else "png"
-            image.convert("RGB").convert(mode).save(folder / label / f"{i}.{suffix}")
-    return folder
-
-
 SMALL = Sizes(train=60, validation=30, test=40)
-
-
-def test_folder_of_class_folders(parts: Path, tmp_path: Path) -> None:
-    folder = _class_folder(tmp_path / "data")
-    results, skipped = probe_encoder(str(parts / "vision"), str(folder))
-    assert not skipped
-    assert results[0].task == "folder/data"
-    assert results[0].n == 4
-    assert results[0].value == 100
-
-
-def test_corrupt_images_stop_the_probe_or_are_counted(parts: Path, tmp_path: Path) -> None:
-    folder = _class_folder(tmp_path / "data")
-    whole = (folder / "dark" / "0.jpg").read_bytes()
-    (folder / "dark" / "0.jpg").write_bytes(whole[: len(whole) // 3])
-    with pytest.raises(DataError, match=r"dark.*0\.jpg cannot be decoded"):
-        probe_encoder(str(parts / "vision"), str(folder))
-    _, skipped = probe_encoder(str(parts / "vision"), str(folder), on_bad_row="skip")
-    assert len(skipped) == 1
-
-
-def test_bad_folders_are_named(parts: Path, tmp_path: Path) -> None:
-    vision = str(parts / "vision")
-    (tmp_path / "one" / "class").mkdir(parents=True)
-    with pytest.raises(ProbeError, match="at least two"):
-        probe_encoder(vision, str(tmp_path / "one"))
-    split = tmp_path / "split"
-    _class_folder(split / "train")
-    _class_folder(split / "val")
-    (split / "val" / "light").rename(split / "val" / "bright")
-    with pytest.raises(ProbeError, match="'bright' is not in both train and val"):
-        probe_encoder(vision, str(split))
-    with pytest.raises(ProbeError, match="neither `shapes` nor a folder"):
-        probe_encoder(vision, "imagenet")
 
 
 def test_world_probe_of_a_random_encoder(parts: Path) -> None:
@@ -182,3 +143,11 @@ def test_world_probe_of_a_random_encoder(parts: Path) -> None:
         assert result.ci95[0] <= result.value <= result.ci95[1]
         assert result.n == SMALL.test
         assert len(result.encoder_sha256) == 64
+
+
+def test_an_encoder_that_is_not_what_was_published_is_refused(trained: Path, tmp_path: Path) -> None:
+    extract_encoder(trained / "3-dpo", tmp_path / "encoder")
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ from the golden vectors by"):
+        probe_encoder(str(tmp_path / "encoder"), sizes=SMALL)

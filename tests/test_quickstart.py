@@ -132,6 +132,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["bench", "encoder", "--forms", "tpu"], 2, "there is no form 'tpu'"),
         (["encode", "nowhere", "--encoder", "nowhere"], 2, "is no folder"),
         (["export", "nowhere", "out"], 2, "no encoder can be loaded"),
+        (["localize", "nowhere", "--data", "nowhere"], 2, "is not a folder"),
         (["space", "--runs", "nowhere"], 2, "run `pivot quickstart` first"),
         (["fly"], 2, "No such command"),
         (["train"], 2, "Missing argument"),
@@ -149,7 +150,19 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 
 def test_help_shows_an_example_for_every_command() -> None:
     listed = pivot("--help").stdout
-    commands = ["quickstart", "train", "search", "extract", "verify", "encode", "export", "probe", "read", "gradcam"]
+    commands = [
+        "quickstart",
+        "train",
+        "search",
+        "extract",
+        "verify",
+        "encode",
+        "export",
+        "probe",
+        "localize",
+        "read",
+        "gradcam",
+    ]
     for command in [*commands, "space", "bench", "bench shapes", "bench encoder"]:
         assert command.split()[0] in listed
         shown = " ".join(pivot(*command.split(), "--help").stdout.split())

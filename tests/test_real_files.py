@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from pivot_hub.chat import QWEN
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.meta import read_meta
 from pivot_hub.data.preference import parse_vlfeedback_pair
+from pivot_hub.data.region import read_photos
 from pivot_hub.data.row import Row, read_records
 from pivot_hub.data.source import example
 from pivot_hub.encoder.repository import read_encoder
@@ -302,3 +304,29 @@ def test_prompts_are_the_authors_token_for_token() -> None:
     made = ConversationCollator(processor, 2048)([example(picture, row, "plain", processor.image_token)])
     assert made["input_ids"][0].tolist() == [*image, 64, 2518, 220, 5828, newline]
     assert made["labels"][0].tolist() == [*[no] * 4, 64, 2518, 220, 5828, newline]
+
+
+def test_regions_of_three_formats_agree() -> None:
+    """COCO128's boxes, polygons and id masks, each with ids of its own, show the same things in the same places."""
+    coco = REAL / "coco128"
+    boxed, _ = read_photos(coco, boxes=coco / "object_detection" / "labels")
+    drawn, left_out = read_photos(coco, boxes=coco / "instance_segmentation" / "labels", on_bad_row="skip")
+    masked, _ = read_photos(coco, masks=coco / "semantic_segmentation" / "masks", ignore=(0, 255))
+    assert (len(boxed), len(drawn), len(masked)) == (126, 98, 100)
+    assert sum("is empty" in said for said in left_out) == 2
+    boxes, masks = ({p.name: p.regions for p in photos} for photos in (boxed, masked))
+    inside, overlap = [], []
+    for photo in drawn:
+        for name, region in photo.regions.items():
+            polygon, box, mask = region(), boxes[photo.name][name](), masks[photo.name][name]()
+            inside.append((polygon & box).sum() / polygon.sum())
+            overlap.append((polygon & mask).sum() / (polygon | mask).sum())
+    assert np.mean(inside) > 0.98
+    assert np.mean(overlap) > 0.9
+    # The same labels under the names of another folder: an id that is none there, or another thing.
+    with pytest.raises(DataError, match=r"txt, line \d+: class id 45 has no name in .*instance_segmentation"):
+        read_photos(
+            coco,
+            boxes=coco / "object_detection" / "labels",
+            names=coco / "instance_segmentation" / "config.yaml",
+        )

@@ -156,6 +156,8 @@ def test_first_look_shows_both_maps_on_one_scale(visit: Any, size: dict[str, int
     for said in ("SFT", "DPO", "Difference", "says", "for the right answer against the wrong one", "IoU", "coincide"):
         assert said in text
     assert page.page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the page scrolls sideways"
+    thumb = page.page.locator("#examples button").nth(1).bounding_box()
+    assert thumb["width"] > 70, "the examples cannot be seen"
     bare = page.page.eval_on_selector_all("#stage img.picture, #examples img", "all => all.filter(i => !i.alt).length")
     assert bare == 0, "a picture has no text for those who do not see it"
 

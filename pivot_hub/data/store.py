@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pivot_hub.data.image import decode_image, open_image
+from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image, image_files, open_image
 from pivot_hub.data.row import Row, Span, image_columns
 from pivot_hub.data.sampler import WINDOW
 from pivot_hub.errors import DataError
@@ -37,6 +37,13 @@ class FileStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._members: dict[str, dict[str, Span]] = {}
+
+    def names(self) -> list[str]:
+        """Every image file of the folder, or of the archive that is the root, by its name from there, in order."""
+        if not self.root.is_file():
+            return [f.relative_to(self.root).as_posix() for f in image_files(self.root)]
+        members = self._listed(".")
+        return sorted(n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES)
 
     def locate(self, row: Row) -> Row:
         """Give a row the place of its image.
@@ -67,28 +74,33 @@ class FileStore:
         assert row.image is not None
         if row.archive is None or row.span is None:
             return open_image(self.root / row.image, row.id)
-        offset, length, method = row.span
         file = self.root / row.archive
-        with file.open("rb") as archive:
-            archive.seek(offset)
-            data = archive.read(length)
         try:
-            if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, -15)
+            data = _member(file, row.span)
         except zlib.error as error:
             raise DataError(f"{row.id}: image {row.image} is damaged in {file} ({error}); fetch it again.") from error
         return decode_image(io.BytesIO(data), row.id, f"{row.image} of {file}")
 
+    def read(self, name: str) -> bytes | None:
+        """A file that is no image, of the folder or of the archive that is the root; None where there is none."""
+        if self.root.is_file():
+            span = self._listed(".").get(name)
+            return None if span is None else _member(self.root, span)
+        return (self.root / name).read_bytes() if (self.root / name).is_file() else None
+
     def _find(self, archive: str, image: str) -> Span | None:
+        members, parts = self._listed(archive), PurePosixPath(image).parts
+        # Rows name images from the folder that archives are unpacked in: `coco/a.jpg` may be `a.jpg` inside.
+        return next((members[n] for i in range(len(parts)) if (n := "/".join(parts[i:])) in members), None)
+
+    def _listed(self, archive: str) -> dict[str, Span]:
         if archive not in self._members:
             file = self.root / archive
             try:
                 self._members[archive] = _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
             except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
                 raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
-        members, parts = self._members[archive], PurePosixPath(image).parts
-        # Rows name images from the folder that archives are unpacked in: `coco/a.jpg` may be `a.jpg` inside.
-        return next((members[n] for i in range(len(parts)) if (n := "/".join(parts[i:])) in members), None)
+        return self._members[archive]
 
     def __getstate__(self) -> dict[str, object]:
         return {"root": self.root, "_members": {}}  # the lists of members stay behind
@@ -158,6 +170,14 @@ class ParquetStore:
 def _split(reference: str) -> tuple[str, int]:
     file, _, row = reference.rpartition("#")
     return file, int(row)
+
+
+def _member(archive: Path, span: Span) -> bytes:
+    offset, length, method = span
+    with archive.open("rb") as file:
+        file.seek(offset)
+        data = file.read(length)
+    return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
 
 
 def _zip_members(file: Path) -> dict[str, Span]:

@@ -1,4 +1,4 @@
-"""Features of a folder of images, written to one file; what an encoder's user does first."""
+"""Features of many images, written to one file; what an encoder's user does first."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -70,49 +72,102 @@ def encode_folder(
     files = image_files(source)
     if not files:
         raise DataError(f"{source} holds no image file; give the folder that holds the images.")
-    started = time.monotonic()
     model, processor = read_encoder(encoder, dtype=DTYPES[dtype])
     cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     names = [str(f.relative_to(source)) for f in files]
+    images = FolderImages(source, names)
+    facts = {**encoder_facts(encoder, model), "files_sha256": _listing_sha256(names, files)}
+    return encode_images(model, processor, images, target, facts, tokens, batch, dtype, workers, progress)
+
+
+class Images(Protocol):
+    """Named images; worker processes get a copy."""
+
+    names: Sequence[str]
+
+    def open(self, index: int) -> Image.Image:
+        """An RGB image; DataError naming it where it cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files by their names from a folder."""
+
+    folder: Path
+    names: Sequence[str]
+
+    def open(self, index: int) -> Image.Image:
+        return open_image(self.folder / self.names[index], self.names[index])
+
+
+def encode_images(
+    model: Any,
+    processor: Any,
+    images: Images,
+    target: Path,
+    facts: dict[str, Any],
+    tokens: bool = False,
+    batch: int = 32,
+    dtype: str = "float32",
+    workers: int | None = None,
+    progress: Progress = lambda done, total, rate: None,
+) -> dict[str, Any]:
+    """Encode named images into one file; a stopped run with the same facts goes on where it was.
+
+    Args:
+        model: the encoder, on its device in `dtype`.
+        processor: its image processor.
+        images: to encode, in order.
+        target: `.parquet` or `.npy`, see `encode_folder`.
+        facts: of the encoder and the images: a run with others does not go on from this one's parts.
+        tokens, batch, dtype, workers, progress: see `encode_folder`.
+
+    Returns:
+        The report, see `encode_folder`.
+
+    Raises:
+        DataError: another run's parts lie there.
+    """
+    started = time.monotonic()
+    names = images.names
     grid = (model.config.image_size // model.config.patch_size) ** 2
     shape = [grid, model.config.hidden_size] if tokens else [model.config.hidden_size]
     stored = np.dtype("float16" if dtype == "float16" else "float32")
     fitting = SHARD_BYTES // (int(np.prod(shape)) * stored.itemsize * batch)
     per_shard = batch * max(1, min(SHARD_BATCHES, fitting))
     job = {
-        **encoder_facts(encoder, model),
+        **facts,
         "feature_layer": model.config.pivot["feature_layer"],
-        "files_sha256": _listing_sha256(names, files),
         "shape": shape,
         "dtype": dtype,
         "per_shard": per_shard,
     }
     parts = target.with_name(f"{target.name}.partial")
     _open_job(parts, job)
-    starts = range(0, len(files), per_shard)
-    resumed = sum(len(files[s : s + per_shard]) for s in starts if (parts / f"{s}.json").is_file())
+    starts = range(0, len(names), per_shard)
+    resumed = sum(len(names[s : s + per_shard]) for s in starts if (parts / f"{s}.json").is_file())
     done = resumed
     for start in starts:
-        some = slice(start, start + per_shard)
+        some = range(start, min(start + per_shard, len(names)))
         if (parts / f"{start}.json").is_file():
             continue
         kept: list[str] = []
         made: list[np.ndarray] = []
         corrupt: list[dict[str, str]] = []
-        for batch_names, pixels, bad in _batches(processor, files[some], names[some], batch, workers):
+        for batch_names, pixels, bad in _batches(processor, images, some, batch, workers):
             corrupt += bad
             if batch_names:
                 made.append(_features(model, pixels, tokens).astype(stored))
                 kept += batch_names
             done += len(batch_names) + len(bad)
-            progress(done, len(files), (done - resumed) / (time.monotonic() - started))
+            progress(done, len(names), (done - resumed) / (time.monotonic() - started))
         np.save(parts / f"{start}.npy", np.concatenate(made) if made else np.empty((0, *shape), stored))
         write_json(parts / f"{start}.json", {"files": kept, "corrupt": corrupt})  # last: it says the shard is whole
-    facts = [json.loads((parts / f"{s}.json").read_text()) for s in starts]
-    kept = [name for fact in facts for name in fact["files"]]
-    corrupt = [bad for fact in facts for bad in fact["corrupt"]]
+    wholes = [json.loads((parts / f"{s}.json").read_text()) for s in starts]
+    kept = [name for whole in wholes for name in whole["files"]]
+    corrupt = [bad for whole in wholes for bad in whole["corrupt"]]
     shards = (parts / f"{s}.npy" for s in starts)
-    _merge(target, shards, facts, len(kept), shape, stored)
+    _merge(target, shards, wholes, len(kept), shape, stored)
     duration = time.monotonic() - started
     report = {
         **{k: v for k, v in job.items() if k not in ("per_shard", "files_sha256")},
@@ -120,7 +175,7 @@ def encode_folder(
         "corrupt": corrupt,
         "resumed_images": resumed,
         "duration_s": round(duration, 2),
-        "images_per_s": round((len(files) - resumed) / duration, 2),
+        "images_per_s": round((len(names) - resumed) / duration, 2),
         "files": kept,
         "machine": machine(),
         "versions": versions(),
@@ -133,28 +188,28 @@ def encode_folder(
 class _Decoded(Dataset[tuple[str, torch.Tensor | str]]):
     """Each file's name, with its pixels (3, image_px, image_px) or the reason why there are none."""
 
-    def __init__(self, processor: Any, files: list[Path], names: list[str]) -> None:
-        self.processor, self.files, self.names = processor, files, names
+    def __init__(self, processor: Any, images: Images, some: range) -> None:
+        self.processor, self.images, self.some = processor, images, some
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.some)
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
-        name = self.names[index]
+        name = self.images.names[self.some[index]]
         try:
-            image = open_image(self.files[index], name)
+            image = self.images.open(self.some[index])
         except DataError as error:
             return name, str(error)
         return name, self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
 def _batches(
-    processor: Any, files: list[Path], names: list[str], batch: int, workers: int | None
+    processor: Any, images: Images, some: range, batch: int, workers: int | None
 ) -> Iterator[tuple[list[str], torch.Tensor, list[dict[str, str]]]]:
     """Names and pixels of each batch's good images, and its corrupt ones."""
     count = min(os.cpu_count() or 1, 16) if workers is None else workers
     loader = DataLoader(
-        _Decoded(processor, files, names), batch, num_workers=min(count, len(files) // batch), collate_fn=list
+        _Decoded(processor, images, some), batch, num_workers=min(count, len(some) // batch), collate_fn=list
     )
     for rows in loader:
         good = {name: pixels for name, pixels in rows if isinstance(pixels, torch.Tensor)}

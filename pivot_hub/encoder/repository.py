@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
+from transformers.utils import cached_file
 
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
@@ -157,14 +158,35 @@ def verify_repository(folder: str | Path) -> list[str]:
     return problems
 
 
-@torch.no_grad()
+def check_golden(name: str | Path, model: PivotVisionModel) -> None:
+    """Replay the golden vectors of the repository a model was loaded from, if it has any.
+
+    Raises:
+        CheckpointError: the model gives other features than the repository was published with.
+    """
+    try:
+        golden = cached_file(str(name), "golden.safetensors", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # an original from the Hub, out of reach now: it has none
+        return
+    if golden is not None and not (off := _distance(model, Path(golden))) < GOLDEN_TOLERANCE:
+        raise CheckpointError(
+            f"{name}: its features differ from the golden vectors by {off:.1e} relative, so it is not what was "
+            "published; pull the repository again, or check torch and its kernels."
+        )
+
+
 def _replay(folder: Path) -> float:
     """Relative distance of the golden vectors to what the repository gives now, every key used."""
     model, _ = read_encoder(folder)
     _load_native(folder)
+    return _distance(model, folder / "golden.safetensors")
+
+
+@torch.no_grad()
+def _distance(model: PivotVisionModel, golden_file: Path) -> float:
     try:
-        golden = load_file(folder / "golden.safetensors")
-        made = model(golden["pixel_values"]).last_hidden_state
+        golden = load_file(golden_file)
+        made = model(golden["pixel_values"].to(model.device, model.dtype)).last_hidden_state.float().cpu()
         return ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error

@@ -1,22 +1,31 @@
-"""Linear classification on mean-pooled patch tokens, the regularisation chosen apart from the reported split."""
+"""Classification on frozen features: the built-in world's attributes, and classes of labelled images."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 
-from pivot_hub.data.image import image_files, open_image
 from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene, Split
-from pivot_hub.errors import DataError, ProbeError
-from pivot_hub.probes.features import FeatureModel, patch_features, pooled, standardised
-from pivot_hub.probes.result import ProbeResult, bootstrap, bootstrap_mean
+from pivot_hub.encoder.encode import Progress
+from pivot_hub.errors import ProbeError
+from pivot_hub.probes.attention import RATES, AttentionPool, fit_attention, predict_attention
+from pivot_hub.probes.dataset import ClassData, Part, data_sha256
+from pivot_hub.probes.features import BLOCK, Features, Pooled, cached_features, standardised
+from pivot_hub.probes.logistic import Logistic, fit_logistic
+from pivot_hub.probes.result import ProbeResult, balanced_accuracy, measure
 
-CS = (0.001, 0.01, 0.1, 1.0)
+WORLD_CS = (0.001, 0.01, 0.1, 1.0)  # of standardised features
+CS = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)  # the paper's, of features of length 1
+NEIGHBOURS = (1, 5, 10, 20, 50, 100)
+PER_CLASS = 50  # images that "fast" fits, and at most that settings are chosen on
+PROTOCOLS = ("prototypes", "fast", "full", "knn", "attention")
 
 
 def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
@@ -51,96 +60,272 @@ def classify_shapes(
     results = []
     for task in ("colour", "shape", "position"):
         started = time.monotonic()
-        best = max(CS, key=lambda c: _balanced(y["validation"][task], _fit_each(x, y, task, c, "validation")))
+        best = max(WORLD_CS, key=lambda c: _balanced(y["validation"][task], _fit_each(x, y, task, c, "validation")))
         predicted = _fit_each(x, y, task, best, "test")
         tallies = _tallies(y["test"][task], predicted)
-        value, interval = bootstrap(tallies, _balanced_accuracy, seed)
         results.append(
-            ProbeResult(
-                task=f"shapes/{task}",
-                metric="balanced_accuracy",
-                value=100 * value,
-                unit="percent",
-                n=len(predicted),
-                split="test",
-                seed=seed,
+            measure(
+                f"shapes/{task}",
+                "balanced_accuracy",
+                tallies,
                 protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
-                partner=None,
-                ci95=(100 * interval[0], 100 * interval[1]),
-                duration_s=round(time.monotonic() - started, 2),
+                seed=seed,
+                duration_s=time.monotonic() - started,
                 **conditions,
             )
         )
+    started = time.monotonic()
     labels = {split: v["count"] for split, v in y.items()}
-    results.append(_single_label("shapes/count", x, labels, conditions, seed))
-    return results
+    fits = fit_logistic(x["train"], labels["train"], WORLD_CS)
+    best = max(fits, key=lambda fit: np.mean(fit.predict(x["validation"]) == labels["validation"]))
+    commonest = max(np.mean(labels["test"] == label) for label in np.unique(labels["train"]))
+    return [
+        *results,
+        measure(
+            "shapes/count",
+            "accuracy",
+            (best.predict(x["test"]) == labels["test"]).astype(np.float64),
+            protocol=f"mean-pooled, L2; logistic regression, C {best.c:g} by validation; chance {100 * commonest:.1f}",
+            seed=seed,
+            duration_s=time.monotonic() - started,
+            **conditions,
+        ),
+    ]
 
 
-def classify_folder(
-    model: FeatureModel,
+@dataclass(frozen=True)
+class Classifier:
+    """A probe whose settings are all chosen: predicts class numbers (N,) of features it has not seen."""
+
+    protocol: str
+    predict: Callable[[Features], np.ndarray]
+    duration_s: float
+
+
+def classify_images(
+    model: Any,
     image_processor: Any,
-    folder: Path,
-    conditions: dict[str, Any],
+    data: ClassData,
+    facts: dict[str, Any],
+    protocols: Sequence[str] = PROTOCOLS,
     seed: int = 0,
+    dtype: str = "float32",
     on_bad_row: str = "stop",
+    cache: Path | None = None,
+    workers: int | None = None,
+    progress: Progress = lambda done, total, rate: None,
 ) -> tuple[list[ProbeResult], list[str]]:
-    """Probe on a folder of class folders: `train/CLASS/*` and `val/CLASS/*`, or `CLASS/*` split by seed.
+    """Probe on labelled images. The reported part is read when every probe is fitted and every setting chosen.
+
+    - prototypes: the class whose mean feature is nearest (the paper's "faster").
+    - fast: logistic regression on 50 images of each class.
+    - full: logistic regression on all of train (the paper's "slow").
+    - knn: votes of the nearest images of train, by similarity (DINO's weights, temperature 0.07).
+    - attention: attention pooling of all patch tokens, on the images of fast.
+
+    Features are mean-pooled and L2-normalised. C, neighbours and learning rate are chosen on a held-out part of train:
+    a fifth of each class, at most 50 images; full is then fitted again on all of train.
+
+    Args:
+        model: the encoder.
+        image_processor: its own.
+        data: the images.
+        facts: encoder and encoder_sha256 of the results.
+        protocols: of PROTOCOLS.
+        seed: of samples and bootstrap.
+        dtype: the encoder computes in.
+        on_bad_row: stop at an image that cannot be decoded, or skip it.
+        cache, workers, progress: of features, see `cached_features`.
 
     Returns:
-        The result, and a sentence for each image that was skipped.
+        A result for each protocol, and a sentence for each image that was skipped.
 
     Raises:
-        ProbeError: fewer than two classes, or classes that differ between train and val.
+        ProbeError: a protocol is unknown, or the data cannot be probed.
         DataError: an image cannot be decoded and `on_bad_row` says stop.
     """
-    files = _class_files(folder, seed)
+    if unknown := set(protocols) - set(PROTOCOLS):
+        raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
+
+    def read(part: Part, tokens: bool) -> Features:
+        options = {"on_bad_row": on_bad_row, "cache": cache, "workers": workers, "progress": progress}
+        return cached_features(model, image_processor, data.part(part), facts, tokens, dtype, **options)
+
+    device, classes = model.device, len(data.classes)
+    pooled_protocols = [p for p in protocols if p != "attention"]
+    fitted: dict[str, Classifier] = {}
     skipped: list[str] = []
-    x: dict[Split, np.ndarray] = {}
-    y: dict[Split, np.ndarray] = {}
-    for split, items in files.items():
-        images, labels = [], []
-        for file, label in items:
-            try:
-                images.append(open_image(file, f"{split}/{label}"))
-                labels.append(label)
-            except DataError as error:
-                if on_bad_row == "stop":
-                    raise
-                skipped.append(str(error))
-        x[split] = pooled(patch_features(model, image_processor, images))
-        y[split] = np.array(labels)
-    scale = standardised(x["train"])
-    x = {split: scale(f) for split, f in x.items()}
-    return [_single_label(f"folder/{folder.name}", x, y, conditions, seed)], skipped
+    if pooled_protocols:
+        train = read("train", False)
+        skipped += train.skipped
+        pools = Pools.draw(train.labels, seed)
+        for protocol in pooled_protocols:
+            fitted[protocol] = FITTERS[protocol](train, pools, classes, device)
+    if "attention" in protocols:
+        train = read("train", True)
+        skipped += train.skipped
+        fitted["attention"] = _attention(train, Pools.draw(train.labels, seed), classes, device, seed)
+    # Everything is chosen: only now is the reported part read.
+    results, conditions = [], {**facts, "feature_layer": model.config.pivot["feature_layer"]}
+    sha256 = data_sha256(data)
+    for protocol in protocols:
+        test = read("test", protocol == "attention")
+        skipped += test.skipped
+        started, classifier = time.monotonic(), fitted[protocol]
+        hits = (classifier.predict(test) == test.labels).astype(np.float64)
+        commonest = np.bincount(test.labels).max() / len(test)
+        results.append(
+            measure(
+                f"{data.name}/{protocol}",
+                "accuracy",
+                hits,
+                protocol=f"{classifier.protocol}; chance {100 * commonest:.1f}",
+                split="val",
+                seed=seed,
+                duration_s=classifier.duration_s + time.monotonic() - started,
+                data_sha256=sha256,
+                **conditions,
+            )
+        )
+    return results, list(dict.fromkeys(skipped))
 
 
-def _single_label(
-    task: str, x: Mapping[Split, np.ndarray], y: Mapping[Split, np.ndarray], conditions: dict[str, Any], seed: int
-) -> ProbeResult:
+@dataclass(frozen=True)
+class Pools:
+    """Rows of train: all, those that settings are chosen on, the rest, and at most 50 a class of the rest."""
+
+    all: np.ndarray
+    held_out: np.ndarray
+    rest: np.ndarray
+    few: np.ndarray
+
+    @classmethod
+    def draw(cls, labels: np.ndarray, seed: int) -> Pools:
+        rng = np.random.default_rng(seed)
+        held, few = [], []
+        for label in np.unique(labels):
+            order = rng.permutation(np.flatnonzero(labels == label))
+            if len(order) < 2:
+                raise ProbeError(
+                    f"a class has {len(order)} image to train on, and settings are chosen on others: add some."
+                )
+            cut = min(PER_CLASS, max(1, len(order) // 5))
+            held.append(order[:cut])
+            few.append(order[cut : cut + PER_CLASS])
+        held_out = np.sort(np.concatenate(held))
+        return cls(
+            np.arange(len(labels)),
+            held_out,
+            np.setdiff1d(np.arange(len(labels)), held_out),
+            np.sort(np.concatenate(few)),
+        )
+
+
+def _prototypes(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
+    started = time.monotonic()
+    x = Pooled(train.values, pools.all)
+    sums = np.zeros((classes, x.shape[1]))
+    for start in range(0, len(x), BLOCK):
+        np.add.at(sums, train.labels[start : start + BLOCK], x[start : start + BLOCK])
+    means = torch.from_numpy(sums / np.linalg.norm(sums, axis=1, keepdims=True)).float().to(device)
+    how = f"mean-pooled, L2; nearest of {classes} class means, cosine"
+    return Classifier(
+        how, lambda f: _choose_each(_whole(f), lambda x: (x @ means.T).argmax(1), device), time.monotonic() - started
+    )
+
+
+def _fast(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
+    started = time.monotonic()
+    fits = fit_logistic(Pooled(train.values, pools.few), train.labels[pools.few], CS, classes, device=device)
+    best = _best(fits, train, pools)
+    most = np.bincount(train.labels[pools.few]).max()
+    how = f"mean-pooled, L2; logistic regression on {most} images a class, C {best.c:g} chosen on held-out train"
+    return Classifier(how, lambda f: best.predict(_whole(f)), time.monotonic() - started)
+
+
+def _full(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
+    started = time.monotonic()
+    fits = fit_logistic(Pooled(train.values, pools.rest), train.labels[pools.rest], CS, classes, device=device)
+    best = _best(fits, train, pools)
+    all_of_it = Pooled(train.values, pools.all)
+    (final,) = fit_logistic(all_of_it, train.labels, [best.c], classes, start=best, device=device)
+    how = (
+        f"mean-pooled, L2; logistic regression on all {len(pools.all)} images of train, C {best.c:g} chosen on "
+        "held-out train"
+    )
+    return Classifier(how, lambda f: final.predict(_whole(f)), time.monotonic() - started)
+
+
+def _best(fits: Sequence[Logistic], train: Features, pools: Pools) -> Logistic:
+    """The fit that is right most often on the held-out part; of equals the one with the strongest penalty."""
+    held = Pooled(train.values, pools.held_out)
+    return max(fits, key=lambda fit: (np.mean(fit.predict(held) == train.labels[pools.held_out]), -fit.c))
+
+
+def _knn(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
     started = time.monotonic()
 
-    def correct(c: float, split: Split) -> np.ndarray:
-        fitted = LogisticRegression(C=c, max_iter=1000).fit(x["train"], y["train"])
-        return fitted.predict(x[split]) == y[split]
+    def votes(bank: np.ndarray, neighbours: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (len(neighbours), B): the class with most votes, for each number of neighbours."""
+        most = min(max(neighbours), len(bank))
+        near, labels = torch.full((len(x), 0), 0.0), torch.zeros(len(x), 0, dtype=torch.long)
+        near, labels = near.to(device), labels.to(device)
+        known = Pooled(train.values, bank)
+        for start in range(0, len(bank), BLOCK):
+            some = slice(start, start + BLOCK)
+            near = torch.cat([near, x @ torch.from_numpy(known[some]).to(device).T], 1)
+            own = torch.from_numpy(train.labels[bank[some]]).to(device)
+            labels = torch.cat([labels, own.expand(len(x), -1)], 1)
+            near, where = near.topk(min(most, near.shape[1]), dim=1)
+            labels = labels.gather(1, where)
+        weights = (near / 0.07).exp()
+        made = []
+        for k in neighbours:
+            counted = torch.zeros(len(x), classes, device=device)
+            made.append(counted.scatter_add_(1, labels[:, :k], weights[:, :k]).argmax(1))
+        return torch.stack(made)
 
-    best = max(CS, key=lambda c: correct(c, "validation").mean())
-    hits = correct(best, "test").astype(np.float64)
-    value, interval = bootstrap_mean(hits, seed)
-    commonest = max(np.mean(y["test"] == label) for label in np.unique(y["train"]))
-    return ProbeResult(
-        task=task,
-        metric="accuracy",
-        value=100 * value,
-        unit="percent",
-        n=len(hits),
-        split="test",
-        seed=seed,
-        protocol=f"mean-pooled, L2; logistic regression, C {best:g} by validation; chance {100 * commonest:.1f}",
-        partner=None,
-        ci95=(100 * interval[0], 100 * interval[1]),
-        duration_s=round(time.monotonic() - started, 2),
-        **conditions,
-    )
+    held = _choose_each(Pooled(train.values, pools.held_out), lambda x: votes(pools.rest, NEIGHBOURS, x), device)
+    right = (held == train.labels[pools.held_out]).mean(1)
+    best = NEIGHBOURS[int(right.argmax())]
+    how = f"mean-pooled, L2; votes of the {best} nearest of train, chosen on held-out train"
+
+    def predict(features: Features) -> np.ndarray:
+        return _choose_each(_whole(features), lambda x: votes(pools.all, [best], x), device)[0]
+
+    return Classifier(how, predict, time.monotonic() - started)
+
+
+def _attention(train: Features, pools: Pools, classes: int, device: torch.device, seed: int) -> Classifier:
+    started = time.monotonic()
+
+    def right(model: AttentionPool) -> float:
+        return float(np.mean(predict_attention(model, train.values, pools.held_out) == train.labels[pools.held_out]))
+
+    models = {r: fit_attention(train.values, train.labels, pools.few, classes, r, seed, device) for r in RATES}
+    best = max(RATES, key=lambda r: (right(models[r]), -r))
+    most = np.bincount(train.labels[pools.few]).max()
+    how = f"attention pooling of patch tokens, {most} images a class, rate {best:g} chosen on held-out train"
+
+    def predict(features: Features) -> np.ndarray:
+        return predict_attention(models[best], features.values, np.arange(len(features)))
+
+    return Classifier(how, predict, time.monotonic() - started)
+
+
+FITTERS = {"prototypes": _prototypes, "fast": _fast, "full": _full, "knn": _knn}
+
+
+def _whole(features: Features) -> Pooled:
+    return Pooled(features.values, np.arange(len(features)))
+
+
+def _choose_each(
+    x: Pooled, choose: Callable[[torch.Tensor], torch.Tensor], device: torch.device, rows: int = 1024
+) -> np.ndarray:
+    """Apply a choice of classes (B, D) -> (..., B) block by block: (..., N)."""
+    parts = [choose(torch.from_numpy(x[s : s + rows]).to(device)).cpu() for s in range(0, len(x), rows)]
+    return torch.cat(parts, dim=-1).numpy()
 
 
 def _fit_each(
@@ -159,49 +344,5 @@ def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return np.stack([truth & predicted, truth, ~truth & ~predicted, ~truth], axis=1)
 
 
-def _balanced_accuracy(sums: np.ndarray) -> np.ndarray:
-    """(draws, 4, values) -> (draws,): recall of positives and of negatives, averaged, then over values.
-
-    A value that a small resample never or always holds has no recall on one side and is left out of that draw.
-    """
-    with np.errstate(invalid="ignore"):
-        return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
-
-
 def _balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return float(_balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
-
-
-def _class_files(folder: Path, seed: int) -> dict[Split, list[tuple[Path, str]]]:
-    """Images with their class for train, validation and test."""
-    named = {split: folder / split for split in ("train", "val") if (folder / split).is_dir()}
-    listed = {split: _by_class(path) for split, path in (named or {"train": folder}).items()}
-    train = listed.get("train", {})
-    if len(train) < 2:
-        raise ProbeError(f"{folder}: {len(train)} class folders with images; a probe needs at least two.")
-    if "val" in listed and (odd := set(listed["val"]) ^ set(train)):
-        raise ProbeError(f"{folder}: class {sorted(odd)[0]!r} is not in both train and val; remove or add it.")
-    if small := [label for label, files in train.items() if len(files) < 3]:
-        raise ProbeError(f"{folder}: class {small[0]!r} has fewer than 3 images; add some or remove the class.")
-    rng = np.random.default_rng(seed)
-    parts: dict[Split, list[tuple[Path, str]]] = {"train": [], "validation": [], "test": []}
-    for label, files in train.items():
-        order = [files[i] for i in rng.permutation(len(files))]
-        fifth = max(1, len(order) // 5)
-        cuts: dict[Split, list[Path]] = {"validation": order[:fifth], "train": order[fifth:]}
-        if "val" not in listed:
-            cuts = {"test": order[:fifth], "validation": order[fifth : 2 * fifth], "train": order[2 * fifth :]}
-        for split, chosen in cuts.items():
-            parts[split] += [(f, label) for f in sorted(chosen)]
-    for label, files in listed.get("val", {}).items():
-        parts["test"] += [(f, label) for f in files]
-    return parts
-
-
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    classes = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_dir()):
-        files = image_files(path)
-        if files:
-            classes[path.name] = files
-    return classes
+    return float(balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])

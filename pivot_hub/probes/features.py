@@ -1,14 +1,26 @@
-"""Frozen features: what a probe sees of images."""
+"""Frozen features: what a probe sees of images, computed once for an encoder and kept on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
+
+from pivot_hub.encoder.encode import Progress, encode_images
+from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.probes.dataset import Labelled
+
+LAYOUT = 1  # of the cache's files
+BLOCK = 8192  # rows that are looked at together
 
 
 class FeatureModel(Protocol):
@@ -21,6 +33,110 @@ class FeatureModel(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of labelled images.
+
+    Args:
+        values: (N, D), or of all tokens (N, H*W, D), mapped from disk.
+        labels: (N,) class numbers.
+        skipped: a sentence for each image that could not be decoded.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Chosen rows of pooled features, L2-normalised: the paper's image feature. Read a slice at a time."""
+
+    values: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.values.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, some: slice) -> np.ndarray:
+        values = np.asarray(self.values[self.rows[some]], np.float32)
+        return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def cached_features(
+    model: Any,
+    image_processor: Any,
+    data: Labelled,
+    facts: dict[str, Any],
+    tokens: bool = False,
+    dtype: str = "float32",
+    on_bad_row: str = "stop",
+    cache: Path | None = None,
+    batch: int = 32,
+    workers: int | None = None,
+    progress: Progress = lambda done, total, rate: None,
+) -> Features:
+    """Features of labelled images, or those that were computed before of the same encoder, processor, data and layer.
+
+    A stopped run goes on where it was. Pooled features are the mean over patches.
+
+    Args:
+        model: the encoder, on its device in `dtype`.
+        image_processor: its own.
+        data: the images with their labels.
+        facts: encoder and encoder_sha256, which tell its weights from others.
+        tokens: all patch tokens (N, H*W, D) instead of their mean (N, D).
+        dtype: the encoder computes in; what is kept is float32, of float16 float16.
+        on_bad_row: `stop` at an image that cannot be decoded, or `skip` it and say so.
+        cache: folder; below HF_HOME by default.
+        batch: images of one pass.
+        workers: processes that decode; one a core by default.
+        progress: called after every batch.
+
+    Raises:
+        DataError: an image cannot be decoded and `on_bad_row` says stop.
+        ProbeError: a feature is not finite.
+    """
+    job = {
+        **facts,
+        "layer": model.config.pivot["feature_layer"],
+        "processor": image_processor.to_dict(),
+        "images": data.images.stamp(),
+        "tokens": tokens,
+        "dtype": dtype,
+        "layout": LAYOUT,
+    }
+    key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
+    file = (cache or Path(HF_HOME) / "pivot_hub" / "features") / f"{key}.npy"
+    report = file.with_name(f"{file.name}.json")  # written last
+    if not report.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        encode_images(
+            model, image_processor, data.images, file, {**facts, "key": key}, tokens, batch, dtype, workers, progress
+        )
+    made = json.loads(report.read_text())
+    skipped = [bad["reason"] for bad in made["corrupt"]]
+    if skipped and on_bad_row == "stop":
+        raise DataError(skipped[0])
+    values = np.load(file, mmap_mode="c")  # pages that nobody writes to stay on disk
+    for start in range(0, len(values), BLOCK):
+        finite = np.isfinite(values[start : start + BLOCK]).reshape(-1, int(np.prod(values.shape[1:]))).all(1)
+        if not finite.all():
+            raise ProbeError(
+                f"the features of {made['files'][start + int(finite.argmin())]} are not finite (NaN or infinite); "
+                "check the encoder, or compute in float32 or bfloat16."
+            )
+    place = {name: i for i, name in enumerate(data.images.names)}
+    return Features(values, data.labels[[place[name] for name in made["files"]]], skipped)
 
 
 @torch.no_grad()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pivot_hub.errors import ProbeError
 from pivot_hub.files import write_json
+from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Statistic, bootstrap, mean
 from pivot_hub.provenance import versions
 
 
@@ -33,6 +37,8 @@ class ProbeResult:
         partner: the MLLM that answered or whose loss was differentiated, None for the encoder alone.
         ci95: bootstrap interval over test items.
         duration_s: time to fit and measure.
+        data_sha256: of the items and labels that were fitted and tested on; results of one hash can be paired.
+        tallies: (n, ...) what each test item adds to the metric; kept beside the JSON, for paired comparisons.
     """
 
     task: str
@@ -50,45 +56,112 @@ class ProbeResult:
     ci95: tuple[float, float]
     duration_s: float
     versions: dict[str, str | None] = field(default_factory=versions)
+    data_sha256: str | None = None
+    tallies: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def facts(self) -> dict[str, Any]:
-        return asdict(self)
+        """All but the tallies, as JSON takes it."""
+        return {k: v for k, v in asdict(replace(self, tallies=None)).items() if k != "tallies"}
+
+
+def measure(
+    task: str,
+    metric: str,
+    tallies: np.ndarray,
+    *,
+    protocol: str,
+    seed: int,
+    duration_s: float,
+    split: str = "test",
+    partner: str | None = None,
+    **conditions: Any,
+) -> ProbeResult:
+    """A result in percent from what each test item adds to it.
+
+    Args:
+        task: as in `shapes/colour`.
+        metric: its statistic is that of STATISTICS, or the mean.
+        tallies: (n,) one value in 0 to 1 an item, or (n, ...) as the metric's statistic takes them.
+        protocol: how, in one line.
+        seed: of sampling and bootstrap.
+        duration_s: time to fit and measure.
+        split: measured on.
+        partner: see ProbeResult.
+        **conditions: encoder, encoder_sha256, feature_layer, data_sha256.
+
+    Raises:
+        ProbeError: there is no item, or one is not finite.
+    """
+    if not len(tallies) or not np.isfinite(tallies).all():
+        raise ProbeError(f"{task}: {metric} of {len(tallies)} items, some not finite; check the data and the encoder.")
+    if tallies.ndim == 1:
+        tallies = np.stack([tallies, np.ones(len(tallies))], axis=1)
+    value, (low, high) = bootstrap(tallies, statistic_of(metric), seed)
+    return ProbeResult(
+        task=task,
+        metric=metric,
+        value=100 * value,
+        unit="percent",
+        n=len(tallies),
+        split=split,
+        seed=seed,
+        protocol=protocol,
+        partner=partner,
+        ci95=(100 * low, 100 * high),
+        duration_s=round(duration_s, 2),
+        tallies=tallies,
+        **conditions,
+    )
 
 
 def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
-    """Write results as a JSON list."""
+    """Write results as a JSON list, and their tallies beside it as `.npz`, for paired comparisons."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    tallies: dict[str, Any] = {str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None}
+    try:
+        np.savez_compressed(beside, **tallies)
+        beside.replace(path.with_suffix(".npz"))
+    finally:
+        beside.unlink(missing_ok=True)
     write_json(path, [r.facts() for r in results])
 
 
 def read_results(path: Path) -> list[ProbeResult]:
-    """Read what `write_results` wrote."""
-    return [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in json.loads(path.read_text())]
+    """Read what `write_results` wrote; without its `.npz` beside it, results have no tallies.
 
-
-def bootstrap(
-    items: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int, draws: int = 1000
-) -> tuple[float, tuple[float, float]]:
-    """A statistic of per-item tallies with its percentile interval over resampled items.
-
-    Args:
-        items: (n, ...) tallies of each test item, which add up over items.
-        statistic: maps summed tallies (draws, ...) to values (draws,).
-        seed: of the resampling.
-        draws: resamples.
-
-    Returns:
-        The value over all items, and the 2.5 and 97.5 percentiles over resamples.
+    Raises:
+        ProbeError: the file is no list of results.
     """
-    n, shape = len(items), items.shape[1:]
-    rng = np.random.default_rng(seed)
-    flat = items.reshape(n, -1).astype(np.float64)
-    counts = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)  # (draws, n)
-    resampled = statistic((counts @ flat).reshape(draws, *shape))
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    value = statistic(flat.sum(0, keepdims=True).reshape(1, *shape))[0]
-    return float(value), (float(low), float(high))
+    try:
+        facts = json.loads(path.read_text())
+        results = [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in facts]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ProbeError(f"{path} holds no probe results ({error}); give a file that `pivot probe` wrote.") from error
+    if not path.with_suffix(".npz").is_file():
+        return results
+    with np.load(path.with_suffix(".npz")) as kept:
+        return [replace(r, tallies=kept.get(str(i))) for i, r in enumerate(results)]
 
 
-def bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
-    """The mean of one value an item, (n,), with its interval."""
-    return bootstrap(values[:, None], lambda sums: sums[:, 0] / len(values), seed)
+def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
+    """(draws, 4, values) true positives, positives, true negatives, negatives -> (draws,).
+
+    Recall of positives and of negatives, averaged, then over values. A value that a small resample never or always
+    holds has no recall on one side and is left out of that draw.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "mean_iou": mean_iou,
+    "mean_recall": mean_recall,
+    "pixel_accuracy": pixel_accuracy,
+    "balanced_accuracy": balanced_accuracy,
+}
+
+
+def statistic_of(metric: str) -> Statistic:
+    """How a metric comes from summed tallies; the mean of the items where nothing else is said."""
+    return STATISTICS.get(metric, mean)

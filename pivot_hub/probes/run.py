@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Picture, Question, Scene, Split, World
-from pivot_hub.encoder.repository import encoder_facts, read_encoder
+from pivot_hub.encoder.encode import DTYPES, Progress
+from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm import image_px
-from pivot_hub.probes.classify import classify_folder, classify_shapes
+from pivot_hub.probes.classify import PROTOCOLS, classify_images, classify_shapes
+from pivot_hub.probes.dataset import open_classes
 from pivot_hub.probes.features import FeatureModel, patch_features, pooled
 from pivot_hub.probes.localize import Target, localize
-from pivot_hub.probes.result import ProbeResult
+from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.segment import class_masks, segment_patches
 from pivot_hub.probes.vqa import answer_questions
 from pivot_hub.provenance import weights_sha256
@@ -67,7 +71,8 @@ def probe_shapes(
     tokens = {
         split: patch_features(model, image_processor, (p.image for p in part.pictures)) for split, part in parts.items()
     }
-    conditions = _conditions(model, name, sha256)
+    sizes_of = {split: getattr(sizes, split) for split in SPLITS}
+    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, sizes_of)}
     scenes = {split: part.scenes for split, part in parts.items()}
     results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
     masks = {split: class_masks(part.scenes, part.pictures) for split, part in parts.items()}
@@ -95,7 +100,8 @@ def probe_mllm(
     model.eval()
     world = World(image_px=image_px(model))
     facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
-    conditions = {**facts, "partner": partner}
+    asked = {k: v for k, v in asdict(sizes).items() if k not in SPLITS}
+    conditions = {**facts, "partner": partner, "data_sha256": _world_sha256(world, asked)}
     targets = {
         "validation": probe_targets(world, "validation", sizes.targets_validation),
         "test": probe_targets(world, "test", sizes.targets_test),
@@ -133,28 +139,83 @@ def probe_questions(world: World, split: Split, count: int) -> tuple[list[Any], 
 
 
 def probe_encoder(
-    encoder: str, data: str = "shapes", seed: int = 0, on_bad_row: str = "stop", sizes: Sizes = Sizes()
+    encoder: str,
+    data: str = "shapes",
+    seed: int = 0,
+    on_bad_row: str = "stop",
+    sizes: Sizes = Sizes(),
+    protocols: Sequence[str] = PROTOCOLS[:-1],
+    revision: str | None = None,
+    dtype: str = "float32",
+    cache: Path | None = None,
+    workers: int | None = None,
+    progress: Progress = lambda done, total, rate: None,
 ) -> tuple[list[ProbeResult], list[str]]:
-    """Probe an encoder by name, on the built-in world or on a folder of class folders.
+    """Probe an encoder by name, on the built-in world or on labelled images.
+
+    Args:
+        encoder: folder or Hub name; if it holds golden vectors, they are replayed first.
+        data: `shapes`, or what `dataset.open_classes` takes, with `revision`.
+        seed: of splits, samples and bootstrap.
+        on_bad_row: stop at an image that cannot be decoded, or skip it.
+        sizes: of the world's probes.
+        protocols, dtype, cache, workers, progress: of labelled images, see `classify.classify_images`.
 
     Returns:
         The results, and a sentence for each image that was skipped.
 
     Raises:
-        CheckpointError: the encoder cannot be loaded.
-        ProbeError: the data is neither.
+        CheckpointError: the encoder cannot be loaded, or gives other features than it was published with.
+        ProbeError: the data cannot be probed.
     """
     if on_bad_row not in ("stop", "skip"):
         raise ProbeError(f"on_bad_row is {on_bad_row!r}: it is stop or skip.")
-    if data != "shapes" and not Path(data).is_dir():
-        raise ProbeError(f"data {data!r} is neither `shapes` nor a folder; give a folder of class folders.")
+    if dtype not in DTYPES:
+        raise ProbeError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
+    classes = None if data == "shapes" else open_classes(data, revision, seed)
     model, image_processor = read_encoder(encoder)
+    check_golden(encoder, model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, DTYPES[dtype])  # type: ignore[arg-type]
     facts = encoder_facts(encoder, model)
-    name, sha256 = facts["encoder"], facts["encoder_sha256"]
-    if data == "shapes":
-        return probe_shapes(model, image_processor, name, sha256, sizes, seed), []
-    conditions = _conditions(model, name, sha256)
-    return classify_folder(model, image_processor, Path(data), conditions, seed, on_bad_row)
+    if classes is None:
+        return probe_shapes(model, image_processor, facts["encoder"], facts["encoder_sha256"], sizes, seed), []
+    return classify_images(
+        model, image_processor, classes, facts, protocols, seed, dtype, on_bad_row, cache, workers, progress
+    )
+
+
+def probe_all(
+    encoders: Sequence[str],
+    data: str = "shapes",
+    seed: int = 0,
+    protocols: Sequence[str] = PROTOCOLS[:-1],
+    progress: Progress = lambda done, total, rate: None,
+) -> dict[str, list[ProbeResult]]:
+    """Results of several encoders by name: probed now, or read from a file that a probe wrote.
+
+    Raises:
+        ProbeError: two have one name.
+    """
+    found: dict[str, list[ProbeResult]] = {}
+    for encoder in encoders:
+        path = Path(encoder)
+        if path.suffix == ".json":
+            results, name = read_results(path), path.stem
+        else:
+            results, _ = probe_encoder(encoder, data, seed, protocols=protocols, progress=progress)
+            name = results[0].encoder
+        if name in found:
+            raise ProbeError(
+                f"two encoders are named {name!r}; rename a folder or a file, so that a table can tell them."
+            )
+        found[name] = results
+    return found
+
+
+def _world_sha256(world: World, sizes: dict[str, int]) -> str:
+    """Scenes follow from the world, where they start, and how many there are."""
+    return hashlib.sha256(json.dumps([world.facts(), FIRST_SCENE, sizes]).encode()).hexdigest()
 
 
 def _conditions(model: FeatureModel, name: str, sha256: str) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from pivot_hub.data.shapes import SHAPES, Picture, Scene, Split
+from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
 from pivot_hub.probes.features import standardised
-from pivot_hub.probes.result import ProbeResult, bootstrap
+from pivot_hub.probes.result import ProbeResult, measure
 
 DECAYS = (1e-5, 1e-4, 1e-3)
 FIT_SCENES = 500  # of 64 patches each: more change the scores by less than their interval
@@ -52,36 +53,24 @@ def segment_patches(
     unseen: tuple[Split, ...] = ("validation", "test")
     scaled = {split: scale(tokens[split]) for split in unseen}
 
-    def confusions(decay: float, split: Split) -> np.ndarray:
-        return _confusions(heads[decay], scaled[split], masks[split])
+    def tallied(decay: float, split: Split) -> np.ndarray:
+        return _tallies(heads[decay], scaled[split], masks[split])
 
-    best = max(DECAYS, key=lambda d: _mean_iou(confusions(d, "validation").sum(0)[None])[0])
-    tallies = confusions(best, "test")
-    duration = round(time.monotonic() - started, 2)
-    results = []
-    for metric, statistic in (
-        ("mean_iou", _mean_iou),
-        ("pixel_accuracy", _pixel_accuracy),
-        ("mean_recall", _mean_recall),
-    ):
-        value, interval = bootstrap(tallies, statistic, seed)
-        results.append(
-            ProbeResult(
-                task="shapes/segmentation",
-                metric=metric,
-                value=100 * value,
-                unit="percent",
-                n=len(tallies),
-                split="test",
-                seed=seed,
-                protocol=f"linear head on patch tokens, logits upsampled; decay {best:g} chosen on validation",
-                partner=None,
-                ci95=(100 * interval[0], 100 * interval[1]),
-                duration_s=duration,
-                **conditions,
-            )
+    best = max(DECAYS, key=lambda d: mean_iou(tallied(d, "validation").sum(0)[None])[0])
+    tallies = tallied(best, "test")
+    duration = time.monotonic() - started
+    return [
+        measure(
+            "shapes/segmentation",
+            metric,
+            tallies,
+            protocol=f"linear head on patch tokens, logits upsampled; decay {best:g} chosen on validation",
+            seed=seed,
+            duration_s=duration,
+            **conditions,
         )
-    return results
+        for metric in ("mean_iou", "pixel_accuracy", "mean_recall")
+    ]
 
 
 def _patch_shares(masks: np.ndarray, patches: int) -> np.ndarray:
@@ -112,8 +101,8 @@ def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
 
 
 @torch.no_grad()
-def _confusions(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Pixel counts by true and predicted class: (N, classes, classes)."""
+def _tallies(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Pixels hit, predicted and true of each class in each image: (N, 3, classes)."""
     n, patches, _ = tokens.shape
     side, k = round(patches**0.5), len(CLASSES)
     made = []
@@ -123,19 +112,5 @@ def _confusions(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.nd
         size = truth.shape[1:]
         predicted = nn.functional.interpolate(grid, size=size, mode="bilinear").argmax(1).numpy()
         for p, t in zip(predicted, truth, strict=True):
-            made.append(np.bincount(t.ravel() * k + p.ravel(), minlength=k * k).reshape(k, k))
-    return np.stack(made)
-
-
-def _mean_iou(sums: np.ndarray) -> np.ndarray:
-    """(draws, classes, classes) -> (draws,)."""
-    hits = np.diagonal(sums, axis1=1, axis2=2)
-    return np.nanmean(hits / (sums.sum(1) + sums.sum(2) - hits), axis=1)
-
-
-def _pixel_accuracy(sums: np.ndarray) -> np.ndarray:
-    return np.diagonal(sums, axis1=1, axis2=2).sum(1) / sums.sum((1, 2))
-
-
-def _mean_recall(sums: np.ndarray) -> np.ndarray:
-    return np.nanmean(np.diagonal(sums, axis1=1, axis2=2) / sums.sum(2), axis=1)
+            made.append([np.bincount(ids, minlength=k) for ids in (t[p == t], p.ravel(), t.ravel())])
+    return np.array(made)

@@ -13,7 +13,7 @@ from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBas
 
 from pivot_hub.data.shapes import KINDS, Question
 from pivot_hub.mllm import chat_prompt
-from pivot_hub.probes.result import ProbeResult, bootstrap_mean
+from pivot_hub.probes.result import ProbeResult, measure
 
 
 @torch.no_grad()
@@ -70,24 +70,17 @@ def answer_questions(
         images = cast(Sequence[Image.Image], shown)
         said = generate_answers(model, processor, [q.text for q in questions], images)
     right = np.array([float(s.casefold() == q.answer.casefold()) for s, q in zip(said, questions, strict=True)])
-    duration = round(time.monotonic() - started, 2)
-    results = []
-    for kind in ("all", *KINDS):
-        hits = right[[kind in ("all", q.kind) for q in questions]]
-        value, interval = bootstrap_mean(hits, seed)
-        results.append(
-            ProbeResult(
-                task=f"shapes/vqa/{kind}",
-                metric="exact_match",
-                value=100 * value,
-                unit="percent",
-                n=len(hits),
-                split=split,
-                seed=seed,
-                protocol="greedy answer equals the true one",
-                ci95=(100 * interval[0], 100 * interval[1]),
-                duration_s=duration,
-                **conditions,
-            )
+    duration = time.monotonic() - started
+    return [
+        measure(
+            f"shapes/vqa/{kind}",
+            "exact_match",
+            right[[kind in ("all", q.kind) for q in questions]],
+            protocol="greedy answer equals the true one",
+            split=split,
+            seed=seed,
+            duration_s=duration,
+            **conditions,
         )
-    return results
+        for kind in ("all", *KINDS)
+    ]

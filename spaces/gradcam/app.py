@@ -429,7 +429,8 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
         query.change(None, query, link, js=SHOW_LINK)
         pair_shown = [*all_shown, layer, loading, first, second, parent]
         wanted = [*given, first, second, parent]
-        loads: dict[str, Any] = {**HIDDEN, **LOADING, "show_progress": "full", "show_progress_on": loading}
+        loads: dict[str, Any] = {**HIDDEN, **LOADING, "show_progress": "full", "trigger_mode": "multiple"}
+        loads["show_progress_on"] = loading
         load.click(load_pair, wanted, pair_shown, **loads)
         back.click(load_built_in, wanted, pair_shown, **loads)
         app.load(open_link, None, [*pair_shown, method, opacity, colours, closer], **{**HIDDEN, **LOADING})

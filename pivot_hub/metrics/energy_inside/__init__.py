@@ -1,0 +1,1 @@
+"""energy_inside: a folder that is an evaluate module and a Hub Space."""

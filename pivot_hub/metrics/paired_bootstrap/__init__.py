@@ -1,0 +1,1 @@
+"""paired_bootstrap: a folder that is an evaluate module and a Hub Space."""

@@ -1,0 +1,1 @@
+"""pointing_accuracy: a folder that is an evaluate module and a Hub Space."""

@@ -1,0 +1,195 @@
+"""Comparisons of encoders: the same test items, paired bootstrap, p-values corrected over all that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+
+from pivot_hub.errors import ProbeError
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.probes.result import ProbeResult, statistic_of
+
+LEVEL = 0.05  # of the corrected p-values
+NONE_SHOWN = "no difference shown"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One probe of two encoders.
+
+    Args:
+        task, metric, n: see ProbeResult; n items are the pairs.
+        first, other: names of the encoders.
+        first_value, other_value: in percent.
+        difference: other minus first, in points.
+        ci95: paired bootstrap interval of the difference.
+        p: two-sided, from the same bootstrap.
+        p_holm: corrected over all comparisons that were made together (Holm, 1979).
+        verdict: which is better, or that no difference is shown, at 5% by `p_holm`.
+    """
+
+    task: str
+    metric: str
+    n: int
+    first: str
+    other: str
+    first_value: float
+    other_value: float
+    difference: float
+    ci95: tuple[float, float]
+    p: float
+    p_holm: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Every probe that encoders have in common, each against the first."""
+
+    encoders: list[str]
+    rows: list[Comparison]
+    draws: int
+    seed: int
+
+    def table(self) -> Table:
+        table = Table(box=SIMPLE, title=f"Against {self.encoders[0]}, percent", title_justify="left")
+        for column in self._header():
+            table.add_column(column, no_wrap=True)
+        for cells in self._cells():
+            table.add_row(*cells)
+        return table
+
+    def markdown(self) -> str:
+        header = self._header()
+        lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        lines += [f"| {' | '.join(cells)} |" for cells in self._cells()]
+        return "\n".join([*lines, "", self.method(), ""])
+
+    def method(self) -> str:
+        """How the numbers came about, in two sentences."""
+        return (
+            f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
+            f"bootstrap draws, seed {self.seed}, and say nothing of other training seeds. p is corrected by Holm's "
+            f"method over the {len(self.rows)} comparisons; a difference is called below 0.05."
+        )
+
+    def facts(self) -> dict[str, Any]:
+        return {**asdict(self), "method": self.method()}
+
+    def _header(self) -> list[str]:
+        return ["probe", "metric", "n", self.encoders[0], "encoder", "value", "difference [95%]", "p (Holm)", "verdict"]
+
+    def _cells(self) -> list[list[str]]:
+        return [
+            [
+                *(r.task, r.metric, str(r.n), f"{r.first_value:.1f}", r.other, f"{r.other_value:.1f}"),
+                f"{r.difference:+.1f} [{r.ci95[0]:+.1f}, {r.ci95[1]:+.1f}]",
+                f"{r.p_holm:.3f}",
+                r.verdict,
+            ]
+            for r in self.rows
+        ]
+
+
+def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 10_000, seed: int = 0) -> Comparisons:
+    """Compare encoders with the first on every task and metric that they share.
+
+    Args:
+        results: of each encoder, by name, with tallies.
+        draws: of the bootstrap.
+        seed: of it.
+
+    Raises:
+        ProbeError: fewer than two encoders, nothing shared, other data or seeds, or results without tallies.
+    """
+    if len(results) < 2:
+        raise ProbeError("a comparison needs two encoders or more; give another one.")
+    names = list(results)
+    found = {name: {(r.task, r.metric): r for r in some} for name, some in results.items()}
+    pairs = []
+    for other in names[1:]:
+        for key, first in found[names[0]].items():
+            if key in found[other]:
+                _check_pair(names[0], first, other, found[other][key])
+                pairs.append((other, first, found[other][key]))
+    if not pairs:
+        raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
+    measured = [paired_difference(_tallies(b), _tallies(a), statistic_of(a.metric), seed, draws) for _, a, b in pairs]
+    corrected = holm([made.p_value for made in measured])
+    rows = []
+    for (other, a, b), made, p_holm in zip(pairs, measured, corrected, strict=True):
+        better = other if made.value > 0 else names[0]
+        rows.append(
+            Comparison(
+                task=a.task,
+                metric=a.metric,
+                n=a.n,
+                first=names[0],
+                other=other,
+                first_value=a.value,
+                other_value=b.value,
+                difference=100 * made.value,
+                ci95=(100 * made.ci95[0], 100 * made.ci95[1]),
+                p=made.p_value,
+                p_holm=p_holm,
+                verdict=f"{better} better" if p_holm < LEVEL else NONE_SHOWN,
+            )
+        )
+    return Comparisons(names, rows, draws, seed)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that are below a level together keep the family's error below it."""
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate([(len(p) - i) * p[j] for i, j in enumerate(order)])
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(stepped, 1)
+    return [float(value) for value in corrected]
+
+
+def draw_comparisons(made: Comparisons, path: Path) -> None:
+    """Draw each difference with its interval, a panel an encoder; those that are called are filled."""
+    from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
+
+    others = made.encoders[1:]
+    rows = {other: [r for r in made.rows if r.other == other] for other in others}
+    height = 1.3 + 0.24 * max(map(len, rows.values()))
+    figure = Figure(figsize=(3.6 + 3.6 * len(others), height))
+    for ax, other in zip(figure.subplots(1, len(others), squeeze=False, sharey=True)[0], others, strict=True):
+        for y, r in enumerate(rows[other]):
+            called = r.verdict != NONE_SHOWN
+            ax.plot(r.ci95, (y, y), color="#33608c", linewidth=1.6)
+            ax.plot(r.difference, y, "o", color="#33608c", markerfacecolor="#33608c" if called else "white")
+        ax.axvline(0, color="#888888", linewidth=0.8)
+        ax.set_title(f"{other} minus {made.encoders[0]}", fontsize=9)
+        ax.set_xlabel("points", fontsize=8)
+        ax.tick_params(labelsize=7.5)
+        ax.set_yticks(range(len(rows[other])), [f"{r.task}: {r.metric}" for r in rows[other]])
+        ax.set_ylim(len(rows[other]) - 0.5, -0.5)
+    figure.text(0.01, 0.01, "filled: a difference at 5% after Holm's correction", fontsize=7)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def _check_pair(first: str, a: ProbeResult, other: str, b: ProbeResult) -> None:
+    for what in ("n", "split", "seed", "data_sha256"):
+        if getattr(a, what) != getattr(b, what):
+            raise ProbeError(
+                f"{a.task}: {first} and {other} differ in {what}, so their test items are no pairs; probe both on the "
+                "same data with the same seed."
+            )
+
+
+def _tallies(result: ProbeResult) -> np.ndarray:
+    if result.tallies is None:
+        raise ProbeError(
+            f"{result.task} of {result.encoder} has no tallies (.npz) beside its JSON; write it anew with `--json`."
+        )
+    return result.tallies

@@ -1,0 +1,336 @@
+"""Multinomial logistic regression: scikit-learn's optimum for every C in one run, on a CPU or a GPU, in blocks.
+
+scikit-learn minimises `C * sum of cross-entropies + ||W||^2 / 2` by L-BFGS from zero, once for each C. This is the
+same objective, with another way there:
+
+- Cs go from the strongest penalty to the weakest. Each fit starts where the line through the last two leads, and takes
+  over L-BFGS's history: what was learnt of the loss's curvature stays true, the penalty's is known.
+- Steps are taken in coordinates in which the problem is nearly round. A class's Hessian is close to
+  `p (1 - p) * covariance + penalty`, which is diagonal along the covariance's eigenvectors: features that are
+  correlated take few more steps than others.
+- Most steps are taken in quick products (bfloat16 or TF32 where the hardware has them), the last ones in float32.
+- The data are read in blocks: the weights, their history and one block are in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pivot_hub.errors import ProbeError
+
+CELLS = 8_000_000  # of a block's logits: what stays in a processor's cache, nearly
+HISTORY = 20  # pairs of steps and gradients L-BFGS remembers
+SLACK = 1e-6
+QUICK, QUICK_STEPS = 300, 12
+
+
+class Rows(Protocol):
+    """Features (N, D): an array in memory or mapped from disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """A fitted regression.
+
+    Args:
+        c: inverse strength of the penalty, as scikit-learn's.
+        weight: (classes, D) float32.
+        bias: (classes,) float32.
+        loss: mean cross-entropy plus penalty over `C * N`: what was minimised.
+        steps: taken for this C.
+    """
+
+    c: float
+    weight: Tensor
+    bias: Tensor
+    loss: float
+    steps: int
+
+    @torch.no_grad()
+    def predict(self, x: Rows) -> np.ndarray:
+        """The likeliest class of each row: (N,) int64."""
+        made = [torch.addmm(self.bias, b, self.weight.T).argmax(1).cpu() for b in _blocks(x, len(self.bias))]
+        return torch.cat(made).numpy()
+
+
+@torch.no_grad()
+def fit_logistic(
+    x: Rows,
+    y: np.ndarray,
+    cs: Sequence[float],
+    classes: int | None = None,
+    start: Logistic | None = None,
+    tolerance: float = 5e-6,
+    max_steps: int = 500,
+    device: str | torch.device = "cpu",
+) -> list[Logistic]:
+    """Fit one regression for each C.
+
+    Args:
+        x: (N, D) float32 features.
+        y: (N,) class numbers, from 0.
+        cs: inverse penalties; fitted from the smallest on, returned in the order given.
+        classes: how many there are; one more than the largest of `y` by default.
+        start: where the first one begins, as at the optimum of a part of the rows.
+        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS; the loss is then
+            within a few times this of its optimum.
+        max_steps: of one C.
+        device: that computes.
+
+    Returns:
+        The fits.
+
+    Raises:
+        ProbeError: features that are not finite, fewer than two classes, or a fit that does not converge.
+    """
+    if len(x) != len(y):
+        raise ProbeError(f"{len(x)} rows of features for {len(y)} labels; give one label a row.")
+    if len(np.unique(y)) < 2:
+        raise ProbeError("all labels are of one class: a probe needs at least two; check the data.")
+    problem = _Problem(x, y, classes or int(y.max()) + 1, torch.device(device))
+    fits = {}
+    path = [] if start is None else [_Point(start.c, problem.centred(start.weight, start.bias), math.inf)]
+    for c in sorted({*cs, *(problem.lead(min(cs)) if start is None else ())}):
+        path.append(problem.minimise(c, path, tolerance, max_steps))
+        fits[c] = problem.fit(path[-1])
+        del path[:-2]
+    return [fits[c] for c in cs]
+
+
+@dataclass
+class _Point:
+    """An optimum on the path of Cs: theta (classes, D + 1), its loss without the penalty, how it was reached."""
+
+    c: float
+    theta: Tensor
+    cross_entropy: float
+    steps: int = 0
+    history: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # steps, and what the loss's gradient changed
+
+
+class _Problem:
+    """The objective over theta = (weights, bias) of centred features: (classes, D + 1), bias last."""
+
+    def __init__(self, x: Rows, y: np.ndarray, classes: int, device: torch.device) -> None:
+        self.x, self.classes, self.device = x, classes, device
+        self.y = torch.from_numpy(np.asarray(y, np.int64)).to(device)
+        self.n, self.d = x.shape
+        self.mean, covariance = _moments(x, classes, device)
+        values, self.axes = torch.linalg.eigh(covariance)
+        self.spread = values.clamp_min(0).float()  # variances along the axes, (D,)
+        self.axes = self.axes.float()
+        self.counts = torch.bincount(self.y, minlength=classes)
+
+    def lead(self, c: float) -> Iterator[float]:
+        """Cs below the first, to begin where the penalty is as strong as the data: from zero, a weak one is far."""
+        while 1 / (c * self.n) < self.spread.mean().item() / self.classes:
+            c /= 10
+            yield c
+
+    def centred(self, weight: Tensor, bias: Tensor) -> Tensor:
+        weight = weight.to(self.device)
+        return torch.cat([weight, (bias.to(self.device) + weight @ self.mean)[:, None]], 1)
+
+    def fit(self, point: _Point) -> Logistic:
+        weight, bias = self.plain(point.theta)
+        return Logistic(point.c, weight.cpu(), bias.cpu(), self.penalised(point, 1 / (point.c * self.n)), point.steps)
+
+    def plain(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and bias for features as they are."""
+        weight = theta[:, :-1].contiguous()
+        return weight, theta[:, -1] - weight @ self.mean
+
+    def penalised(self, point: _Point, penalty: float) -> float:
+        return point.cross_entropy + penalty / 2 * point.theta[:, :-1].double().square().sum().item()
+
+    def value(self, theta: Tensor) -> tuple[float, Tensor]:
+        """Mean cross-entropy and its gradient, one pass over the data; remembers how confused the classes are."""
+        weight, bias = self.plain(theta)
+        gradient = torch.zeros_like(weight)
+        sums, squares = torch.zeros(2, self.classes, device=self.device)
+        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        row = 0
+        for block in _blocks(self.x, self.classes, self.device):
+            labels = self.y[row : row + len(block), None]
+            row += len(block)
+            logits = torch.addmm(bias, block, weight.T)
+            top, where = logits.max(1, keepdim=True)
+            own = logits.gather(1, labels)
+            p = torch.softmax(logits, 1)
+            loss += (top - own - p.gather(1, where).log()).sum(dtype=torch.float64)  # the largest p never underflows
+            sums += p.sum(0)
+            squares += torch.linalg.vector_norm(p, dim=0).square_()
+            p.scatter_add_(1, labels, p.new_full((1, 1), -1.0).expand(len(block), 1))
+            gradient.addmm_(p.T, block)
+        self.confusion = ((sums - squares) / self.n).clamp_min(1e-12)
+        residual = (sums - self.counts) / self.n
+        gradient = gradient.div_(self.n).addr_(residual, self.mean, alpha=-1)
+        return loss.item() / self.n, torch.cat([gradient, residual[:, None]], 1)
+
+    def rounder(self, penalty: float) -> Callable[[Tensor], Tensor]:
+        """The inverse of a Hessian that is diagonal in class and axis, as a function of a gradient.
+
+        Its size is that of mean p (1 - p) of each class, where the loss was last computed.
+        """
+        confusion = self.confusion
+        scale = 1 / (torch.outer(confusion, self.spread) + penalty)
+        axes = self.axes
+
+        def apply(gradient: Tensor) -> Tensor:
+            along = (gradient[:, :-1] @ axes).mul_(scale)
+            return torch.cat([along @ axes.T, (gradient[:, -1] / confusion)[:, None]], 1)
+
+        return apply
+
+    def minimise(self, c: float, path: Sequence[_Point], tolerance: float, max_steps: int) -> _Point:
+        """L-BFGS from where the path leads, its first inverse Hessian the rounder's; quick products, then exact."""
+        penalty = 1 / (c * self.n)
+        with _quick_products():
+            at, gradient = self._begin(c, path, penalty)
+            precondition = self.rounder(penalty)
+            at, gradient = self._descend(at, gradient, penalty, precondition, QUICK * tolerance, QUICK_STEPS)
+        at.cross_entropy, gradient = self.value(at.theta)
+        at, _ = self._descend(at, gradient, penalty, precondition, tolerance, max_steps)
+        if at.steps < max_steps:
+            return at
+        raise ProbeError(
+            f"the logistic regression did not converge in {max_steps} steps at C {c:g}; "
+            "standardise the features or leave out the weakest penalty."
+        )
+
+    def _descend(
+        self,
+        at: _Point,
+        gradient: Tensor,
+        penalty: float,
+        precondition: Callable[[Tensor], Tensor],
+        tolerance: float,
+        max_steps: int,
+    ) -> tuple[_Point, Tensor]:
+        """Take steps until the quadratic model of the loss promises less than the tolerance."""
+        while at.steps < max_steps:
+            # The history is of the loss alone: the penalty's part is exact, at any C.
+            pairs = [(moved, _ridge(changed, moved, penalty)) for moved, changed in at.history]
+            full = _ridge(gradient, at.theta, penalty)
+            direction = _two_loops(full, pairs, precondition).neg_()
+            slope = _dot(direction, full)
+            if -slope / 2 < tolerance:
+                break
+            at, gradient = self._search(at, gradient, direction, slope, penalty)
+        return at, gradient
+
+    def _begin(self, c: float, path: Sequence[_Point], penalty: float) -> tuple[_Point, Tensor]:
+        """Zero, the last optimum, or the line through the last two in log C where that is better."""
+        if not path:
+            theta = torch.zeros(self.classes, self.d + 1, device=self.device)
+            loss, gradient = self.value(theta)
+            return _Point(c, theta, loss), gradient
+        last = path[-1]
+        if len(path) > 1:
+            reach = math.log(c / last.c) / math.log(last.c / path[-2].c)
+            theta = last.theta + reach * (last.theta - path[-2].theta)
+            loss, gradient = self.value(theta)
+            ahead = _Point(c, theta, loss, 0, last.history)
+            if self.penalised(ahead, penalty) < self.penalised(last, penalty):
+                return ahead, gradient
+        loss, gradient = self.value(last.theta)
+        return _Point(c, last.theta, loss, 0, last.history), gradient
+
+    def _search(
+        self, at: _Point, gradient: Tensor, direction: Tensor, slope: float, penalty: float
+    ) -> tuple[_Point, Tensor]:
+        """Go along a direction until the loss falls enough (Armijo), by quadratic interpolation from a whole step."""
+        length, before = 1.0, self.penalised(at, penalty)
+        for _ in range(30):
+            moved = direction * length
+            theta = at.theta + moved
+            loss, after = self.value(theta)
+            new = _Point(at.c, theta, loss, at.steps + 1, at.history)
+            value = self.penalised(new, penalty)
+            if value <= before + 1e-4 * length * slope + SLACK * abs(before):
+                changed = after - gradient
+                if _dot(moved, _ridge(changed, moved, penalty)) > 0:
+                    new.history = [*at.history[1 - HISTORY :], (moved, changed)]
+                return new, after
+            if math.isfinite(value):
+                length = min(max(-slope * length**2 / (2 * (value - before - slope * length)), length / 10), length / 2)
+            else:
+                length /= 10
+        raise ProbeError("the logistic regression found no step that lowers its loss; check the features for outliers.")
+
+
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Let processors and GPUs that can multiply in bfloat16 or TF32, which is several times faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return torch.sum(a * b, dtype=torch.float64).item()
+
+
+def _ridge(gradient: Tensor, theta: Tensor, penalty: float) -> Tensor:
+    """Add the penalty's gradient, which leaves the bias (last column) alone."""
+    made = gradient.clone()
+    made[:, :-1] += penalty * theta[:, :-1]
+    return made
+
+
+def _two_loops(
+    gradient: Tensor, history: Sequence[tuple[Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """L-BFGS's product of the inverse Hessian with a gradient (Nocedal and Wright, algorithm 7.4)."""
+    q = gradient.clone()
+    shares = []
+    for moved, changed in reversed(history):
+        shares.append(_dot(moved, q) / _dot(moved, changed))
+        q.sub_(changed, alpha=shares[-1])
+    r = precondition(q)
+    for (moved, changed), share in zip(history, reversed(shares), strict=True):
+        r.add_(moved, alpha=share - _dot(changed, r) / _dot(moved, changed))
+    return r
+
+
+def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean (D,) float32 and covariance (D, D) float64."""
+    n, d = x.shape
+    total = torch.zeros(d, dtype=torch.float64, device=device)
+    products = torch.zeros(d, d, dtype=torch.float64, device=device)
+    shift: Tensor | None = None
+    for block in _blocks(x, classes, device):
+        if not torch.isfinite(block).all():
+            raise ProbeError("the features hold values that are not finite (NaN or infinite); check the encoder.")
+        if shift is None:
+            shift = block.mean(0)  # about the middle, float32 products lose nothing that counts
+        centred = block - shift
+        total += centred.sum(0, dtype=torch.float64)
+        products += (centred.T @ centred).double()
+    assert shift is not None
+    off = total / n
+    return (shift.double() + off).float(), products / n - torch.outer(off, off)
+
+
+def _blocks(x: Rows, classes: int, device: str | torch.device = "cpu") -> Iterator[Tensor]:
+    rows = max(256, CELLS // max(classes, x.shape[1]))
+    for start in range(0, len(x), rows):
+        yield torch.from_numpy(np.ascontiguousarray(x[start : start + rows], np.float32)).to(device)
