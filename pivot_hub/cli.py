@@ -624,7 +624,9 @@ def space(
     parent: Annotated[str, typer.Option(help="The parent of both, for the DPO loss.")] = "",
     runs: Annotated[
         Path | None,
-        typer.Option(help="Folder of checkpoints that visitors may name; without --first its 3-sft and 3-dpo are shown."),
+        typer.Option(
+            help="Folder of checkpoints that visitors may name; its 3-sft and 3-dpo are shown without --first."
+        ),
     ] = None,
     port: Annotated[int, typer.Option(help="Where it listens.")] = 7860,
     host: Annotated[str, typer.Option(help="Address it listens at; this machine only by default.")] = "127.0.0.1",

@@ -158,9 +158,7 @@ def fit_picture(pair: MllmPair, image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def compare(
-    pair: MllmPair, subject: Subject, explain: Explain = "answer", layer: int | None = None
-) -> Comparison:
+def compare(pair: MllmPair, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
     """Ask both MLLMs the same and explain the same answer.
 
     Without a right answer each explains what it said itself.
@@ -174,7 +172,11 @@ def compare(
     Raises:
         DataError: the question is empty, a text is too long, or the DPO loss lacks an answer or a parent.
     """
-    for what, text in (("question", subject.question), ("right answer", subject.right), ("wrong answer", subject.wrong)):
+    for what, text in (
+        ("question", subject.question),
+        ("right answer", subject.right),
+        ("wrong answer", subject.wrong),
+    ):
         if len(text) > MOST_CHARACTERS:
             raise DataError(f"The {what} has {len(text):,} characters; at most {MOST_CHARACTERS} are read.")
     if not subject.question.strip():

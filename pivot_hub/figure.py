@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
@@ -102,14 +102,15 @@ def draw_comparison(
         ax.imshow(image if ax is axes[0] else image.convert("L"), cmap="gray")
         ax.set_title(f"{_plain(title)}\n{text}", fontsize=9, parse_math=False)
         if subject.mask is not None:
-            x, y = np.linspace(0, image.width - 1, subject.mask.shape[1]), np.linspace(
-                0, image.height - 1, subject.mask.shape[0]
+            x, y = (
+                np.linspace(0, image.width - 1, subject.mask.shape[1]),
+                np.linspace(0, image.height - 1, subject.mask.shape[0]),
             )
             ax.contour(x, y, subject.mask, levels=[0.5], colors="white", linewidths=1.2)
         ax.set_axis_off()
     shown = [ax.imshow(m, cmap=colours, alpha=0.72, vmin=0, vmax=top) for ax, m in zip(axes[1:], large, strict=False)]
     apart = axes[3].imshow(difference, cmap=DIVERGING, alpha=0.72, vmin=-reach, vmax=reach)
-    scale = {"location": "bottom", "shrink": 0.9, "aspect": 40}
+    scale: Any = {"location": "bottom", "shrink": 0.9, "aspect": 40}
     figure.colorbar(shown[0], ax=axes[1:3], label=f"{method} of {comparison.explain}, times an even spread", **scale)
     figure.colorbar(apart, ax=axes[3], **scale)
     figure.savefig(file, dpi=130, format="png")

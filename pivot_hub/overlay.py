@@ -70,7 +70,8 @@ def outline(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     inside = inside.filter(ImageFilter.GaussianBlur(0.9 * max(size) / mask.shape[0]))  # no stairs where pixels were few
     inside = inside.point(lambda v: 255 * (v >= 128))
     rings = [
-        np.asarray(inside.filter(ImageFilter.MaxFilter(2 * w + 1))) > np.asarray(inside.filter(ImageFilter.MinFilter(3)))
+        np.asarray(inside.filter(ImageFilter.MaxFilter(2 * w + 1)))
+        > np.asarray(inside.filter(ImageFilter.MinFilter(3)))
         for w in (2, 1)
     ]
     pixels = np.zeros((*rings[0].shape, 4), np.uint8)

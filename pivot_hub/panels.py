@@ -106,7 +106,11 @@ class Panels:
         return str(self._macros.colours(facts | _picture(comparison.subject.image)))
 
     def words(
-        self, comparison: Comparison, tokens: tuple[Sequence[TokenMap], Sequence[TokenMap]], method: Method, colours: str
+        self,
+        comparison: Comparison,
+        tokens: tuple[Sequence[TokenMap], Sequence[TokenMap]],
+        method: Method,
+        colours: str,
     ) -> str:
         """A small map of each token of the explained answers."""
         sides = [densities([t.maps[method] for t in side]) for side in tokens]
@@ -166,7 +170,7 @@ def _stage(comparison: Comparison, method: Method, colours: str) -> dict[str, An
         "picture_alt": f"The picture that is asked about: {subject.question}",
         "views": [_side(v, subject, method, heat, what, colours, top) for v, heat in zip(views, large, strict=True)],
         "difference": data_uri(translucent(difference, DIVERGING, -reach, reach, 0)),
-        "difference_alt": f"{views[1].name} minus {views[0].name}: they differ by at most {reach:.1f} times an even spread.",
+        "difference_alt": f"{views[1].name} minus {views[0].name}: at most {reach:.1f} times an even spread apart.",
         "coincide": f"{round(100 * comparison.overlap(method))}% of the two maps coincide.",
         "bar": data_uri(scale_bar(colours)),
         "difference_bar": data_uri(scale_bar(DIVERGING)),
@@ -186,9 +190,10 @@ def _side(
     elif view.maps[method].max() <= 0:
         text = "The map is empty here."
     else:
+        peak = "on the thing" if scores.peak_inside else "elsewhere"
         text = (
-            f"{'Peak on the thing' if scores.peak_inside else 'Peak elsewhere'}; {100 * scores.energy_inside:.0f}% of the "
-            f"map on it (even spread {100 * scores.area:.0f}%); IoU {100 * scores.iou:.0f}%"
+            f"Peak {peak}; {100 * scores.energy_inside:.0f}% of the map on it (even spread {100 * scores.area:.0f}%); "
+            f"IoU {100 * scores.iou:.0f}%"
         )
     probability = None
     if view.right_log_prob is not None and view.preference is None:

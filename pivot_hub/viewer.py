@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,8 +28,6 @@ from pivot_hub.mllm_pair import MllmPair, PairNames, PairShelf
 from pivot_hub.panels import Panels
 from pivot_hub.patches import principal_colours, similarity
 
-Run = TypeVar("Run", bound=Callable[..., Any])
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -42,7 +40,7 @@ class Seen:
 class Viewer:
     """Shared by all visitors: models and templates. What is one visitor's comes and goes as arguments."""
 
-    def __init__(self, shelf: PairShelf, panels: Panels, on_gpu: Callable[[Run], Run] = lambda run: run) -> None:
+    def __init__(self, shelf: PairShelf, panels: Panels, on_gpu: Callable[[Any], Any] = lambda run: run) -> None:
         """Load the pair to start with.
 
         Args:
@@ -143,7 +141,9 @@ class Viewer:
         for view, grid, picture in zip((comparison.first, comparison.second), tokens, colours, strict=True):
             row, column = min(look.row, grid.shape[0] - 1), min(look.column, grid.shape[1] - 1)
             alike = np.round(similarity(grid, row, column), 4).tolist()
-            models.append({"name": view.name, "row": row, "column": column, "similarity": alike, "rgb": picture.tolist()})
+            models.append(
+                {"name": view.name, "row": row, "column": column, "similarity": alike, "rgb": picture.tolist()}
+            )
         return {"models": models, "variance_of_rgb": round(share, 4), "one_basis": joint}
 
     def word_numbers(self, seen: Seen) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pivot_hub.overlay import colour, densities, overlap, stretch, translucent
 from pivot_hub.patches import patch_tokens, principal_colours, similarity
 from pivot_hub.probes.localize import score_map
 from pivot_hub.provenance import file_sha256
+from pivot_hub.recipe import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_shipped_pair_is_small_sealed_and_from_our_recipes() -> None:
     assert sum(f.stat().st_size for f in files) <= 8_000_000
     provenance = json.loads((SHIPPED / "provenance.json").read_text())
     assert provenance["files"] == {f.name: file_sha256(f) for f in sorted(files) if f.name != "provenance.json"}
-    recipes = Path(mllm_pair.RECIPES) / "shapes"
+    recipes = RECIPES / "shapes"
     for stage in ("2-instruct", "3-sft", "3-dpo"):
         said = json.loads(json.dumps(provenance["stages"]))
         assert f"shapes/{stage}" in {s["recipe"] for s in said.values()}
@@ -213,9 +214,8 @@ def test_sentences_say_what_the_maps_show(pair: MllmPair, scene: Subject) -> Non
         ]
         return replace(made, first=views[0], second=views[1]).sentence("gradcam")
 
-    assert said(on, on) == (
-        "The two look at the same places (100% of their maps coincide), and both point at the thing that was asked about."
-    )
+    same = "The two look at the same places (100% of their maps coincide), "
+    assert said(on, on) == same + "and both point at the thing that was asked about."
     assert "different places (0%" in said(on, off)
     assert "SFT points at the thing that was asked about, DPO does not" in said(on, off)
     assert "DPO points at the thing that was asked about, SFT does not" in said(off, on)
@@ -248,7 +248,7 @@ def test_tokens_and_patches_of_both(pair: MllmPair, scene: Subject) -> None:
 
 
 def test_patches_are_what_enters_the_projector(pair: MllmPair, scene: Subject) -> None:
-    caught = {}
+    caught: dict[str, torch.Tensor] = {}
     projector = pair.first.model.model.multi_modal_projector
     hook = projector.register_forward_pre_hook(lambda module, inputs: caught.update(tokens=inputs[0]))
     with torch.no_grad():
@@ -316,7 +316,9 @@ def test_the_figure_shows_both_on_one_scale(pair: MllmPair, scene: Subject, tmp_
 # ---------------------------------------------------------------------- looks
 def test_a_look_and_its_link_are_one() -> None:
     assert Look().query() == ""
-    look = Look(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma", first="a/b", second="c/d")
+    look = Look(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma")
+    look = replace(look, first="a/b", second="c/d")
+
     query = dict(p.split("=") for p in look.query().split("&"))
     assert set(query) == {"scene", "ask", "question", "explain", "layer", "colours", "first", "second"}
     from urllib.parse import parse_qsl

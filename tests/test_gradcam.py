@@ -166,7 +166,7 @@ def test_tokens_explain_the_answer_between_them(mllm: tuple[Any, Any], image: Im
     nothing = gradient_map(model, processor, image, QUESTION, "")  # the token that ends the turn alone
     (end,) = token_maps(model, processor, image, QUESTION, "")
     for method in ("gradcam", "gradient"):
-        assert np.allclose(end.maps[method], nothing.maps[method], rtol=1e-5, atol=1e-9)  # type: ignore[index]
+        assert np.allclose(end.maps[method], nothing.maps[method], rtol=1e-5, atol=1e-9)
     assert len(token_maps(model, processor, image, QUESTION, RIGHT, limit=2)) == 2
 
 

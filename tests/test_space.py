@@ -137,7 +137,9 @@ def upload(url: str, name: str) -> str:
     head = f'--pivot\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
     body = f"{head}Content-Type: image/png\r\n\r\n".encode() + file.getvalue() + b"\r\n--pivot--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=pivot"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/gradio_api/upload", body, headers), timeout=30) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}/gradio_api/upload", body, headers), timeout=30
+    ) as answer:
         return str(json.loads(answer.read())[0])
 
 

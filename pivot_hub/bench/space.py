@@ -37,8 +37,9 @@ def bench_space(visitors: int = 20, clicks: int = 20, say: Callable[[str], None]
         say: called with a line a measurement.
 
     Returns:
-        `ready_s`, and `ready_cpu_s`, which other programs on the machine do not stretch; `click_s` and, with a browser, `browser_click_s`, each as median and all values; of `visitors` their
-        latencies in order of arrival, errors, and `overtakings`: the share of pairs served in another order.
+        `ready_s`, and `ready_cpu_s`, which other programs on the machine do not stretch; `click_s` and, with a
+        browser, `browser_click_s`, each as median and all values; of `visitors` their latencies in order of arrival,
+        errors, and `overtakings`: the share of pairs that were served in another order.
 
     Raises:
         PivotError: gradio is not installed, or the app does not start.

@@ -18,7 +18,7 @@ _zero = importlib.util.find_spec("spaces")
 if _zero is not None and _zero.origin is not None:
     import spaces
 
-    on_gpu: Callable[[Any], Any] = spaces.GPU
+    on_gpu: Callable[[Any], Any] = vars(spaces)["GPU"]
 else:
 
     def on_gpu(run: Any) -> Any:
@@ -34,7 +34,7 @@ from pivot_hub.comparison import scene_subject  # noqa: E402
 from pivot_hub.data.shapes import DESCRIBE, KINDS, Kind, World  # noqa: E402
 from pivot_hub.errors import DataError, PivotError  # noqa: E402
 from pivot_hub.gradcam import EXPLAINS, METHODS, Explain, Method  # noqa: E402
-from pivot_hub.look import Look, read_look  # noqa: E402
+from pivot_hub.look import CLOSER, Look, read_look  # noqa: E402
 from pivot_hub.mllm_pair import PairNames, PairShelf  # noqa: E402
 from pivot_hub.overlay import COLOURS, data_uri  # noqa: E402
 from pivot_hub.panels import Panels  # noqa: E402
@@ -44,11 +44,11 @@ HERE = Path(__file__).parent
 INTRO = """# What did DPO change?
 Two vision encoders from one parent: one trained on by **SFT**, one by **DPO**. Both get the same picture and the same
 question. Bright colours show where each one looked for the answer."""
-ABOUT = """**Grad-CAM** weighs the encoder's features by how much each raises the answer, and keeps what speaks for it. The
-**gradient map** of [the paper](https://arxiv.org/abs/2510.16333) is the size of the gradient at the tokens that enter the
-language model. Both are the encoder's own grid of patches, enlarged. The built-in pair is small: it was trained on drawn
-scenes in minutes on two CPU cores, so of photographs it knows nothing. What a pair shows on one picture is an example,
-not a result: measured over many scenes, this one shows no difference between SFT and DPO."""
+ABOUT = """**Grad-CAM** weighs the encoder's features by how much each raises the answer, and keeps what speaks for it.
+The **gradient map** of [the paper](https://arxiv.org/abs/2510.16333) is the size of the gradient at the tokens that
+enter the language model. Both are the encoder's own grid of patches, enlarged. The built-in pair is small: it was
+trained on drawn scenes in minutes on two CPU cores, so of photographs it knows nothing. What a pair shows on one
+picture is an example, not a result: measured over many scenes, the built-in pair shows no difference between SFT and DPO."""
 # One line: maps hang hooks into shared models. Whoever waits is served in the order of arrival.
 QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 # Values come as they were sent: Gradio's own reading of pictures would answer a broken one with an error of Pillow's.
@@ -200,7 +200,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
                         value=viewer.start.layers,
                         step=1,
                         label="Layer",
-                        info="Block of the encoder that Grad-CAM looks at; the last one is what the language model sees.",
+                        info="Block of the encoder that Grad-CAM looks at; the language model sees the last one.",
                     )
                     opacity = gr.Slider(
                         0,
@@ -235,7 +235,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             with gr.Column(scale=3, min_width=340, elem_classes="result"):
                 stage = gr.HTML(elem_id="stage")
                 closer = gr.Radio(
-                    [("Swipe", "swipe"), ("Similar patches", "patches"), ("Patch colours", "colours"), ("Words", "words")],
+                    list(zip(("Swipe", "Similar patches", "Patch colours", "Words"), CLOSER, strict=True)),
                     value="swipe",
                     label="Look closer",
                     elem_id="closer",
@@ -285,7 +285,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             said["layer"] %= top  # the last one is each encoder's own, which a look calls 0
             return replace(look, **said)
 
-        def show(look: Look, file: dict[str, Any] | None) -> dict[Any, Any]:
+        def show(look: Look, file: Any) -> dict[Any, Any]:
             """Compare anew, and show all of it."""
             made = viewer.see(look, path_of(file))
             texts = {question: made.look.question, right: made.look.right, wrong: made.look.wrong}
@@ -315,26 +315,26 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             return run
 
         @told
-        def look_now(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+        def look_now(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
             return show(take(look, values), file)
 
         @told
-        def look_at_scene(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+        def look_at_scene(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(fresh, None)}
 
         @told
-        def look_at_another(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+        def look_at_another(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=random.randrange(100_000)), None)}
 
         @told
-        def look_at_example(event: gr.EventData, look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+        def look_at_example(event: gr.EventData, look: Look, file: Any, *values: Any) -> dict[Any, Any]:
             example = examples[int(event.index) % len(examples)]
             fresh = replace(take(look, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=example.scene, ask=example.ask), None)}
 
-        def look_at_own(look: Look, file: dict[str, Any] | None, *values: Any) -> dict[Any, Any]:
+        def look_at_own(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
             """A picture was given, or taken away: by the visitor, or with a scene that is shown already."""
             if file is None and not look.picture:
                 return {chosen: look}
@@ -367,9 +367,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             made = Seen(replace(made.look, row=int(event.row), column=int(event.column)), made.comparison)
             return {chosen: made.look, seen: made, close: viewer.closer(made), query: made.look.query()}
 
-        def load_pair(
-            look: Look, file: dict[str, Any] | None, *values: Any, progress: gr.Progress = gr.Progress()
-        ) -> dict[Any, Any]:
+        def load_pair(look: Look, file: Any, *values: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
             *values_of_controls, one, other, of_both = values
             wanted = PairNames(one.strip(), other.strip(), of_both.strip())
             try:
@@ -533,7 +531,13 @@ def add_endpoints(viewer: Viewer) -> None:
         return viewer.figure(seen), viewer.numbers(seen)
 
     def patches(
-        picture: dict[str, Any] | None = None, scene: int = Look.scene, row: int = Look.row, column: int = Look.column, first: str = "", second: str = "", parent: str = ""
+        picture: dict[str, Any] | None = None,
+        scene: int = Look.scene,
+        row: int = Look.row,
+        column: int = Look.column,
+        first: str = "",
+        second: str = "",
+        parent: str = "",
     ) -> dict[str, Any]:
         """Say how alike both encoders find one patch of a picture and every other, and show their features as colour.
 
