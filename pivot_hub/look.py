@@ -34,7 +34,7 @@ LINK_BYTES = 4000  # of a picture inside a link: servers and proxies take addres
 
 @dataclass(frozen=True)
 class Look:
-    """The choices of one visitor; a link names those that are not the defaults.
+    """The choices of one visitor; a link names the scene, and of the others those that are not the defaults.
 
     Args:
         scene: of the built-in world, where there is no picture.
@@ -95,7 +95,7 @@ class Look:
         """What stands behind the `?` of the link."""
         start = Look()
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return urlencode({k: v for k, v in chosen.items() if v != getattr(start, k)})
+        return urlencode({k: v for k, v in chosen.items() if k in ("scene", "ask") or v != getattr(start, k)})
 
     def with_picture(self, image: Image.Image) -> Look:
         """Put a picture into the link, as large as the link can carry."""

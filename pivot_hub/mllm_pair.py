@@ -141,8 +141,6 @@ def pack_pair(runs: Path, output: Path) -> Path:
         for part in (config, config["vision_config"], config["text_config"]):
             part.pop("_name_or_path", None)  # where the parts lay on the machine that trained them
         write_json(folder / "config.json", config)
-        for role, stage in STAGES.items():
-            shutil.copyfile(folders[role] / "recipe.yaml", folder / f"{stage}.yaml")
         facts = {"stages": made, "commit": source_commit(), "versions": versions()}
         seal(folder, {"command": "pivot pair RUNS OUTPUT", **facts})
     return output

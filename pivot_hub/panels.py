@@ -139,13 +139,13 @@ class Panels:
         }
         return str(self._macros.words(facts | _picture(comparison.subject.image)))
 
-    def gallery(self, scenes: Sequence[Subject], chosen: int | None) -> str:
-        """Examples as buttons."""
+    def gallery(self, scenes: Sequence[tuple[Subject, str]]) -> str:
+        """Examples as buttons, each with how the link of its look begins."""
         shown = [
-            {"uri": data_uri(s.image), "question": s.question, "alt": f"Scene of coloured shapes: {s.question}"}
-            for s in scenes
+            {"uri": data_uri(s.image), "question": s.question, "alt": f"Scene of shapes: {s.question}", "query": query}
+            for s, query in scenes
         ]
-        return str(self._macros.gallery(shown, chosen))
+        return str(self._macros.gallery(shown))
 
     def message(self, text: str, kind: str = "problem") -> str:
         """One sentence to the visitor: a `problem` or a `note`; nothing for an empty text."""

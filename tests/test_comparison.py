@@ -315,7 +315,7 @@ def test_the_figure_shows_both_on_one_scale(pair: MllmPair, scene: Subject, tmp_
 
 # ---------------------------------------------------------------------- looks
 def test_a_look_and_its_link_are_one() -> None:
-    assert Look().query() == ""
+    assert Look().query() == "scene=27&ask=colour"
     look = Look(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma")
     look = replace(look, first="a/b", second="c/d")
 

@@ -48,7 +48,8 @@ ABOUT = """**Grad-CAM** weighs the encoder's features by how much each raises th
 The **gradient map** of [the paper](https://arxiv.org/abs/2510.16333) is the size of the gradient at the tokens that
 enter the language model. Both are the encoder's own grid of patches, enlarged. The built-in pair is small: it was
 trained on drawn scenes in minutes on two CPU cores, so of photographs it knows nothing. What a pair shows on one
-picture is an example, not a result: measured over many scenes, the built-in pair shows no difference between SFT and DPO."""
+picture is an example, not a result: measured over many scenes, the built-in pair shows no difference between
+SFT and DPO."""
 # One line: maps hang hooks into shared models. Whoever waits is served in the order of arrival.
 QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 # Values come as they were sent: Gradio's own reading of pictures would answer a broken one with an error of Pillow's.
@@ -71,6 +72,8 @@ SHOW_LINK = """(query) => {
   const all = [query, theme && `__theme=${theme}`].filter(Boolean).join("&");
   const url = location.origin + location.pathname + (all ? `?${all}` : "");
   history.replaceState(null, "", url);
+  for (const example of document.querySelectorAll("#examples button"))
+    example.setAttribute("aria-pressed", query.startsWith(`${example.dataset.query}&`) && !query.includes("picture="));
   return url;
 }"""
 SHOW_MESSAGE = "() => { document.querySelector('#message .message')?.scrollIntoView({ block: 'nearest' }); }"
@@ -131,12 +134,12 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
     viewer = Viewer(PairShelf(names, runs), Panels(HERE), on_gpu)
     examples = [Look(**chosen) for chosen in json.loads((HERE / "examples.json").read_text())]
     world = World(image_px=viewer.start.image_px)
-    pictures = [scene_subject(world, e.scene, e.ask) for e in examples]
+    pictures = [(scene_subject(world, e.scene, e.ask), e.query()) for e in examples]
     script = (HERE / "panels.js").read_text()
 
     with gr.Blocks(title="What did DPO change?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(INTRO, elem_classes="intro")
-        gallery = gr.HTML(viewer.panels.gallery(pictures, 0), js_on_load=script, elem_id="examples")
+        gallery = gr.HTML(viewer.panels.gallery(pictures), js_on_load=script, elem_id="examples")
         with gr.Row(elem_classes="desk"):
             with gr.Column(scale=1, min_width=300, elem_classes="choose"):
                 with gr.Group():

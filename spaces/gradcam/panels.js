@@ -8,10 +8,7 @@ element.addEventListener("input", (event) => {
 
 element.addEventListener("click", (event) => {
   const example = event.target.closest(".gallery button");
-  if (example) {
-    for (const other of element.querySelectorAll(".gallery button")) other.setAttribute("aria-pressed", other === example);
-    trigger("select", { index: Number(example.dataset.index) });
-  }
+  if (example) trigger("select", { index: Number(example.dataset.index) });
   const grid = event.target.closest(".pick");
   if (!grid) return;
   const box = grid.getBoundingClientRect();
