@@ -148,7 +148,7 @@ def test_nothing_outside_the_upload_folder_is_read(url: str, tmp_path: Path) -> 
     meta = {"meta": {"_type": "gradio.FileData"}}
     assert "similarity" in call_patches(url, {"path": upload(url, "mine.png"), **meta}), "a real upload is read"
     Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
-    for path in (str(tmp_path / "secret.png"), "/etc/passwd", "../../../etc/passwd"):
+    for path in (str(tmp_path / "secret.png"), "/etc/passwd", "../../../etc/passwd", str(Path(__file__).resolve())):
         for picture in ({"path": path, **meta}, {"path": path}, {"path": path, "url": f"file://{path}", **meta}, path):
             said = call_patches(url, picture)
             assert "event: error" in said

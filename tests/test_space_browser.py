@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pivot_hub import mllm_pair
 from pivot_hub.overlay import colour
 from pivot_hub.space import load_module
 
@@ -38,6 +40,16 @@ pytestmark = [
 def url() -> Iterator[str]:
     module = load_module()
     app = module.build_app()
+    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
+    yield address
+    app.close()
+
+
+@pytest.fixture
+def url_with_runs(trained: Path) -> Iterator[str]:
+    """An app whose visitors may name the stages of a tiny run, as they may name repositories of the Hub."""
+    module = load_module()
+    app = module.build_app(runs=trained)
     _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
     yield address
     app.close()
@@ -115,6 +127,7 @@ class Visit:
 
     def open(self, label: str) -> None:
         self.page.get_by_role("button", name=label).click()
+        self.page.wait_for_timeout(500)  # what unfolds is made then, and takes its values a moment later
 
 
 def pixels(uri: str) -> np.ndarray:
@@ -127,8 +140,8 @@ def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest
     """Opens pages; in the end each is photographed, and none may have had an error or a request to another host."""
     visits: list[Visit] = []
 
-    def go(size: dict[str, int] = DESKTOP, scheme: str = "light", query: str = "") -> Visit:
-        visits.append(Visit(browser, url, size, scheme, query))
+    def go(size: dict[str, int] = DESKTOP, scheme: str = "light", query: str = "", at: str = url) -> Visit:
+        visits.append(Visit(browser, at, size, scheme, query))
         return visits[-1]
 
     yield go
@@ -392,6 +405,54 @@ def test_a_wrong_pair_is_told_and_the_old_one_stays(visit: Any) -> None:
     page.act(lambda: p.locator("#examples button").nth(4).click())
     page.act(lambda: p.locator("#examples button").nth(0).click())
     assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in before]
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_another_pair_by_field_and_by_link(
+    visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading says how far it is; the pair then answers, is in the link, and the built-in one comes back."""
+    load = mllm_pair.load_mllm
+
+    def slowly(folder: Path) -> Any:
+        time.sleep(0.8)  # of tiny models nobody would see the progress
+        return load(folder)
+
+    monkeypatch.setattr(mllm_pair, "load_mllm", slowly)
+    page = visit(size, at=url_with_runs)
+    p = page.page
+    built_in = [h.tobytes() for h in page.heats()]
+    page.open("Other encoders")
+    assert "Also here: 1-align, 2-instruct, 3-dpo, 3-sft." in page.text(".choose")
+    names = {"First MLLM": "3-sft", "Second MLLM": "3-dpo", "Parent": "2-instruct"}
+    for label, name in names.items():
+        p.get_by_label(label).fill(name)
+    p.locator("#load").click()
+    p.wait_for_function("document.querySelector('#loading').innerText.includes('loading 3-')")
+    assert "SFT" in page.text(), "the old pair stays while the new one loads"
+    p.wait_for_function("document.querySelector('#loading').innerText.includes('Shown: 3-sft and 3-dpo.')")
+    assert p.locator("#stage h3").all_inner_texts() == ["The picture", "3-sft", "3-dpo", "Difference"]
+    link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
+    again = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
+    assert [h.tobytes() for h in again.heats()] == [h.tobytes() for h in page.heats()]
+    assert again.page.locator("#stage h3").nth(1).inner_text() == "3-sft"
+    page.act(lambda: p.locator("#back").click())
+    assert [h.tobytes() for h in page.heats()] == built_in
+    assert "first=" not in page.linked(without="first=")
+
+
+def test_visitors_do_not_disturb_each_other(visit: Any) -> None:
+    one, other = visit(), visit()
+    one.act(lambda: one.page.locator("#examples button").nth(1).click())
+    other.act(lambda: other.page.locator("#examples button").nth(4).click())
+    other.page.get_by_label("Patch colours").check()
+    one.open("How to look")
+    one.act(lambda: one.colour("magma"))
+    assert "Where is the brown ring?" in one.text()
+    on_scale(one.heats()[0], "magma")
+    assert "Where is the yellow star?" in other.text()
+    on_scale(other.heats()[0], "viridis")
+    assert one.page.locator("#close .swipe").count() == 1
 
 
 BAD_FILES = {
