@@ -74,6 +74,8 @@ class Visit:
     def __init__(self, browser: Any, url: str, size: dict[str, int], scheme: str = "light", query: str = "") -> None:
         self.context = browser.new_context(
             viewport=size,
+            screen=size,
+            is_mobile=size is PHONE,
             color_scheme=scheme,
             has_touch=size is PHONE,
             accept_downloads=True,
@@ -148,11 +150,16 @@ def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest
     folder = Path(os.environ.get("PIVOT_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    sideways = []
     for number, one in enumerate(visits):
+        sideways.append(
+            one.page.evaluate("document.documentElement.scrollWidth > innerWidth || innerWidth > screen.width")
+        )
         one.page.screenshot(path=folder / f"{name}-{number}.png", full_page=True)
         one.context.close()
     assert [e for one in visits for e in one.errors] == []
     assert [a for one in visits for a in one.abroad] == []
+    assert not any(sideways), "the page is wider than the screen"
 
 
 def on_scale(heat: np.ndarray, name: str) -> np.ndarray:

@@ -182,7 +182,8 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
                             alt_text="Your own picture",
                         )
                         gr.Markdown(
-                            "Upload, paste or photograph one. It is looked at and not kept.", elem_classes="hint"
+                            "Upload, paste or photograph one. The server deletes it within two hours.",
+                            elem_classes="hint",
                         )
                 with gr.Accordion("How to look", open=False):
                     explain = gr.Radio(
