@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -51,6 +51,12 @@ data = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(data, name="data")
+evaluation = typer.Typer(
+    help="Measure an MLLM on published benchmarks.\n\nExample: `pivot eval vqa runs/shapes/3-dpo --output vqa/dpo`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+app.add_typer(evaluation, name="eval")
 # Where there is no terminal to ask for its width, a table keeps its rows on one line each.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
@@ -364,7 +370,6 @@ def localize(
     Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
     """
     from pivot_hub.probes.localize import Wording, localize_folder
-    from pivot_hub.probes.result import write_results
 
     results, left_out = localize_folder(
         checkpoint,
@@ -384,9 +389,69 @@ def localize(
     )
     if left_out:
         _say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+    _show(results, json_path)
+
+
+@app.command()
+def segment(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
+    masks: Annotated[Path | None, typer.Option(help="The masks, where --data holds the images alone.")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Ids that count nowhere, as in 255,0; 255 by default.")] = None,
+    classes: Annotated[int | None, typer.Option(help="How many ids there are; by default what the masks hold.")] = None,
+    names: Annotated[Path | None, typer.Option(help="Names of ids: .txt, .json or .yaml.")] = None,
+    heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
+    image_px: Annotated[str | None, typer.Option(help="Sizes of images, as in 384,512; the encoder's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the heads and the bootstrap.")] = 0,
+    on_bad_row: Annotated[str, typer.Option(help="stop at a file that cannot be used, or skip it.")] = "stop",
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep the tokens here, so that a stopped run goes on; else they are temporary.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure a frozen encoder by the classes of pixels: mIoU, pixel accuracy and recall of heads on its patch tokens.
+
+    Beside the JSON go the tallies of images (.npz) and the scores of single classes (.classes.json).
+
+    Example: `pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016 --image-px 384,512 --json ade20k.json`
+    """
+    import torch
+
+    from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
+    from pivot_hub.files import write_json
+    from pivot_hub.probes.masks import open_masks, read_names
+    from pivot_hub.probes.segment_masks import cached_encode, per_class, segment_masks
+
+    ignored = None if ignore is None else _numbers("--ignore", ignore, int) if ignore else []
+    sizes = None if image_px is None else _numbers("--image-px", image_px, int)
+    known = None if names is None else read_names(names)
+    found = open_masks(data, masks, seed, on_bad_row)
+    model, image_processor = read_encoder(encoder)
+    check_golden(encoder, model)
+    cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts = encoder_facts(encoder, model)
+    with _bar("images") as advance:
+        results, skipped = segment_masks(
+            model,
+            image_processor,
+            found,
+            conditions={**facts, "feature_layer": model.config.pivot["feature_layer"]},
+            ignore_ids=ignored,
+            classes=classes,
+            names=known,
+            heads=heads.split(","),
+            image_px=sizes,
+            seed=seed,
+            on_bad_row=on_bad_row,
+            encode=None if cache is None else cached_encode(model, image_processor, facts, cache, advance),
+            say=_say,
+        )
+    if skipped:
+        _say(f"{len(skipped)} files skipped, the first: {skipped[0]}")
+    _show(results, json_path)
     if json_path is not None:
-        write_results(json_path, results)
-    _show(results, None)
+        scores = {r.task: per_class(r.tallies, known or found.names) for r in results if r.tallies is not None}
+        write_json(json_path.with_suffix(".classes.json"), {"skipped": skipped, "classes": scores})
 
 
 @app.command()
@@ -435,6 +500,37 @@ def data_check(
     if report.skipped_rows and on_bad_row == "stop":
         _say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
         raise typer.Exit(1)
+
+
+@evaluation.command("vqa")
+def eval_vqa(
+    mllm: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results, of one MLLM; run again to go on.")] = Path("vqa"),
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated, as in gqa,mmvp; the paper's 16 by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, for a trial; never averaged.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions of one pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
+    include_path: Annotated[Path | None, typer.Option(help="A folder with lmms-eval task files of your own.")] = None,
+    python: Annotated[
+        Path | None, typer.Option(help="Python with lmms-eval; by default $PIVOT_LMMS_PYTHON, else this one.")
+    ] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Run the paper's 16 VQA benchmarks through lmms-eval and average them by group; finished tasks are not run again.
+
+    Example: `pivot eval vqa runs/siglip2-so400m/3-dpo --output vqa/dpo --dtype bfloat16`
+    """
+    from pivot_hub.probes.lmms import evaluate_vqa
+
+    names = [t.strip() for t in tasks.split(",")] if tasks else []
+    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, say=_say)
+    out.print(made.table())
+    for sentence in made.refused:
+        _say(sentence)
+    _say(f"results: {output / 'results.json'}")
+    _write(json_path, made.facts())
 
 
 @bench.command("shapes")
@@ -556,7 +652,7 @@ def bench_probe(
     """
     from pivot_hub.bench.probe import bench_probe
 
-    chosen = tuple(float(c) for c in cs.split(","))
+    chosen = _numbers("--cs", cs, float)
     measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=_say)
     _write(json_path, measured)
 

@@ -123,14 +123,24 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
         CheckpointError: the folder holds no LLaVA model, or not all of its weights.
     """
     path = Path(folder)
+    mllm_config(path)
+    model = _load_whole(LlavaForConditionalGeneration, str(path), None)
+    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
+
+
+def mllm_config(path: Path) -> LlavaConfig:
+    """The config of a stage checkpoint.
+
+    Raises:
+        CheckpointError: the folder holds no LLaVA model.
+    """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "llava":
         raise CheckpointError(f"{path} holds a {config.model_type} model, not an MLLM; give a LLaVA checkpoint.")
-    model = _load_whole(LlavaForConditionalGeneration, str(path), None)
-    processor = AutoProcessor.from_pretrained(path, backend="pil")
-    return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
+    return cast(LlavaConfig, config)
 
 
 def image_px(model: LlavaForConditionalGeneration) -> int:
@@ -152,9 +162,9 @@ def register_tokens(model: LlavaForConditionalGeneration) -> int:
     return max(prefix_tokens(cast(PreTrainedConfig, model.config.vision_config)) - 1, 0)
 
 
-def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, image: bool = True) -> str:
-    """One question, on one image or none, in the chat format up to where the answer begins."""
-    content = [{"type": "image"}] * image + [{"type": "text", "text": question}]
+def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, images: int = 1) -> str:
+    """One question, on one image, several or none, in the chat format up to where the answer begins."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     turns: Any = [{"role": "user", "content": content}]
     return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 

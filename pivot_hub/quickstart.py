@@ -22,7 +22,8 @@ from pivot_hub.figure import draw_rows
 from pivot_hub.files import write_json, write_whole
 from pivot_hub.gradcam import gradient_map
 from pivot_hub.mllm import image_px, load_mllm
-from pivot_hub.probes.result import ProbeResult
+from pivot_hub.probes.compare import Comparisons, compare_results
+from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
 from pivot_hub.recipe import load_recipe
@@ -42,18 +43,20 @@ class QuickstartReport:
     machine: dict[str, Any]
     stages: dict[str, Any]
     results: list[ProbeResult]
+    comparisons: Comparisons
 
     def rows(self) -> list[tuple[str, str, dict[str, ProbeResult], str]]:
-        """(task, metric, result of each encoder, verdict) in the order measured."""
+        """(task, metric, result of each encoder, DPO against SFT) in the order measured."""
         found: dict[tuple[str, str], dict[str, ProbeResult]] = {}
         for result in self.results:
             found.setdefault((result.task, result.metric), {})[result.encoder] = result
-        return [(task, metric, cells, verdict(cells)) for (task, metric), cells in found.items()]
+        said = {(c.task, c.metric): f"{c.difference:+.1f}, {c.verdict}" for c in self.comparisons.rows}
+        return [(task, metric, cells, said[task, metric]) for (task, metric), cells in found.items()]
 
     def table(self) -> Table:
         """The rows for a screen: maps of the losses are left to the report."""
         table = Table(title="Built-in world, held-out scenes, percent [95% interval]", title_justify="left", box=SIMPLE)
-        for column in ("probe", "metric", "base", "SFT", "DPO", "SFT against DPO"):
+        for column in ("probe", "metric", "base", "SFT", "DPO", "DPO against SFT"):
             table.add_column(column, no_wrap=True)
         for task, metric, cells, said in self.rows():
             if task.endswith(("of sft", "of dpo")):
@@ -67,10 +70,10 @@ class QuickstartReport:
             "",
             f"{self.duration_s:.0f} s, peak memory {self.peak_memory_mb} MB, {self.machine['cpu_cores']} CPU cores, "
             f"GPU {self.machine['gpu'] or 'none'}. Percent with 95% bootstrap intervals over held-out test scenes.",
-            "Base is the encoder before any MLLM; localisation and VQA need an MLLM, so it has none. A difference is "
-            "called only where the two intervals do not overlap; one training seed.",
+            "Base is the encoder before any MLLM; localisation and VQA need an MLLM, so it has none.",
+            f"DPO against SFT: {self.comparisons.method()}",
             "",
-            "| probe | metric | base | SFT | DPO | SFT against DPO |",
+            "| probe | metric | base | SFT | DPO | DPO against SFT |",
             "|---|---|---|---|---|---|",
         ]
         for task, metric, cells, said in self.rows():
@@ -79,21 +82,8 @@ class QuickstartReport:
         return "\n".join([*lines, "", "![The same scenes under both encoders' maps](maps.png)", ""])
 
     def facts(self) -> dict[str, Any]:
-        comparison = [
-            {"task": t, "metric": m, "verdict": v, **{e: r.value for e, r in cells.items()}}
-            for t, m, cells, v in self.rows()
-        ]
-        return {**asdict(self), "results": [r.facts() for r in self.results], "comparison": comparison}
-
-
-def verdict(cells: dict[str, ProbeResult]) -> str:
-    """Which of SFT and DPO is better, only where their intervals do not overlap."""
-    sft, dpo = cells["sft"], cells["dpo"]
-    if sft.ci95[0] > dpo.ci95[1]:
-        return "SFT better"
-    if dpo.ci95[0] > sft.ci95[1]:
-        return "DPO better"
-    return "no difference shown"
+        kept = {k: v for k, v in vars(self).items() if k not in ("results", "comparisons")}
+        return {**kept, "results": [r.facts() for r in self.results], "comparison": self.comparisons.facts()}
 
 
 def run_quickstart(
@@ -138,6 +128,7 @@ def run_quickstart(
         machine=machine(),
         stages=stages,
         results=results,
+        comparisons=compare_results({e: [r for r in results if r.encoder == e] for e in BRANCHES}, seed=seed),
     )
     # Reused results keep their report, figure and duration; report.json comes last and says that all is there.
     if before.get("results") != json.loads(json.dumps([r.facts() for r in results])):
@@ -167,10 +158,10 @@ def _probe_once(
 ) -> list[ProbeResult]:
     """Probe an encoder, and the MLLM it came from if it has one, or read what was measured of these weights."""
     file = output / "results" / f"{name}.json"
+    made_of = file.with_name(f"{name}.key.json")  # written last
     sha256 = weights_sha256(encoder)
     key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed}
-    known = _read(file)
-    if known.get("key") != key:
+    if _read(made_of) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
         say(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
         results = probe_shapes(model, image_processor, name, sha256, sizes, seed)
@@ -179,8 +170,9 @@ def _probe_once(
             reference = load_mllm(parent)[0].eval()
             partner = f"shapes/{checkpoint.name}"
             results += probe_mllm(mllm, processor, reference, name, sha256, partner, sizes, seed)
-        write_json(file, {"key": key, "results": [r.facts() for r in results]})
-    return [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in _read(file)["results"]]
+        write_results(file, results)
+        write_json(made_of, key)
+    return read_results(file)
 
 
 def _draw(folders: dict[str, Path], path: Path) -> None:

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pivot_hub.encoder.encode import encode_images
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes import classify, features
 from pivot_hub.probes.classify import PROTOCOLS, Pools, classify_images
 from pivot_hub.probes.dataset import Labelled, Part, data_sha256, open_classes
 from pivot_hub.probes.features import cached_features
+from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_encoder
 
 FACTS = {"encoder": "test", "encoder_sha256": "0"}
+NAMES = ("base", "sft", "dpo", "random")  # of the encoders on record
 
 
 def class_folder(folder: Path, per_class: int = 12, seed: int = 0) -> Path:
@@ -194,8 +197,12 @@ def test_features_are_computed_once_for_encoder_processor_data_and_layer(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
-    encode = features.encode_images
-    monkeypatch.setattr(features, "encode_images", lambda *a, **k: (runs.append(1), encode(*a, **k))[1])
+
+    def counted(*args: Any, **options: Any) -> dict[str, Any]:
+        runs.append(1)
+        return encode_images(*args, **options)
+
+    monkeypatch.setattr(features, "encode_images", counted)
     train = open_classes(str(class_folder(tmp_path / "data"))).part("train")
     model, processor = read_encoder(parts / "vision")
 
@@ -273,3 +280,16 @@ def test_bad_data_is_named(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="no protocol 'slow'; give some of prototypes"):
         probe_encoder(str(parts / "vision"), str(class_folder(tmp_path / "good")), protocols=("slow",))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_pages_table_is_that_of_the_records() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    for data in ("tinyimagenet", "caltech101"):
+        files = [root / "recipes" / "shapes" / "real" / f"classification-{data}-{n}.json" for n in NAMES]
+        found = [{r.task.split("/")[1]: r for r in read_results(file)} for file in files]
+        assert len({r.data_sha256 for some in found for r in some.values()}) == 1
+        for protocol in PROTOCOLS:
+            cells = [some[protocol] for some in found]
+            shown = " | ".join(f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in cells)
+            assert f"| {data} | {protocol} | {shown} |" in page

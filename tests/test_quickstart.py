@@ -45,19 +45,16 @@ def test_report_holds_every_result_with_its_conditions(output: Path) -> None:
     assert len(set(shas.values())) == 3
 
 
-def test_verdicts_follow_from_the_intervals(output: Path) -> None:
+def test_dpo_is_compared_with_sft_in_pairs(output: Path) -> None:
     report = json.loads((output / "report.json").read_text())
     found = {(r["task"], r["metric"], r["encoder"]): r for r in report["results"]}
-    assert report["comparison"]
-    for row in report["comparison"]:
+    rows = report["comparison"]["rows"]
+    assert {(r["task"], r["metric"]) for r in rows} == {k[:2] for k in found if k[2] == "dpo"}
+    for row in rows:
         sft, dpo = (found[row["task"], row["metric"], e] for e in ("sft", "dpo"))
-        assert (row["sft"], row["dpo"]) == (sft["value"], dpo["value"])
-        expected = "no difference shown"
-        if sft["ci95"][0] > dpo["ci95"][1]:
-            expected = "SFT better"
-        if dpo["ci95"][0] > sft["ci95"][1]:
-            expected = "DPO better"
-        assert row["verdict"] == expected
+        assert (row["first_value"], row["other_value"]) == (sft["value"], dpo["value"])
+        assert row["difference"] == pytest.approx(dpo["value"] - sft["value"], abs=1e-9)
+        assert (row["verdict"] == "no difference shown") == (row["p_holm"] >= 0.05)
 
 
 def test_both_encoders_are_sound_repositories(output: Path) -> None:

@@ -76,7 +76,7 @@ class FileStore:
             return open_image(self.root / row.image, row.id)
         file = self.root / row.archive
         try:
-            data = _member(file, row.span)
+            data = read_member(file, row.span)
         except zlib.error as error:
             raise DataError(f"{row.id}: image {row.image} is damaged in {file} ({error}); fetch it again.") from error
         return decode_image(io.BytesIO(data), row.id, f"{row.image} of {file}")
@@ -85,7 +85,7 @@ class FileStore:
         """A file that is no image, of the folder or of the archive that is the root; None where there is none."""
         if self.root.is_file():
             span = self._listed(".").get(name)
-            return None if span is None else _member(self.root, span)
+            return None if span is None else read_member(self.root, span)
         return (self.root / name).read_bytes() if (self.root / name).is_file() else None
 
     def _find(self, archive: str, image: str) -> Span | None:
@@ -95,11 +95,7 @@ class FileStore:
 
     def _listed(self, archive: str) -> dict[str, Span]:
         if archive not in self._members:
-            file = self.root / archive
-            try:
-                self._members[archive] = _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
-            except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
-                raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
+            self._members[archive] = archive_members(self.root / archive)
         return self._members[archive]
 
     def __getstate__(self) -> dict[str, object]:
@@ -167,17 +163,34 @@ class ParquetStore:
         return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict()}
 
 
+def archive_members(file: Path) -> dict[str, Span]:
+    """Files in a .zip or uncompressed .tar, by name, each with where it lies.
+
+    Raises:
+        DataError: the archive is not whole, encrypted, or packed so that a file cannot be read alone.
+    """
+    try:
+        return _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
+    except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
+        raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
+
+
+def read_member(file: Path, span: Span) -> bytes:
+    """Bytes of one file in an archive.
+
+    Raises:
+        zlib.error: they are damaged.
+    """
+    offset, length, method = span
+    with file.open("rb") as archive:
+        archive.seek(offset)
+        data = archive.read(length)
+    return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
+
+
 def _split(reference: str) -> tuple[str, int]:
     file, _, row = reference.rpartition("#")
     return file, int(row)
-
-
-def _member(archive: Path, span: Span) -> bytes:
-    offset, length, method = span
-    with archive.open("rb") as file:
-        file.seek(offset)
-        data = file.read(length)
-    return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
 
 
 def _zip_members(file: Path) -> dict[str, Span]:

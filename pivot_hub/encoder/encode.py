@@ -83,7 +83,8 @@ def encode_folder(
 class Images(Protocol):
     """Named images; worker processes get a copy."""
 
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def open(self, index: int) -> Image.Image:
         """An RGB image; DataError naming it where it cannot be decoded."""

@@ -30,8 +30,7 @@ class AttentionPool(nn.Module):
         self.query = nn.Parameter(torch.randn(width) / width**0.5)
         self.key_value = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, classes)
-        self.register_buffer("mean", mean)
-        self.register_buffer("spread", spread)
+        self.mean, self.spread = nn.Buffer(mean), nn.Buffer(spread)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, H*W, D) -> (B, classes)."""

@@ -77,15 +77,15 @@ def classify_shapes(
     started = time.monotonic()
     labels = {split: v["count"] for split, v in y.items()}
     fits = fit_logistic(x["train"], labels["train"], WORLD_CS)
-    best = max(fits, key=lambda fit: np.mean(fit.predict(x["validation"]) == labels["validation"]))
+    fit = max(fits, key=lambda f: np.mean(f.predict(x["validation"]) == labels["validation"]))
     commonest = max(np.mean(labels["test"] == label) for label in np.unique(labels["train"]))
     return [
         *results,
         measure(
             "shapes/count",
             "accuracy",
-            (best.predict(x["test"]) == labels["test"]).astype(np.float64),
-            protocol=f"mean-pooled, L2; logistic regression, C {best.c:g} by validation; chance {100 * commonest:.1f}",
+            (fit.predict(x["test"]) == labels["test"]).astype(np.float64),
+            protocol=f"mean-pooled, L2; logistic regression, C {fit.c:g} by validation; chance {100 * commonest:.1f}",
             seed=seed,
             duration_s=time.monotonic() - started,
             **conditions,
@@ -148,8 +148,18 @@ def classify_images(
         raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
 
     def read(part: Part, tokens: bool) -> Features:
-        options = {"on_bad_row": on_bad_row, "cache": cache, "workers": workers, "progress": progress}
-        return cached_features(model, image_processor, data.part(part), facts, tokens, dtype, **options)
+        return cached_features(
+            model,
+            image_processor,
+            data.part(part),
+            facts,
+            on_bad_row,
+            tokens=tokens,
+            dtype=dtype,
+            cache=cache,
+            workers=workers,
+            progress=progress,
+        )
 
     device, classes = model.device, len(data.classes)
     pooled_protocols = [p for p in protocols if p != "attention"]

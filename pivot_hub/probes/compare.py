@@ -75,20 +75,20 @@ class Comparisons:
         """How the numbers came about, in two sentences."""
         return (
             f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
-            f"bootstrap draws, seed {self.seed}, and say nothing of other training seeds. p is corrected by Holm's "
-            f"method over the {len(self.rows)} comparisons; a difference is called below 0.05."
+            f"bootstrap draws, seed {self.seed}; they say nothing of other seeds, of training or of a probe's own fit. "
+            f"p is corrected by Holm's method over the {len(self.rows)} comparisons; a difference is called below 0.05."
         )
 
     def facts(self) -> dict[str, Any]:
         return {**asdict(self), "method": self.method()}
 
     def _header(self) -> list[str]:
-        return ["probe", "metric", "n", self.encoders[0], "encoder", "value", "difference [95%]", "p (Holm)", "verdict"]
+        return ["probe", "metric", self.encoders[0], "encoder", "value", "difference [95%]", "p (Holm)", "verdict"]
 
     def _cells(self) -> list[list[str]]:
         return [
             [
-                *(r.task, r.metric, str(r.n), f"{r.first_value:.1f}", r.other, f"{r.other_value:.1f}"),
+                *(r.task, r.metric, f"{r.first_value:.1f}", r.other, f"{r.other_value:.1f}"),
                 f"{r.difference:+.1f} [{r.ci95[0]:+.1f}, {r.ci95[1]:+.1f}]",
                 f"{r.p_holm:.3f}",
                 r.verdict,

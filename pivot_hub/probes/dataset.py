@@ -17,6 +17,7 @@ from PIL import Image
 from pivot_hub.data.image import decode_image
 from pivot_hub.data.row import Row
 from pivot_hub.data.store import ARCHIVES, FileStore
+from pivot_hub.encoder.encode import Images
 from pivot_hub.errors import ProbeError
 
 Part = Literal["train", "test"]
@@ -24,14 +25,8 @@ TRAIN, REPORTED = ("train", "training"), ("val", "validation", "valid", "test")
 TEST_SHARE = 5  # one image in five is reported where the data have no such part
 
 
-class ProbeImages(Protocol):
-    """Named images of one part; see `encoder.encode.Images`."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def open(self, index: int) -> Image.Image:
-        """An RGB image; DataError naming it where it cannot be decoded."""
+class ProbeImages(Images, Protocol):
+    """Named images of one part."""
 
     def stamp(self) -> str:
         """What changes when a name or a file does, found without reading images: features are cached by it."""
@@ -49,7 +44,9 @@ class ClassData(Protocol):
     """What a classification probe is given; the reported part is asked for last."""
 
     name: str
-    classes: Sequence[str]
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
     def part(self, part: Part) -> Labelled: ...
 
@@ -204,8 +201,9 @@ class ColumnImages:
 def data_sha256(data: ClassData) -> str:
     """One hash over the names and labels of both parts: results of one hash can be paired."""
     made = hashlib.sha256()
-    for part in ("train", "test"):
-        some = data.part(part)  # type: ignore[arg-type]
+    parts: tuple[Part, ...] = ("train", "test")
+    for part in parts:
+        some = data.part(part)
         made.update(repr([list(data.classes), list(some.images.names), some.labels.tolist()]).encode())
     return made.hexdigest()
 

@@ -17,10 +17,11 @@ from PIL import Image
 
 from pivot_hub.encoder.encode import Progress, encode_images
 from pivot_hub.errors import DataError, ProbeError
-from pivot_hub.probes.dataset import Labelled
+from pivot_hub.probes.dataset import Labelled, ProbeImages
 
 LAYOUT = 1  # of the cache's files
-BLOCK = 8192  # rows that are looked at together
+BLOCK = 8192  # pooled features that are looked at together
+CELLS = 16_000_000  # numbers that are looked at together
 
 
 class FeatureModel(Protocol):
@@ -77,40 +78,66 @@ def cached_features(
     image_processor: Any,
     data: Labelled,
     facts: dict[str, Any],
+    on_bad_row: str = "stop",
+    **options: Any,
+) -> Features:
+    """Features of labelled images.
+
+    Args:
+        model, image_processor, facts, **options: see `cached_values`.
+        data: the images with their labels.
+        on_bad_row: `stop` at an image that cannot be decoded, or `skip` it and say so.
+
+    Raises:
+        DataError: an image cannot be decoded and `on_bad_row` says stop.
+        ProbeError: a feature is not finite.
+    """
+    values, names, skipped = cached_values(model, image_processor, data.images, facts, **options)
+    if skipped and on_bad_row == "stop":
+        raise DataError(skipped[0])
+    place = {name: i for i, name in enumerate(data.images.names)}
+    return Features(values, data.labels[[place[name] for name in names]], skipped)
+
+
+def cached_values(
+    model: Any,
+    image_processor: Any,
+    images: ProbeImages,
+    facts: dict[str, Any],
     tokens: bool = False,
     dtype: str = "float32",
-    on_bad_row: str = "stop",
     cache: Path | None = None,
     batch: int = 32,
     workers: int | None = None,
     progress: Progress = lambda done, total, rate: None,
-) -> Features:
-    """Features of labelled images, or those that were computed before of the same encoder, processor, data and layer.
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Features of images, or those that were computed before of the same encoder, processor, images and layer.
 
-    A stopped run goes on where it was. Pooled features are the mean over patches.
+    A stopped run goes on where it was.
 
     Args:
         model: the encoder, on its device in `dtype`.
         image_processor: its own.
-        data: the images with their labels.
+        images: to encode.
         facts: encoder and encoder_sha256, which tell its weights from others.
-        tokens: all patch tokens (N, H*W, D) instead of their mean (N, D).
+        tokens: all patch tokens of an image instead of their mean.
         dtype: the encoder computes in; what is kept is float32, of float16 float16.
-        on_bad_row: `stop` at an image that cannot be decoded, or `skip` it and say so.
         cache: folder; below HF_HOME by default.
         batch: images of one pass.
         workers: processes that decode; one a core by default.
         progress: called after every batch.
 
+    Returns:
+        (N, D) or (N, H*W, D), mapped from disk; the names of their images; a sentence for each that cannot be decoded.
+
     Raises:
-        DataError: an image cannot be decoded and `on_bad_row` says stop.
         ProbeError: a feature is not finite.
     """
     job = {
         **facts,
         "layer": model.config.pivot["feature_layer"],
         "processor": image_processor.to_dict(),
-        "images": data.images.stamp(),
+        "images": images.stamp(),
         "tokens": tokens,
         "dtype": dtype,
         "layout": LAYOUT,
@@ -120,23 +147,19 @@ def cached_features(
     report = file.with_name(f"{file.name}.json")  # written last
     if not report.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        encode_images(
-            model, image_processor, data.images, file, {**facts, "key": key}, tokens, batch, dtype, workers, progress
-        )
+        told = {**facts, "key": key}
+        encode_images(model, image_processor, images, file, told, tokens, batch, dtype, workers, progress)
     made = json.loads(report.read_text())
-    skipped = [bad["reason"] for bad in made["corrupt"]]
-    if skipped and on_bad_row == "stop":
-        raise DataError(skipped[0])
     values = np.load(file, mmap_mode="c")  # pages that nobody writes to stay on disk
-    for start in range(0, len(values), BLOCK):
-        finite = np.isfinite(values[start : start + BLOCK]).reshape(-1, int(np.prod(values.shape[1:]))).all(1)
+    rows = max(1, CELLS // int(np.prod(values.shape[1:])))
+    for start in range(0, len(values), rows):
+        finite = np.isfinite(values[start : start + rows]).reshape(-1, int(np.prod(values.shape[1:]))).all(1)
         if not finite.all():
             raise ProbeError(
                 f"the features of {made['files'][start + int(finite.argmin())]} are not finite (NaN or infinite); "
                 "check the encoder, or compute in float32 or bfloat16."
             )
-    place = {name: i for i, name in enumerate(data.images.names)}
-    return Features(values, data.labels[[place[name] for name in made["files"]]], skipped)
+    return values, made["files"], [bad["reason"] for bad in made["corrupt"]]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
+    def __getitem__(self, rows: slice) -> np.ndarray | Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Problem:
     """The objective over theta = (weights, bias) of centred features: (classes, D + 1), bias last."""
 
     def __init__(self, x: Rows, y: np.ndarray, classes: int, device: torch.device) -> None:
-        self.x, self.classes, self.device = x, classes, device
+        self.x, self.classes, self.device = _near(x, classes, device), classes, device
         self.y = torch.from_numpy(np.asarray(y, np.int64)).to(device)
         self.n, self.d = x.shape
         self.mean, covariance = _moments(x, classes, device)
@@ -330,7 +330,14 @@ def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tenso
     return (shift.double() + off).float(), products / n - torch.outer(off, off)
 
 
+def _near(x: Rows, classes: int, device: torch.device) -> Rows:
+    """Features on the GPU where they take less than half of what is free there: else they travel anew at each step."""
+    if device.type != "cuda" or 4 * math.prod(x.shape) > torch.cuda.mem_get_info(device)[0] // 2:
+        return x
+    return cast(Rows, torch.cat(list(_blocks(x, classes, device))))
+
+
 def _blocks(x: Rows, classes: int, device: str | torch.device = "cpu") -> Iterator[Tensor]:
     rows = max(256, CELLS // max(classes, x.shape[1]))
     for start in range(0, len(x), rows):
-        yield torch.from_numpy(np.ascontiguousarray(x[start : start + rows], np.float32)).to(device)
+        yield torch.as_tensor(x[start : start + rows], dtype=torch.float32, device=device)

@@ -154,11 +154,20 @@ def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
         return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
 
 
+def mean_over_parts(sums: np.ndarray) -> np.ndarray:
+    """(draws, parts, 2) summed values and counts of each part -> (draws,); parts without an item are left out."""
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(sums[:, :, 0] / sums[:, :, 1], axis=1)
+
+
 STATISTICS: dict[str, Statistic] = {
     "mean_iou": mean_iou,
     "mean_recall": mean_recall,
     "pixel_accuracy": pixel_accuracy,
     "balanced_accuracy": balanced_accuracy,
+    # Of MME and of CV-Bench.
+    "perception_score": mean_over_parts,
+    "mean_2d_3d": mean_over_parts,
 }
 
 

@@ -71,8 +71,8 @@ def probe_shapes(
     tokens = {
         split: patch_features(model, image_processor, (p.image for p in part.pictures)) for split, part in parts.items()
     }
-    sizes_of = {split: getattr(sizes, split) for split in SPLITS}
-    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, sizes_of)}
+    counts: dict[str, int] = {split: getattr(sizes, split) for split in SPLITS}
+    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, counts)}
     scenes = {split: part.scenes for split, part in parts.items()}
     results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
     masks = {split: class_masks(part.scenes, part.pictures) for split, part in parts.items()}
@@ -201,10 +201,12 @@ def probe_all(
     for encoder in encoders:
         path = Path(encoder)
         if path.suffix == ".json":
-            results, name = read_results(path), path.stem
+            results = read_results(path)
         else:
             results, _ = probe_encoder(encoder, data, seed, protocols=protocols, progress=progress)
-            name = results[0].encoder
+        name = results[0].encoder
+        if name in found and path.suffix == ".json":
+            name = path.stem
         if name in found:
             raise ProbeError(
                 f"two encoders are named {name!r}; rename a folder or a file, so that a table can tell them."

@@ -21,24 +21,28 @@ def generate_answers(
     model: PreTrainedModel,
     processor: LlavaProcessor | PreTrainedTokenizerBase,
     questions: Sequence[str],
-    images: Sequence[Image.Image] | None = None,
+    images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
     max_new_tokens: int = 16,
     batch: int = 64,
 ) -> list[str]:
-    """Answer each question greedily, on its image where there are images."""
+    """Answer each question greedily, on its image, or its several or none, where there are images."""
     model.eval()
     answers: list[str] = []
+    shown = [[i] if isinstance(i, Image.Image) else list(i) for i in images or [[]] * len(questions)]
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
-        shown = {} if images is None else {"images": list(images[part])}
+        asked = zip(questions[part], shown[part], strict=True)
+        pictures = [i for own in shown[part] for i in own]
         inputs = processor(
-            text=[chat_prompt(processor, q, image=images is not None) for q in questions[part]],
+            text=[chat_prompt(processor, question, len(own)) for question, own in asked],
             return_tensors="pt",
             padding=True,
             padding_side="left",
             add_special_tokens=False,
-            **shown,
+            **({"images": pictures} if pictures else {}),
         ).to(model.device)
+        if pictures:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         made = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = made[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(new, skip_special_tokens=True)
