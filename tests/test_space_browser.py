@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from pivot_hub import mllm_pair
+from pivot_hub.mllm import load_mllm
 from pivot_hub.overlay import colour
 from pivot_hub.space import load_module
 
@@ -419,7 +420,7 @@ def test_another_pair_by_field_and_by_link(
     visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading says how far it is; the pair then answers, is in the link, and the built-in one comes back."""
-    load = mllm_pair.load_mllm
+    load = load_mllm
 
     def slowly(folder: Path) -> Any:
         time.sleep(0.8)  # of tiny models nobody would see the progress
