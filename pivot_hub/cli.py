@@ -82,16 +82,25 @@ def quickstart(
         "quickstart"
     ),
     seed: Annotated[int, typer.Option(help="Of the MLLM's training, both branches alike.")] = 0,
+    push_local: Annotated[
+        bool, typer.Option("--push-local", help="Then publish both to a hub on this machine, and load them by name.")
+    ] = False,
 ) -> None:
     """Train an SFT and a DPO encoder from one parent on the built-in world, and compare them.
 
     Example: `pivot quickstart --output quickstart`
     """
-    from pivot_hub.quickstart import run_quickstart
+    from pivot_hub.quickstart import push_quickstart, run_quickstart
 
+    if push_local:
+        from pivot_hub.local_hub.serve import need_server
+
+        need_server()
     report = run_quickstart(output, seed=seed, say=_say)
     out.print(report.table())
     _say(f"report: {output / 'report.md'}; encoders: {output / 'hub' / 'pivot'}")
+    if push_local:
+        push_quickstart(output, say=_say)
 
 
 @app.command()
@@ -197,21 +206,116 @@ def extract(
 
 @app.command()
 def verify(
-    encoder: Annotated[Path, typer.Argument(help="Folder of an encoder repository.")], json_path: JsonPath = None
+    encoder: Annotated[str, typer.Argument(help="Folder of an encoder repository, or its name on the Hub.")],
+    json_path: JsonPath = None,
 ) -> None:
-    """Check a repository: hashes, keys, golden vectors, no pickle, no unexpected file.
+    """Check a repository: hashes, keys, golden vectors, no pickle, no unexpected file, the card against the results.
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
-    from pivot_hub.encoder.repository import verify_repository
+    from pivot_hub.hub import fetch, published_problems, repository_problems
 
-    problems = verify_repository(encoder)
+    if Path(encoder).exists() or "/" not in encoder:
+        with_card = (Path(encoder) / "README.md").is_file()  # an encoder that was just extracted has none yet
+        problems = published_problems(encoder) if with_card else repository_problems(encoder)
+    else:
+        problems = published_problems(fetch(encoder, say=_say))
     for problem in problems:
         _say(problem)
-    _write(json_path, {"encoder": str(encoder), "problems": problems})
+    _write(json_path, {"encoder": encoder, "problems": problems})
     if problems:
         raise typer.Exit(1)
     _say(f"{encoder}: sound")
+
+
+@app.command()
+def card(
+    encoder: Annotated[Path, typer.Argument(help="Folder of an encoder repository.")],
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Results to put in; base.json, sft.json, dpo.json name their columns.")
+    ] = None,
+    prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
+    repository: Annotated[str | None, typer.Option(help="Its name on the Hub, when not the prose's.")] = None,
+) -> None:
+    """Put results and the card made of them into an encoder repository; a missing fact is an error that names it.
+
+    Example: `pivot card hub/pivot/mine --prose mine.yaml --results sft.json --results dpo.json`
+    """
+    from dataclasses import replace
+
+    from pivot_hub.card import read_prose
+    from pivot_hub.probes.result import read_results
+    from pivot_hub.publication import write_card
+
+    given = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
+    changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, given or None)
+    _say(f"card: {encoder / 'README.md'}{'' if changed else ', as it was'}")
+
+
+@app.command()
+def push(
+    targets: Annotated[
+        list[str],
+        typer.Argument(help="ENCODER REPO: a folder, and owner/name. With --space: Hub names, the Space last."),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make it private, when it is made.")] = False,
+    also: Annotated[str | None, typer.Option(help="Exports to add, comma-separated: onnx, int8.")] = None,
+    prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
+    space: Annotated[bool, typer.Option("--space", help="Publish the app, pointing at the encoders.")] = False,
+    collection: Annotated[str | None, typer.Option(help="Title of a collection for SFT, DPO and base.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Publish an encoder with its card: shows what will change, asks, and makes one commit with the version's tag.
+
+    Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
+    `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
+    """
+    from pivot_hub.card import read_prose
+    from pivot_hub.errors import PublishError
+    from pivot_hub.hub import add_to_collection, models_of, plan_push
+    from pivot_hub.hub import push as carry_out
+    from pivot_hub.publication import stage_encoder, stage_space
+
+    if len(targets) < 2 or (len(targets) > 2 and not space):
+        raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
+    repo = targets[-1]
+    if space:
+        models_of(targets[:-1])
+        staged = stage_space(repo, targets[:-1])
+    else:
+        text = read_prose(prose or Path(targets[0]).resolve().name)
+        staged = stage_encoder(targets[0], repo, text, also.split(",") if also else (), _say)
+    with staged as publication:
+        plan = plan_push(publication, private)
+        _say(plan.text())
+        if plan.changes and not yes:
+            if not sys.stdin.isatty():
+                raise PublishError("there is nobody to ask: look at the changes above, and add --yes.", exit_code=2)
+            typer.confirm("Publish this?", abort=True)
+        pushed = carry_out(plan, say=_say)
+        facts = plan.facts() | {"commit": pushed.commit, "url": pushed.url, "kind": pushed.kind}
+        if collection is not None:
+            facts["collection"], members = add_to_collection(collection, publication, private)
+            _say(f"collection: {facts['collection']} with {', '.join(members)}")
+    _write(json_path, facts)
+    _say(f"{repo}: {pushed.kind} {pushed.commit[:8]}, {pushed.url}")
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="Its name on the Hub.")],
+    output: Annotated[Path | None, typer.Argument(help="Folder of the repository; hub/REPO by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A tag, branch or commit; the newest by default.")] = None,
+) -> None:
+    """Download an encoder repository; it appears once its hashes, golden vectors and card were checked.
+
+    Example: `pivot pull pivot/shapes-dpo --revision v0.1.0`
+    """
+    from pivot_hub.hub import pull as download
+
+    folder = download(repo, output or Path("hub") / repo, revision, say=_say)
+    _say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
 
 
 @app.command()
@@ -429,7 +533,7 @@ def segment(
     model, image_processor = read_encoder(encoder)
     check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = encoder_facts(encoder, model)
+    facts = encoder_facts(encoder)
     with _bar("images") as advance:
         results, skipped = segment_masks(
             model,

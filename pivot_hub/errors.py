@@ -39,3 +39,17 @@ class ProbeError(PivotError):
     """A probe cannot measure what it was asked to."""
 
     exit_code = 2
+
+
+class CardError(PivotError):
+    """A card lacks a fact, or says what the facts do not."""
+
+    exit_code = 2
+
+
+class PublishError(PivotError):
+    """A repository cannot be published or pulled; what is on the Hub is what was there before."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from pivot_hub import __version__
 from pivot_hub.files import write_whole
 
@@ -82,6 +84,12 @@ def hub_commit(path: Path) -> str | None:
     """The Hub commit that a file or folder of the Hub's cache is of; None elsewhere."""
     folders = path.parts
     return folders[folders.index("snapshots") + 1] if "snapshots" in folders[:-1] else None
+
+
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a Hub repository that lies in the Hub's cache; None where it is not there."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return hub_commit(Path(config)) if isinstance(config, str) else None
 
 
 def source_commit() -> str | None:

@@ -6,6 +6,7 @@ Every step leaves its result on disk and is skipped when that result is there: r
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,17 +16,19 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from pivot_hub.card import read_prose
 from pivot_hub.data.shapes import World
 from pivot_hub.encoder.extract import extract_encoder
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.figure import draw_rows
-from pivot_hub.files import write_json, write_whole
+from pivot_hub.files import whole_folder, write_json, write_whole
 from pivot_hub.gradcam import gradient_map
 from pivot_hub.mllm import image_px, load_mllm
 from pivot_hub.probes.compare import Comparisons, compare_results
 from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
+from pivot_hub.publication import write_card
 from pivot_hub.recipe import load_recipe
 from pivot_hub.training.stage import run_stage
 
@@ -111,7 +114,8 @@ def run_quickstart(
     assert align.recipe.model is not None
     encoders = {"base": Path(align.locate(align.recipe.model.vision))}
     for branch, stage in BRANCHES.items():
-        encoders[branch] = _extract_once(folders[stage], output / "hub" / "pivot" / f"shapes-{branch}", say)
+        target = output / "hub" / "pivot" / f"shapes-{branch}"
+        encoders[branch] = _extract_once(folders[stage], target, _command(seed, overrides), say)
 
     results: list[ProbeResult] = []
     parent = folders["2-instruct"]
@@ -120,6 +124,9 @@ def run_quickstart(
     # Tasks in one block each, encoders side by side within it.
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     results.sort(key=lambda r: order.index((r.task, r.metric)))
+    measured = {name: [r for r in results if r.encoder == name] for name in encoders}
+    for branch in BRANCHES:
+        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=measured)
 
     before = _read(output / "report.json")
     report = QuickstartReport(
@@ -138,10 +145,41 @@ def run_quickstart(
     return report
 
 
-def _extract_once(checkpoint: Path, target: Path, say: Callable[[str], None]) -> Path:
+def push_quickstart(output: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, str]]:
+    """Publish what a finished quickstart made, and the base encoder, to a hub on this machine; load it back by name.
+
+    Args:
+        output: of `run_quickstart`; gets `local-hub/`, and the base encoder with its card beside the other two.
+        say: gets progress.
+    """
+    from pivot_hub.local_hub.trial import push_local
+
+    encoders = output / "hub" / "pivot"
+    base = encoders / "shapes-base"
+    align = load_recipe("shapes/1-align")
+    assert align.recipe.model is not None
+    source = Path(align.locate(align.recipe.model.vision))
+    results = [r for r in read_results(encoders / "shapes-dpo" / "results" / "base.json") if r.partner is None]
+    if not base.is_dir():
+        with whole_folder(base) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            write_card(folder, read_prose("shapes-base"), results={"base": results})
+    names = ("shapes-base", "shapes-sft", "shapes-dpo")
+    return push_local({name: encoders / name for name in names}, output / "local-hub", "PIVOT built-in world", say)
+
+
+def _command(seed: int, overrides: Sequence[str]) -> str:
+    """What makes these encoders again."""
+    if overrides:
+        call = f'run_quickstart(Path("quickstart"), {seed}, {json.dumps(list(overrides))})'
+        return f"python -c 'from pathlib import Path; from pivot_hub.quickstart import run_quickstart; {call}'"
+    return "pivot quickstart" + (f" --seed {seed}" if seed else "")
+
+
+def _extract_once(checkpoint: Path, target: Path, command: str, say: Callable[[str], None]) -> Path:
     made_from = _read(target / "provenance.json").get("mllm_weights_sha256")
     if made_from != weights_sha256(checkpoint):
-        extract_encoder(checkpoint, target)
+        extract_encoder(checkpoint, target, command)
         say(f"encoder: {target}")
     return target
 

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel
 
+from pivot_hub.card import card_problems
 from pivot_hub.encoder.repository import verify_repository
+from pivot_hub.local_hub.store import Store
 from pivot_hub.probes.run import Sizes
-from pivot_hub.quickstart import run_quickstart
+from pivot_hub.quickstart import push_quickstart, run_quickstart
 
 FEW = ["data.0.rows=8", "args.per_device_train_batch_size=4", "args.logging_steps=1"]
 SMALL = Sizes(train=60, validation=20, test=30, questions=30, targets_validation=3, targets_test=4)
@@ -64,6 +67,24 @@ def test_both_encoders_are_sound_repositories(output: Path) -> None:
         assert type(AutoModel.from_pretrained(folder)).__name__ == "SiglipVisionModel"
 
 
+def test_both_encoders_have_their_cards(output: Path) -> None:
+    """Made of what was measured here, by the command that made it."""
+    values = {}
+    for name in ("sft", "dpo"):
+        folder = output / "hub" / "pivot" / f"shapes-{name}"
+        assert card_problems(folder) == []
+        assert sorted(f.name for f in (folder / "results").iterdir()) == ["base.json", "dpo.json", "sft.json"]
+        card = ModelCard((folder / "README.md").read_text())
+        assert card.data.get("base_model") == "pivot/shapes-base"
+        values[name] = [r.metric_value for r in card.data.get("eval_results")]
+        report = json.loads((output / "report.json").read_text())["results"]
+        own = [r for r in report if r["encoder"] == name and not r["task"].endswith((" of sft", " of dpo"))]
+        assert values[name] == [round(r["value"], 2) for r in own]
+        assert "run_quickstart(Path(" in card.text
+        assert "└─ shapes/2-instruct" in card.text
+        assert "not known" not in card.text
+
+
 def test_figure_and_page_are_there(output: Path) -> None:
     with Image.open(output / "maps.png") as figure:
         assert min(figure.size) > 600
@@ -84,6 +105,22 @@ def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) 
     values = [(r["task"], r["metric"], r["encoder"], r["value"]) for r in again["results"]]
     assert values == [(r["task"], r["metric"], r["encoder"], r["value"]) for r in json.loads(report)["results"]]
     assert verify_repository(output / "hub" / "pivot" / "shapes-dpo") == []
+
+
+def test_push_local_ends_with_the_encoders_on_a_hub_and_loads_them_by_name(output: Path) -> None:
+    said: list[str] = []
+    loaded = push_quickstart(output, say=said.append)
+    assert {name: facts["class"] for name, facts in loaded.items()} == dict.fromkeys(
+        ("pivot/shapes-base", "pivot/shapes-sft", "pivot/shapes-dpo"), "SiglipVisionModel"
+    )
+    store = Store(output / "local-hub")
+    for name, facts in loaded.items():
+        repo = store.repos["model", name]
+        assert repo.refs["refs/tags/v0.1.0"] == repo.refs["refs/heads/main"] == facts["commit"]
+    (collection,) = store.collections
+    assert {item["note"]["text"] for item in collection["items"]} == {"base", "SFT", "DPO"}
+    assert [line.split(":")[0] for line in said[:3]] == list(loaded)
+    assert not (output / "hub" / "pivot" / "shapes-base" / "README.md").is_symlink()
 
 
 def pivot(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -160,6 +197,7 @@ def test_help_shows_an_example_for_every_command() -> None:
         "read",
         "gradcam",
     ]
+    commands += ["card", "push", "pull"]
     for command in [*commands, "space", "bench", "bench shapes", "bench encoder"]:
         assert command.split()[0] in listed
         shown = " ".join(pivot(*command.split(), "--help").stdout.split())

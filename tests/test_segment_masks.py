@@ -400,6 +400,9 @@ def test_palette_and_deep_masks_hold_ids(tmp_path: Path) -> None:
 class _At:
     path: Path
 
+    def stamp(self) -> tuple[str, ...]:
+        return (str(self),)
+
     def open(self) -> Path:
         return self.path
 

@@ -76,7 +76,7 @@ def encode_folder(
     cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     names = [str(f.relative_to(source)) for f in files]
     images = FolderImages(source, names)
-    facts = {**encoder_facts(encoder, model), "files_sha256": _listing_sha256(names, files)}
+    facts = {**encoder_facts(encoder), "files_sha256": _listing_sha256(names, files)}
     return encode_images(model, processor, images, target, facts, tokens, batch, dtype, workers, progress)
 
 

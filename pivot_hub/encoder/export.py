@@ -102,7 +102,7 @@ def export_encoder(
                     f"{encoder}: the ONNX model's features differ from torch's by {worst:.1e} relative, over "
                     f"{FLOAT32_TOLERANCE}; nothing was kept; report it with the versions of torch and onnxscript."
                 )
-        facts = encoder_facts(encoder, model)
+        facts = encoder_facts(encoder)
         named = (facts["encoder"], facts["encoder_sha256"], sizes)
         report = {
             **facts,
@@ -197,6 +197,9 @@ def _write_onnx(model: PivotVisionModel, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    # The exporter notes for each node where in this machine's files it came from.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
     if sum(p.numel() * p.element_size() for p in model.parameters()) < PROTOBUF_LIMIT:
         program.save(str(path), external_data=False)
         return

@@ -9,12 +9,13 @@ from typing import Any
 from pivot_hub import __version__
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import write_repository
-from pivot_hub.errors import CheckpointError
+from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm import load_mllm
 from pivot_hub.provenance import weights_sha256
+from pivot_hub.recipe import load_recipe
 
 
-def extract_encoder(checkpoint: str | Path, output: str | Path) -> Path:
+def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | None = None) -> Path:
     """Detach the encoder of a stage checkpoint and write it as a repository.
 
     Its features equal those inside the MLLM bit for bit, which is checked before the folder appears.
@@ -22,6 +23,8 @@ def extract_encoder(checkpoint: str | Path, output: str | Path) -> Path:
     Args:
         checkpoint: folder of a finished align, instruct, sft or dpo stage.
         output: folder of the repository; one that is there is replaced.
+        command: what makes this encoder again, for provenance.json; where all of its recipes are shipped ones, they
+            are it.
 
     Returns:
         The repository folder.
@@ -33,9 +36,12 @@ def extract_encoder(checkpoint: str | Path, output: str | Path) -> Path:
     mllm, processor = load_mllm(source)
     facts = _stage_facts(source)
     model = PivotVisionModel.from_mllm(mllm, facts["pivot"], processor.image_processor)
+    commands = [command] if command else _commands(facts["provenance"]["mllm"])
     recipe = {"recipe.yaml": source / "recipe.yaml"} if (source / "recipe.yaml").is_file() else {}
     projector = mllm.model.multi_modal_projector.state_dict()
-    return write_repository(output, model, facts["provenance"], files=recipe, projector=projector)
+    return write_repository(
+        output, model, facts["provenance"] | {"commands": commands}, files=recipe, projector=projector
+    )
 
 
 def _stage_facts(checkpoint: Path) -> dict[str, Any]:
@@ -55,3 +61,18 @@ def _stage_facts(checkpoint: Path) -> dict[str, Any]:
         "pivot_hub_version": __version__,
     }
     return {"pivot": pivot, "provenance": {"mllm": provenance, "mllm_weights_sha256": weights_sha256(checkpoint)}}
+
+
+def _commands(provenance: dict[str, Any]) -> list[str] | None:
+    """What makes this encoder again; None where a recipe of its lineage is no shipped one, or was overridden."""
+    name = provenance["recipe"]
+    step: dict[str, Any] | None = provenance
+    while step:
+        try:
+            shipped = load_recipe(step["recipe"]).recipe.sha256()
+        except RecipeError:
+            return None
+        if shipped != step["recipe_sha256"]:
+            return None
+        step = (step["parent"] or {}).get("provenance")
+    return [f"pivot train {name} --parents", f"pivot extract runs/{name} encoder"]

@@ -19,11 +19,12 @@ from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import whole_folder
-from pivot_hub.provenance import file_sha256, seal, sealed_text, weights_sha256
+from pivot_hub.provenance import cached_commit, file_sha256, seal, sealed_text, weights_sha256
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # A golden vector is replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
+HUBS_OWN = {".gitattributes"}  # the Hub puts it into every repository
 
 
 def write_repository(
@@ -110,7 +111,7 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
 
 
-def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
+def encoder_facts(name: str | Path) -> dict[str, str]:
     """What a result says of the encoder it was measured on.
 
     Returns:
@@ -120,7 +121,7 @@ def encoder_facts(name: str | Path, model: Any) -> dict[str, str]:
     path = Path(name)
     if path.is_dir():
         return {"encoder": path.resolve().name, "encoder_sha256": weights_sha256(path)}
-    return {"encoder": str(name), "encoder_sha256": str(model.config.backbone_config._commit_hash)}
+    return {"encoder": str(name), "encoder_sha256": str(cached_commit(str(name)))}
 
 
 def verify_repository(folder: str | Path) -> list[str]:
@@ -138,7 +139,7 @@ def verify_repository(folder: str | Path) -> list[str]:
         return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
     if text != sealed_text(provenance) or own != hashlib.sha256(sealed_text(provenance, False).encode()).hexdigest():
         return ["provenance.json differs from its own hash; pull the repository again."]
-    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"}
+    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
     for name in sorted(expected.keys() - present):
         problems.append(f"{name} is missing; pull the repository again.")
     for name in sorted(present - expected.keys()):

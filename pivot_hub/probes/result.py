@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pivot_hub.errors import ProbeError
-from pivot_hub.files import write_json
+from pivot_hub.files import write_whole
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Statistic, bootstrap, mean
 from pivot_hub.provenance import versions
@@ -124,7 +124,12 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
         beside.replace(path.with_suffix(".npz"))
     finally:
         beside.unlink(missing_ok=True)
-    write_json(path, [r.facts() for r in results])
+    write_whole(path, results_text(results))
+
+
+def results_text(results: Sequence[ProbeResult]) -> str:
+    """Results as the JSON list that `read_results` reads."""
+    return json.dumps([r.facts() for r in results], indent=2) + "\n"
 
 
 def read_results(path: Path) -> list[ProbeResult]:

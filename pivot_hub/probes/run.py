@@ -25,7 +25,7 @@ from pivot_hub.probes.localize import Target, localize
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.segment import class_masks, segment_patches
 from pivot_hub.probes.vqa import answer_questions
-from pivot_hub.provenance import weights_sha256
+from pivot_hub.provenance import cached_commit, weights_sha256
 
 FIRST_SCENE = 5_000_000  # of every split: no recipe trains on scenes from here on
 
@@ -123,7 +123,7 @@ def probe_language(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> list[Pro
     scenes = probe_scenes(world, "test", sizes.questions).scenes
     scans = [s.scan(SCAN_SIDE, world.scene_rng("test", FIRST_SCENE + i, 5)) for i, s in enumerate(scenes)]
     path = Path(name)
-    sha256 = weights_sha256(path) if path.is_dir() else str(model.config._commit_hash)
+    sha256 = weights_sha256(path) if path.is_dir() else str(cached_commit(str(path)))
     facts = {"feature_layer": None, "encoder": "none", "encoder_sha256": sha256, "partner": name}
     return answer_questions(model, tokenizer, questions, scans, facts, seed=seed)
 
@@ -177,7 +177,7 @@ def probe_encoder(
     check_golden(encoder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[dtype])  # type: ignore[arg-type]
-    facts = encoder_facts(encoder, model)
+    facts = encoder_facts(encoder)
     if classes is None:
         return probe_shapes(model, image_processor, facts["encoder"], facts["encoder_sha256"], sizes, seed), []
     return classify_images(

@@ -25,14 +25,13 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import try_to_load_from_cache
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.lora import merge_lora
-from pivot_hub.provenance import hub_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import cached_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
 from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
 from pivot_hub.training import trainer_config
 from pivot_hub.training.metrics import MetricsLog, PlainProgress
@@ -199,7 +198,7 @@ def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path,
     for name in ("recipe.yaml", "metrics.jsonl"):
         shutil.copy2(work / name, whole / name)
     write_json(whole / "report.json", facts)
-    seal(whole, _provenance(loaded, parent, whole, facts["data"]["sources"]))
+    seal(whole, _provenance(loaded, parent, whole, facts))
     if (work / "runs").is_dir():  # TensorBoard's events, unsealed: their names hold the host's
         shutil.copytree(work / "runs", whole / "tensorboard")
     whole.replace(folder)
@@ -329,18 +328,15 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _provenance(
-    loaded: LoadedRecipe, parent: Path | None, whole: Path, sources: list[dict[str, Any]]
-) -> dict[str, Any]:
-    recipe = loaded.recipe
-    data = []
+def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    recipe, sources, data = loaded.recipe, facts["data"]["sources"], []
     for spec, source in zip(recipe.data, sources or [{}] * len(recipe.data), strict=True):
-        facts = spec.model_dump(mode="json", exclude_none=True)
+        named = spec.model_dump(mode="json", exclude_none=True)
         # Of a folder on this machine the name is enough; a name on the Hub stays whole.
-        for key in {"path", "images"} & facts.keys():
-            place = Path(loaded.locate(facts[key]))
-            facts[key] = place.resolve().name if place.exists() else facts[key]
-        data.append({**facts, **source})
+        for key in {"path", "images"} & named.keys():
+            place = Path(loaded.locate(named[key]))
+            named[key] = place.resolve().name if place.exists() else named[key]
+        data.append({**named, **source})
     before = None
     if parent is not None:
         before = {
@@ -357,6 +353,12 @@ def _provenance(
         "parts": _part_hashes(loaded) if parent is None and recipe.model else None,
         "parent": before,
         "data": data,
+        "cost": {
+            # Of a run that was stopped in between, only its last part was timed.
+            "duration_s": None if facts["resumed"] else facts["duration_s"],
+            "processes": facts["processes"],
+            "energy_kwh": None,  # nothing here measures it yet
+        },
         "weights_sha256": weights_sha256(whole),
         "commit": source_commit(),
         "versions": versions(),
@@ -376,8 +378,8 @@ def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
         folder = Path(loaded.locate(name))
         if folder.is_dir():
             made[part] = weights_sha256(folder)
-        elif isinstance(config := try_to_load_from_cache(name, "config.json", revision=revision), str):
-            made[part] = str(hub_commit(Path(config)))
+        elif commit := cached_commit(name, revision):
+            made[part] = commit
     return made
 
 

@@ -22,9 +22,8 @@ from tests.conformance.environment import ROOT, make_environment, make_node, run
 from tests.conformance.table import FILE, README, put, render
 from tests.originals import IMAGE_PX, ORIGINALS
 
-SUPPORTED = next(
-    d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "transformers" in d
-)
+DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+SUPPORTED = next(d for d in DEPENDENCIES if d.startswith("transformers"))
 OLDEST = re.search(r">=([\d.]+)", SUPPORTED)
 assert OLDEST is not None
 # Plain transformers of both majors, and the oldest and newest that this package itself supports.

@@ -1,0 +1,500 @@
+"""Publish and pull: what would change is shown, then one commit is there whole or not at all.
+
+Every call goes through huggingface_hub, with its login and its HF_ENDPOINT; nothing here keeps or prints a token.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils.sha import git_hash
+
+from pivot_hub.card import card_problems
+from pivot_hub.errors import PublishError
+from pivot_hub.files import whole_folder
+from pivot_hub.patience import HTTPError, Patience, in_words
+from pivot_hub.provenance import file_sha256
+from pivot_hub.publication import Publication
+
+HUBS_OWN = ".gitattributes"
+CARD_LINES = 40  # of the card's difference that are shown
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it is on the Hub: its commit, its files' sizes and hashes (SHA-256 of large ones, else git's)."""
+
+    sha: str
+    private: bool
+    files: dict[str, tuple[int, str, bool]]
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A file that a push adds, changes or takes away; sizes in bytes, None where it is not there."""
+
+    path: str
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push will do.
+
+    Args:
+        publication: what is to be there.
+        endpoint: of the hub.
+        remote: what is there; None for a repository that is not.
+        private: make it for few, when it is made.
+        changes: file by file.
+        card: the difference of README.md, as `diff -u` writes it.
+        edited: why this becomes a pull request; None for a commit.
+    """
+
+    publication: Publication
+    endpoint: str
+    remote: Remote | None
+    private: bool
+    changes: list[Change]
+    card: list[str]
+    edited: str | None
+
+    def text(self) -> str:
+        """The plan for a reader."""
+        pub = self.publication
+        where = f"{pub.repo} at {self.endpoint}"
+        if self.remote is None:
+            head = f"{where}: a new {'private ' if self.private else ''}{pub.type} repository"
+        else:
+            head = f"{where}, now at {self.remote.sha[:8]}"
+        if not self.changes:
+            return f"{head}: nothing to change"
+        lines = [f"{head}:"]
+        for change in self.changes:
+            mark = "+" if change.before is None else "-" if change.after is None else "~"
+            sizes = [_size(s) for s in (change.before, change.after) if s is not None]
+            lines.append(f"  {mark} {change.path:40} {' -> '.join(sizes)}")
+        if self.card:
+            lines += ["", "README.md:", *(f"  {line}" for line in self.card[:CARD_LINES])]
+            if len(self.card) > CARD_LINES:
+                lines.append(f"  ... {len(self.card) - CARD_LINES} lines more")
+        lines += [
+            "",
+            f"One pull request, because {self.edited}" if self.edited else f"One commit, tag {pub.tag or 'none'}",
+        ]
+        return "\n".join(lines)
+
+    def facts(self) -> dict[str, Any]:
+        """The plan for a program."""
+        return {
+            "repo": self.publication.repo,
+            "endpoint": self.endpoint,
+            "parent": self.remote.sha if self.remote else None,
+            "changes": [vars(change) for change in self.changes],
+            "tag": self.publication.tag,
+            "pull_request": self.edited,
+        }
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: the commit that holds the files, the address, and whether it is proposed, new or was there."""
+
+    commit: str
+    url: str
+    kind: str  # commit, pull request, or unchanged
+
+
+def plan_push(publication: Publication, private: bool = False, patience: Patience = Patience()) -> PushPlan:
+    """Compare what is to be published with what is on the Hub; nothing is changed.
+
+    Raises:
+        PublishError: the Hub does not answer, the login may not, or the version's tag is taken.
+    """
+    api = HfApi()
+    with in_words(publication.repo):
+        patience.again(api.whoami)
+        remote = _remote(api, publication.repo, publication.type, patience)
+        changes, card, edited = _compare(publication, remote, patience)
+    if remote is not None and private and not remote.private:
+        raise PublishError(f"{publication.repo} exists and is public: make it private on its page, or leave --private.")
+    if remote is not None and changes and not edited and publication.tag in remote.tags:
+        raise PublishError(
+            f"{publication.repo} has {publication.tag} at {remote.tags[publication.tag][:8]} with other files: raise "
+            "`version` in the card's prose."
+        )
+    return PushPlan(publication, api.endpoint, remote, private, changes, card, edited)
+
+
+def push(plan: PushPlan, patience: Patience = Patience(), say: Callable[[str], None] = print) -> Pushed:
+    """Carry out a plan: one commit whose parent is the commit that was looked at, or one pull request, then the tag.
+
+    Raises:
+        PublishError: it failed; the repository is as it was before, and the same push goes on from there.
+    """
+    api, pub, remote = HfApi(), plan.publication, plan.remote
+    with in_words(pub.repo):
+        if remote is not None and not plan.changes:
+            _set_tag(api, pub, remote, remote.sha, patience, say)
+            return Pushed(remote.sha, _url(api, pub), "unchanged")
+        if plan.edited and (known := _open_proposal(api, pub, patience)):
+            return Pushed(known[0], known[1], "pull request")
+        made_here = remote is None
+        if remote is None:
+            remote = _create(api, plan, patience, say)
+        try:
+            pushed = _commit(api, plan, remote, patience, say)
+        except BaseException:
+            if made_here:
+                _take_away(api, pub, remote, say)
+            raise
+        if not plan.edited:
+            _set_tag(api, pub, remote, pushed.commit, patience, say)
+        return pushed
+
+
+def pull(
+    repo: str,
+    output: str | Path,
+    revision: str | None = None,
+    patience: Patience = Patience(),
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Download an encoder repository, check it as `verify` does, and only then put it in its place.
+
+    A download that was stopped goes on from the Hub's cache.
+
+    Raises:
+        PublishError: it cannot be downloaded, or is not what was published.
+    """
+    snapshot = fetch(repo, revision, patience, say)
+    problems = published_problems(snapshot)
+    if problems:
+        say(f"{problems[0]} The cached copy is fetched once more.")
+        snapshot = fetch(repo, revision, patience, say, fresh=True)
+        problems = published_problems(snapshot)
+    if problems:
+        raise PublishError(f"{repo} is not what was published: {problems[0]}")
+    with in_words(repo), whole_folder(Path(output)) as folder:
+        for file in (f for f in snapshot.rglob("*") if f.is_file() and f.name != HUBS_OWN):
+            (folder / file.relative_to(snapshot)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / file.relative_to(snapshot))
+    return Path(output)
+
+
+def fetch(
+    repo: str,
+    revision: str | None = None,
+    patience: Patience = Patience(),
+    say: Callable[[str], None] = print,
+    fresh: bool = False,
+) -> Path:
+    """Download a repository into the Hub's cache; the folder of its snapshot.
+
+    Raises:
+        PublishError: it is not there, or cannot be downloaded.
+    """
+    # Not snapshot_download: some of its requests wait for ever on a hub that is silent.
+    with in_words(repo):
+        info = _look(HfApi(), repo, "model", patience, revision)
+        names = sorted(s.rfilename for s in info.siblings)
+        if not names:
+            raise PublishError(f"{repo} is empty: nothing was published there yet.")
+        for name in names:
+            download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=fresh)
+            file = Path(patience.again(download, say))
+        return file.parents[names[-1].count("/")]
+
+
+def published_problems(folder: str | Path) -> list[str]:
+    """What is wrong with a repository: hashes, keys, golden vectors, and the card's numbers against its results.
+
+    Returns:
+        A sentence each; empty for a sound one.
+    """
+    return repository_problems(folder) or card_problems(folder)
+
+
+def repository_problems(folder: str | Path) -> list[str]:
+    """What is wrong with a repository that needs no card: hashes, keys, golden vectors."""
+    from pivot_hub.encoder.repository import verify_repository  # loads torch, which the rest here does without
+
+    return verify_repository(folder)
+
+
+def add_to_collection(
+    title: str, publication: Publication, private: bool = False, patience: Patience = Patience()
+) -> tuple[str, list[str]]:
+    """Put an encoder, the one it is held against and their base into a collection of the owner, made if need be.
+
+    Returns:
+        The collection's address, and the repositories of the three that are on this hub.
+
+    Raises:
+        PublishError: the Hub refuses.
+    """
+    api, owner = HfApi(), publication.repo.partition("/")[0]
+    wanted = {publication.repo: "base" if publication.stage == "base" else (publication.stage or "").upper()}
+    for stage, name in (publication.pair or {}).items():
+        if stage != publication.stage:
+            wanted[name] = stage.upper()
+    if publication.base:
+        wanted[publication.base] = "base"
+    with in_words(title):
+        made = patience.again(lambda: api.create_collection(title, namespace=owner, private=private, exists_ok=True))
+        added = []
+        for name, note in wanted.items():
+            if name != publication.repo and not patience.again(partial(api.repo_exists, name)):
+                continue
+            item = partial(api.add_collection_item, made.slug, name, "model", note=note, exists_ok=True)
+            patience.again(item)
+            added.append(name)
+    return made.url, added
+
+
+def _look(api: HfApi, repo: str, type_: str, patience: Patience, revision: str | None = None) -> Any:
+    """A repository's commit and files at a revision."""
+    options: dict[str, Any] = {"revision": revision, "files_metadata": True, "timeout": patience.timeout_s}
+    return patience.again(partial(api.repo_info, repo, repo_type=type_, **options))
+
+
+def _remote(api: HfApi, repo: str, type_: str, patience: Patience) -> Remote | None:
+    try:
+        info = _look(api, repo, type_, patience)
+    except RepositoryNotFoundError:
+        return None
+    refs = patience.again(lambda: api.list_repo_refs(repo, repo_type=type_))
+    return Remote(info.sha, bool(info.private), _files_there(info), {tag.name: tag.target_commit for tag in refs.tags})
+
+
+def _files_there(info: Any) -> dict[str, tuple[int, str, bool]]:
+    return {
+        s.rfilename: (s.size, s.lfs["sha256"] if s.lfs else s.blob_id, bool(s.lfs))
+        for s in info.siblings
+        if s.rfilename != HUBS_OWN
+    }
+
+
+def _files_here(pub: Publication) -> dict[str, Path]:
+    return {str(f.relative_to(pub.folder)): f for f in pub.folder.rglob("*") if f.is_file()}
+
+
+def _compare(pub: Publication, remote: Remote | None, patience: Patience) -> tuple[list[Change], list[str], str | None]:
+    """The changes, the card's difference, and what was done to the remote by hand."""
+    here = _files_here(pub)
+    there = remote.files if remote else {}
+    changes = []
+    for path in sorted({*here, *there}):
+        if path not in here:
+            changes.append(Change(path, there[path][0], None))
+        elif path not in there:
+            changes.append(Change(path, None, here[path].stat().st_size))
+        elif not _same(here[path], there[path]):
+            changes.append(Change(path, there[path][0], here[path].stat().st_size))
+    if remote is None or not changes:
+        return changes, [], None
+    old = _remote_bytes(pub, remote, "README.md", patience).decode().splitlines() if "README.md" in there else []
+    new = here["README.md"].read_text().splitlines()
+    card = list(difflib.unified_diff(old, new, "there", "here", lineterm="", n=1))
+    return changes, card, _edited(pub, remote, changes, patience)
+
+
+def _edited(pub: Publication, remote: Remote, changes: Sequence[Change], patience: Patience) -> str | None:
+    """What differs from the hashes the remote was sealed with: a hand was there, and it is asked, not overwritten."""
+    if not remote.files:
+        return None
+    try:
+        sealed = json.loads(_remote_bytes(pub, remote, "provenance.json", patience))["files"]
+    except (ValueError, KeyError, TypeError):
+        return "the repository there was not made by this package"
+    if foreign := sorted((remote.files.keys() ^ sealed.keys()) - {"provenance.json"}):
+        return f"{foreign[0]} was put there or taken away by hand"
+    for path in [c.path for c in changes if c.before is not None and c.path != "provenance.json"]:
+        _, digest, large = remote.files[path]
+        if not large:  # git's hash says nothing of the sealed one
+            digest = hashlib.sha256(_remote_bytes(pub, remote, path, patience)).hexdigest()
+        if digest != sealed[path]:
+            return f"{'its card' if path == 'README.md' else path} was edited by hand"
+    return None
+
+
+def _remote_bytes(pub: Publication, remote: Remote, name: str, patience: Patience) -> bytes:
+    """A file of the remote; nothing where there is none."""
+    if name not in remote.files:
+        return b""
+    with TemporaryDirectory() as folder:
+        options: dict[str, Any] = {"repo_type": pub.type, "revision": remote.sha, "local_dir": folder}
+        return Path(patience.again(partial(hf_hub_download, pub.repo, name, **options))).read_bytes()
+
+
+def _same(file: Path, there: tuple[int, str, bool]) -> bool:
+    size, digest, large = there
+    if file.stat().st_size != size:
+        return False
+    return (file_sha256(file) if large else git_hash(file.read_bytes())) == digest
+
+
+def _create(api: HfApi, plan: PushPlan, patience: Patience, say: Callable[[str], None]) -> Remote:
+    pub = plan.publication
+    options = {"space_sdk": "gradio"} if pub.type == "space" else {}
+    private = plan.private or None  # None leaves it to the owner's setting
+
+    def create() -> object:
+        # A try whose answer was lost has made it: that is no conflict.
+        return api.create_repo(pub.repo, repo_type=pub.type, private=private, exist_ok=True, **options)  # type: ignore[arg-type]
+
+    patience.again(create, say)
+    remote = _remote(api, pub.repo, pub.type, patience)
+    assert remote is not None
+    if remote.files:
+        raise PublishError(f"{pub.repo} was made by somebody else in between: push again to see what would change.")
+    return remote
+
+
+def _commit(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience, say: Callable[[str], None]) -> Pushed:
+    """Upload, then commit; a try whose answer was lost is looked up before it is tried again."""
+    pub = plan.publication
+    operations: list[Any] = [
+        CommitOperationAdd(c.path, pub.folder / c.path) if c.after is not None else CommitOperationDelete(c.path)
+        for c in plan.changes
+    ]
+    get_session().timeout = patience.timeout_s
+    additions = [o for o in operations if isinstance(o, CommitOperationAdd)]
+    propose = plan.edited is not None
+    # The client itself tries each of these requests again, and skips large files that are there already.
+    _uploaded(api, pub, lambda: api.preupload_lfs_files(pub.repo, additions, repo_type=pub.type, create_pr=propose))
+    attempt = 1
+    while True:
+        try:
+            get_session().timeout = patience.timeout_s
+            made = api.create_commit(
+                pub.repo,
+                operations,
+                commit_message=pub.summary,
+                repo_type=pub.type,
+                parent_commit=remote.sha,
+                create_pr=propose,
+            )
+            return Pushed(made.oid, made.pr_url or _url(api, pub), "pull request" if propose else "commit")
+        except HTTPError as error:
+            # A try that seemed lost may land late, and is then in this one's way.
+            late = attempt > 1 and isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+            if not late:
+                patience.wait(error, attempt, say)
+            if done := _landed(api, plan, remote, patience):
+                return done
+            if late:
+                raise
+        attempt += 1
+
+
+def _landed(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience) -> Pushed | None:
+    """The commit of a try that got no answer, if it is there all the same."""
+    pub = plan.publication
+    if plan.edited:
+        known = _open_proposal(api, pub, patience)
+        return Pushed(known[0], known[1], "pull request") if known else None
+    now = _remote(api, pub.repo, pub.type, patience)
+    if now is None or now.sha == remote.sha:
+        return None
+    if _compare(pub, now, patience)[0]:
+        raise PublishError(f"{pub.repo} was changed by somebody else in between: push again to see what would change.")
+    return Pushed(now.sha, _url(api, pub), "commit")
+
+
+def _open_proposal(api: HfApi, pub: Publication, patience: Patience) -> tuple[str, str] | None:
+    """Commit and address of an open pull request that holds exactly what is to be published."""
+    opened = patience.again(
+        lambda: list(
+            api.get_repo_discussions(
+                pub.repo, repo_type=pub.type, discussion_type="pull_request", discussion_status="open"
+            )
+        )
+    )
+    for proposal in opened:
+        if proposal.title != pub.summary:
+            continue
+        info = _look(api, pub.repo, pub.type, patience, proposal.git_reference)
+        files, here = _files_there(info), _files_here(pub)
+        if here.keys() == files.keys() and all(_same(here[p], files[p]) for p in here):
+            return info.sha, proposal.url
+    return None
+
+
+def _set_tag(
+    api: HfApi, pub: Publication, remote: Remote, commit: str, patience: Patience, say: Callable[[str], None]
+) -> None:
+    if pub.tag is None or pub.tag in remote.tags:
+        return
+    tag = pub.tag
+    patience.again(lambda: api.create_tag(pub.repo, tag=tag, revision=commit, repo_type=pub.type, exist_ok=True), say)
+
+
+def _take_away(api: HfApi, pub: Publication, made: Remote, say: Callable[[str], None]) -> None:
+    """Delete the repository that this push made and that holds nothing yet."""
+    try:
+        if api.repo_info(pub.repo, repo_type=pub.type, timeout=Patience().timeout_s).sha == made.sha:
+            api.delete_repo(pub.repo, repo_type=pub.type)
+    except (HTTPError, OSError):
+        say(f"{pub.repo} was made and is empty; push again, or delete it on its page")
+
+
+def _uploaded(api: HfApi, pub: Publication, upload: Callable[[], object]) -> None:
+    try:
+        upload()
+    except (HTTPError, OfflineModeIsEnabled):
+        raise
+    except Exception as error:
+        if isinstance(error.__cause__, HTTPError):  # the client wraps what went wrong with a file
+            raise error.__cause__ from error
+        if not constants.HF_HUB_DISABLE_XET and not _has_xet(api, pub):
+            raise PublishError(
+                f"{api.endpoint} has no Xet storage: set HF_HUB_DISABLE_XET=1, and large files go by git-LFS."
+            ) from error
+        raise
+
+
+def _has_xet(api: HfApi, pub: Publication) -> bool:
+    place = f"{api.endpoint}/api/{pub.type}s/{pub.repo}/xet-write-token/main"
+    return get_session().get(place, headers=build_hf_headers()).status_code != 404
+
+
+def _url(api: HfApi, pub: Publication) -> str:
+    return f"{api.endpoint}/{'spaces/' if pub.type == 'space' else ''}{pub.repo}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def models_of(names: Sequence[str], patience: Patience = Patience()) -> None:
+    """Check that encoders are on the Hub, before a Space points at them.
+
+    Raises:
+        PublishError: one is not.
+    """
+    api = HfApi()
+    for name in names:
+        with in_words(name):
+            _look(api, name, "model", patience)

@@ -1,0 +1,1 @@
+"""A Hub on this machine: the protocol that huggingface_hub speaks, over loopback, with its repositories in a folder."""

@@ -1,0 +1,255 @@
+"""What a hub keeps: repositories with their commits, refs and pull requests, files by hash, collections."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pivot_hub.files import write_json
+
+MAIN = "refs/heads/main"
+# Kept outside git by the Hub, whatever their size.
+LFS_SUFFIXES = (".safetensors", ".onnx", ".onnx_data", ".bin", ".pt", ".npy", ".parquet", ".zip")
+LFS_BYTES = 10 * 1024 * 1024
+GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+
+
+class HubError(Exception):
+    """A refusal, as the Hub words it.
+
+    Args:
+        status: of the HTTP answer.
+        message: for the reader.
+        code: X-Error-Code, by which the client chooses its exception.
+        extra: further keys of the answer's JSON; headers: further headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+        self.extra, self.headers = dict(extra or {}), dict(headers or {})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a commit: its size, its blob in git, and for large files the SHA-256 that the blob points to."""
+
+    size: int
+    blob: str
+    sha256: str | None = None
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 or self.blob
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit with its whole tree, path by path."""
+
+    oid: str
+    parent: str | None
+    title: str
+    description: str
+    author: str
+    date: str
+    tree: dict[str, Entry]
+
+
+@dataclass
+class Repo:
+    """A repository: commits, what refs point at, and pull requests (number, title, author, status, base)."""
+
+    type: str
+    name: str
+    private: bool
+    created: str
+    sdk: str | None = None
+    commits: dict[str, Commit] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    pulls: list[dict[str, Any]] = field(default_factory=list)
+
+    def commit_at(self, revision: str) -> Commit:
+        """The commit of a branch, tag, full ref or hash.
+
+        Raises:
+            HubError: there is none.
+        """
+        for ref in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
+            if ref in self.refs:
+                return self.commits[self.refs[ref]]
+        found = [c for oid, c in self.commits.items() if len(revision) >= 7 and oid.startswith(revision)]
+        if len(found) == 1:
+            return found[0]
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def entry_at(self, revision: str, path: str) -> tuple[Commit, Entry]:
+        commit = self.commit_at(revision)
+        if path not in commit.tree:
+            message = f"{path} does not exist on {revision!r}"
+            raise HubError(404, message, "EntryNotFound", headers={"X-Repo-Commit": commit.oid})
+        return commit, commit.tree[path]
+
+
+class Store:
+    """A hub's state in a folder; every change is one renamed file, so a killed hub loses nothing it answered for.
+
+    Args:
+        folder: of the state; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lock = threading.RLock()
+        self.repos: dict[tuple[str, str], Repo] = {}
+        for file in sorted((folder / "repos").glob("*/*/*.json")):
+            repo = _read_repo(json.loads(file.read_text()))
+            self.repos[repo.type, repo.name] = repo
+        known = folder / "collections.json"
+        self.collections: list[dict[str, Any]] = json.loads(known.read_text()) if known.is_file() else []
+
+    def create(self, type_: str, name: str, private: bool, sdk: str | None, author: str) -> Repo:
+        with self.lock:
+            if (type_, name) in self.repos:
+                raise HubError(409, f"You already created this {type_} repo: {name}", extra={"url": name})
+            repo = Repo(type_, name, private, now(), sdk)
+            blob = self.put_blob(GITATTRIBUTES)
+            first = Entry(len(GITATTRIBUTES), blob)
+            self._add(repo, MAIN, None, "initial commit", "", author, {".gitattributes": first})
+            self.repos[type_, name] = repo
+            return repo
+
+    def commit(
+        self,
+        repo: Repo,
+        ref: str,
+        parent: str | None,
+        title: str,
+        description: str,
+        author: str,
+        tree: dict[str, Entry],
+    ) -> Commit:
+        """Put a commit with the given tree at a ref, in one step.
+
+        Raises:
+            HubError: the ref is no longer at `parent`.
+        """
+        with self.lock:
+            if repo.refs.get(ref) != parent:
+                raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            return self._add(repo, ref, parent, title, description, author, tree)
+
+    def _add(
+        self,
+        repo: Repo,
+        ref: str,
+        parent: str | None,
+        title: str,
+        description: str,
+        author: str,
+        tree: dict[str, Entry],
+    ) -> Commit:
+        date = now()
+        files = {path: asdict(entry) for path, entry in sorted(tree.items())}
+        unique = json.dumps([parent, title, author, time.time_ns(), files])
+        oid = hashlib.sha1(unique.encode()).hexdigest()
+        made = Commit(oid, parent, title, description, author, date, dict(sorted(tree.items())))
+        repo.commits[oid] = made
+        repo.refs[ref] = oid
+        self.save(repo)
+        return made
+
+    def save(self, repo: Repo) -> None:
+        write_json(self.folder / "repos" / repo.type / f"{repo.name}.json", asdict(repo))
+
+    def delete(self, repo: Repo) -> None:
+        with self.lock:
+            del self.repos[repo.type, repo.name]
+            (self.folder / "repos" / repo.type / f"{repo.name}.json").unlink()
+
+    def save_collections(self) -> None:
+        write_json(self.folder / "collections.json", self.collections)
+
+    def put_blob(self, content: bytes) -> str:
+        """Keep a small file under its git hash."""
+        oid = git_sha1(content)
+        self.keep(self.folder / "blobs" / oid, [content])
+        return oid
+
+    def put_large(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Keep a large file, at the path of its repository and hash, that is what its SHA-256 says.
+
+        Raises:
+            HubError: it is not.
+        """
+        digest = hashlib.sha256()
+
+        def hashed() -> Iterable[bytes]:
+            for chunk in chunks:
+                digest.update(chunk)
+                yield chunk
+            if digest.hexdigest() != path.name:
+                raise HubError(400, f"the content is not that of {path.name}")
+
+        self.keep(path, hashed())
+
+    def keep(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write a file in one step."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{threading.get_ident()}")
+        try:
+            with beside.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def large_path(self, repo: Repo, sha256: str) -> Path:
+        """Where a large file lies: each repository keeps its own."""
+        return self.folder / "lfs" / repo.type / repo.name / sha256
+
+    def path(self, repo: Repo, entry: Entry) -> Path:
+        return self.large_path(repo, entry.sha256) if entry.sha256 else self.folder / "blobs" / entry.blob
+
+
+def large_entry(sha256: str, size: int) -> Entry:
+    """A large file's entry: git holds a pointer of three lines."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+    return Entry(size, git_sha1(pointer.encode()), sha256)
+
+
+def git_sha1(content: bytes) -> str:
+    """The hash git gives a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_large(path: str, size: int, sample: bytes) -> bool:
+    """Whether the Hub keeps a file outside git: by its name, its size, or because it is binary."""
+    return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_BYTES or b"\0" in sample)
+
+
+def now() -> str:
+    """The time, as the Hub writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+
+
+def _read_repo(facts: dict[str, Any]) -> Repo:
+    commits = {
+        oid: Commit(**{**c, "tree": {path: Entry(**e) for path, e in c["tree"].items()}})
+        for oid, c in facts["commits"].items()
+    }
+    return Repo(**{**facts, "commits": commits})
