@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pivot_hub.data.shapes import World
 from pivot_hub.errors import CheckpointError, DataError
 from pivot_hub.figure import draw_comparison
 from pivot_hub.gradcam import answer_batch, answer_log_probs, gradient_map
+from pivot_hub.leaks import find_leaks
 from pivot_hub.look import Look, read_look
 from pivot_hub.mllm import load_mllm
 from pivot_hub.mllm_pair import SHIPPED, MllmPair, PairNames, PairShelf, pack_pair, shipped_pair
@@ -29,6 +32,7 @@ from pivot_hub.patches import patch_tokens, principal_colours, similarity
 from pivot_hub.probes.localize import score_map
 from pivot_hub.provenance import file_sha256
 from pivot_hub.recipe import RECIPES
+from tests.hub_server import hub_server
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def test_shipped_pair_is_small_sealed_and_from_our_recipes() -> None:
         said = json.loads(json.dumps(provenance["stages"]))
         assert f"shapes/{stage}" in {s["recipe"] for s in said.values()}
         assert (recipes / f"{stage}.yaml").is_file()
-    assert not any(word in f.read_text() for f in files if f.suffix != ".safetensors" for word in ("/tmp/", "/home/"))
+    assert find_leaks(SHIPPED) == []
 
 
 def test_packing_keeps_what_the_branches_differ_by(trained: Path, tmp_path: Path) -> None:
@@ -139,6 +143,44 @@ def test_a_repository_of_the_hub(trained: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CheckpointError, match="not an MLLM in transformers' LLaVA format"):
         PairShelf().get(PairNames("owner/other", "owner/3-dpo"))
     shutil.rmtree(trained / "other")
+
+
+VISIT = """
+import sys
+from huggingface_hub import HfApi
+from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm_pair import PairNames, PairShelf
+runs, shelf = sys.argv[1], PairShelf()
+for stage in ("2-instruct", "3-sft", "3-dpo"):
+    HfApi().create_repo(f"pivot/{stage}")
+    HfApi().upload_folder(repo_id=f"pivot/{stage}", folder_path=f"{runs}/{stage}")
+    HfApi().upload_file(repo_id=f"pivot/{stage}", path_or_fileobj=b"no weights", path_in_repo="pytorch_model.bin")
+made = shelf.get(PairNames("pivot/3-sft@main", "pivot/3-dpo", "pivot/2-instruct"), lambda share, what: print(what))
+print("pair:", made.first.name, made.second.name, made.parent.name)
+for name in ("pivot/none", "pivot/3-sft@nowhere"):
+    try:
+        shelf.get(PairNames(name, "pivot/3-dpo"))
+    except CheckpointError as error:
+        print("told:", error)
+"""
+
+
+def test_repositories_of_a_real_hub(trained: Path, tmp_path: Path) -> None:
+    """Through huggingface_hub and the hub's own protocol: pushed, named, fetched, compared; no pickle is fetched."""
+    with hub_server(tmp_path / "hub") as server:
+        command = [sys.executable, "-c", VISIT, str(trained)]
+        environment = server.environment(tmp_path / "home")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[:4] == ["finding pivot/3-sft@main", "finding pivot/3-dpo", "finding pivot/2-instruct", said[3]]
+    assert "pair: 3-sft@main 3-dpo 2-instruct" in said
+    told = [line for line in said if line.startswith("told:")]
+    assert len(told) == 2
+    assert all("no such public repository and revision; check the spelling" in line for line in told)
+    asked = [path for method, path, _ in server.log if "/resolve/" in path]
+    assert sum(path.endswith("/model.safetensors") for path in asked) == 3
+    assert not any(path.endswith((".bin", ".py")) for path in asked)
 
 
 def test_a_hub_out_of_reach_is_told_without_a_path() -> None:
