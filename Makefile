@@ -5,7 +5,7 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-.PHONY: setup quickstart test slow conformance lint format space clean
+.PHONY: setup quickstart test slow browser conformance lint format space clean
 
 setup: $(VENV)/.done
 
@@ -25,6 +25,9 @@ test: setup  ## the default suite
 slow: setup  ## the tests that the default suite leaves out for their length
 	$(PY) -m pytest -m slow
 
+browser: setup  ## the Space clicked through in Chromium, which the default suite does too where there is one
+	PIVOT_BROWSER=required $(PY) -m pytest -m browser
+
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
 	$(PY) -m pytest -m conformance -s tests/conformance
 
@@ -37,7 +40,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-space: setup  ## the app over what `make quickstart` trained
+space: setup  ## the app on the shipped pair
 	$(VENV)/bin/pivot space
 
 clean:

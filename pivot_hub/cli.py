@@ -707,6 +707,21 @@ def bench_encoder(
     _write(json_path, measured)
 
 
+@bench.command("space")
+def bench_space(
+    visitors: Annotated[int, typer.Option(help="Clients at once.")] = 20,
+    clicks: Annotated[int, typer.Option(help="Scenes one client asks for, one after the other.")] = 20,
+    json_path: JsonPath = None,
+) -> None:
+    """How soon the app is ready, how soon a click has its picture, and how it serves many visitors at once.
+
+    Example: `pivot bench space --json space.json`
+    """
+    from pivot_hub.bench.space import bench_space
+
+    _write(json_path, bench_space(visitors, clicks, say=_say))
+
+
 @bench.command("dpo-step")
 def bench_dpo_step(
     size: Annotated[str, typer.Option(help="tiny, or so400m-1.5b for a GPU.")] = "tiny",
@@ -804,20 +819,46 @@ def gradcam(
 
 @app.command()
 def space(
-    runs: Annotated[Path, typer.Option(help="Folder with the stages 2-instruct, 3-sft and 3-dpo.")] = Path(
-        "quickstart/runs/shapes"
-    ),
-    port: Annotated[int, typer.Option(help="Where it listens, on this machine only.")] = 7860,
+    first: Annotated[str, typer.Option(help="An MLLM, shown on the left: a folder.")] = "",
+    second: Annotated[str, typer.Option(help="Another, shown on the right.")] = "",
+    parent: Annotated[str, typer.Option(help="The parent of both, for the DPO loss.")] = "",
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of checkpoints that visitors may name; its 3-sft and 3-dpo are shown without --first."
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Where it listens.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address it listens at; this machine only by default.")] = "127.0.0.1",
 ) -> None:
-    """Serve the app that shows one scene under both encoders' maps.
+    """Serve the app that shows what DPO changed: one picture under two encoders' maps; the shipped pair by default.
 
-    Example: `pivot space --port 7860`
+    Example: `pivot space --port 7860`, or `pivot space --runs quickstart/runs/shapes`
     """
-    from pivot_hub.space import load_app
+    from pivot_hub.mllm_pair import PairNames
+    from pivot_hub.space import names_of_runs, serve
 
-    app_ = load_app(runs)
-    _say(f"http://127.0.0.1:{port}")
-    app_.launch(server_name="127.0.0.1", server_port=port, quiet=True)
+    names = PairNames(first, second, parent)
+    if runs is not None and names == PairNames():
+        names = names_of_runs(runs)
+    _say(f"http://{host}:{port}")
+    serve(names, runs, port, host)
+
+
+@app.command()
+def pair(
+    runs: Annotated[Path, typer.Argument(help="Folder with the stages 2-instruct, 3-sft and 3-dpo.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the pack; replaced if it exists.")],
+) -> None:
+    """Pack an SFT and a DPO MLLM with their parent, small enough to ship with the app.
+
+    Example: `pivot pair quickstart/runs/shapes recipes/shapes/pair`
+    """
+    from pivot_hub.mllm_pair import pack_pair
+
+    folder = pack_pair(runs, output)
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    _say(f"pair: {folder}, {size / 1e6:.1f} MB")
 
 
 @contextmanager

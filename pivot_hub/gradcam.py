@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.image import open_image
+from pivot_hub.encoder.configuration_pivot import prefix_tokens
 from pivot_hub.errors import DataError
 from pivot_hub.mllm import chat_prompt, load_mllm, register_tokens
 
@@ -46,6 +47,7 @@ def gradient_map(
     rejected: str | None = None,
     reference: LlavaForConditionalGeneration | None = None,
     beta: float = 0.1,
+    layer: int | None = None,
 ) -> GradientMaps:
     """Explain one answer of an MLLM by gradients on its image tokens.
 
@@ -60,33 +62,89 @@ def gradient_map(
         rejected: the worse answer, for `dpo`.
         reference: the frozen parent, for `dpo`.
         beta: of the DPO loss.
+        layer: hidden state of the encoder that Grad-CAM looks at, 1 behind its first block; by default the feature
+            layer. The gradient map is of the projector's output at any layer.
 
     Returns:
         Both maps and the value they explain.
 
     Raises:
-        ValueError: `dpo` without `rejected` or `reference`.
+        ValueError: `dpo` without `rejected` or `reference`, or a layer that the MLLM does not see.
     """
     if explain == "dpo" and (rejected is None or reference is None):
         raise ValueError("the dpo loss compares two answers under two models: give `rejected` and `reference`.")
+    seen = feature_layer(model)
+    if layer is not None and not 1 <= layer <= seen:
+        raise ValueError(f"layer {layer} is none of 1 to {seen}, which the language head depends on.")
+    inner = layer if layer != seen else None
     answers = [answer] if explain != "dpo" else [answer, str(rejected)]
     batch = answer_batch(processor, image, question, answers)
     with torch.no_grad():
         anchor = answer_log_probs(reference, batch) if explain == "dpo" and reference is not None else None
-    with torch.enable_grad(), _tokens_of(model) as tokens:
+    if inner is not None:  # the weights get no gradient, so the way back to an inner layer starts at the pixels
+        batch["pixel_values"] = batch["pixel_values"].clone().requires_grad_()
+    with torch.enable_grad(), _tokens_of(model, inner) as tokens:
         log_probs = answer_log_probs(model, batch)
         value = explained_value(explain, log_probs, batch, anchor, beta)
         features, projected = tokens["features"], tokens["projected"]
         by_feature, by_token = torch.autograd.grad(value, [features, projected])
     patches = slice(register_tokens(model), None)
+    before = patches if inner is None else slice(prefix_tokens(cast(Any, model.config.vision_config)), None)
     # A loss falls where the evidence is: Grad-CAM looks at what raises the answer, so its sign is turned.
     sign = 1.0 if explain == "answer" else -1.0
     # Both answers of a pair look at copies of one image, whose gradients add up.
     maps: dict[Method, np.ndarray] = {
-        "gradcam": _square(_grad_cam(features[0, patches].detach(), sign * by_feature.sum(0)[patches])),
+        "gradcam": _square(_grad_cam(features[0, before].detach(), sign * by_feature.sum(0)[before])),
         "gradient": inner_border(_square(by_token.sum(0)[patches].abs().sum(-1))),
     }
     return GradientMaps(maps, float(value.detach()))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """One token of an answer: its text, its log-probability, and maps of that log-probability."""
+
+    text: str
+    log_prob: float
+    maps: dict[Method, np.ndarray]
+
+
+def token_maps(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    image: Image.Image,
+    question: str,
+    answer: str,
+    limit: int = 24,
+) -> list[TokenMap]:
+    """Explain each token of an answer on its own, given the tokens before it: one backward pass a token.
+
+    Args:
+        limit: tokens explained, from the first on; the last one of a whole answer ends the turn.
+    """
+    batch = answer_batch(processor, image, question, [answer])
+    patches = slice(register_tokens(model), None)
+    made = []
+    with torch.enable_grad(), _tokens_of(model) as tokens:
+        log_probs = token_log_probs(model, batch)[0]
+        for position in batch["completion_mask"][0, 1:].nonzero().flatten().tolist()[:limit]:
+            value = log_probs[position]
+            by_feature, by_token = torch.autograd.grad(
+                value, [tokens["features"], tokens["projected"]], retain_graph=True
+            )
+            maps: dict[Method, np.ndarray] = {
+                "gradcam": _square(_grad_cam(tokens["features"][0, patches].detach(), by_feature[0, patches])),
+                "gradient": inner_border(_square(by_token[0, patches].abs().sum(-1))),
+            }
+            text = processor.tokenizer.decode(batch["input_ids"][0, position + 1])
+            made.append(TokenMap(text, float(value.detach()), maps))
+    return made
+
+
+def feature_layer(model: LlavaForConditionalGeneration) -> int:
+    """The hidden state that enters the projector, counted from the first block: 1 lies behind it."""
+    layer = int(cast(int, model.config.vision_feature_layer))
+    return layer if layer >= 0 else int(cast(Any, model.config.vision_config).num_hidden_layers) + 1 + layer
 
 
 def explained_value(
@@ -138,6 +196,11 @@ def answer_batch(
 
 def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
     """Summed log-probability of each answer: (A,)."""
+    return token_log_probs(model, batch).sum(-1)
+
+
+def token_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
+    """Log-probability of each token from the second on, 0 where it is not of an answer: (A, S - 1)."""
     inputs = {k: v.to(model.device) for k, v in batch.items()}
     logits = model(
         input_ids=inputs["input_ids"],
@@ -147,7 +210,7 @@ def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tens
     # At least float32: a sum of log-probabilities in bf16 loses the answer's last tokens.
     log_probs = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-    return (picked * inputs["completion_mask"][:, 1:]).sum(-1)
+    return picked * inputs["completion_mask"][:, 1:]
 
 
 def inner_border(grid: np.ndarray) -> np.ndarray:
@@ -198,8 +261,11 @@ def _square(flat: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _tokens_of(model: LlavaForConditionalGeneration) -> Iterator[dict[str, Any]]:
-    """Catch what enters and leaves the projector, as leaves of the graph; the model is left as it was."""
+def _tokens_of(model: LlavaForConditionalGeneration, layer: int | None = None) -> Iterator[dict[str, Any]]:
+    """Catch what enters and leaves the projector, as leaves of the graph; the model is left as it was.
+
+    With a layer, that hidden state of the encoder is caught in place of what enters the projector.
+    """
     caught: dict[str, Any] = {}
     frozen = [(p, p.requires_grad) for p in model.parameters()]
 
@@ -210,8 +276,19 @@ def _tokens_of(model: LlavaForConditionalGeneration) -> Iterator[dict[str, Any]]
     def leave(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         caught["projected"] = output
 
+    def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"output_hidden_states": True}  # LLaVA's classes ask for the feature layer alone
+
+    def inside(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        caught["features"] = output.hidden_states[layer]
+
     projector = model.model.multi_modal_projector
-    hooks = [projector.register_forward_pre_hook(enter), projector.register_forward_hook(leave)]
+    hooks = [projector.register_forward_hook(leave)]
+    if layer is None:
+        hooks.append(projector.register_forward_pre_hook(enter))
+    else:
+        tower = cast(torch.nn.Module, model.model.vision_tower)
+        hooks += [tower.register_forward_pre_hook(ask, with_kwargs=True), tower.register_forward_hook(inside)]
     for parameter, _ in frozen:
         parameter.requires_grad_(False)
     try:

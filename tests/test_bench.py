@@ -14,6 +14,7 @@ from pivot_hub.bench import dpo_step, encoder
 from pivot_hub.bench.dpo_step import Size, bench_dpo_step
 from pivot_hub.bench.encoder import FORMS, bench_encoder
 from pivot_hub.bench.loader import bench_loader
+from pivot_hub.bench.space import bench_space
 from pivot_hub.bench.train_step import bench_train_step
 from pivot_hub.errors import ProbeError
 from pivot_hub.recipe import load_recipe
@@ -146,3 +147,24 @@ def test_the_readmes_loader_speed_is_that_of_the_record() -> None:
     rates = record["rows_per_s_per_core"]
     assert f"{rates['zip']:.0f} rows/s from a zip archive and {rates['parquet']:.0f} from Parquet" in page
     assert f"an H200 needs {record['gpus']['H200 141GB']['rows_per_s']:.0f}" in page
+
+
+@pytest.mark.slow
+def test_space_serves_its_visitors() -> None:
+    report = bench_space(visitors=4, clicks=2, say=lambda line: None)
+    assert 0 < report["ready_cpu_s"] <= report["ready_s"] + 0.1
+    assert len(report["click_s"]["all"]) == 2
+    assert report["visitors"]["errors"] == []
+    assert len(report["visitors"]["seconds"]) == 4
+
+
+def test_readme_gives_what_was_measured_of_the_space() -> None:
+    root = Path(__file__).parent.parent
+    record = json.loads((root / "recipes" / "bench" / "space.json").read_text())
+    crowd, readme = record["visitors"], " ".join((root / "README.md").read_text().split())
+    assert record["ready_s"] <= 10
+    assert record["browser_click_s"]["median"] <= 1
+    assert (crowd["count"], crowd["errors"], len(record["browser_click_s"]["all"])) == (20, [], 20)
+    assert f"ready in {record['ready_s']:.1f} s, of which {record['ready_cpu_s']:.1f} s computing" in readme
+    assert f"{record['browser_click_s']['median']:.2f} s from a click" in readme
+    assert f"the last after {max(crowd['seconds']):.1f} s" in readme

@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from pivot_hub.data.report import RowReport
-from pivot_hub.gradcam import Explain, answer_batch, answer_log_probs, enlarge, gradient_map, inner_border
+from pivot_hub.gradcam import (
+    Explain,
+    answer_batch,
+    answer_log_probs,
+    enlarge,
+    feature_layer,
+    gradient_map,
+    inner_border,
+    token_maps,
+)
 from pivot_hub.mllm import build_mllm, load_mllm
 from pivot_hub.recipe import load_recipe
 from pivot_hub.training.row_check import RowCheck
@@ -108,6 +117,57 @@ def test_gradient_equals_a_finite_difference(mllm: tuple[Any, Any], image: Image
         assert made[1, 1] == pytest.approx(total, rel=0.01)  # token 5 of a 4 x 4 grid; norms stay float32
     finally:
         model.float()
+
+
+def test_an_inner_layer_is_explained_by_its_own_gradient(mllm: tuple[Any, Any], image: Image.Image) -> None:
+    """Against the same map made by hand: a block's output, kept with its gradient in a plain backward pass."""
+    model, processor = mllm
+    kept: dict[str, torch.Tensor] = {}
+    block = model.model.vision_tower.encoder.layers[0]
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        kept["state"] = output if isinstance(output, torch.Tensor) else output[0]
+        kept["state"].retain_grad()
+
+    hook = block.register_forward_hook(keep)
+    batch = answer_batch(processor, image, QUESTION, [RIGHT])
+    batch["pixel_values"] = batch["pixel_values"].clone().requires_grad_()
+    answer_log_probs(model, batch)[0].backward()
+    hook.remove()
+    model.zero_grad()
+    state, gradient = kept["state"][0], kept["state"].grad
+    assert gradient is not None
+    expected = (gradient[0].mean(0) * state).sum(-1).relu().reshape(4, 4).detach().numpy()
+    assert expected.max() > 0
+    made = gradient_map(model, processor, image, QUESTION, RIGHT, layer=1).maps["gradcam"]
+    assert np.allclose(made, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_the_last_layer_is_the_feature_layer(mllm: tuple[Any, Any], image: Image.Image) -> None:
+    model, processor = mllm
+    last = feature_layer(model)
+    assert last == model.config.vision_config.num_hidden_layers - 1  # hidden layer -2 of the paper
+    plain = gradient_map(model, processor, image, QUESTION, RIGHT)
+    named = gradient_map(model, processor, image, QUESTION, RIGHT, layer=last)
+    assert np.array_equal(plain.maps["gradcam"], named.maps["gradcam"])
+    for wrong in (0, last + 1):
+        with pytest.raises(ValueError, match=f"layer {wrong} is none of 1 to {last}"):
+            gradient_map(model, processor, image, QUESTION, RIGHT, layer=wrong)
+
+
+def test_tokens_explain_the_answer_between_them(mllm: tuple[Any, Any], image: Image.Image) -> None:
+    """Log-probabilities of tokens add up to the answer's; an answer of one token has that token's maps."""
+    model, processor = mllm
+    tokens = token_maps(model, processor, image, QUESTION, RIGHT)
+    whole = gradient_map(model, processor, image, QUESTION, RIGHT)
+    assert sum(t.log_prob for t in tokens) == pytest.approx(whole.value, abs=1e-4)
+    assert "".join(t.text for t in tokens).startswith(RIGHT)
+    assert len({t.maps["gradient"].tobytes() for t in tokens}) == len(tokens)
+    nothing = gradient_map(model, processor, image, QUESTION, "")  # the token that ends the turn alone
+    (end,) = token_maps(model, processor, image, QUESTION, "")
+    for method in ("gradcam", "gradient"):
+        assert np.allclose(end.maps[method], nothing.maps[method], rtol=1e-5, atol=1e-9)
+    assert len(token_maps(model, processor, image, QUESTION, RIGHT, limit=2)) == 2
 
 
 def test_dpo_value_of_the_reference_itself_is_log_two(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pivot_hub.errors import DataError
 
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # no format that runs other programs
+MOST_PIXELS = 64_000_000  # of a picture a visitor gives: 192 MB once it is decoded
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -58,3 +61,36 @@ def decode_image(file: Path | IO[bytes], owner: str, name: str) -> Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no image format is known to begin so" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{owner}: image {name} cannot be decoded ({reason}); replace the file.") from None
+
+
+def read_upload(file: Path | IO[bytes], most: int = MOST_PIXELS) -> Image.Image:
+    """Decode a picture that a stranger gave: upright, RGB, of an animation the first frame.
+
+    Args:
+        file: the picture; its name is told to nobody.
+        most: pixels; a larger picture is refused by its header, before it is decoded.
+
+    Raises:
+        DataError: it is no picture, not whole, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is the lower one
+            Image.init()
+            with Image.open(file, formats=[f for f in UPLOAD_FORMATS if f in Image.OPEN]) as stored:
+                width, height = stored.size
+                turned = stored.getexif().get(ExifTags.Base.Orientation, 1)
+    except Image.DecompressionBombError:
+        width = height = most
+    except (OSError, SyntaxError, ValueError, TypeError):
+        raise DataError("This file is no picture that can be read here; give a PNG, JPEG, WebP or GIF.") from None
+    if width * height > most:
+        raise DataError(f"This picture has more than {most // 1_000_000} million pixels; give a smaller one.")
+    try:
+        image = decode_image(file, "upload", "given")
+    except DataError:
+        raise DataError("This picture is damaged or cut short; save it again and give the new file.") from None
+    if turned != 1:
+        image.getexif()[ExifTags.Base.Orientation] = turned
+        image = ImageOps.exif_transpose(image)
+    return image

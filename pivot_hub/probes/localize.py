@@ -45,6 +45,33 @@ class Target:
 
 
 @dataclass(frozen=True)
+class MapScores:
+    """How one map sits on a target: the peak on it or not, and shares from 0 to 1."""
+
+    peak_inside: bool
+    energy_inside: float
+    iou: float
+    area: float  # of the target: what an even map has inside
+
+
+def score_map(grid: np.ndarray, mask: np.ndarray, threshold: float = 0.5) -> MapScores:
+    """Score one map against a true mask, as `localize` scores many.
+
+    Args:
+        grid: (H, W), non-negative.
+        mask: (px, px) bool.
+        threshold: of THRESHOLDS, the share of its peak above which a cell counts for the IoU.
+    """
+    heat = enlarge(grid, len(mask))
+    return MapScores(
+        peak_inside=bool(points_at(heat, mask)),
+        energy_inside=float(energy_inside(heat, mask)),
+        iou=float(overlaps(heat, mask)[np.searchsorted(THRESHOLDS, threshold)]),
+        area=float(mask.mean()),
+    )
+
+
+@dataclass(frozen=True)
 class Wording:
     """What is asked and answered about a class in a photo: templates of {name} and its {article}."""
 
