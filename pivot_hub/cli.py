@@ -744,7 +744,7 @@ def bench_probe(
     images: Annotated[int, typer.Option(help="Rows that are fitted.")] = 50_000,
     width: Annotated[int, typer.Option(help="Of a feature.")] = 1152,
     classes: Annotated[int, typer.Option(help="Of the rows.")] = 1000,
-    cs: Annotated[str, typer.Option(help="Inverse penalties, comma-separated.")] = "0.01,0.1,1",
+    cs: Annotated[str, typer.Option(help="Inverse penalties, comma-separated.")] = "0.01,0.03,0.1,0.316,1,3.16",
     tolerance: Annotated[float, typer.Option(help="scikit-learn's tol.")] = 1e-6,
     max_iter: Annotated[int, typer.Option(help="scikit-learn's max_iter.")] = 100,
     kinds: Annotated[str, typer.Option(help="random and correlated features, comma-separated.")] = "random,correlated",

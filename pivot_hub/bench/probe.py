@@ -24,7 +24,7 @@ def bench_probe(
     images: int = 50_000,
     width: int = 1152,
     classes: int = 1000,
-    cs: Sequence[float] = (0.01, 0.1, 1),
+    cs: Sequence[float] = (0.01, 0.03, 0.1, 0.316, 1, 3.16),
     tolerance: float = 1e-6,
     max_iter: int = 100,
     kinds: Sequence[str] = KINDS,
@@ -40,7 +40,7 @@ def bench_probe(
         images: rows that are fitted.
         width: of a feature.
         classes: as many as there are means.
-        cs: inverse penalties; ours are one chain, scikit-learn's a fit each from zero, as it offers.
+        cs: inverse penalties, the paper's; ours are one chain, scikit-learn's a fit each from zero, as it offers.
         tolerance: of scikit-learn: it stops where no element of the gradient is larger. Its default, 1e-4, is for few
             classes: with a thousand it stops in front of the optimum.
         max_iter: of scikit-learn, 100 by its default.
