@@ -53,7 +53,7 @@ class QuickstartReport:
         found: dict[tuple[str, str], dict[str, ProbeResult]] = {}
         for result in self.results:
             found.setdefault((result.task, result.metric), {})[result.encoder] = result
-        said = {(c.task, c.metric): f"{c.difference:+.1f}, {c.verdict}" for c in self.comparisons.rows}
+        said = {(c.task, c.metric): c.verdict for c in self.comparisons.rows}
         return [(task, metric, cells, said[task, metric]) for (task, metric), cells in found.items()]
 
     def table(self) -> Table:

@@ -76,7 +76,7 @@ def classify_shapes(
         )
     started = time.monotonic()
     labels = {split: v["count"] for split, v in y.items()}
-    fits = fit_logistic(x["train"], labels["train"], WORLD_CS)
+    fits = fit_logistic(x["train"], labels["train"], WORLD_CS, tolerance=1e-6)
     fit = max(fits, key=lambda f: np.mean(f.predict(x["validation"]) == labels["validation"]))
     commonest = max(np.mean(labels["test"] == label) for label in np.unique(labels["train"]))
     return [
