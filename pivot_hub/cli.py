@@ -262,7 +262,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make it private, when it is made.")] = False,
     also: Annotated[str | None, typer.Option(help="Exports to add, comma-separated: onnx, int8.")] = None,
     prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
-    space: Annotated[bool, typer.Option("--space", help="Publish the app, pointing at the encoders.")] = False,
+    space: Annotated[bool, typer.Option("--space", help="Publish the app; of two MLLMs it starts with them.")] = False,
     collection: Annotated[str | None, typer.Option(help="Title of a collection for SFT, DPO and base.")] = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -281,8 +281,7 @@ def push(
         raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
     repo = targets[-1]
     if space:
-        models_of(targets[:-1])
-        staged = stage_space(repo, targets[:-1])
+        staged = stage_space(repo, targets[:-1], models_of(targets[:-1]))
     else:
         text = read_prose(prose or Path(targets[0]).resolve().name)
         staged = stage_encoder(targets[0], repo, text, also.split(",") if also else (), _say)

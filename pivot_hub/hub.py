@@ -488,13 +488,20 @@ def _size(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
-def models_of(names: Sequence[str], patience: Patience = Patience()) -> None:
-    """Check that encoders are on the Hub, before a Space points at them.
+def models_of(names: Sequence[str], patience: Patience = Patience()) -> list[str]:
+    """Check that encoders or MLLMs are on the Hub, before a Space points at them.
+
+    Returns:
+        Those that are MLLMs, which the app can start with.
 
     Raises:
-        PublishError: one is not.
+        PublishError: one is not there, or no config.json is.
     """
-    api = HfApi()
+    api, mllms = HfApi(), []
     for name in names:
         with in_words(name):
-            _look(api, name, "model", patience)
+            info = _look(api, name, "model", patience)
+            config = patience.again(partial(hf_hub_download, name, "config.json", revision=info.sha))
+            if json.loads(Path(config).read_text())["model_type"] == "llava":
+                mllms.append(name)
+    return mllms

@@ -15,7 +15,7 @@ from huggingface_hub import SpaceCard
 
 from pivot_hub.card import Facts, Prose, card_files, read_facts
 from pivot_hub.errors import PublishError
-from pivot_hub.files import write_whole
+from pivot_hub.files import write_json, write_whole
 from pivot_hub.leaks import find_leaks
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import seal, source_commit, versions
@@ -140,12 +140,14 @@ def stage_encoder(
 
 
 @contextmanager
-def stage_space(repo: str, encoders: Sequence[str]) -> Iterator[Publication]:
-    """Lay out the Space: the app, with the encoders it shows named in its header's `models`.
+def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -> Iterator[Publication]:
+    """Lay out the Space: the app, with the models it is about named in its header's `models`.
 
     Args:
         repo: the Space's name on the Hub.
-        encoders: Hub names.
+        encoders: Hub names, of encoders or of MLLMs.
+        mllms: those that are MLLMs: of two or three, the first, the second and their parent, the app starts with them,
+            else with the pair it ships.
 
     Raises:
         PublishError: a file holds what must not be published.
@@ -158,6 +160,8 @@ def stage_space(repo: str, encoders: Sequence[str]) -> Iterator[Publication]:
         card = SpaceCard.load(folder / "README.md")
         card.data["models"] = list(encoders)
         card.save(folder / "README.md")
+        if len(mllms) >= 2:
+            write_json(folder / "pair.json", dict(zip(("first", "second", "parent"), mllms, strict=False)))
         seal(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
         _refuse_leaks(folder, repo)
         yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}")

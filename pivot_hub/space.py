@@ -15,8 +15,11 @@ from pivot_hub.recipe import PACKAGE
 SPACES = PACKAGE / "spaces" if (PACKAGE / "spaces").is_dir() else PACKAGE.parent / "spaces"
 
 
-def load_module() -> Any:
+def load_module(file: Path = SPACES / "gradcam" / "app.py") -> Any:
     """The app's module, whose `build_app` makes the app and whose `LAUNCH` says how it is launched.
+
+    Args:
+        file: of the app; the one that is shipped, or what `pivot push --space` lays out.
 
     Raises:
         PivotError: gradio is not installed.
@@ -24,7 +27,7 @@ def load_module() -> Any:
     if find_spec("gradio") is None:
         raise PivotError("the Space needs gradio: pip install 'pivot-hub[space]'.")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it asks for its version
-    spec = importlib.util.spec_from_file_location("pivot_space_gradcam", SPACES / "gradcam" / "app.py")
+    spec = importlib.util.spec_from_file_location("pivot_space_gradcam", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

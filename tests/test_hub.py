@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ import pytest
 import yaml
 from huggingface_hub import SpaceCard
 
+from pivot_hub import hub
 from pivot_hub.provenance import file_sha256
+from pivot_hub.publication import stage_space
+from pivot_hub.space import load_module
 from tests.hub_faults import PAGE, SCENARIOS, put, refuse_from_each_request, render, try_faults
 from tests.hub_server import ROOT, HubServer, hub_server, state
 from tests.publishable import PROSE, make_publishable
@@ -280,7 +284,29 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     header = SpaceCard(server.store.path(app, app.commit_at("main").tree["README.md"]).read_text())
     assert header.data.get("models") == ["pivot/tiny-sft", "pivot/tiny-dpo"]
     assert header.data.get("sdk") == "gradio"
+    assert "pair.json" not in app.commit_at("main").tree  # encoders alone: the app starts with the pair it ships
     assert "nothing to change" in said[4]["out"]
+
+
+def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_look", lambda api, name, *rest: SimpleNamespace(sha="0"))
+
+    def config(name: str, file: str, revision: str) -> str:
+        made = tmp_path / name.replace("/", "-")
+        made.write_text(json.dumps({"model_type": "siglip_vision_model" if name == "me/encoder" else "llava"}))
+        return str(made)
+
+    monkeypatch.setattr(hub, "hf_hub_download", config)
+    mllms = hub.models_of(["me/sft", "me/dpo", "me/encoder", "me/parent"])
+    assert mllms == ["me/sft", "me/dpo", "me/parent"]
+    with stage_space("me/app", ["me/sft", "me/dpo", "me/encoder", "me/parent"], mllms) as publication:
+        app = load_module(publication.folder / "app.py")
+        names, _ = app.names_from_environment()
+        assert (names.first, names.second, names.parent) == ("me/sft", "me/dpo", "me/parent")
+        monkeypatch.setenv("PIVOT_FIRST", "you/sft")
+        assert app.names_from_environment()[0].first == "you/sft"
+    with stage_space("me/app", ["me/encoder"]) as publication:
+        assert not (publication.folder / "pair.json").exists()
 
 
 def test_a_hub_without_xet_is_said_so(server: HubServer, encoder: Path, work: Path) -> None:

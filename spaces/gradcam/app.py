@@ -599,8 +599,11 @@ def add_endpoints(viewer: Viewer) -> None:
 
 
 def names_from_environment() -> tuple[PairNames, Path | None]:
-    """What to start with: PIVOT_FIRST, PIVOT_SECOND and PIVOT_PARENT, and PIVOT_RUNS."""
-    first, second, parent = (os.environ.get(f"PIVOT_{name}", "") for name in ("FIRST", "SECOND", "PARENT"))
+    """What to start with: PIVOT_FIRST, PIVOT_SECOND and PIVOT_PARENT, or what `pivot push --space` left; PIVOT_RUNS."""
+    file = Path(__file__).with_name("pair.json")
+    pushed = json.loads(file.read_text()) if file.is_file() else {}
+    names = ("first", "second", "parent")
+    first, second, parent = (os.environ.get(f"PIVOT_{name.upper()}", pushed.get(name, "")) for name in names)
     runs = os.environ.get("PIVOT_RUNS")
     return PairNames(first, second, parent), Path(runs) if runs else None
 
