@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,21 @@ def test_the_benchmark_compares_both_on_the_same_features() -> None:
     assert len(lines) == 4
     with pytest.raises(ProbeError, match="no 'tidy' features"):
         bench_probe(kinds=("tidy",))
+
+
+def test_the_pages_speeds_are_those_of_the_records() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    for kind in KINDS:
+        record = json.loads((root / "recipes" / "bench" / f"probe-{kind}.json").read_text())
+        assert (record["images"], record["width"], record["classes"]) == (50_000, 1152, 1000)
+        made = record["features"][kind]
+        cells = f"{len(made['cs'])} | {made['pivot_s']:.0f} s | {made['sklearn_s']:.0f} s | {made['times_faster']}"
+        assert f"| {kind} | {cells} | " in page
+        assert made["times_faster"] >= 5
+        for both in made["cs"].values():
+            assert both["loss_above_ours"] > -1e-4
+    random = json.loads((root / "recipes" / "bench" / "probe-random.json").read_text())["features"]["random"]
+    for both in random["cs"].values():
+        assert abs(both["loss_above_ours"]) < 1e-4
+        assert abs(both["pivot"]["accuracy"] - both["scikit-learn"]["accuracy"]) <= 0.1
