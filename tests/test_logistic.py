@@ -113,3 +113,11 @@ def test_the_pages_speeds_are_those_of_the_records() -> None:
     for both in random["cs"].values():
         assert abs(both["loss_above_ours"]) < 1e-4
         assert abs(both["pivot"]["accuracy"] - both["scikit-learn"]["accuracy"]) <= 0.1
+
+
+def test_a_tolerance_below_what_float32_holds_ends_all_the_same() -> None:
+    x, y = make_features("correlated", 200, 96, 5)
+    (fit,) = fit_logistic(x, y, [1.0], tolerance=1e-12)
+    exact = LogisticRegression(C=1.0, tol=1e-8, max_iter=20_000).fit(x.astype(np.float64), y)
+    theirs = objective(x, y, torch.from_numpy(exact.coef_), torch.from_numpy(exact.intercept_), 1.0)
+    assert fit.loss == pytest.approx(theirs, abs=1e-5)

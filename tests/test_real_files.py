@@ -159,7 +159,7 @@ def test_path_from_photographs_to_a_probed_encoder(folder: Path) -> None:
                 shutil.copy(file, target / file.name)
         done = pivot(folder, "probe", "hub/photos-dpo", "--data", str(classes), "--json", f"{classes.name}.json")
         assert done.returncode == 0, done.stderr
-        result = json.loads((folder / f"{classes.name}.json").read_text())["results"][0]
+        result = json.loads((folder / f"{classes.name}.json").read_text())[0]
         assert result["n"] == 20
         assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
 

@@ -632,7 +632,7 @@ def test_command_refuses_in_one_sentence_and_writes_nothing(command: Any, tmp_pa
         (("--classes", "2"), "but 2 classes have ids 0 to 1"),
     ):
         done = command(*arguments)
-        assert isinstance(done.exception, ProbeError)
+        assert isinstance(done.exception, PivotError)
         assert message in str(done.exception)
     assert not (tmp_path / "out").exists()
 

@@ -31,6 +31,7 @@ HISTORY = 20  # pairs of steps and gradients L-BFGS remembers
 SLACK = 1e-6
 # Quick products go on to so many times the tolerance, or until their rounding lets so many steps not halve the promise.
 QUICK, STALLED = 20, 4
+FLAT = 20  # steps that have to lower the loss by the tolerance
 
 
 class Rows(Protocol):
@@ -88,8 +89,8 @@ def fit_logistic(
         cs: inverse penalties; fitted from the smallest on, returned in the order given.
         classes: how many there are; one more than the largest of `y` by default.
         start: where the first one begins, as at the optimum of a part of the rows.
-        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS; the loss is then
-            within a few times this of its optimum.
+        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS, or has not in
+            FLAT steps; it is then within a few times this of its optimum.
         max_steps: of one C.
         device: that computes.
 
@@ -236,6 +237,7 @@ class _Problem:
     ) -> tuple[_Point, Tensor]:
         """Take steps until the quadratic model of the loss promises less than the tolerance, or stalls."""
         best, best_at = math.inf, at.steps
+        losses = [self.penalised(at, penalty)]
         while at.steps < max_steps:
             # The history is of the loss alone: the penalty's part is exact, at any C.
             pairs = [(moved, _ridge(changed, moved, penalty)) for moved, changed in at.history]
@@ -248,6 +250,9 @@ class _Problem:
             if promise < tolerance or (stalled and at.steps - best_at >= stalled):
                 break
             at, gradient = self._search(at, gradient, direction, slope, penalty)
+            losses.append(self.penalised(at, penalty))
+            if len(losses) > FLAT and losses[-1 - FLAT] - losses[-1] < tolerance:
+                break  # float32 goes no lower, whatever its gradient promises
         return at, gradient
 
     def _begin(self, c: float, path: Sequence[_Point], penalty: float) -> tuple[_Point, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -32,6 +31,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTED = "tests.conformance.vqa_tasks"
 # A task of one's own, as the README shows it.
 TASK = (ROOT / "README.md").read_text().split("```yaml\ntask: signs\n")[1].split("```")[0]
+
+
+@pytest.fixture(autouse=True)
+def _this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside lmms-eval stands this checkout, where a user has the installed package."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -140,10 +145,9 @@ def test_what_fails_is_said_in_one_sentence(task: str, says: str, python: Path, 
 def test_lmms_eval_leaves_with_the_command_that_was_killed(python: Path) -> None:
     code = "import time; from pivot_hub.probes.lmms_model import leave_with_parent; leave_with_parent();"
     code += "print(1, flush=True); time.sleep(120)"
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [str(python), "-c", code]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=variables) as child:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stdout.readline() == b"1\n"
