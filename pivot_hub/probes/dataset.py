@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
@@ -185,8 +186,8 @@ class ColumnImages:
     column: str
     part: str
 
-    @property
-    def names(self) -> Sequence[str]:
+    @cached_property
+    def names(self) -> Sequence[str]:  # asked for at every image
         return [f"{self.part}[{i}]" for i in range(len(self.table))]
 
     def open(self, index: int) -> Image.Image:

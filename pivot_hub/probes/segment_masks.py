@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -302,8 +303,8 @@ class _PairImages:
 
     pairs: Sequence[Pair]
 
-    @property
-    def names(self) -> Sequence[str]:
+    @cached_property
+    def names(self) -> Sequence[str]:  # asked for at every image
         return [f"{i}: {pair.name}" for i, pair in enumerate(self.pairs)]
 
     def open(self, index: int) -> Image.Image:
