@@ -169,6 +169,45 @@ def train(
 
 
 @app.command()
+def study(
+    study: Annotated[str, typer.Argument(help="A study's file, or the name of a shipped one, as shapes/study.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of runs, table and report; `study` by default.")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time: with the GPUs in turn, or a share of the cores.")
+    ] = 1,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report", help="Train nothing: write the report anew from the table in OUTPUT, or beside the file."
+        ),
+    ] = False,
+) -> None:
+    """Train and measure a grid of recipes over seeds and factors, and report it from one table; resumes.
+
+    Example: `pivot study shapes/study --jobs 2`, then `pivot study shapes/study --report --output study`
+    """
+    from pivot_hub.study.design import load_study
+    from pivot_hub.study.report import write_report
+    from pivot_hub.study.runner import run_study
+    from pivot_hub.study.table import collect_table, read_table, write_table
+
+    made = load_study(study)
+    if report:
+        folder = output or made.path.parent
+        table = read_table(folder / f"{made.path.stem}.parquet")
+    else:
+        folder = output or Path("study")
+        try:
+            run_study(made.path, folder, jobs, say=_say)
+        finally:
+            table = collect_table(made, folder)
+            write_table(table, folder / f"{made.path.stem}.parquet")
+    text = folder / f"{made.path.stem.upper()}.md"
+    write_report(made, table, text)
+    _say(f"report: {text}")
+
+
+@app.command()
 def search(
     recipe: Annotated[str, typer.Argument(help="A recipe with a parent that is finished below RUNS.")],
     rates: Annotated[str, typer.Option(help="Candidates, comma-separated.")],

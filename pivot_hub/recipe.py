@@ -65,6 +65,8 @@ class WorldSpec(Strict):
     tint: float = Field(0.5, ge=0, le=1)
     tilt: float = 0.3
     seed: int = 0
+    gap: float | None = Field(None, gt=0, le=2)
+    combinations: Literal["seen", "unseen"] | None = None
 
 
 class ShapesData(Strict):
@@ -75,6 +77,7 @@ class ShapesData(Strict):
     rows: int = Field(ge=1)
     split: Literal["train", "validation", "test"] = "train"
     start: int = Field(0, ge=0)  # index of the first scene: stages that must not share scenes start apart
+    slip: Literal["visual", "fact", "format"] | None = None  # of pairs: a fact behind each answer, and what is wrong
     world: WorldSpec = WorldSpec()
 
 
@@ -302,6 +305,8 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
             raise RecipeError(f"{where('data', i)}: stage {stage} reads {fit}, not {source.format}.")
         if isinstance(source, ShapesData) and wanted and source.content != wanted:
             raise RecipeError(f"{where('data', i, 'content')}: stage {stage} reads content: {wanted}.")
+        if isinstance(source, ShapesData) and source.slip and source.content != "pairs":
+            raise RecipeError(f"{where('data', i, 'slip')}: `slip` is for content: pairs.")
 
 
 def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from PIL import Image, ImageDraw
 Split = Literal["train", "validation", "test"]
 Kind = Literal["colour", "shape", "position", "count", "presence"]
 Form = Literal["describe", "question"]
+Slip = Literal["visual", "fact", "format"]
+Combinations = Literal["seen", "unseen"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 KINDS: tuple[Kind, ...] = ("colour", "shape", "position", "count", "presence")
+SLIPS: tuple[Slip, ...] = ("visual", "fact", "format")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
     "red": (214, 40, 40),
@@ -54,6 +57,9 @@ POSITIONS = (
     "bottom right",
 )
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CORNERS = {"circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points"}
+CORNERS |= {"cross": "four arms", "ring": "one hole"}  # what is known of shapes without looking
+DARK = ("maroon", "brown", "olive", "green", "teal", "blue", "navy", "purple")  # and of colours; the others are light
 DESCRIBE = "Describe the image."
 SCAN_SIDE = 8  # words along the edge of a scan: as many as the base encoder has patches
 SUPERSAMPLE = 4  # masks are drawn this much larger and averaged down, for smooth edges
@@ -104,6 +110,14 @@ class Pair:
     chosen: str
     rejected: str
     target: int | None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A sentence that is true, or wrong, of any picture: it is known, not seen. They differ in one word."""
+
+    true: str
+    wrong: str
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,27 @@ class Scene:
             rejected = describe([*things, added])
         return Pair(kind, form, DESCRIBE, self.caption(), rejected, target)
 
+    def pair_with_fact(
+        self, kind: Kind, form: Form, slip: Slip, rng: np.random.Generator, fact_rng: np.random.Generator
+    ) -> Pair:
+        """Draw the pair that `pair` draws, with a fact behind the answer; only the slip tells chosen from rejected.
+
+        Args:
+            slip: visual, the error of the pair itself; fact, a wrong fact; format, a word said twice, no capital, or no
+                full stop.
+            rng: as `pair` takes it.
+            fact_rng: draws fact and format, the same fact for every slip.
+        """
+        pair = self.pair(kind, form, rng)
+        fact = draw_fact(fact_rng)
+        chosen = f"{pair.chosen} {fact.true}"
+        rejected = {
+            "visual": f"{pair.rejected} {fact.true}",
+            "fact": f"{pair.chosen} {fact.wrong}",
+            "format": _slipped(chosen, fact_rng),
+        }
+        return Pair(kind, form, pair.question, chosen, rejected[slip], pair.target)
+
     def _refer(self, thing: Thing, by: Literal["shape", "colour"]) -> str:
         """Name a thing by one attribute, adding its place when that is not unique."""
         value = getattr(thing, by)
@@ -300,6 +335,9 @@ class World:
         tint: how much of one colour channel the light of a scene may lack, of 1.
         tilt: largest rotation of a shape, in radians.
         seed: worlds of different seeds share no random number.
+        gap: smallest distance of two things over their summed radii, MIN_GAP by default; the smaller, the more they
+            hide of each other.
+        combinations: which pairs of a colour and a shape occur: those `seen`, two in three, the `unseen`, or all.
     """
 
     image_px: int = 64
@@ -309,6 +347,8 @@ class World:
     tint: float = 0.5
     tilt: float = 0.3
     seed: int = 0
+    gap: float | None = None
+    combinations: Combinations | None = None
 
     def scene(self, split: Split, index: int) -> Scene:
         """Draw scene `index` of a split; a layout belongs to one split only, by the hash of its signature."""
@@ -339,7 +379,10 @@ class World:
             red, green, blue = (min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], strayed, strict=True))
             if any(o.position == position or (o.colour, o.shape) == (colour, shape) for o in things):
                 continue
-            if any(math.hypot(o.x - x, o.y - y) < MIN_GAP * (o.radius + radius) for o in things):
+            gap = MIN_GAP if self.gap is None else self.gap
+            if any(math.hypot(o.x - x, o.y - y) < gap * (o.radius + radius) for o in things):
+                continue
+            if self.combinations is not None and is_unseen(colour, shape) != (self.combinations == "unseen"):
                 continue
             angle = self.tilt * (2 * t - 1)
             things.append(Thing(shape, colour, size, position, x, y, radius, angle, (red, green, blue)))
@@ -348,8 +391,8 @@ class World:
         return Scene(self, tuple(things), depth, int(rng.integers(2**31)))
 
     def facts(self) -> dict[str, Any]:
-        """The settings as plain values, for provenance."""
-        return asdict(self)
+        """The settings as plain values, for provenance; those that are left open are left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def describe(things: Sequence[Thing], count: int | None = None, keep_order: bool = False) -> str:
@@ -364,6 +407,37 @@ def describe(things: Sequence[Thing], count: int | None = None, keep_order: bool
     parts = [f"{_article(t.size)} {t.size} {t.name} {t.place}" for t in ordered]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return f"{_there_are(len(ordered) if count is None else count, 'shape')}: {listed}."
+
+
+def is_unseen(colour: str, shape: str) -> bool:
+    """Whether a colour and a shape meet only where a world says `unseen`; each colour and shape is in both sets."""
+    return (COLOUR_NAMES.index(colour) + SHAPES.index(shape)) % 3 == 0
+
+
+def draw_fact(rng: np.random.Generator) -> Fact:
+    """Draw one of the facts about shapes and colours, with one that is wrong in one word."""
+    if rng.integers(2):
+        shape = _pick(SHAPES, rng)
+        number, what = CORNERS[shape].split()
+        wrong = _other(NUMBERS, number, rng)
+        said = [f"{_article(shape).capitalize()} {shape} has {n} {what}." for n in (number, wrong)]
+    else:
+        colour = _pick(COLOUR_NAMES, rng)
+        words = ("dark", "light") if colour in DARK else ("light", "dark")
+        said = [f"{colour.capitalize()} is a {word} colour." for word in words]
+    return Fact(*said)
+
+
+def _slipped(text: str, rng: np.random.Generator) -> str:
+    """The same words in a form that is not asked for."""
+    what = int(rng.integers(3))
+    if what == 0:
+        return text[0].lower() + text[1:]
+    if what == 1:
+        return text.removesuffix(".")
+    words = text.split(" ")
+    twice = int(rng.integers(len(words)))
+    return " ".join([*words[: twice + 1], *words[twice:]])
 
 
 def _split_of(signature: tuple[tuple[str, str, int], ...]) -> Split:

@@ -73,7 +73,11 @@ class ShapesSource:
             if spec.content == "captions":
                 yield Row(name, name, DESCRIBE, scene.caption())
             elif spec.content == "pairs":
-                pair = scene.pair(kind, form, rng)  # type: ignore[arg-type]
+                if spec.slip:
+                    fact_rng = world.scene_rng(spec.split, i, 6)
+                    pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)  # type: ignore[arg-type]
+                else:
+                    pair = scene.pair(kind, form, rng)  # type: ignore[arg-type]
                 yield Row(name, name, pair.question, pair.chosen, pair.rejected)
             elif form == "describe":
                 yield Row(name, name, DESCRIBE, scene.caption())

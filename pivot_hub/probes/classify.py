@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene, Split
+from pivot_hub.data.shapes import COLOUR_NAMES, SHAPES, Scene
 from pivot_hub.encoder.encode import Progress
 from pivot_hub.errors import ProbeError
 from pivot_hub.probes.attention import RATES, AttentionPool, fit_attention, predict_attention
@@ -39,8 +39,8 @@ def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
 
 
 def classify_shapes(
-    features: Mapping[Split, np.ndarray],
-    scenes: Mapping[Split, Sequence[Scene]],
+    features: Mapping[str, np.ndarray],
+    scenes: Mapping[str, Sequence[Scene]],
     conditions: dict[str, Any],
     seed: int = 0,
 ) -> list[ProbeResult]:
@@ -50,34 +50,37 @@ def classify_shapes(
     over values, has its chance at 50. Count is one label: accuracy, chance at the commonest count's share.
 
     Args:
-        features: (N, D) pooled features of train, validation and test scenes.
-        scenes: the same splits' scenes.
+        features: (N, D) pooled features of train, validation and test scenes. Any other name is of scenes of another
+            world, on which the same fitted probes are tested, count apart: their tasks are `shapes/<name>/<task>`.
+        scenes: the same parts' scenes.
         conditions: encoder, encoder_sha256, feature_layer of the results.
     """
     scale = standardised(features["train"])
-    x = {split: scale(f) for split, f in features.items()}
-    y = {split: shapes_labels(s) for split, s in scenes.items()}
+    x = {part: scale(f) for part, f in features.items()}
+    y = {part: shapes_labels(s) for part, s in scenes.items()}
+    tested = [part for part in features if part not in ("train", "validation")]
     results = []
     for task in ("colour", "shape", "position"):
         started = time.monotonic()
-        best = max(WORLD_CS, key=lambda c: _balanced(y["validation"][task], _fit_each(x, y, task, c, "validation")))
-        predicted = _fit_each(x, y, task, best, "test")
-        tallies = _tallies(y["test"][task], predicted)
-        results.append(
+        fits = {c: _fit_each(x["train"], y["train"][task], c) for c in WORLD_CS}
+        best = max(WORLD_CS, key=lambda c: _balanced(y["validation"][task], _predict_each(fits[c], x["validation"])))
+        duration = time.monotonic() - started
+        results += [
             measure(
-                f"shapes/{task}",
+                f"shapes/{task}" if part == "test" else f"shapes/{part}/{task}",
                 "balanced_accuracy",
-                tallies,
+                _tallies(y[part][task], _predict_each(fits[best], x[part])),
                 protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
                 seed=seed,
-                duration_s=time.monotonic() - started,
+                duration_s=duration,
                 **conditions,
             )
-        )
+            for part in tested
+        ]
     started = time.monotonic()
-    labels = {split: v["count"] for split, v in y.items()}
-    fits = fit_logistic(x["train"], labels["train"], WORLD_CS, tolerance=1e-6)
-    fit = max(fits, key=lambda f: np.mean(f.predict(x["validation"]) == labels["validation"]))
+    labels = {part: v["count"] for part, v in y.items()}
+    counted = fit_logistic(x["train"], labels["train"], WORLD_CS, tolerance=1e-6)
+    fit = max(counted, key=lambda f: np.mean(f.predict(x["validation"]) == labels["validation"]))
     commonest = max(np.mean(labels["test"] == label) for label in np.unique(labels["train"]))
     return [
         *results,
@@ -338,15 +341,14 @@ def _choose_each(
     return torch.cat(parts, dim=-1).numpy()
 
 
-def _fit_each(
-    x: Mapping[Split, np.ndarray], y: Mapping[Split, dict[str, np.ndarray]], task: str, c: float, split: Split
-) -> np.ndarray:
-    """Predictions (N, values) of one balanced logistic regression a value."""
-    columns = []
-    for j in range(y["train"][task].shape[1]):
-        fitted = LogisticRegression(C=c, class_weight="balanced", max_iter=1000)
-        columns.append(fitted.fit(x["train"], y["train"][task][:, j]).predict(x[split]))
-    return np.stack(columns, axis=1)
+def _fit_each(x: np.ndarray, y: np.ndarray, c: float) -> list[LogisticRegression]:
+    """One balanced logistic regression for each column of (N, values) labels."""
+    return [LogisticRegression(C=c, class_weight="balanced", max_iter=1000).fit(x, column) for column in y.T]
+
+
+def _predict_each(fits: Sequence[LogisticRegression], x: np.ndarray) -> np.ndarray:
+    """(N, values) bool."""
+    return np.stack([fit.predict(x) for fit in fits], axis=1)
 
 
 def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:

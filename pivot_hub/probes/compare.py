@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from rich.box import SIMPLE
 from rich.table import Table
 
 from pivot_hub.errors import ProbeError
-from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Difference, paired_difference, resample
 from pivot_hub.probes.result import ProbeResult, statistic_of
 
 LEVEL = 0.05  # of the corrected p-values
@@ -56,6 +57,7 @@ class Comparisons:
     rows: list[Comparison]
     draws: int
     seed: int
+    seeds: int | None = None  # trainings of each encoder, where there are several
 
     def table(self) -> Table:
         table = Table(box=SIMPLE, title=f"Against {self.encoders[0]}, percent", title_justify="left")
@@ -73,6 +75,13 @@ class Comparisons:
 
     def method(self) -> str:
         """How the numbers came about, in two sentences."""
+        if self.seeds is not None:
+            return (
+                f"Differences are means over {self.seeds} training seeds, each of the same test items, with 95% intervals"
+                f" and two-sided p-values of a t-test whose variance is that between seeds and that of {self.draws} "
+                f"paired bootstrap draws of the items, seed {self.seed}. p is corrected by Holm's method over the "
+                f"{len(self.rows)} comparisons; a difference is called below 0.05."
+            )
         return (
             f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
             f"bootstrap draws, seed {self.seed}; they say nothing of other seeds, of training or of a probe's own fit. "
@@ -121,19 +130,110 @@ def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 1
     if not pairs:
         raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
     measured = [paired_difference(_tallies(b), _tallies(a), statistic_of(a.metric), seed, draws) for _, a, b in pairs]
+    values = [(a.value, b.value) for _, a, b in pairs]
+    return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed)
+
+
+def compare_seeds(
+    results: Mapping[str, Mapping[str, Sequence[ProbeResult]]], draws: int = 2000, seed: int = 0
+) -> Comparisons:
+    """Compare encoders that were trained once for each seed with the first, seed by seed.
+
+    Args:
+        results: of each encoder by name, and of each training by its seed's name.
+        draws: of the bootstrap.
+        seed: of it.
+
+    Raises:
+        ProbeError: as `compare_results`, or two encoders share fewer than two seeds.
+    """
+    if len(results) < 2:
+        raise ProbeError("a comparison needs two encoders or more; give another one.")
+    names = list(results)
+    pairs, values, measured, fewest = [], [], [], None
+    for other in names[1:]:
+        shared = [s for s in results[names[0]] if s in results[other]]
+        if len(shared) < 2:
+            raise ProbeError(f"{names[0]} and {other} share {len(shared)} seed(s): a comparison needs two or more.")
+        fewest = min(len(shared), fewest or len(shared))
+        firsts, others = (
+            [{(r.task, r.metric): r for r in results[name][s]} for s in shared] for name in (names[0], other)
+        )
+        for key in firsts[0]:
+            if not all(key in some for some in (*firsts, *others)):
+                continue
+            for a, b in zip(firsts, others, strict=True):
+                _check_pair(names[0], a[key], other, b[key])
+            statistic = statistic_of(key[1])
+            drawn = [
+                [100 * statistic(resample(_tallies(some[key]), seed, draws)) for some in side]
+                for side in (firsts, others)
+            ]
+            scores = np.array([[some[key].value for some in side] for side in (firsts, others)])
+            made = seed_difference(scores[0], scores[1], np.array(drawn[0]), np.array(drawn[1]))
+            low, high = made.ci95
+            measured.append(Difference(made.value / 100, (low / 100, high / 100), made.p_value))
+            pairs.append((other, firsts[0][key], others[0][key]))
+            values.append((float(scores[0].mean()), float(scores[1].mean())))
+    if not pairs:
+        raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
+    return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed, fewest)
+
+
+def seed_difference(
+    first: np.ndarray, other: np.ndarray, first_draws: np.ndarray | None, other_draws: np.ndarray | None
+) -> Difference:
+    """How far one encoder's score lies above another's, over training seeds and test items.
+
+    Its variance is that of the mean over seeds, plus that of the test items, which all seeds share: what seeds and
+    items vary together is in both, so the interval errs on the wide side. Degrees of freedom are Welch's and Satterthwaite's.
+
+    Args:
+        first: (S,) scores of each seed.
+        other: (S,) of the same seeds.
+        first_draws: (S, draws) of resampled items, the same resamples for all; None for what is not of items.
+        other_draws: likewise.
+
+    Returns:
+        `other` minus `first`, in the scores' unit.
+    """
+    each = other - first
+    seeds, value = len(each), float(np.mean(each))
+    between = float(np.var(each, ddof=1)) / seeds
+    items, draws = 0.0, 2
+    if first_draws is not None and other_draws is not None:
+        drawn = (other_draws - first_draws).mean(0)
+        drawn = drawn[np.isfinite(drawn)]
+        items, draws = float(np.var(drawn, ddof=1)), len(drawn)
+    variance = between + items
+    if variance < 1e-18:  # nothing varies: of equal scores, or of one part that neither trained
+        return Difference(value, (value, value), 1.0 if abs(value) < 1e-9 else 0.0)
+    freedom = variance**2 / (between**2 / (seeds - 1) + items**2 / (draws - 1))
+    half = float(scipy.stats.t.ppf(0.975, freedom)) * variance**0.5
+    p = 2 * float(scipy.stats.t.sf(abs(value) / variance**0.5, freedom))
+    return Difference(value, (value - half, value + half), p)
+
+
+def _compared(
+    first: str,
+    pairs: Sequence[tuple[str, ProbeResult, ProbeResult]],
+    values: Sequence[tuple[float, float]],
+    measured: Sequence[Difference],
+) -> list[Comparison]:
+    """Rows of a table, with p corrected over all of them."""
     corrected = holm([made.p_value for made in measured])
     rows = []
-    for (other, a, b), made, p_holm in zip(pairs, measured, corrected, strict=True):
-        better = other if made.value > 0 else names[0]
+    for (other, a, _), (before, after), made, p_holm in zip(pairs, values, measured, corrected, strict=True):
+        better = other if made.value > 0 else first
         rows.append(
             Comparison(
                 task=a.task,
                 metric=a.metric,
                 n=a.n,
-                first=names[0],
+                first=first,
                 other=other,
-                first_value=a.value,
-                other_value=b.value,
+                first_value=before,
+                other_value=after,
                 difference=100 * made.value,
                 ci95=(100 * made.ci95[0], 100 * made.ci95[1]),
                 p=made.p_value,
@@ -141,7 +241,7 @@ def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 1
                 verdict=f"{better} better" if p_holm < LEVEL else NONE_SHOWN,
             )
         )
-    return Comparisons(names, rows, draws, seed)
+    return rows
 
 
 def holm(p: Sequence[float]) -> list[float]:

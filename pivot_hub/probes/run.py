@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Picture, Question, Scene, Split, World
+from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Form, Pair, Picture, Question, Scene, Split, World
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
+from pivot_hub.gradcam import EXPLAINS, Explain
 from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import PROTOCOLS, classify_images, classify_shapes
 from pivot_hub.probes.dataset import open_classes
@@ -40,6 +41,8 @@ class Sizes:
     questions: int = 600
     targets_validation: int = 40
     targets_test: int = 120
+    harder: int = 500  # of each harder world
+    pairs: int = 400
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Scenes:
     pictures: list[Picture]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def probe_scenes(world: World, split: Split, count: int) -> Scenes:
     """The scenes that probes use of a split, drawn once a process."""
     scenes = [world.scene(split, FIRST_SCENE + i) for i in range(count)]
@@ -64,30 +67,42 @@ def probe_shapes(
     sha256: str,
     sizes: Sizes = Sizes(),
     seed: int = 0,
+    world: World | None = None,
+    harder: Mapping[str, World] = {},
 ) -> list[ProbeResult]:
-    """Classification and segmentation of the built-in world, for an encoder alone."""
-    world = World(image_px=model.config.image_size)
-    parts = {split: probe_scenes(world, split, getattr(sizes, split)) for split in SPLITS}
+    """Classification and segmentation of the built-in world, for an encoder alone.
+
+    Args:
+        world: that the probes are fitted and tested on; the default one at the encoder's size if None.
+        harder: worlds by name on whose test scenes the same fitted probes are tested too.
+    """
+    world = World(image_px=model.config.image_size) if world is None else world
+    parts: dict[str, Scenes] = {split: probe_scenes(world, split, getattr(sizes, split)) for split in SPLITS}
+    parts |= {other: probe_scenes(w, "test", sizes.harder) for other, w in harder.items()}
     tokens = {
-        split: patch_features(model, image_processor, (p.image for p in part.pictures)) for split, part in parts.items()
+        key: patch_features(model, image_processor, (p.image for p in part.pictures)) for key, part in parts.items()
     }
     counts: dict[str, int] = {split: getattr(sizes, split) for split in SPLITS}
     conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, counts)}
-    scenes = {split: part.scenes for split, part in parts.items()}
+    scenes = {key: part.scenes for key, part in parts.items()}
     results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
-    masks = {split: class_masks(part.scenes, part.pictures) for split, part in parts.items()}
-    return results + segment_patches(tokens, masks, conditions, seed)
+    masks = {key: class_masks(part.scenes, part.pictures) for key, part in parts.items()}
+    results += segment_patches(tokens, masks, conditions, seed)
+    hashes = {other: _world_sha256(w, {**counts, "harder": sizes.harder}) for other, w in harder.items()}
+    return [replace(r, data_sha256=hashes.get(r.task.split("/")[1], r.data_sha256)) for r in results]
 
 
 def probe_mllm(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    reference: LlavaForConditionalGeneration,
+    reference: LlavaForConditionalGeneration | None,
     name: str,
     sha256: str,
     partner: str,
     sizes: Sizes = Sizes(),
     seed: int = 0,
+    world: World | None = None,
+    explains: Sequence[Explain] = EXPLAINS,
 ) -> list[ProbeResult]:
     """Localisation of gradient maps, and answers to held-out questions, for an encoder inside its MLLM.
 
@@ -96,17 +111,19 @@ def probe_mllm(
         name: of the encoder.
         sha256: of the encoder's weights.
         partner: the MLLM, as its recipe names it.
+        world: that is asked about; the default one at the encoder's size if None.
+        explains: what maps are made of; of `dpo` with a reference only.
     """
     model.eval()
-    world = World(image_px=image_px(model))
+    world = World(image_px=image_px(model)) if world is None else world
     facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
-    asked = {k: v for k, v in asdict(sizes).items() if k not in SPLITS}
+    asked = {k: getattr(sizes, k) for k in ("questions", "targets_validation", "targets_test")}
     conditions = {**facts, "partner": partner, "data_sha256": _world_sha256(world, asked)}
     targets = {
         "validation": probe_targets(world, "validation", sizes.targets_validation),
         "test": probe_targets(world, "test", sizes.targets_test),
     }
-    results = localize(model, processor, reference, targets, conditions, seed)
+    results = localize(model, processor, reference, targets, conditions, seed, explains=explains)
     images, questions = probe_questions(world, "test", sizes.questions)
     return results + answer_questions(model, processor, questions, images, conditions, seed=seed)
 
@@ -136,6 +153,17 @@ def probe_questions(world: World, split: Split, count: int) -> tuple[list[Any], 
         for i, scene in enumerate(part.scenes)
     ]
     return [p.image for p in part.pictures], asked
+
+
+def probe_pairs(world: World, split: Split, count: int) -> tuple[list[Any], list[Pair]]:
+    """Preference pairs on the scenes that probes use, kinds and forms in turn, each with its image."""
+    part = probe_scenes(world, split, count)
+    forms: tuple[Form, ...] = ("describe", "question")
+    pairs = [
+        scene.pair(KINDS[i % 5], forms[i // 5 % 2], world.scene_rng(split, FIRST_SCENE + i, 9))
+        for i, scene in enumerate(part.scenes)
+    ]
+    return [p.image for p in part.pictures], pairs
 
 
 def probe_encoder(

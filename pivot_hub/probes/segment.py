@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pivot_hub.data.shapes import SHAPES, Picture, Scene, Split
+from pivot_hub.data.shapes import SHAPES, Picture, Scene
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
 from pivot_hub.probes.features import standardised
 from pivot_hub.probes.result import ProbeResult, measure
@@ -32,12 +32,13 @@ def class_masks(scenes: Sequence[Scene], pictures: Sequence[Picture]) -> np.ndar
 
 
 def segment_patches(
-    tokens: Mapping[Split, np.ndarray], masks: Mapping[Split, np.ndarray], conditions: dict[str, Any], seed: int = 0
+    tokens: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], conditions: dict[str, Any], seed: int = 0
 ) -> list[ProbeResult]:
     """Fit a linear head on patches, choose its decay on validation, score upsampled logits on test pixels.
 
     Args:
-        tokens: (N, H*W, D) of train, validation and test.
+        tokens: (N, H*W, D) of train, validation and test. Any other name is of scenes of another world, on which the
+            same head is tested: their task is `shapes/<name>/segmentation`.
         masks: (N, image_px, image_px) class ids of the same images.
         conditions: encoder, encoder_sha256, feature_layer of the results.
 
@@ -50,18 +51,17 @@ def segment_patches(
     scale = standardised(flat)
     shares = _patch_shares(masks["train"][:FIT_SCENES], fitted.shape[1])
     heads = {decay: _fit(scale(flat), shares, decay) for decay in DECAYS}
-    unseen: tuple[Split, ...] = ("validation", "test")
-    scaled = {split: scale(tokens[split]) for split in unseen}
 
-    def tallied(decay: float, split: Split) -> np.ndarray:
-        return _tallies(heads[decay], scaled[split], masks[split])
+    def tallied(decay: float, part: str) -> np.ndarray:
+        return _tallies(heads[decay], scaled[part], masks[part])
 
+    scaled = {part: scale(t) for part, t in tokens.items() if part != "train"}
     best = max(DECAYS, key=lambda d: mean_iou(tallied(d, "validation").sum(0)[None])[0])
-    tallies = tallied(best, "test")
+    scored = {part: tallied(best, part) for part in scaled if part != "validation"}
     duration = time.monotonic() - started
     return [
         measure(
-            "shapes/segmentation",
+            "shapes/segmentation" if part == "test" else f"shapes/{part}/segmentation",
             metric,
             tallies,
             protocol=f"linear head on patch tokens, logits upsampled; decay {best:g} chosen on validation",
@@ -69,6 +69,7 @@ def segment_patches(
             duration_s=duration,
             **conditions,
         )
+        for part, tallies in scored.items()
         for metric in ("mean_iou", "pixel_accuracy", "mean_recall")
     ]
 

@@ -1,0 +1,1 @@
+"""Studies: a grid of recipes over seeds and factors, trained, measured, and reported from one table."""
