@@ -172,9 +172,7 @@ def train(
 def study(
     study: Annotated[str, typer.Argument(help="A study's file, or the name of a shipped one, as shapes/study.")],
     output: Annotated[Path | None, typer.Option(help="Folder of runs, table and report; `study` by default.")] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at a time: with the GPUs in turn, or a share of the cores.")
-    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time: the GPUs in turn, or a share of the cores.")] = 1,
     report: Annotated[
         bool,
         typer.Option(
@@ -451,7 +449,11 @@ def probe(
 @app.command()
 def compare(
     encoders: Annotated[
-        list[str], typer.Argument(help="Two or more: folders, Hub names, or files that `--json` of a probe wrote.")
+        list[str],
+        typer.Argument(
+            help="Two or more: folders, Hub names, files that `--json` of a probe wrote, or folders of such files, one "
+            "a training seed, as a study's results are."
+        ),
     ],
     data: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "shapes",
     protocols: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "prototypes,fast,full,knn",
@@ -466,12 +468,15 @@ def compare(
     Example: `pivot compare hub/pivot/shapes-sft hub/pivot/shapes-dpo --figure compare.png`
     """
     from pivot_hub.files import write_whole
-    from pivot_hub.probes.compare import compare_results, draw_comparisons
+    from pivot_hub.probes.compare import compare_results, compare_seeds, draw_comparisons, read_seeds
     from pivot_hub.probes.run import probe_all
 
-    with _bar("images") as advance:
-        measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
-    made = compare_results(measured, draws, seed)
+    if seeds := read_seeds(encoders):
+        made = compare_seeds(seeds, draws, seed)
+    else:
+        with _bar("images") as advance:
+            measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+        made = compare_results(measured, draws, seed)
     out.print(made.table())
     _say(made.method())
     if markdown:

@@ -30,7 +30,7 @@ FACTS = {
 }
 
 
-def _scenes() -> dict[Split, list[Any]]:
+def _scenes() -> dict[str, list[Any]]:
     return {split: [WORLD.scene(split, i) for i in range(COUNTS[split])] for split in SPLITS}
 
 
@@ -40,8 +40,8 @@ def _by_task(results: list[ProbeResult]) -> dict[str, ProbeResult]:
 
 def test_features_that_know_the_answer_score_full_marks_and_noise_scores_chance() -> None:
     scenes, rng = _scenes(), np.random.default_rng(0)
-    known: dict[Split, np.ndarray] = {}
-    noise: dict[Split, np.ndarray] = {}
+    known: dict[str, np.ndarray] = {}
+    noise: dict[str, np.ndarray] = {}
     for split, some in scenes.items():
         labels = shapes_labels(some)
         parts = [labels[t].astype(float) for t in ("colour", "shape", "position")]
@@ -71,9 +71,9 @@ def test_settings_are_chosen_on_validation_not_on_test() -> None:
 def test_tokens_that_know_their_class_segment_well_and_noise_does_not() -> None:
     counts: dict[Split, int] = {"train": 120, "validation": 40, "test": 60}
     rng = np.random.default_rng(0)
-    tokens: dict[Split, np.ndarray] = {}
-    noise: dict[Split, np.ndarray] = {}
-    masks: dict[Split, np.ndarray] = {}
+    tokens: dict[str, np.ndarray] = {}
+    noise: dict[str, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
     for split in SPLITS:
         scenes = [WORLD.scene(split, i) for i in range(counts[split])]
         masks[split] = class_masks(scenes, [s.render() for s in scenes])

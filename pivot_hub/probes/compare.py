@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pivot_hub.errors import ProbeError
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Difference, paired_difference, resample
-from pivot_hub.probes.result import ProbeResult, statistic_of
+from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 
 LEVEL = 0.05  # of the corrected p-values
 NONE_SHOWN = "no difference shown"
@@ -77,10 +77,10 @@ class Comparisons:
         """How the numbers came about, in two sentences."""
         if self.seeds is not None:
             return (
-                f"Differences are means over {self.seeds} training seeds, each of the same test items, with 95% intervals"
-                f" and two-sided p-values of a t-test whose variance is that between seeds and that of {self.draws} "
-                f"paired bootstrap draws of the items, seed {self.seed}. p is corrected by Holm's method over the "
-                f"{len(self.rows)} comparisons; a difference is called below 0.05."
+                f"Differences are means over {self.seeds} training seeds, each of the same test items, with 95% "
+                f"intervals and two-sided p-values of a t-test whose variance is that between seeds and that of "
+                f"{self.draws} paired bootstrap draws of the items, seed {self.seed}. p is corrected by Holm's method "
+                f"over the {len(self.rows)} comparisons; a difference is called below 0.05."
             )
         return (
             f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
@@ -180,13 +180,36 @@ def compare_seeds(
     return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed, fewest)
 
 
+def read_seeds(folders: Sequence[str]) -> dict[str, dict[str, list[ProbeResult]]] | None:
+    """Results of encoders that were trained once for each seed, from a study's folders of `seed-<n>.json`.
+
+    Returns:
+        By the folder's name and the file's; None where none of the folders is one.
+
+    Raises:
+        ProbeError: some are such folders and some are not, or two have one name.
+    """
+    found = {folder: sorted(Path(folder).glob("seed-*.json")) for folder in folders}
+    if not any(found.values()):
+        return None
+    if lacking := [folder for folder, files in found.items() if not files]:
+        raise ProbeError(f"{lacking[0]} holds no seed-<n>.json, as the others do; compare folders of one kind.")
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ProbeError("two folders have one name; rename one, so that a table can tell them.")
+    return {
+        name: {file.stem: read_results(file) for file in found[folder]}
+        for name, folder in zip(names, folders, strict=True)
+    }
+
+
 def seed_difference(
     first: np.ndarray, other: np.ndarray, first_draws: np.ndarray | None, other_draws: np.ndarray | None
 ) -> Difference:
     """How far one encoder's score lies above another's, over training seeds and test items.
 
     Its variance is that of the mean over seeds, plus that of the test items, which all seeds share: what seeds and
-    items vary together is in both, so the interval errs on the wide side. Degrees of freedom are Welch's and Satterthwaite's.
+    items vary together is in both, so the interval errs on the wide side. Degrees of freedom are Satterthwaite's.
 
     Args:
         first: (S,) scores of each seed.

@@ -44,11 +44,11 @@ class RunSpec(Strict):
     parent: str | None = None
     vision: str | None = None
     language: str | None = None
-    change: list[str] = []
-    frozen: list[Literal["vision", "projector", "language"]] = []
+    change: list[str] = Field([])
+    frozen: list[Literal["vision", "projector", "language"]] = Field([])
     rates: list[Rate] | None = Field(None, min_length=2)
     rate_of: str | None = None
-    measure: list[Measure] = []
+    measure: list[Measure] = Field([])
 
 
 class Curve(Strict):
@@ -111,10 +111,10 @@ class StudySpec(Strict):
     threats: list[str]
     seeds: list[int] = Field(min_length=2)
     search_seed: int
-    change: list[str] = []
+    change: list[str] = Field([])
     world: WorldSpec = WorldSpec()
-    harder: dict[str, WorldSpec] = {}
-    sizes: dict[str, Annotated[int, Field(ge=1)]] = {}
+    harder: dict[str, WorldSpec] = Field({})
+    sizes: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     measures: dict[str, str]
     runs: dict[str, RunSpec]
     factors: list[FactorSpec] = Field(min_length=1)

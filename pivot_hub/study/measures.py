@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.shapes import KINDS, SLIPS, World, draw_fact
@@ -58,11 +59,12 @@ def measure_run(
     results = []
     if "encoder" in measures:
         model, image_processor = read_encoder(str(encoder))
+        model.to(device())  # type: ignore[arg-type]
         results += probe_shapes(model, image_processor, name, sha256, sizes, world=world, harder=harder)
     if checkpoint is None:
         return results
     mllm, processor = load_mllm(checkpoint)
-    mllm.eval()
+    mllm.to(device()).eval()  # type: ignore[arg-type]
     conditions = {"feature_layer": mllm.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
     conditions["partner"] = name
     if "maps" in measures:
@@ -78,10 +80,16 @@ def measure_run(
         images, pairs = probe_pairs(world, "test", sizes.pairs)
         results.append(rank_pairs(mllm, processor, pairs, images, conditions))
     if "distance" in measures and parent is not None:
-        results += distances(mllm, load_mllm(parent)[0], conditions)
+        results += distances(mllm.cpu(), load_mllm(parent)[0], conditions)
+        mllm.to(device())  # type: ignore[arg-type]
     if "gradients" in measures:
         results += word_gradients(mllm, processor, world, sizes.targets_validation, conditions)
     return results
+
+
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def distances(

@@ -156,9 +156,9 @@ def _runs(study: Study, table: StudyTable) -> list[str]:
         f"{where.get('gpu') or 'none'}; torch {facts['versions']['torch']}, transformers "
         f"{facts['versions']['transformers']}, TRL {facts['versions']['trl']}.",
         "",
-        "A difference is the mean over seeds of paired differences on the same test items. Its interval (95%) and p are "
-        f"a t-test's, whose variance is that between seeds plus that of {DRAWS} resamples of the items. p is corrected "
-        "by Holm's method over all differences of a section; `shown` means below 0.05.",
+        "A difference is the mean over seeds of paired differences on the same test items. Its interval (95%) and p "
+        f"are a t-test's, whose variance is that between seeds plus that of {DRAWS} resamples of the items. p is "
+        "corrected by Holm's method over all differences of a section; `shown` means below 0.05.",
         "",
     ]
     if table.facts["study_sha256"] != study.sha256:

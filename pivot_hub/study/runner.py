@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -27,7 +28,7 @@ from pivot_hub.probes.vqa import answer_questions
 from pivot_hub.provenance import machine, weights_sha256
 from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.study.design import Cell, Study, load_study
-from pivot_hub.study.measures import measure_run
+from pivot_hub.study.measures import device, measure_run
 from pivot_hub.training.stage import run_stage
 
 FORMAT = 1  # of a cell's facts: what is measured has changed where it differs
@@ -113,11 +114,12 @@ def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
         loaded = None if spec.recipe is None else study.load(cell, rate, _parts(study, cell, output))
         key = _key(study, cell, loaded, output)
         kept = _read(output / "cells" / f"{cell.name}.json")
-        if kept.get("key") == key and kept["status"] == "done":
+        results = output / "results" / f"{cell.name}.json"
+        if kept.get("key") == key and kept["status"] == "done" and (results.is_file() or not kept["measured"]):
             return {**kept, "kept": True}
         facts |= {"key": key, "rate": rate}
         facts |= _make(study, cell, loaded, output)
-        facts["status"] = "done"
+        facts |= {"status": "done", "measured": results.is_file()}
     except PivotError as error:
         facts |= {"status": "failed", "reason": str(error)}
     # Of a training that was finished before, its own time.
@@ -173,6 +175,7 @@ def _make(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -
 def _validation(study: Study, folder: Path, cell: Cell) -> list[ProbeResult]:
     """A candidate on validation: pairs ranked right, by which rates are chosen, and answers, to be seen beside them."""
     model, processor = load_mllm(folder)
+    model.to(device())  # type: ignore[arg-type]
     conditions: dict[str, Any] = {"feature_layer": model.config.vision_feature_layer, "encoder": cell.run}
     conditions |= {"encoder_sha256": weights_sha256(folder), "partner": cell.run}
     images, pairs = probe_pairs(study.world, "validation", study.sizes.pairs)
@@ -216,6 +219,15 @@ def _set_up(number: Any) -> None:
     if torch.cuda.device_count() > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
     torch.set_num_threads(int(os.environ[THREADS[0]]))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A process whose study was killed would go on, or wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _write_cell(output: Path, cell: Cell, facts: dict[str, Any]) -> None:
