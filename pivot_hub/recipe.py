@@ -66,6 +66,7 @@ class WorldSpec(Strict):
     tilt: float = 0.3
     seed: int = 0
     gap: float | None = Field(None, gt=0, le=2)
+    scale: float | None = Field(None, gt=0, le=2)
     combinations: Literal["seen", "unseen"] | None = None
 
 

@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 
 from pivot_hub.errors import ProbeError
-from pivot_hub.probes.compare import NONE_SHOWN, compare_results, draw_comparisons, holm
+from pivot_hub.probes.compare import (
+    NONE_SHOWN,
+    compare_results,
+    compare_seeds,
+    draw_comparisons,
+    holm,
+    read_seeds,
+    seed_difference,
+)
 from pivot_hub.probes.result import ProbeResult, measure, write_results
 from pivot_hub.probes.run import probe_all
 
@@ -119,3 +127,71 @@ def test_results_of_files_make_table_markdown_json_and_figure(tmp_path: Path) ->
     (tmp_path / "no.json").write_text('{"results": 3}')
     with pytest.raises(ProbeError, match="holds no probe results"):
         probe_all([str(tmp_path / "no.json")])
+
+
+def trainings(rate: float, spread: float, seed: int, lift: float = 0.0) -> dict[str, list[ProbeResult]]:
+    """Five trainings of an encoder: each seed moves every item's chance, items are the same for all."""
+    rng = np.random.default_rng(seed)
+    hard = np.random.default_rng(99).normal(0, 0.1, N)  # of the items
+    made = {}
+    for i in range(5):
+        chance = np.clip(rate + lift + hard + rng.normal(0, spread), 0, 1)
+        made[f"seed-{i}"] = [result("e", "a", (rng.random(N) < chance).astype(float))]
+    return made
+
+
+def test_a_difference_over_seeds_is_called_and_noise_between_seeds_is_not() -> None:
+    made = compare_seeds({"sft": trainings(0.6, 0.005, 0), "dpo": trainings(0.6, 0.005, 1, lift=0.15)}, draws=300)
+    (row,) = made.rows
+    assert (row.verdict, made.seeds) == ("dpo better", 5)
+    assert row.ci95[0] < 15 < row.ci95[1]
+    assert "5 training seeds" in made.method()
+    # The same gap in the mean, of trainings that scatter far more: one seed alone would call it.
+    scattered = {"sft": trainings(0.6, 0.2, 2), "dpo": trainings(0.6, 0.2, 5, lift=0.05)}
+    assert compare_seeds(scattered, draws=300).rows[0].verdict == NONE_SHOWN
+    alone = {name: some["seed-0"] for name, some in scattered.items()}
+    assert compare_results(alone, draws=300).rows[0].p < 0.05
+
+
+def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say() -> None:
+    """Seeds, items, and what both vary together, of known size: 95% intervals hold the true difference of zero."""
+    rng, held, runs, seeds, draws = np.random.default_rng(0), 0, 400, 5, 200
+    for _ in range(runs):
+        first, other = rng.normal(0, 1.0, seeds), rng.normal(0, 1.0, seeds)
+        items = rng.normal(0, 0.7, 100)  # of the difference, shared by seeds
+        own = rng.normal(0, 2.0, (seeds, 100))
+        gap = items + own
+        counts = rng.multinomial(100, np.full(100, 0.01), draws)
+        drawn = gap @ counts.T / 100
+        made = seed_difference(first, other + gap.mean(1), np.zeros((seeds, draws)), drawn)
+        held += made.ci95[0] <= 0 <= made.ci95[1]
+    assert 0.93 <= held / runs <= 0.99
+
+
+def test_variance_over_items_counts_where_seeds_agree() -> None:
+    first, drawn = np.full(5, 50.0), np.random.default_rng(0).normal(0, 2.0, 400)
+    made = seed_difference(first, first + 3, np.zeros((5, 400)), np.tile(drawn, (5, 1)))
+    assert made.ci95[1] - made.ci95[0] == pytest.approx(2 * 1.97 * 2.0, rel=0.1)
+    assert 0.05 < made.p_value < 0.3
+    equal = seed_difference(first, first, None, None)
+    assert (equal.value, equal.ci95, equal.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert seed_difference(first, first + 1, None, None).p_value == 0.0
+
+
+def test_folders_of_seeds_are_read_by_name_or_refused(tmp_path: Path) -> None:
+    for name in ("sft", "dpo", "other/sft"):
+        for seed, some in trainings(0.6, 0.0, 0).items():
+            write_results(tmp_path / name / f"{seed}.json", some)
+    both = [str(tmp_path / name) for name in ("sft", "dpo")]
+    seeds = read_seeds(both)
+    assert seeds is not None
+    assert list(seeds) == ["sft", "dpo"]
+    assert list(seeds["sft"]) == [f"seed-{i}" for i in range(5)]
+    assert read_seeds([str(tmp_path), "pivot/some-encoder"]) is None
+    with pytest.raises(ProbeError, match="two folders have one name"):
+        read_seeds([both[0], str(tmp_path / "other" / "sft")])
+    with pytest.raises(ProbeError, match=r"holds no seed-<n>\.json"):
+        read_seeds([both[0], str(tmp_path)])
+    one = {"sft": seeds["sft"], "dpo": {"seed-0": seeds["dpo"]["seed-0"]}}
+    with pytest.raises(ProbeError, match=r"share 1 seed\(s\)"):
+        compare_seeds(one)

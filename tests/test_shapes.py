@@ -10,7 +10,19 @@ import sys
 import numpy as np
 import pytest
 
-from pivot_hub.data.shapes import COLOUR_NAMES, KINDS, NUMBERS, POSITIONS, SHAPES, SPLITS, Scene, World
+from pivot_hub.data.shapes import (
+    COLOUR_NAMES,
+    KINDS,
+    NUMBERS,
+    POSITIONS,
+    SHAPES,
+    SLIPS,
+    SPLITS,
+    Scene,
+    World,
+    draw_fact,
+    is_unseen,
+)
 
 WORLD = World()
 DIGEST = """
@@ -182,3 +194,67 @@ def test_a_scan_names_what_lies_at_each_cell() -> None:
                 near = [t for t in scene.things if word in (t.colour, t.shape, t.size)]
                 assert near, f"{word} is not in the scene"
         assert {t.colour for t in scene.things} & set(words) or {t.shape for t in scene.things} & set(words)
+
+
+def test_settings_left_open_change_no_fact_and_no_scene() -> None:
+    """Hashes of data and recipes that are on record name a world by its facts."""
+    assert set(WORLD.facts()) == {"image_px", "things", "noise", "jitter", "tint", "tilt", "seed"}
+    assert World(gap=0.74, scale=1.0).scene("train", 3).things == WORLD.scene("train", 3).things
+    assert World(gap=0.45).facts()["gap"] == 0.45
+
+
+def test_larger_things_with_a_smaller_gap_hide_more_of_each_other() -> None:
+    def shown(world: World) -> float:
+        shares = []
+        for i in range(60):
+            scene = world.scene("train", i)
+            masks = scene.render().masks
+            shares += [
+                masks[k].sum() / Scene(world, (thing,), (0,), 0).render().masks[0].sum()
+                for k, thing in enumerate(scene.things)
+            ]
+        return float(np.quantile(shares, 0.05))
+
+    assert shown(World(things=(4, 5), gap=0.45, scale=1.3)) < shown(World(things=(4, 5))) - 0.2
+
+
+def test_seen_and_unseen_combinations_share_none_and_miss_no_value() -> None:
+    met = {
+        which: {(t.colour, t.shape) for i in range(400) for t in World(combinations=which).scene("train", i).things}
+        for which in ("seen", "unseen")
+    }
+    assert not met["seen"] & met["unseen"]
+    assert all(is_unseen(*pair) for pair in met["unseen"])
+    assert len(met["seen"]) == 2 * len(met["unseen"]) == 56
+    for some in met.values():
+        assert {colour for colour, _ in some} == set(COLOUR_NAMES)
+        assert {shape for _, shape in some} == set(SHAPES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slips_share_the_chosen_answer_and_are_wrong_in_one_thing(kind: str) -> None:
+    for i in range(60):
+        scene = WORLD.scene("train", i)
+
+        def stream(purpose: int, i: int = i) -> np.random.Generator:
+            return WORLD.scene_rng("train", i, purpose)
+
+        plain = scene.pair(kind, "question", stream(1))  # type: ignore[arg-type]
+        fact = draw_fact(stream(6))
+        made = {s: scene.pair_with_fact(kind, "question", s, stream(1), stream(6)) for s in SLIPS}  # type: ignore[arg-type]
+        assert {p.chosen for p in made.values()} == {f"{plain.chosen} {fact.true}"}
+        assert made["visual"].rejected == f"{plain.rejected} {fact.true}"
+        assert made["fact"].rejected == f"{plain.chosen} {fact.wrong}"
+        differ = [a != b for a, b in zip(fact.true.split(), fact.wrong.split(), strict=True)]
+        assert sum(differ) == 1
+        said, slipped = made["format"].chosen, made["format"].rejected
+        assert slipped != said
+        words = [w.strip(".").lower() for w in slipped.split()]
+        true = [w.strip(".").lower() for w in said.split()]
+        assert words == true or any([*words[:k], *words[k + 1 :]] == true for k in range(len(words)))
+
+
+def test_facts_are_true_of_the_world() -> None:
+    told = {draw_fact(np.random.default_rng(i)).true for i in range(400)}
+    assert len(told) == len(SHAPES) + len(COLOUR_NAMES)
+    assert {"A triangle has three corners.", "Navy is a dark colour.", "Yellow is a light colour."} <= told

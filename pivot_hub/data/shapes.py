@@ -337,6 +337,7 @@ class World:
         seed: worlds of different seeds share no random number.
         gap: smallest distance of two things over their summed radii, MIN_GAP by default; the smaller, the more they
             hide of each other.
+        scale: of the things, 1 by default.
         combinations: which pairs of a colour and a shape occur: those `seen`, two in three, the `unseen`, or all.
     """
 
@@ -348,6 +349,7 @@ class World:
     tilt: float = 0.3
     seed: int = 0
     gap: float | None = None
+    scale: float | None = None
     combinations: Combinations | None = None
 
     def scene(self, split: Split, index: int) -> Scene:
@@ -370,7 +372,7 @@ class World:
             position = int(rng.integers(9))
             low, high = SIZES[size]
             u, v, w, t = (float(f) for f in rng.random(4))
-            radius = low + (high - low) * u
+            radius = (low + (high - low) * u) * (self.scale or 1)
             row, column = divmod(position, 3)
             # Up to 0.06 off the middle of the cell, the whole thing inside the image.
             x = min(max((column + 0.5) / 3 + 0.12 * (v - 0.5), radius + 0.01), 0.99 - radius)

@@ -19,7 +19,7 @@ from pivot_hub.errors import RecipeError
 from pivot_hub.probes.run import Sizes
 from pivot_hub.recipe import RECIPES, LoadedRecipe, Rate, Strict, WorldSpec, load_recipe
 
-Measure = Literal["encoder", "maps", "answers", "distance", "gradients"]
+Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients"]
 
 
 class RunSpec(Strict):
@@ -35,7 +35,8 @@ class RunSpec(Strict):
         frozen: parts that the recipe trains and this run does not.
         rates: candidates for the rate of every trained part; the best on validation questions is taken.
         rate_of: the run whose rate this one shares.
-        measure: what is measured of it; nothing of runs that others start from.
+        measure: what is measured of it: probes of its `encoder`, gradient `maps`, `answers` and ranked pairs, both on
+            `harder` worlds too, the `distance` from its parent, `gradients` of words and pairs.
     """
 
     label: str
@@ -181,7 +182,7 @@ class Study:
         """The cells of a run that are reported: one a seed, or one in all. What a search starts from is with them."""
         if self.stage(run) in (None, "vision", "language"):
             return [Cell(run, None)]
-        seeds = [*self.spec.seeds, *([self.spec.search_seed] if run in self._searched_from else [])]
+        seeds = [*([self.spec.search_seed] if run in self._searched_from else []), *self.spec.seeds]
         return [Cell(run, seed) for seed in seeds]
 
     def candidates(self, run: str) -> list[Cell]:

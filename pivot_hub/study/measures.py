@@ -52,9 +52,10 @@ def measure_run(
         name: of the run in the results.
         measures: which.
         world: that probes are fitted and tested on, and questions are about.
-        harder: that they are tested on too.
+        harder: that they are tested on too, where `measures` says so.
         sizes: of the probes.
     """
+    harder = harder if "harder" in measures else {}
     sha256 = encoder_facts(str(encoder))["encoder_sha256"]
     results = []
     if "encoder" in measures:
