@@ -16,6 +16,8 @@ from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
 from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
 from pivot_hub.provenance import file_sha256, weights_sha256
 from pivot_hub.recipe import RECIPES, load_recipe
+from pivot_hub.study.report import CRITERION
+from pivot_hub.study.table import read_table
 
 BASE = RECIPES / "shapes" / "base"
 CHANCE = {"colour": 50.0, "shape": 50.0, "position": 50.0}
@@ -76,14 +78,20 @@ def test_language_head_reads_scans() -> None:
     assert results[0].value > 35  # a head that reads nothing of a scan answers 16%
 
 
-def test_searches_gave_both_methods_the_same_number_of_candidates() -> None:
-    records = {b: json.loads((RECIPES / "shapes" / f"search-{b}.json").read_text()) for b in ("sft", "dpo")}
-    assert len(records["sft"]["candidates"]) == len(records["dpo"]["candidates"]) >= 3
-    for branch, record in records.items():
-        best = max(record["candidates"], key=lambda c: c["value_pct"])
-        assert record["chosen"] == best["rate"]
-        rates = load_recipe(f"shapes/3-{branch}").recipe.learning_rate.trained()
-        assert set(rates.values()) == {record["chosen"]}
+def test_rates_of_the_recipes_are_those_that_the_study_chose() -> None:
+    table = read_table(RECIPES / "shapes" / "study.parquet")
+    tried = {
+        branch: {
+            r["candidate"]: r["value"]
+            for r in table.rows
+            if (r["run"], r["metric"]) == (branch, CRITERION) and r["candidate"] is not None
+        }
+        for branch in ("sft", "dpo")
+    }
+    assert len(tried["sft"]) == len(tried["dpo"]) == 4
+    for branch, scored in tried.items():
+        rates = set(load_recipe(f"shapes/3-{branch}").recipe.learning_rate.trained().values())
+        assert rates == {max(scored, key=lambda rate: scored[rate])}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="paths of the wheel are checked on POSIX")

@@ -17,7 +17,8 @@ SHIPPED = recipe_files()
 
 def test_shipped_recipes_are_found() -> None:
     names = [str(p.relative_to(RECIPES)) for p in SHIPPED]
-    assert len(names) == 6 + 8 * 5  # the built-in world, and eight encoders in five stages: tests/test_full_scale.py
+    # The built-in world at 64 and 224 px, and eight encoders in five stages: tests/test_full_scale.py.
+    assert len(names) == 7 + 7 + 8 * 5
     assert [name for name in names if name.startswith("shapes/")] == [
         "shapes/0-language.yaml",
         "shapes/0-vision.yaml",
@@ -25,6 +26,7 @@ def test_shipped_recipes_are_found() -> None:
         "shapes/2-instruct.yaml",
         "shapes/3-dpo.yaml",
         "shapes/3-sft.yaml",
+        "shapes/4-frozen.yaml",
     ]
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,14 +46,15 @@ TINY = {
 }
 
 
-def miniature(folder: Path, runs: set[str] | None = None) -> Path:
-    """The shipped study with two seeds, two candidates of each rate, two steps a run, and few scenes.
+def miniature(folder: Path, runs: set[str] | None = None, of: Path = SHAPES) -> Path:
+    """A shipped study with two seeds, two candidates of each rate, two steps a run, and few scenes.
 
     Args:
         folder: gets the study's file and the recipes beside it.
         runs: that are kept, and those they need; all of them if None.
+        of: the folder of the study and its recipes.
     """
-    spec: dict[str, Any] = yaml.safe_load((SHAPES / "study.yaml").read_text())
+    spec: dict[str, Any] = yaml.safe_load((of / "study.yaml").read_text())
     spec |= {"seeds": [0, 1], "sizes": TINY}
     needed = set(spec["runs"]) if runs is None else set(runs)
     for name in reversed(spec["runs"]):
@@ -62,6 +67,7 @@ def miniature(folder: Path, runs: set[str] | None = None) -> Path:
             run["rates"] = run["rates"][:2]
         if "recipe" in run:
             small = ["args.per_device_train_batch_size=4", "data.0.rows=8", "args.save_strategy='no'"]
+            small.append("args.dataloader_num_workers=0")
             run["change"] = [*run.get("change", []), *small]
     for factor in spec["factors"]:
         factor["pairs"] = [pair for pair in factor["pairs"] if set(pair) <= needed]
@@ -71,11 +77,12 @@ def miniature(folder: Path, runs: set[str] | None = None) -> Path:
         if "levels" in factor:
             factor["levels"]["runs"] = [run for run in factor["levels"]["runs"] if run in needed]
     spec["factors"] = [factor for factor in spec["factors"] if factor["pairs"]]
-    beside = folder / "shapes"
+    beside = folder / of.name
     beside.mkdir(parents=True)
-    for recipe in SHAPES.glob("[0-9]-*.yaml"):
+    for recipe in of.glob("[0-9]-*.yaml"):
         shutil.copy2(recipe, beside)
-    (beside / "base").symlink_to(SHAPES / "base")
+    if (of / "base").is_dir():
+        (beside / "base").symlink_to(of / "base")
     (beside / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     return beside / "study.yaml"
 
@@ -302,6 +309,15 @@ def test_shipped_studies_are_right(name: str) -> None:
             assert len(tried - {0}) <= 1
 
 
+def test_the_committed_report_is_that_of_the_committed_table(tmp_path: Path) -> None:
+    study = load_study("shapes/study")
+    table = read_table(SHAPES / "study.parquet")
+    assert table.facts["study_sha256"] == study.sha256
+    assert written(table, study.path, tmp_path) == (SHAPES / "STUDY.md").read_text()
+    assert {f.name for f in (tmp_path / "study").iterdir()} == {f.name for f in (SHAPES / "study").iterdir()}
+    assert sum(f.stat().st_size for f in [SHAPES / "study.parquet", *(SHAPES / "study").iterdir()]) < 3_000_000
+
+
 def test_words_are_told_apart() -> None:
     assert _differing("It is red.", "It is blue.", "seen") == ["other", "other", "seen"]
     kinds = _differing("Yes, there is a red star.", "No, there is no red star.", "seen")
@@ -340,8 +356,40 @@ def test_ranking_turns_with_the_pair() -> None:
 
 
 @pytest.mark.slow
-def test_a_miniature_of_the_whole_study(tmp_path: Path) -> None:
-    study = miniature(tmp_path)
+def test_a_killed_study_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    study, out = miniature(tmp_path, {"sft", "instruct"}), tmp_path / "out"
+    command = [sys.executable, "-m", "pivot_hub", "study", str(study), "--output", str(out), "--jobs", "2"]
+    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    _wait_for(lambda: any(out.glob("cells/instruct/*.json")), 240)
+    first.kill()
+    first.wait()
+
+    def gone() -> bool:
+        try:
+            os.killpg(first.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    _wait_for(gone, 30)
+    before = {f: f.stat().st_mtime_ns for f in out.glob("runs/*/*/model.safetensors")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f.stat().st_mtime_ns == at for f, at in before.items())
+    assert {r["status"] for r in read_table(out / "study.parquet").rows} == {"done"}
+
+
+def _wait_for(what: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "shapes-224"])
+def test_a_miniature_of_the_whole_study(name: str, tmp_path: Path) -> None:
+    study = miniature(tmp_path, of=RECIPES / name)
     run_study(study, tmp_path / "out", jobs=2, say=print)
     table = collect_table(load_study(study), tmp_path / "out")
     assert {r["status"] for r in table.rows} == {"done"}
