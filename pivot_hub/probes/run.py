@@ -17,7 +17,6 @@ from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Form, Pair, Picture,
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
-from pivot_hub.gradcam import EXPLAINS, Explain
 from pivot_hub.mllm import image_px
 from pivot_hub.probes.classify import PROTOCOLS, classify_images, classify_shapes
 from pivot_hub.probes.dataset import open_classes
@@ -95,14 +94,12 @@ def probe_shapes(
 def probe_mllm(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    reference: LlavaForConditionalGeneration | None,
+    reference: LlavaForConditionalGeneration,
     name: str,
     sha256: str,
     partner: str,
     sizes: Sizes = Sizes(),
     seed: int = 0,
-    world: World | None = None,
-    explains: Sequence[Explain] = EXPLAINS,
 ) -> list[ProbeResult]:
     """Localisation of gradient maps, and answers to held-out questions, for an encoder inside its MLLM.
 
@@ -111,11 +108,9 @@ def probe_mllm(
         name: of the encoder.
         sha256: of the encoder's weights.
         partner: the MLLM, as its recipe names it.
-        world: that is asked about; the default one at the encoder's size if None.
-        explains: what maps are made of; of `dpo` with a reference only.
     """
     model.eval()
-    world = World(image_px=image_px(model)) if world is None else world
+    world = World(image_px=image_px(model))
     facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
     asked = {k: getattr(sizes, k) for k in ("questions", "targets_validation", "targets_test")}
     conditions = {**facts, "partner": partner, "data_sha256": _world_sha256(world, asked)}
@@ -123,7 +118,7 @@ def probe_mllm(
         "validation": probe_targets(world, "validation", sizes.targets_validation),
         "test": probe_targets(world, "test", sizes.targets_test),
     }
-    results = localize(model, processor, reference, targets, conditions, seed, explains=explains)
+    results = localize(model, processor, reference, targets, conditions, seed)
     images, questions = probe_questions(world, "test", sizes.questions)
     return results + answer_questions(model, processor, questions, images, conditions, seed=seed)
 

@@ -16,16 +16,17 @@ from pivot_hub.data.shapes import KINDS, SLIPS, World, draw_fact
 from pivot_hub.encoder.repository import encoder_facts, read_encoder
 from pivot_hub.gradcam import gradient_map, token_maps
 from pivot_hub.mllm import load_mllm, parts_of
+from pivot_hub.probes.localize import localize
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.probes.run import (
     FIRST_SCENE,
     Sizes,
-    probe_mllm,
     probe_pairs,
     probe_questions,
     probe_scenes,
     probe_shapes,
+    probe_targets,
 )
 from pivot_hub.probes.vqa import answer_questions
 from pivot_hub.study.design import Measure
@@ -69,8 +70,11 @@ def measure_run(
     conditions = {"feature_layer": mllm.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
     conditions["partner"] = name
     if "maps" in measures:
-        made = probe_mllm(mllm, processor, None, name, sha256, name, sizes, world=world, explains=("answer",))
-        results += [r for r in made if "vqa" not in r.task]
+        targets = {
+            "validation": probe_targets(world, "validation", sizes.targets_validation),
+            "test": probe_targets(world, "test", sizes.targets_test),
+        }
+        results += localize(mllm, processor, None, targets, conditions, explains=("answer",))
     if "answers" in measures:
         for other, asked in {"": world, **harder}.items():
             images, questions = probe_questions(asked, "test", sizes.harder if other else sizes.questions)
