@@ -86,6 +86,7 @@ def test_every_card_is_linted_offline(name: str) -> None:
 
 def test_every_recipe_that_makes_a_published_encoder_has_prose() -> None:
     recipes = {f"{f.parent.name}/{f.stem}" for f in recipe_files() if f.stem == "3-dpo"}
+    recipes.remove("shapes-224/3-dpo")  # an experiment for a GPU, of which nothing is published
     assert recipes == {read_prose(f).recipe for f in PROSE_FILES} - {"shapes/3-sft", "shapes/0-vision"}
 
 

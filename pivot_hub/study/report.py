@@ -289,7 +289,7 @@ def draw_curves(curve: Curve, points: Points, path: Path) -> None:
 
 
 def draw_forest(study: Study, factor: FactorSpec, rows: Sequence[Row], path: Path) -> None:
-    """A panel for each measure: every pair's difference with its interval, filled where it is shown."""
+    """Differences with their intervals, filled where shown: one panel for one pair, else one for each measure."""
     from matplotlib.figure import Figure
 
     pairs = [pair for pair in factor.pairs if any((r.first, r.other) == pair for r in rows)]
@@ -297,28 +297,35 @@ def draw_forest(study: Study, factor: FactorSpec, rows: Sequence[Row], path: Pat
     firsts = {first for first, _ in pairs}
     names = [label[b] if len(firsts) == 1 else f"{label[b]} - {label[a]}" for a, b in pairs]
     measures = list(dict.fromkeys(r.measure for r in rows))
-    columns = min(4, len(measures))
-    down = -(-len(measures) // columns)
-    figure = Figure(figsize=(1.6 + 2.3 * columns, down * (0.75 + 0.22 * len(pairs)) + 0.3))
+    if len(pairs) == 1:
+        panels, lines = [""], [(r.measure, [("", r)]) for r in rows]
+    else:
+        panels = measures
+        lines = [
+            (name, [(r.measure, r) for r in rows if (r.first, r.other) == pair])
+            for name, pair in zip(names, pairs, strict=True)
+        ]
+    columns = min(4, len(panels))
+    down = -(-len(panels) // columns)
+    width = 6.5 if len(pairs) == 1 else 1.6 + 2.3 * columns
+    figure = Figure(figsize=(width, down * (0.75 + 0.22 * len(lines)) + 0.3))
     grid = figure.subplots(down, columns, squeeze=False, sharey=True)
-    for ax, measure in zip(grid.flat, measures, strict=False):
-        for y, pair in enumerate(pairs):
-            for r in rows:
-                if r.measure == measure and (r.first, r.other) == pair:
-                    colour, full = COLOURS[0], r.verdict == SHOWN
-                    ax.plot((r.low, r.high), (y, y), color=colour, linewidth=1.5)
-                    ax.plot(
-                        r.difference, y, "o", color=colour, markersize=5, markerfacecolor=colour if full else "white"
-                    )
+    for ax, panel in zip(grid.flat, panels, strict=False):
+        for y, (_, some) in enumerate(lines):
+            for r in (r for of, r in some if of == panel):
+                full = COLOURS[0] if r.verdict == SHOWN else "white"
+                ax.plot((r.low, r.high), (y, y), color=COLOURS[0], linewidth=1.5)
+                ax.plot(r.difference, y, "o", color=COLOURS[0], markersize=5, markerfacecolor=full)
         ax.axvline(0, color="#888888", linewidth=0.8)
-        ax.set_title(measure, fontsize=8)
+        ax.set_title(panel, fontsize=8)
         ax.tick_params(labelsize=7)
-        ax.set_yticks(range(len(pairs)), names)
-        ax.set_ylim(len(pairs) - 0.5, -0.5)
-    for ax in list(grid.flat)[len(measures) :]:
+        ax.set_yticks(range(len(lines)), [name for name, _ in lines])
+        ax.set_ylim(len(lines) - 0.5, -0.5)
+    for ax in list(grid.flat)[len(panels) :]:
         ax.set_visible(False)
-    against = f"against {label[next(iter(firsts))]}, " if len(firsts) == 1 else ""
-    figure.text(0.01, 0.005, f"points {against}95%; filled: shown after Holm's correction", fontsize=7)
+    who = f"{names[0]} against " if len(pairs) == 1 else "against "
+    against = f" {who}{label[next(iter(firsts))]}," if len(firsts) == 1 else ","
+    figure.text(0.01, 0.005, f"points{against} 95%; filled: shown after Holm's correction", fontsize=7)
     _save(figure, path)
 
 

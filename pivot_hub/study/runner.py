@@ -76,7 +76,7 @@ def run_study(
                     continue
                 waiting.remove(cell)
                 if any(facts and facts["status"] != "done" for facts in needs):
-                    done[cell.name] = {"status": "not started", "reason": "a run it starts from failed"}
+                    done[cell.name] = _facts(cell) | {"status": "not started", "reason": "a run it starts from failed"}
                     _write_cell(output, cell, done[cell.name])
                     continue
                 running[pool.submit(run_cell, str(study.path), cell, output)] = cell
@@ -108,7 +108,7 @@ def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
     study = load_study(path)
     began = time.monotonic()
     spec = study.spec.runs[cell.run]
-    facts: dict[str, Any] = {"run": cell.run, "seed": cell.seed, "candidate": cell.rate}
+    facts = _facts(cell)
     try:
         rate = chosen_rate(study, cell, output) if cell.rate is None else cell.rate
         loaded = None if spec.recipe is None else study.load(cell, rate, _parts(study, cell, output))
@@ -228,6 +228,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _facts(cell: Cell) -> dict[str, Any]:
+    return {"run": cell.run, "seed": cell.seed, "candidate": cell.rate}
 
 
 def _write_cell(output: Path, cell: Cell, facts: dict[str, Any]) -> None:
