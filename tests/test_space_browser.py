@@ -527,7 +527,7 @@ def test_keyboard_alone(visit: Any) -> None:
     p = page.page
     p.locator("#examples button").nth(2).focus()
     page.act(lambda: p.keyboard.press("Enter"))
-    assert "green triangle" in page.text()
+    assert "cyan cross" in page.text()
     reached: set[str] = set()
     for _ in range(60):
         p.keyboard.press("Tab")
