@@ -295,6 +295,16 @@ def test_a_mistake_in_the_file_is_named_before_anything_is_trained(
     assert str(study) in str(error.value) or "override" in str(error.value)
 
 
+def test_remarks_are_no_part_of_the_plan(tmp_path: Path) -> None:
+    study = miniature(tmp_path, {"sft", "instruct"})
+    before = load_study(study).sha256
+    spec = yaml.safe_load(study.read_text())
+    study.write_text(yaml.safe_dump(spec | {"remarks": ["Seen afterwards."]}, sort_keys=False))
+    assert load_study(study).sha256 == before
+    study.write_text(yaml.safe_dump(spec | {"threats": []}, sort_keys=False))
+    assert load_study(study).sha256 != before
+
+
 def test_an_unknown_study_names_those_there_are() -> None:
     with pytest.raises(RecipeError, match="shapes/study"):
         load_study("shapes/studdy")

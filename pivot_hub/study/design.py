@@ -104,6 +104,7 @@ class StudySpec(Strict):
         measures: names of tasks and their metric, as in `Shape: shapes/shape balanced_accuracy`.
         runs: by name, each after those it needs.
         factors: sections of the report; the first is the primary one.
+        remarks: written after the runs, and so no part of the plan and its hash.
     """
 
     title: str
@@ -119,6 +120,7 @@ class StudySpec(Strict):
     measures: dict[str, str]
     runs: dict[str, RunSpec]
     factors: list[FactorSpec] = Field(min_length=1)
+    remarks: list[str] = Field([])
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Study:
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.spec.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        plan = self.spec.model_dump(mode="json", exclude={"remarks"})
+        return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def sizes(self) -> Sizes:

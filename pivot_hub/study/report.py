@@ -122,6 +122,9 @@ def report_text(study: Study, table: StudyTable, rows: Sequence[Sequence[Row]], 
         lines.append(f"- {factor.title}: {len(silent)} of {len(some)} differences{reach}.")
     lines += ["", "## Threats to validity", ""]
     lines += [f"- {threat.strip()}" for threat in spec.threats]
+    if spec.remarks:
+        lines += ["", "## Remarks, written after the runs", ""]
+        lines += [f"- {remark.strip()}" for remark in spec.remarks]
     return "\n".join([*lines, ""])
 
 
