@@ -68,6 +68,7 @@ def miniature(folder: Path, runs: set[str] | None = None, of: Path = SHAPES) -> 
         if "recipe" in run:
             small = ["args.per_device_train_batch_size=4", "data.0.rows=8", "args.save_strategy='no'"]
             small.append("args.dataloader_num_workers=0")
+            small += ["architecture.num_hidden_layers=2"] if run["recipe"].startswith("0-") else []
             run["change"] = [*run.get("change", []), *small]
     for factor in spec["factors"]:
         factor["pairs"] = [pair for pair in factor["pairs"] if set(pair) <= needed]
@@ -399,9 +400,10 @@ def _wait_for(what: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shapes", "shapes-224"])
-def test_a_miniature_of_the_whole_study(name: str, tmp_path: Path) -> None:
-    study = miniature(tmp_path, of=RECIPES / name)
+@pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"})], ids=["shapes", "224"])
+def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
+    """Of the one for a GPU the primary comparison, base parts first."""
+    study = miniature(tmp_path, runs, of=RECIPES / name)
     run_study(study, tmp_path / "out", jobs=2, say=print)
     table = collect_table(load_study(study), tmp_path / "out")
     assert {r["status"] for r in table.rows} == {"done"}
