@@ -142,8 +142,9 @@ def _answer(study: Study, rows: Sequence[Row], label: dict[str, str]) -> str:
             [r.measure for r in some if r.verdict == SHOWN and (r.difference > 0) == over] for over in (True, False)
         )
         parts = [f"above it on {', '.join(up)}"] * bool(up) + [f"below it on {', '.join(down)}"] * bool(down)
-        shown = " and ".join(parts) or "not shown to differ from it"
-        said.append(f"Held against {first}, {other} is {shown} ({len(some)} measures, {some[0].seeds} seeds).")
+        silent = len(some) - len(up) - len(down)
+        parts += [f"not shown to differ on {silent} of {len(some)} measures"] * bool(silent)
+        said.append(f"Held against {first}, {other} is {'; '.join(parts)} ({some[0].seeds} seeds).")
     return " ".join(said)
 
 
