@@ -415,7 +415,7 @@ def test_lengths_of_a_report_go_before_what_was_expected(folder: Path) -> None:
 
 def test_shapes_are_counted_from_their_recipe() -> None:
     plan = plan_stage(load_recipe("shapes/3-dpo"), "single", 1, device="cpu")
-    assert (plan.rows, plan.steps, plan.precision) == (1536, 24, "float32")
+    assert (plan.rows, plan.steps, plan.precision) == (1536, 48, "float32")
     assert any("a row of shapes" in each for each in plan.assumptions)
     assert plan.memory[0].total < GIB * 10
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -242,6 +243,20 @@ def test_the_command_reports_and_seeds_are_compared(made: tuple[Path, Path], tmp
 def test_no_table_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="`pivot study` writes one"):
         read_table(tmp_path / "study.parquet")
+
+
+def test_a_killed_process_is_a_sentence_and_the_environment_stays_as_it_was(tmp_path: Path) -> None:
+    """Tests and callers that start processes after a study give them the threads that they had."""
+
+    def kill(line: str) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    before = dict(os.environ)
+    study = miniature(tmp_path, {"base", "sft"})
+    with pytest.raises(TrainingError, match=r"killed from outside.*run the same command again, with fewer --jobs"):
+        run_study(study, tmp_path / "out", say=kill)
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow

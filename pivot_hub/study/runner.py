@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,50 +56,62 @@ def run_study(
 
     Raises:
         RecipeError: the study's file, or a recipe with its overrides, is wrong.
-        TrainingError: cells failed; the sentence names the first.
+        TrainingError: cells failed (the sentence names the first), or a process was killed.
     """
     study = load_study(path)
-    cells = study.cells()
-    done: dict[str, dict[str, Any]] = {}
-    started = time.monotonic()
-    trained = 0
-    running: dict[Future[dict[str, Any]], Cell] = {}
-    for name in THREADS:  # processes that share cores slow each other many times over
-        os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // jobs)))
     context = multiprocessing.get_context("spawn")
-    waiting = list(cells)
-    with ProcessPoolExecutor(jobs, context, _set_up, (context.Value("i", 0),)) as pool:
-        while waiting or running:
-            for cell in list(waiting):
-                if len(running) == jobs:
-                    break
-                needs = [done.get(n.name) for n in study.needs(cell)]
-                if None in needs:
-                    continue
-                waiting.remove(cell)
-                if any(facts and facts["status"] != "done" for facts in needs):
-                    done[cell.name] = _facts(cell) | {"status": "not started", "reason": "a run it starts from failed"}
-                    _write_cell(output, cell, done[cell.name])
-                    continue
-                running[pool.submit(run_cell, str(study.path), cell, output)] = cell
-            if not running:
-                continue
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                facts = done[cell.name] = future.result()
-                trained += not facts.pop("kept", False)
-                rest = len(cells) - len(done)
-                pace = (time.monotonic() - started) / trained if trained else 0
-                left = f", about {rest * pace / 60:.0f} min left" if trained and rest else ""
-                how = facts["status"] if facts["status"] == "done" else f"{facts['status']}: {facts['reason']}"
-                say(f"{len(done)}/{len(cells)} {cell.name}: {how}, {facts.get('duration_s', 0):.0f} s{left}")
+    try:
+        with _share_of_cores(jobs), ProcessPoolExecutor(jobs, context, _set_up, (context.Value("i", 0),)) as pool:
+            done = _run_cells(study, output, pool, jobs, say)
+    except BrokenProcessPool:
+        raise TrainingError(
+            "a process of the study was killed from outside, for want of memory perhaps. What is finished is kept: run "
+            "the same command again, with fewer --jobs if it happens once more."
+        ) from None
     failed = [name for name, facts in done.items() if facts["status"] == "failed"]
     if failed:
         raise TrainingError(
-            f"{len(failed)} of {len(cells)} runs failed, {failed[0]} first: {done[failed[0]]['reason']} The table has "
+            f"{len(failed)} of {len(done)} runs failed, {failed[0]} first: {done[failed[0]]['reason']} The table has "
             "them all; run the same command again to try them once more."
         )
     return study
+
+
+def _run_cells(
+    study: Study, output: Path, pool: ProcessPoolExecutor, jobs: int, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Give the pool every cell whose needs are done, and return the facts of all by name."""
+    waiting = study.cells()
+    number = len(waiting)
+    done: dict[str, dict[str, Any]] = {}
+    running: dict[Future[dict[str, Any]], Cell] = {}
+    started, trained = time.monotonic(), 0
+    while waiting or running:
+        for cell in list(waiting):
+            if len(running) == jobs:
+                break
+            needs = [done.get(n.name) for n in study.needs(cell)]
+            if None in needs:
+                continue
+            waiting.remove(cell)
+            if any(facts and facts["status"] != "done" for facts in needs):
+                facts = _facts(cell) | {"status": "not started", "reason": "a run it starts from failed"}
+                done[cell.name] = facts
+                _write_cell(output, cell, facts)
+                continue
+            running[pool.submit(run_cell, str(study.path), cell, output)] = cell
+        if not running:
+            continue
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            cell = running.pop(future)
+            facts = done[cell.name] = future.result()
+            trained += not facts.pop("kept", False)
+            rest = number - len(done)
+            pace = (time.monotonic() - started) / trained if trained else 0
+            left = f", about {rest * pace / 60:.0f} min left" if trained and rest else ""
+            how = facts["status"] if facts["status"] == "done" else f"{facts['status']}: {facts['reason']}"
+            say(f"{len(done)}/{number} {cell.name}: {how}, {facts.get('duration_s', 0):.0f} s{left}")
+    return done
 
 
 def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
@@ -210,6 +224,22 @@ def _key(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) ->
     recipe = None if loaded is None else loaded.recipe.model_copy(update={"model": None}).sha256()
     made = [FORMAT, cell.name, recipe, needed, measured]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _share_of_cores(jobs: int) -> Iterator[None]:
+    """Processes started within take their share of the cores: those that want all of them slow each other many times.
+
+    What the environment says already holds, and it is as before afterwards.
+    """
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    ours = [name for name in THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, share))
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _set_up(number: Any) -> None:
