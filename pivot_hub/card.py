@@ -18,12 +18,13 @@ from typing import Any, Literal
 import jinja2
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pivot_hub.errors import CardError, ProbeError
 from pivot_hub.model_index import eval_files, eval_results, file_differences, index_differences
 from pivot_hub.probes.result import ProbeResult, read_results
-from pivot_hub.recipe import PACKAGE, LoadedRecipe, ShapesData, Strict, load_recipe
+from pivot_hub.recipe import PACKAGE, LoadedRecipe, ShapesData, load_recipe
+from pivot_hub.yaml_file import Strict, check_keys, read_yaml
 
 CARDS = PACKAGE / "model_cards" if (PACKAGE / "model_cards").is_dir() else PACKAGE.parent / "model_cards"
 FIGURE = "sft-against-dpo.png"
@@ -155,14 +156,8 @@ def read_prose(path: str | Path) -> Prose:
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in CARDS.glob("*.yaml")))
         raise CardError(f"{file.name}: there is no prose of this name; give a file with --prose, or one of {known}.")
-    try:
-        prose = Prose.model_validate(yaml.safe_load(file.read_text()))
-    except yaml.YAMLError as error:
-        raise CardError(f"{file.name}: not YAML: {' '.join(str(error).split())}.") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "the file"
-        raise CardError(f"prose.{key} in {file.name}: {first['msg']}.") from error
+    raw, where = read_yaml(file, "the prose of a card is a mapping of keys; start with `about:`", CardError)
+    prose = check_keys(Prose, raw, where, CardError)
     for text in (prose.about, *prose.limits):
         if found := NUMBER.search(text):
             said = text[max(0, found.start() - 20) : found.end()]

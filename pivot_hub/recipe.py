@@ -6,19 +6,20 @@ valid key, arguments are checked against the TRL trainer that will receive them,
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from pivot_hub.errors import RecipeError
+from pivot_hub.yaml_file import Strict, Where, check_keys, nearest, read_yaml
 
 PACKAGE = Path(__file__).parent
 # In a wheel the recipes lie inside the package, in a checkout beside it.
@@ -37,12 +38,6 @@ RESERVED_ARGS = {
     "resume_from_checkpoint": "nothing: a stopped run resumes by itself",
     "push_to_hub": "`pivot push`, after the run",
 }
-
-
-class Strict(BaseModel):
-    """A section of a recipe: unknown keys raise, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSpec(Strict):
@@ -110,7 +105,15 @@ class FileData(Strict):
 
 
 DataSpec = Annotated[ShapesData | FileData, Field(discriminator="format")]
-Rate = Annotated[float, Field(gt=0)]
+
+
+def _positive(rate: float) -> float:
+    if not rate > 0:  # nor is what is no number
+        raise PydanticCustomError("rate", "a rate is positive; leave it out to freeze")
+    return rate
+
+
+Rate = Annotated[float, AfterValidator(_positive)]
 
 
 class Rates(Strict):
@@ -160,7 +163,7 @@ class Recipe(Strict):
     tokenizer_size: int | None = Field(None, ge=300)
     learning_rate: Rates
     data: list[DataSpec] = Field(min_length=1)
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field({})
     global_batch: int | None = Field(None, ge=1)
     lora: LoraSpec | None = None
     labels: Literal["llava_next"] | None = None
@@ -230,33 +233,19 @@ def _find(path: Path) -> Path:
             return candidate.resolve()
     known = [str(p.relative_to(RECIPES).with_suffix("")) for p in recipe_files()]
     folders = ", ".join(sorted({name.split("/")[0] for name in known}))
-    raise RecipeError(f"{path}: no such recipe{_nearest(str(path), known)}; folders of shipped ones: {folders}.")
+    raise RecipeError(f"{path}: no such recipe{nearest(str(path), known)}; folders of shipped ones: {folders}.")
 
 
 def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> LoadedRecipe:
     if path in children:
         raise RecipeError(f"{path}: the recipe is its own ancestor; name another parent.")
-    try:
-        node = yaml.compose(path.read_text())
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{mark.line + 1}" if mark else "?"
-        problem = getattr(error, "problem", None) or error
-        raise RecipeError(f"{path}:{line}: not YAML: {problem}.") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}:1: a recipe is a mapping of keys; start with `stage:`.")
-    lines = _lines(node)
+    raw, where = read_yaml(path, "a recipe is a mapping of keys; start with `stage:`", RecipeError)
     # Parts are named once, by the oldest ancestor: an override of them is for it.
     inherited = [o for o in overrides if o.startswith("model.") and "model" not in raw and "parent" in raw]
     for override in overrides:
         if override not in inherited:
-            lines[_override(raw, override)] = f"override {override}"
-    where = _Where(path, lines)
-    try:
-        recipe = Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(_explain(error, where)) from error
+            where.lines[_override(raw, override)] = f"override {override}"
+    recipe = check_keys(Recipe, raw, where, RecipeError)
     parent = _parent(recipe, path, where, children, inherited)
     if recipe.model is None and parent is not None:
         recipe = recipe.model_copy(update={"model": parent.recipe.model})
@@ -266,18 +255,18 @@ def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> L
 
 
 def _parent(
-    recipe: Recipe, path: Path, where: _Where, children: tuple[Path, ...], overrides: Sequence[str]
+    recipe: Recipe, path: Path, where: Where, children: tuple[Path, ...], overrides: Sequence[str]
 ) -> LoadedRecipe | None:
     if recipe.parent is None:
         return None
     file = path.parent / recipe.parent
     if not file.is_file():
-        near = _nearest(recipe.parent, [p.name for p in path.parent.glob("*.yaml")])
+        near = nearest(recipe.parent, [p.name for p in path.parent.glob("*.yaml")])
         raise RecipeError(f"{where('parent')}: parent {recipe.parent!r} is not beside this recipe{near}.")
     return _load(file.resolve(), overrides, (*children, path))
 
 
-def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> None:
+def _check_stage(recipe: Recipe, where: Where, parent: LoadedRecipe | None) -> None:
     """What a stage needs beyond the types of its keys."""
     stage, base_part = recipe.stage, recipe.stage in ("vision", "language")
     if base_part and recipe.architecture is None:
@@ -310,7 +299,7 @@ def _check_stage(recipe: Recipe, where: _Where, parent: LoadedRecipe | None) -> 
             raise RecipeError(f"{where('data', i, 'slip')}: `slip` is for content: pairs.")
 
 
-def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:
+def _check_args(recipe: Recipe, where: Where) -> dict[str, Any]:
     """Check trainer arguments by name and type against the config class that will receive them."""
     known = _trainer_fields(recipe.stage)
     checked = {}
@@ -321,7 +310,7 @@ def _check_args(recipe: Recipe, where: _Where) -> dict[str, Any]:
         if key in RESERVED_ARGS:
             raise RecipeError(f"{where('args', key)}: `{key}` is not set here; use {RESERVED_ARGS[key]}.")
         if key not in known:
-            raise RecipeError(f"{where('args', key)}: unknown argument `{key}`{_nearest(key, known)}.")
+            raise RecipeError(f"{where('args', key)}: unknown argument `{key}`{nearest(key, known)}.")
         try:
             checked[key] = TypeAdapter(known[key]).validate_python(value)
         except ValidationError as error:
@@ -342,32 +331,6 @@ def _trainer_fields(stage: Stage) -> dict[str, Any]:
     config = trainer_config(stage)
     hints = get_type_hints(config)
     return {f.name: hints[f.name] for f in fields(config) if f.init}
-
-
-class _Where:
-    """Names the place of a key: file and line, or the override that set it."""
-
-    def __init__(self, path: Path, lines: dict[tuple[str | int, ...], int | str]) -> None:
-        self.path, self.lines = path, lines
-
-    def __call__(self, *key: str | int) -> str:
-        while key and key not in self.lines:
-            key = key[:-1]
-        line = self.lines.get(key, 1)
-        return line if isinstance(line, str) else f"{self.path}:{line}"
-
-
-def _lines(node: yaml.Node | None, prefix: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int | str]:
-    found: dict[tuple[str | int, ...], int | str] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            found[(*prefix, key.value)] = key.start_mark.line + 1
-            found |= _lines(value, (*prefix, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            found[(*prefix, i)] = value.start_mark.line + 1
-            found |= _lines(value, (*prefix, i))
-    return found
 
 
 def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
@@ -391,39 +354,3 @@ def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
     except (IndexError, TypeError, yaml.YAMLError) as error:
         raise RecipeError(f"override {override}: cannot be set there: {error}.") from error
     return tuple(keys)
-
-
-def _explain(error: ValidationError, where: _Where) -> str:
-    """One sentence for the first mistake pydantic found."""
-    # A mistyped key is both unknown and missed: say what was written.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    # Drop the discriminator's tag, which is no key of the file: ('data', 0, 'shapes', 'rows').
-    location = first["loc"]
-    if len(location) > 2 and location[0] == "data":
-        location = (*location[:2], *location[3:])
-    key = ".".join(str(k) for k in location)
-    if first["type"] == "extra_forbidden":
-        near = _nearest(str(location[-1]), _keys_at(first["loc"]))
-        return f"{where(*location)}: unknown key `{key}`{near}."
-    if first["type"] == "missing":
-        return f"{where(*location)}: `{key}` is missing; add it."
-    if first["type"] == "greater_than" and location[0] == "learning_rate":
-        return f"{where(*location)}: `{key}` is {first['input']!r}: a rate is positive; leave it out to freeze."
-    return f"{where(*location)}: `{key}` is {first['input']!r}: {first['msg']}."
-
-
-def _keys_at(location: Sequence[str | int]) -> Iterable[str]:
-    schemas: dict[str, type[BaseModel]] = {
-        **{"model": ModelSpec, "learning_rate": Rates},
-        **{"shapes": ShapesData, "world": WorldSpec, "expect": Expected, "lora": LoraSpec},
-        **dict.fromkeys(get_args(FileData.model_fields["format"].annotation), FileData),
-    }
-    for key in reversed(location[:-1]):
-        if key in schemas:
-            return schemas[str(key)].model_fields
-    return Recipe.model_fields
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else ""

@@ -200,7 +200,7 @@ def test_prose_holds_no_number_of_a_result_and_no_unknown_key(tmp_path: Path) ->
     for change, said in (
         ({"about": "It reaches 79.4 percent."}, "numbers come from results"),
         ({"limits": ["Up to 3.7 points worse."]}, "numbers come from results"),
-        ({"metrics": ["accuracy"]}, "prose.metrics in mine.yaml"),
+        ({"metrics": ["accuracy"]}, "unknown key `metrics`"),
     ):
         file.write_text(yaml.safe_dump({**good, **change}))
         with pytest.raises(CardError, match=re.escape(said)):

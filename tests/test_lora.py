@@ -75,7 +75,7 @@ def test_a_stage_with_lora_trains_the_encoder_and_writes_a_plain_model(
 def test_lora_needs_a_head_that_trains(recipes: Path) -> None:
     with pytest.raises(RecipeError, match=r"`lora` trains the language head: give `learning_rate.language`"):
         load_recipe(recipes / "1-align.yaml", ["lora={rank: 4}"])
-    with pytest.raises(RecipeError, match=r"unknown key `lora.ranks`; did you mean `rank`"):
+    with pytest.raises(RecipeError, match=r"unknown key `lora.ranks` \(did you mean `rank`\?\)"):
         load_recipe(recipes / "3-sft.yaml", ["lora={ranks: 4}"])
 
 

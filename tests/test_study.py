@@ -290,15 +290,15 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
     ("change", "said"),
     [
         (lambda s: s["seeds"].append(100), "`search_seed` 100 is one of `seeds`"),
-        (lambda s: s["runs"]["dpo"].update(parent="instuct"), "did you mean 'instruct'"),
+        (lambda s: s["runs"]["dpo"].update(parent="instuct"), "did you mean `instruct`"),
         (lambda s: s["runs"]["dpo-frozen"].update(rate_of="instruct"), "has no `rates`"),
-        (lambda s: s["factors"][0].update(measures=["color"]), "did you mean 'colour'"),
+        (lambda s: s["factors"][0].update(measures=["color"]), "did you mean `colour`"),
         (lambda s: s["factors"][0].update(pairs=[["sft", "dpo2"]]), "which is no run"),
         (lambda s: s["runs"]["dpo"].update(recipe=None), "needs `recipe` or `encoder`"),
         (lambda s: s["runs"]["dpo"]["change"].append("args.betta=1"), "did you mean `beta`"),
-        (lambda s: s["runs"]["dpo"].update(rats=[1e-5]), "Extra inputs are not permitted"),
+        (lambda s: s["runs"]["dpo"].update(rats=[1e-5]), "unknown key `runs.dpo.rats` (did you mean `rates`?)"),
         (lambda s: s["sizes"].update(scenes=4), "`sizes.scenes` is not known"),
-        (_without("seeds"), "`seeds`: Field required"),
+        (_without("seeds"), "`seeds` is missing; add it"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_anything_is_trained(

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pivot_hub.data.shapes import World
 from pivot_hub.errors import RecipeError
 from pivot_hub.probes.run import Sizes
-from pivot_hub.recipe import RECIPES, LoadedRecipe, Rate, Strict, WorldSpec, load_recipe
+from pivot_hub.recipe import RECIPES, LoadedRecipe, Rate, WorldSpec, load_recipe
+from pivot_hub.yaml_file import Strict, check_keys, nearest, read_yaml
 
 Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients"]
 
@@ -259,14 +258,8 @@ def load_study(path: str | Path) -> Study:
     if file is None:
         shipped = ", ".join(sorted(f"{p.parent.name}/{p.stem}" for p in RECIPES.glob("*/study*.yaml")))
         raise RecipeError(f"{path}: no such study; give a file, or one of: {shipped}.")
-    try:
-        spec = StudySpec.model_validate(yaml.safe_load(file.read_text()))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not YAML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"]) or "the file"
-        raise RecipeError(f"{file}: `{place}`: {first['msg']}; the keys are those of `pivot_hub.study`.") from error
+    raw, where = read_yaml(file, "a study is a mapping of keys; start with `title:`", RecipeError)
+    spec = check_keys(StudySpec, raw, where, RecipeError)
     study = Study(spec, file.resolve())
     for problem in _problems(study):
         raise RecipeError(f"{file}: {problem}")
@@ -286,7 +279,7 @@ def _problems(study: Study) -> Iterator[str]:
         for key in ("parent", "vision", "language", "rate_of"):
             other = getattr(run, key)
             if other is not None and other not in known[:place]:
-                yield f"`runs.{name}.{key}` {other!r} is no run before it{_near(other, known)}."
+                yield f"`runs.{name}.{key}` {other!r} is no run before it{nearest(other, known)}."
         if run.rate_of and not spec.runs[run.rate_of].rates:
             yield f"`runs.{name}.rate_of` {run.rate_of!r} has no `rates`."
     for i, factor in enumerate(spec.factors):
@@ -294,15 +287,10 @@ def _problems(study: Study) -> Iterator[str]:
         listed = factor.levels or Levels(runs=[], measures=[])
         for name in (*(n for pair in factor.pairs for n in pair), *curve, *listed.runs):
             if name not in known:
-                yield f"`factors.{i}` names {name!r}, which is no run{_near(name, known)}."
+                yield f"`factors.{i}` names {name!r}, which is no run{nearest(name, known)}."
         for measure in (*factor.measures, *listed.measures):
             if measure not in spec.measures:
-                yield f"`factors.{i}.measures` names {measure!r}, which is no measure{_near(measure, spec.measures)}."
+                yield f"`factors.{i}.measures` names {measure!r}, which is no measure{nearest(measure, spec.measures)}."
     for cell in study.cells():
         if spec.runs[cell.run].recipe is not None:
             study.load(cell, cell.rate)
-
-
-def _near(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
