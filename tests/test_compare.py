@@ -32,8 +32,8 @@ def result(name: str, task: str, hits: np.ndarray, **changes: Any) -> ProbeResul
     return measure(task, "accuracy", hits, protocol="p", seed=0, duration_s=0, **conditions)
 
 
-def hits(rate: float, seed: int) -> np.ndarray:
-    return (np.random.default_rng(seed).random(N) < rate).astype(float)
+def hits(rate: float, seed: int, n: int = N) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < rate).astype(float)
 
 
 def test_a_clear_difference_is_called_and_noise_is_not() -> None:
@@ -79,7 +79,7 @@ def test_few_families_of_equal_encoders_call_any_difference() -> None:
     called = 0
     for family in range(60):
         pairs = {
-            name: [result(name, f"t{i}", hits(0.5, 1000 * family + 20 * i + k)) for i in range(8)]
+            name: [result(name, f"t{i}", hits(0.5, 1000 * family + 20 * i + k, n=150)) for i in range(8)]
             for k, name in enumerate(("sft", "dpo"))
         }
         called += any(r.verdict != NONE_SHOWN for r in compare_results(pairs, draws=1000).rows)

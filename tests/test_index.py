@@ -123,6 +123,7 @@ print(most)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """Ten times the rows, 60 MB more of JSON, take hardly more memory to read, check and go through."""

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from pivot_hub.card import card_problems
+from pivot_hub.cli import main
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.local_hub.store import Store
 from pivot_hub.probes.run import Sizes
@@ -123,10 +124,8 @@ def test_push_local_ends_with_the_encoders_on_a_hub_and_loads_them_by_name(outpu
     assert not (output / "hub" / "pivot" / "shapes-base" / "README.md").is_symlink()
 
 
-def pivot(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pivot_hub", *arguments], capture_output=True, text=True, check=False, cwd=cwd
-    )
+def pivot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pivot_hub", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
@@ -173,12 +172,21 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, arguments: list[str], code: int, said: str
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = pivot(*arguments, cwd=tmp_path)
-    assert done.returncode == code
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pivot", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert "Traceback" not in told
     assert not list(tmp_path.iterdir())
 
 
