@@ -92,7 +92,7 @@ def train(
         if submit:
             raise typer.Exit(subprocess.run(command, check=False).returncode)
         return
-    from pivot_hub.training.stage import run_stage
+    from pivot_hub.training.stage import leave_processes, run_stage
 
     for earlier in loaded.lineage()[:-1] if parents else []:
         run_stage(earlier, runs, say=say)
@@ -100,9 +100,7 @@ def train(
     if is_first():
         say(f"checkpoint: {folder}")
         write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
+    leave_processes()
 
 
 @app.command()

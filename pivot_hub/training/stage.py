@@ -144,6 +144,19 @@ def _processes(recipe: Recipe) -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(seconds=recipe.args.get("ddp_timeout", 1800)))
 
 
+def leave_processes() -> None:
+    """End this process's part in the run, before the interpreter ends.
+
+    Gloo's threads let go of the last message's tensors under the interpreter's lock, for which they wait while this
+    thread is busy. One that still waits when the interpreter ends aborts the process, whose run was finished: see
+    https://github.com/pytorch/pytorch/pull/179291. Whoever sleeps gives the lock away.
+    """
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        time.sleep(0.1)
+
+
 def _on_main(act: Callable[[], T]) -> T:
     """Let the main process act; what it returns or raises, every process returns or raises."""
     state = PartialState()
