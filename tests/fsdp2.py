@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from pivot_hub.mllm import load_mllm
+from pivot_hub.training.stage import leave_processes
 from tests.test_pairs import ROWS, step, trainer
 
 
@@ -45,3 +46,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()

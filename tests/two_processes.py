@@ -19,6 +19,7 @@ from pivot_hub.errors import TrainingError
 from pivot_hub.mllm import load_mllm
 from pivot_hub.training.dpo import PivotDPOTrainer
 from pivot_hub.training.reference import ReferenceCache
+from pivot_hub.training.stage import leave_processes
 from tests.test_pairs import ROWS, trainer
 
 
@@ -54,3 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_processes()
