@@ -18,7 +18,7 @@ from rich.table import Table
 
 from pivot_hub.card import read_prose
 from pivot_hub.data.shapes import World
-from pivot_hub.encoder.extract import extract_encoder
+from pivot_hub.encoder.extract import extract_once
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.figure import draw_rows
 from pivot_hub.files import whole_folder, write_json, write_whole
@@ -177,9 +177,7 @@ def _command(seed: int, overrides: Sequence[str]) -> str:
 
 
 def _extract_once(checkpoint: Path, target: Path, command: str, say: Callable[[str], None]) -> Path:
-    made_from = _read(target / "provenance.json").get("mllm_weights_sha256")
-    if made_from != weights_sha256(checkpoint):
-        extract_encoder(checkpoint, target, command)
+    if extract_once(checkpoint, target, command):
         say(f"encoder: {target}")
     return target
 

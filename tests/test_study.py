@@ -178,14 +178,20 @@ def test_encoders_are_whose_they_are_said_to_be(made: tuple[Path, Path]) -> None
 def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(made: tuple[Path, Path]) -> None:
     study, out = made
     said: list[str] = []
-    before = {f: f.stat().st_mtime_ns for f in out.rglob("*.json")}
+    own = out / "encoders" / "dpo" / "seed-1"
+    before = {f: f.stat().st_mtime_ns for f in out.rglob("*.json") if own not in f.parents}
     lost = out / "results" / "dpo" / "seed-1.json"
     kept = [(r.task, r.metric, r.value) for r in read_results(lost)]
     lost.unlink()
+    # An encoder of another checkpoint is no encoder of this run's, whatever its folder is called.
+    weights = (own / "model.safetensors").read_bytes()
+    shutil.rmtree(own)
+    shutil.copytree(out / "encoders" / "sft" / "seed-1", own)
     run_study(study, out, jobs=1, say=said.append)
     changed = {f for f, at in before.items() if f.stat().st_mtime_ns != at}
     assert changed == {lost, out / "cells" / "dpo" / "seed-1.json"}
     assert [(r.task, r.metric, r.value) for r in read_results(lost)] == kept
+    assert (own / "model.safetensors").read_bytes() == weights
 
 
 def test_the_report_follows_from_the_table_to_the_byte(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -44,6 +44,15 @@ def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | N
     )
 
 
+def extract_once(checkpoint: str | Path, output: str | Path, command: str | None = None) -> bool:
+    """Like `extract_encoder`, where `output` is not this checkpoint's encoder already; whether it was not."""
+    file = Path(output) / "provenance.json"
+    if file.is_file() and json.loads(file.read_text()).get("mllm_weights_sha256") == weights_sha256(Path(checkpoint)):
+        return False
+    extract_encoder(checkpoint, output, command)
+    return True
+
+
 def _stage_facts(checkpoint: Path) -> dict[str, Any]:
     """What is known of a checkpoint's making: its provenance, and the `pivot` entry of the config."""
     file = checkpoint / "provenance.json"

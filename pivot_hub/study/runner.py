@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pivot_hub.encoder.extract import extract_encoder
+from pivot_hub.encoder.extract import extract_once
 from pivot_hub.encoder.repository import encoder_facts
 from pivot_hub.errors import PivotError, TrainingError
 from pivot_hub.files import write_json
@@ -177,8 +177,7 @@ def _make(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -
         write_results(results, _validation(study, folder, cell))
         return facts
     encoder = output / "encoders" / cell.name
-    if not encoder.is_dir():
-        extract_encoder(folder, encoder)
+    extract_once(folder, encoder)
     facts["encoder_sha256"] = encoder_facts(str(encoder))["encoder_sha256"]
     if spec.measure and cell.seed in study.spec.seeds:
         found = measure_run(encoder, folder, above, cell.run, spec.measure, study.world, study.harder, study.sizes)
