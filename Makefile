@@ -31,10 +31,11 @@ browser: setup  ## the Space clicked through in Chromium, which the default suit
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
 	$(PY) -m pytest -m conformance -s tests/conformance
 
-lint: setup  ## style and types
+lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

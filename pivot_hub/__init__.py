@@ -11,40 +11,43 @@ _HOMES = {
     "PivotVisionBackbone": "pivot_hub.encoder",
     "PivotVisionConfig": "pivot_hub.encoder",
     "PivotVisionModel": "pivot_hub.encoder",
-    "extract_encoder": "pivot_hub.encoder.extract",
+    "extract_encoder": "pivot_hub.mllm.extract",
     "read_encoder": "pivot_hub.encoder.repository",
     "verify_repository": "pivot_hub.encoder.repository",
     "write_repository": "pivot_hub.encoder.repository",
     "encode_folder": "pivot_hub.encoder.encode",
     "export_encoder": "pivot_hub.encoder.export",
-    "build_mllm": "pivot_hub.mllm",
-    "load_mllm": "pivot_hub.mllm",
+    "build_mllm": "pivot_hub.mllm.build",
+    "load_mllm": "pivot_hub.mllm.build",
     "PivotDPOConfig": "pivot_hub.training.dpo",
     "PivotDPOTrainer": "pivot_hub.training.dpo",
-    "load_recipe": "pivot_hub.recipe",
+    "load_recipe": "pivot_hub.config.recipe",
     "run_stage": "pivot_hub.training.stage",
-    "gradient_map": "pivot_hub.gradcam",
+    "gradient_map": "pivot_hub.explain.gradcam",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from pivot_hub.config.recipe import load_recipe as load_recipe
     from pivot_hub.encoder import PivotVisionBackbone as PivotVisionBackbone
     from pivot_hub.encoder import PivotVisionConfig as PivotVisionConfig
     from pivot_hub.encoder import PivotVisionModel as PivotVisionModel
     from pivot_hub.encoder.encode import encode_folder as encode_folder
     from pivot_hub.encoder.export import export_encoder as export_encoder
-    from pivot_hub.encoder.extract import extract_encoder as extract_encoder
     from pivot_hub.encoder.repository import read_encoder as read_encoder
     from pivot_hub.encoder.repository import verify_repository as verify_repository
     from pivot_hub.encoder.repository import write_repository as write_repository
-    from pivot_hub.gradcam import gradient_map as gradient_map
-    from pivot_hub.mllm import build_mllm as build_mllm
-    from pivot_hub.mllm import load_mllm as load_mllm
-    from pivot_hub.recipe import load_recipe as load_recipe
+    from pivot_hub.explain.gradcam import gradient_map as gradient_map
+    from pivot_hub.mllm.build import build_mllm as build_mllm
+    from pivot_hub.mllm.extract import extract_encoder as extract_encoder
+    from pivot_hub.mllm.load import load_mllm as load_mllm
     from pivot_hub.training.dpo import PivotDPOConfig as PivotDPOConfig
     from pivot_hub.training.dpo import PivotDPOTrainer as PivotDPOTrainer
     from pivot_hub.training.stage import run_stage as run_stage
+
+
+import pivot_hub.training  # noqa: E402, F401  (registers the stages that recipes may name)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,20 +16,20 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from pivot_hub.card import read_prose
-from pivot_hub.data.shapes import World
-from pivot_hub.encoder.extract import extract_once
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.data.synthetic import World
 from pivot_hub.encoder.repository import read_encoder
-from pivot_hub.figure import draw_rows
+from pivot_hub.explain.figure import draw_rows
+from pivot_hub.explain.gradcam import gradient_map
 from pivot_hub.files import whole_folder, write_json, write_whole
-from pivot_hub.gradcam import gradient_map
-from pivot_hub.mllm import image_px, load_mllm
-from pivot_hub.probes.compare import Comparisons, compare_results
+from pivot_hub.mllm.extract import extract_once
+from pivot_hub.mllm.load import image_px, load_mllm
 from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
+from pivot_hub.probes.significance import Comparisons, compare_results
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
-from pivot_hub.publication import write_card
-from pivot_hub.recipe import load_recipe
+from pivot_hub.publish.card_facts import read_prose
+from pivot_hub.publish.staging import write_card
 from pivot_hub.training.stage import run_stage
 
 STAGES = ("1-align", "2-instruct", "3-sft", "3-dpo")
@@ -152,7 +152,7 @@ def push_quickstart(output: Path, say: Callable[[str], None] = print) -> dict[st
         output: of `run_quickstart`; gets `local-hub/`, and the base encoder with its card beside the other two.
         say: gets progress.
     """
-    from pivot_hub.local_hub.trial import push_local
+    from pivot_hub.publish.push_local import push_local
 
     encoders = output / "hub" / "pivot"
     base = encoders / "shapes-base"

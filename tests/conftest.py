@@ -20,10 +20,10 @@ import pytest  # noqa: E402  (the environment is set before any library reads it
 import torch  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from pivot_hub.data.shapes import World  # noqa: E402
+from pivot_hub.data.synthetic import World  # noqa: E402
 from pivot_hub.training.language import train_tokenizer  # noqa: E402
 from pivot_hub.training.stage import run_lineage  # noqa: E402
-from tests.originals import IMAGE_PX, make_vision  # noqa: E402
+from tests.encoder.originals import IMAGE_PX, make_vision  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pivot_hub.parts import meta_mllm, part_config, published_parts
-from pivot_hub.plan import plan_stage
-from pivot_hub.recipe import RECIPES, load_recipe, recipe_files
+from pivot_hub.config.recipe import RECIPES, load_recipe, recipe_files
+from pivot_hub.mllm.published_configs import meta_mllm, part_config, published_parts
+from pivot_hub.planner.estimate import plan_stage
 
 STAGES = ("1-align", "2-instruct", "3-dpo", "3-sft", "4-frozen")
 FOLDERS = sorted({n for p in recipe_files() if not (n := p.parent.name).startswith("shapes")})

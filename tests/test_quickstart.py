@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel
 
-from pivot_hub.card import card_problems
 from pivot_hub.cli import main
 from pivot_hub.encoder.repository import verify_repository
-from pivot_hub.local_hub.store import Store
 from pivot_hub.probes.run import Sizes
+from pivot_hub.publish.card_check import card_problems
 from pivot_hub.quickstart import push_quickstart, run_quickstart
+from tests.local_server.store import Store
 
 FEW = ["data.0.rows=8", "args.per_device_train_batch_size=4", "args.logging_steps=1"]
 SMALL = Sizes(train=60, validation=20, test=30, questions=30, targets_validation=3, targets_test=4)

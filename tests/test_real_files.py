@@ -22,20 +22,20 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from pivot_hub import PivotVisionConfig
-from pivot_hub.chat import QWEN
+from pivot_hub.data.boxes_and_masks import read_photos
 from pivot_hub.data.llava import parse_conversation
-from pivot_hub.data.meta import read_meta
+from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_vlfeedback_pair
-from pivot_hub.data.region import read_photos
 from pivot_hub.data.row import Row, read_records
 from pivot_hub.data.source import example
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError
+from pivot_hub.mllm.chat_templates import QWEN
 from pivot_hub.training.conversation import ConversationCollator
 from tests.conftest import make_language
-from tests.originals import make_vision
-from tests.test_conversation import processor_with
-from tests.test_formats import index_of, png
+from tests.data.test_formats import index_of, png
+from tests.encoder.originals import make_vision
+from tests.training.test_conversation import processor_with
 
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")

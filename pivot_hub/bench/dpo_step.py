@@ -32,8 +32,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from pivot_hub.chat import QWEN
 from pivot_hub.errors import ProbeError
+from pivot_hub.mllm.chat_templates import QWEN
 from pivot_hub.provenance import machine, versions
 from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
 

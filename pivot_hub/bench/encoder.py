@@ -119,7 +119,7 @@ def _export(source: str, folder: Path, forms: tuple[str, ...]) -> Path:
         from pivot_hub.encoder.export import export_encoder
 
         int8 = any(form.endswith("int8") for form in forms)
-        export_encoder(source, folder, int8=int8, probe=False, say=lambda line: None)
+        export_encoder(source, folder, int8=int8, say=lambda line: None)
     return folder
 
 

@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
+from pivot_hub.config.recipe import RECIPES, load_recipe
 from pivot_hub.data.index import index_rows
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.encoder.configuration_pivot import backbone_of
-from pivot_hub.mllm import read_processor
-from pivot_hub.parts import part_config
-from pivot_hub.plan import plan_stage
+from pivot_hub.mllm.build import read_processor
+from pivot_hub.mllm.published_configs import part_config
+from pivot_hub.planner.estimate import plan_stage
 from pivot_hub.provenance import machine, versions
-from pivot_hub.recipe import RECIPES, load_recipe
 from pivot_hub.training.conversation import ConversationCollator
 from pivot_hub.training.row_check import RowCheck
 

@@ -13,7 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from pivot_hub.errors import ProbeError
-from pivot_hub.probes.logistic import CELLS, fit_logistic
+from pivot_hub.probes.classification.logistic import CELLS, fit_logistic
 from pivot_hub.provenance import machine, versions
 
 KINDS = ("random", "correlated")

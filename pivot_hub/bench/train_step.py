@@ -17,14 +17,15 @@ from transformers import LlavaForConditionalGeneration, PrinterCallback, Progres
 from trl import SFTConfig
 
 from pivot_hub.bench.dpo_step import PEAK_FLOPS, word_processor
-from pivot_hub.chat import QWEN
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.encoder.configuration_pivot import backbone_of, prefix_tokens
 from pivot_hub.errors import ProbeError
-from pivot_hub.mllm import freeze_parts
-from pivot_hub.parts import meta_mllm, part_config
-from pivot_hub.plan import Device, Plan, plan_stage
+from pivot_hub.mllm.chat_templates import QWEN
+from pivot_hub.mllm.published_configs import meta_mllm, part_config
+from pivot_hub.mllm.trainable import freeze_parts
+from pivot_hub.planner.estimate import plan_stage
+from pivot_hub.planner.report import Device, Plan
 from pivot_hub.provenance import machine, versions
-from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.training.conversation import ConversationCollator
 from pivot_hub.training.dpo import PivotDPOConfig, PivotDPOTrainer
 from pivot_hub.training.sft import PivotSFTTrainer

@@ -2,11 +2,11 @@
 
 import sys
 
-from pivot_hub.cli import train, publish, measure, bench, look  # isort: skip  (the order of the help)
+from pivot_hub.cli import train, publish, measure, bench, explain  # isort: skip  (the order of the help)
 from pivot_hub.cli.app import app, is_first, out
 from pivot_hub.errors import PivotError, TrainingError
 
-__all__ = ["app", "bench", "look", "main", "measure", "out", "publish", "train"]
+__all__ = ["app", "bench", "explain", "main", "measure", "out", "publish", "train"]
 
 
 def main() -> None:

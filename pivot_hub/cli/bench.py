@@ -15,7 +15,7 @@ def bench_shapes(json_path: JsonPath = None) -> None:
 
     Example: `pivot bench shapes --json bench.json`
     """
-    from pivot_hub.bench.shapes import bench_shapes
+    from pivot_hub.bench.synthetic import bench_shapes
 
     measured = bench_shapes()
     for name, seconds in measured["seconds_per_batch"].items():
@@ -36,7 +36,7 @@ def bench_train_step(
     Example: `pivot bench train-step siglip2-so400m/3-dpo --json train-step.json`
     """
     from pivot_hub.bench.train_step import bench_train_step
-    from pivot_hub.recipe import load_recipe
+    from pivot_hub.config.recipe import load_recipe
 
     write(json_path, bench_train_step(load_recipe(recipe, overrides or []), steps, say=say))
 

@@ -73,8 +73,8 @@ def compare(
     Example: `pivot compare hub/pivot/shapes-sft hub/pivot/shapes-dpo --figure compare.png`
     """
     from pivot_hub.files import write_whole
-    from pivot_hub.probes.compare import compare_results, compare_seeds, draw_comparisons, read_seeds
     from pivot_hub.probes.run import probe_all
+    from pivot_hub.probes.significance import compare_results, compare_seeds, draw_comparisons, read_seeds
 
     if seeds := read_seeds(encoders):
         made = compare_seeds(seeds, draws, seed)
@@ -121,7 +121,7 @@ def localize(
 
     Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
     """
-    from pivot_hub.probes.localize import Wording, localize_folder
+    from pivot_hub.probes.localization.gradient_maps import Wording, localize_folder
 
     results, left_out = localize_folder(
         checkpoint,
@@ -171,8 +171,8 @@ def segment(
 
     from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
     from pivot_hub.files import write_json
-    from pivot_hub.probes.masks import open_masks, read_names
-    from pivot_hub.probes.segment_masks import cached_encode, per_class, segment_masks
+    from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
+    from pivot_hub.probes.segmentation.protocols import cached_encode, per_class, segment_masks
 
     ignored = None if ignore is None else numbers("--ignore", ignore, int) if ignore else []
     sizes = None if image_px is None else numbers("--image-px", image_px, int)
@@ -241,7 +241,7 @@ def eval_vqa(
 
     Example: `pivot eval vqa runs/siglip2-so400m/3-dpo --output vqa/dpo --dtype bfloat16`
     """
-    from pivot_hub.probes.lmms import evaluate_vqa
+    from pivot_hub.probes.vqa.lmms_eval import evaluate_vqa
 
     names = [t.strip() for t in tasks.split(",")] if tasks else []
     made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, say=say)

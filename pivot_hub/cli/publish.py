@@ -22,7 +22,7 @@ def extract(
 
     Example: `pivot extract runs/shapes/3-dpo hub/pivot/shapes-dpo`
     """
-    from pivot_hub.encoder.extract import extract_encoder
+    from pivot_hub.mllm.extract import extract_encoder
 
     folder = extract_encoder(checkpoint, output)
     say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
@@ -38,7 +38,7 @@ def verify(
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
-    from pivot_hub.hub import fetch, published_problems, repository_problems
+    from pivot_hub.publish.pull import fetch, published_problems, repository_problems
 
     if Path(encoder).exists() or "/" not in encoder:
         with_card = (Path(encoder) / "README.md").is_file()  # an encoder that was just extracted has none yet
@@ -68,9 +68,9 @@ def card(
     """
     from dataclasses import replace
 
-    from pivot_hub.card import read_prose
     from pivot_hub.probes.result import read_results
-    from pivot_hub.publication import write_card
+    from pivot_hub.publish.card_facts import read_prose
+    from pivot_hub.publish.staging import write_card
 
     given = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
     changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, given or None)
@@ -96,10 +96,11 @@ def push(
     Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
     `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
     """
-    from pivot_hub.card import read_prose
-    from pivot_hub.hub import add_to_collection, models_of, plan_push
-    from pivot_hub.hub import push as carry_out
-    from pivot_hub.publication import stage_encoder, stage_space
+    from pivot_hub.publish.card_facts import read_prose
+    from pivot_hub.publish.push import add_to_collection, plan_push
+    from pivot_hub.publish.push import push as carry_out
+    from pivot_hub.publish.remote import models_of
+    from pivot_hub.publish.staging import stage_encoder, stage_space
 
     if len(targets) < 2 or (len(targets) > 2 and not space):
         raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
@@ -135,7 +136,7 @@ def pull(
 
     Example: `pivot pull pivot/shapes-dpo --revision v0.1.0`
     """
-    from pivot_hub.hub import pull as download
+    from pivot_hub.publish.pull import pull as download
 
     folder = download(repo, output or Path("hub") / repo, revision, say=say)
     say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
@@ -182,10 +183,11 @@ def export(
     """
     from pivot_hub.data.image import image_files, open_image
     from pivot_hub.encoder.export import export_encoder
+    from pivot_hub.probes.run import probe_export
 
     files = image_files(images)[:16] if images else []
     pictures = [open_image(f, "--images") for f in files]
-    report = export_encoder(encoder, output, fp16, int8, pictures, probe, say=say)
+    report = export_encoder(encoder, output, fp16, int8, pictures, probe_export if probe else None, say=say)
     for form, results in report.get("probe", {}).items():
         scores = ", ".join(f"{r['task'].split('/')[1]} {r['value']:.1f}" for r in results)
         say(f"probe of {form}: {scores}")

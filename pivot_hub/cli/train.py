@@ -31,7 +31,7 @@ def quickstart(
     from pivot_hub.quickstart import push_quickstart, run_quickstart
 
     if push_local:
-        from pivot_hub.local_hub.serve import need_server
+        from tests.local_server.serve import need_server
 
         need_server()
     report = run_quickstart(output, seed=seed, say=say)
@@ -69,11 +69,12 @@ def train(
     Example: `pivot train shapes/1-align args.max_steps=20 --runs runs`; what a large one costs:
     `pivot train siglip2-so400m/3-dpo --dry-run --machine fsdp2 --processes 8`
     """
-    from pivot_hub.recipe import load_recipe
+    from pivot_hub.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from pivot_hub.plan import MFU, plan_stage
+        from pivot_hub.planner.estimate import plan_stage
+        from pivot_hub.planner.gpus import MFU
 
         measured = json.loads(lengths.read_text()) if lengths else None
         with out.status("a step is rehearsed without weights, in about half a minute"):  # on a terminal only
@@ -153,7 +154,7 @@ def search(
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
     candidates = numbers("--rates", rates, float)
-    from pivot_hub.training.search import search_rate
+    from pivot_hub.study.learning_rate import search_rate
 
     record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=say)
     say(f"chosen: {record['chosen']:g}; record: {output}")
@@ -170,7 +171,8 @@ def data_check(
 
     Example: `pivot data check siglip2-so400m/3-dpo --json check.json`
     """
-    from pivot_hub.recipe import FileData, load_recipe
+    from pivot_hub.config.data_section import FileData
+    from pivot_hub.config.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     from pivot_hub.training.row_check import check_data

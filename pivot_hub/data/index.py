@@ -26,13 +26,14 @@ import pyarrow as pa
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
+from pivot_hub.config.data_section import ShapesData
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import Measured, RowReport, Tally
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.provenance import hub_commit
-from pivot_hub.recipe import LoadedRecipe, ShapesData
 
 CHUNK = 256  # rows that are checked together, by one process
 Advance = Callable[[int, int | None, float], None]  # gets rows checked, of how many if that is known, and rows/s

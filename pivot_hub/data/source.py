@@ -13,14 +13,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 
+from pivot_hub.config.data_section import FileData, ShapesData
+from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.data.image_store import ARCHIVES, FileStore, ParquetStore
 from pivot_hub.data.llava import parse_conversation
-from pivot_hub.data.meta import read_meta
+from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_preference, parse_question_pair, parse_vlfeedback_pair
 from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, read_records
-from pivot_hub.data.shapes import DESCRIBE, KINDS, World
-from pivot_hub.data.store import ARCHIVES, FileStore, ParquetStore
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, World
 from pivot_hub.errors import DataError
-from pivot_hub.recipe import FileData, LoadedRecipe, ShapesData
 
 PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
     "llava": parse_conversation,

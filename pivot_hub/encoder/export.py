@@ -18,19 +18,19 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pivot_hub.data.shapes import World
+from pivot_hub.data.synthetic import World
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
+from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import encoder_facts, read_encoder
 from pivot_hub.errors import ExportError
 from pivot_hub.files import whole_folder, write_json
-from pivot_hub.probes.features import FeatureModel
-from pivot_hub.probes.run import Sizes, probe_shapes
 from pivot_hub.provenance import machine, versions
 
 FLOAT32_TOLERANCE = 1e-4  # relative, on every batch that is checked
 PROTOBUF_LIMIT = 2_000_000_000  # bytes: larger weights lie beside the graph
-PROBE_SIZES = Sizes(train=600, validation=200, test=600)
+# Takes a model, its image processor, the encoder's name and its hash; returns results, each with `facts()`.
+Probe = Callable[[FeatureModel, Any, str, str], Sequence[Any]]
 OUTPUTS = ["last_hidden_state", "pooler_output"]
 
 
@@ -40,8 +40,7 @@ def export_encoder(
     fp16: bool = False,
     int8: bool = False,
     images: Sequence[Image.Image] = (),
-    probe: bool = True,
-    sizes: Sizes = PROBE_SIZES,
+    probe: Probe | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Export an encoder, and measure what each form costs.
@@ -56,8 +55,8 @@ def export_encoder(
         int8: also write `onnx/model_quantized.onnx` (ONNX Runtime's dynamic quantisation) and `quanto/` (int8 weights
             for torch by optimum-quanto).
         images: pictures to check on, besides scenes of the built-in world.
-        probe: measure what int8 costs in probe accuracy, on the built-in world.
-        sizes: scenes of that probe.
+        probe: Measures a form of the encoder, so that the report says what int8 costs: it takes the model, its image
+            processor, the encoder's name and its hash, and returns results. `probes.run.probe_export` is one.
 
     Returns:
         What was written and measured, as in `export.json`.
@@ -103,18 +102,18 @@ def export_encoder(
                     f"{FLOAT32_TOLERANCE}; nothing was kept; report it with the versions of torch and onnxscript."
                 )
         facts = encoder_facts(encoder)
-        named = (facts["encoder"], facts["encoder_sha256"], sizes)
+        named = (facts["encoder"], facts["encoder_sha256"])
         report = {
             **facts,
             "feature_layer": model.config.pivot["feature_layer"],
             "pictures": len(pictures),
             "files": files,
         }
-        if int8 and probe:
+        if int8 and probe is not None:
             say("probing float32 and int8")
-            rows = {"torch": probe_shapes(model, processor, *named)}
+            rows = {"torch": probe(model, processor, *named)}
             for name in ("onnx/model_quantized.onnx", "quanto/model.safetensors"):
-                rows[name] = probe_shapes(forms[name](), processor, *named)
+                rows[name] = probe(forms[name](), processor, *named)
             report["probe"] = {form: [r.facts() for r in results] for form, results in rows.items()}
         report |= {"machine": machine(), "versions": versions()}
         write_json(folder / "export.json", report)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +16,13 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from pivot_hub.encoder.encode import Progress, encode_images
+from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
-from pivot_hub.probes.dataset import Labelled, ProbeImages
+from pivot_hub.probes.classification.labelled_images import Labelled, ProbeImages
 
 LAYOUT = 1  # of the cache's files
 BLOCK = 8192  # pooled features that are looked at together
 CELLS = 16_000_000  # numbers that are looked at together
-
-
-class FeatureModel(Protocol):
-    """What a probe asks of an encoder: `PivotVisionModel`, or an export of one."""
-
-    @property
-    def config(self) -> Any: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.shapes import Pair
-from pivot_hub.gradcam import answer_batch, answer_log_probs
+from pivot_hub.data.synthetic import Pair
+from pivot_hub.explain.gradcam import answer_batch, answer_log_probs
 from pivot_hub.probes.result import ProbeResult, measure
 
 

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.shapes import KINDS, SCAN_SIDE, SPLITS, Form, Pair, Picture, Question, Scene, Split, World
+from pivot_hub.data.synthetic import KINDS, SCAN_SIDE, SPLITS, Form, Pair, Picture, Question, Scene, Split, World
 from pivot_hub.encoder.encode import DTYPES, Progress
+from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
-from pivot_hub.mllm import image_px
-from pivot_hub.probes.classify import PROTOCOLS, classify_images, classify_shapes
-from pivot_hub.probes.dataset import open_classes
-from pivot_hub.probes.features import FeatureModel, patch_features, pooled
-from pivot_hub.probes.localize import Target, localize
+from pivot_hub.mllm.load import image_px
+from pivot_hub.probes.classification.labelled_images import open_classes
+from pivot_hub.probes.classification.protocols import PROTOCOLS, classify_images, classify_shapes
+from pivot_hub.probes.features import patch_features, pooled
+from pivot_hub.probes.localization.gradient_maps import Target, localize
 from pivot_hub.probes.result import ProbeResult, read_results
-from pivot_hub.probes.segment import class_masks, segment_patches
-from pivot_hub.probes.vqa import answer_questions
+from pivot_hub.probes.segmentation.synthetic import class_masks, segment_patches
+from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import cached_commit, weights_sha256
 
 FIRST_SCENE = 5_000_000  # of every split: no recipe trains on scenes from here on
@@ -42,6 +43,9 @@ class Sizes:
     targets_test: int = 120
     harder: int = 500  # of each harder world
     pairs: int = 400
+
+
+EXPORT_SIZES = Sizes(train=600, validation=200, test=600)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ def probe_shapes(
     results += segment_patches(tokens, masks, conditions, seed)
     hashes = {other: _world_sha256(w, {**counts, "harder": sizes.harder}) for other, w in harder.items()}
     return [replace(r, data_sha256=hashes.get(r.task.split("/")[1], r.data_sha256)) for r in results]
+
+
+def probe_export(model: FeatureModel, image_processor: Any, name: str, sha256: str) -> list[ProbeResult]:
+    """Probe one form of an exported encoder, on fewer scenes than the encoder itself."""
+    return probe_shapes(model, image_processor, name, sha256, EXPORT_SIZES)
 
 
 def probe_mllm(

@@ -12,11 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pivot_hub.data.shapes import World
+from pivot_hub.config.data_section import WorldSpec
+from pivot_hub.config.recipe import RECIPES, LoadedRecipe, Rate, load_recipe
+from pivot_hub.config.stages import stage_of
+from pivot_hub.config.yaml_loader import Strict, check_keys, nearest, read_yaml
+from pivot_hub.data.synthetic import World
 from pivot_hub.errors import RecipeError
 from pivot_hub.probes.run import Sizes
-from pivot_hub.recipe import RECIPES, LoadedRecipe, Rate, WorldSpec, load_recipe
-from pivot_hub.yaml_file import Strict, check_keys, nearest, read_yaml
 
 Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients"]
 
@@ -176,13 +178,18 @@ class Study:
         """Stage of a run's recipe, None for an encoder that is there."""
         return None if self.spec.runs[run].recipe is None else self._recipes[run].recipe.stage
 
+    def made_once(self, run: str) -> bool:
+        """Whether a run is made once and not for each seed: a base part, or an encoder that is there already."""
+        stage = self.stage(run)
+        return stage is None or stage_of(stage).base_part
+
     def cells(self) -> list[Cell]:
         """All of them: base parts, the search's and the final ones, in the order of the runs."""
         return [cell for run in self.spec.runs for cell in (*self.candidates(run), *self.finals(run))]
 
     def finals(self, run: str) -> list[Cell]:
         """The cells of a run that are reported: one a seed, or one in all. What a search starts from is with them."""
-        if self.stage(run) in (None, "vision", "language"):
+        if self.made_once(run):
             return [Cell(run, None)]
         seeds = [*([self.spec.search_seed] if run in self._searched_from else []), *self.spec.seeds]
         return [Cell(run, seed) for seed in seeds]
@@ -200,7 +207,7 @@ class Study:
 
     def same_seed(self, run: str, cell: Cell) -> Cell:
         """The cell of another run that a cell builds on."""
-        return Cell(run, None if self.stage(run) in (None, "vision", "language") else cell.seed)
+        return Cell(run, None if self.made_once(run) else cell.seed)
 
     def overrides(self, cell: Cell, rate: float | None, parts: Mapping[str, str]) -> list[str]:
         """Overrides of a cell's recipe.

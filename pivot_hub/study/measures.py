@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.shapes import KINDS, SLIPS, World, draw_fact
+from pivot_hub.data.synthetic import KINDS, SLIPS, World, draw_fact
 from pivot_hub.encoder.repository import encoder_facts, read_encoder
-from pivot_hub.gradcam import gradient_map, token_maps
-from pivot_hub.mllm import load_mllm, parts_of
-from pivot_hub.probes.localize import localize
+from pivot_hub.explain.gradcam import gradient_map, token_maps
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.trainable import parts_of
+from pivot_hub.probes.localization.gradient_maps import localize
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.probes.run import (
@@ -28,7 +29,7 @@ from pivot_hub.probes.run import (
     probe_shapes,
     probe_targets,
 )
-from pivot_hub.probes.vqa import answer_questions
+from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.study.design import Measure
 
 WORDS = ("seen", "known", "other")  # of an answer: what only the image tells, what is a fact, and the rest

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 
 from pivot_hub.files import write_whole
-from pivot_hub.probes.compare import LEVEL, holm, seed_difference
+from pivot_hub.probes.significance import LEVEL, holm, seed_difference
 from pivot_hub.study.design import Curve, FactorSpec, Levels, Study
 from pivot_hub.study.table import DRAWS, StudyTable
 

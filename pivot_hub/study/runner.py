@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 
-from pivot_hub.encoder.extract import extract_once
+from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.config.stages import stage_of
 from pivot_hub.encoder.repository import encoder_facts
 from pivot_hub.errors import PivotError, TrainingError
 from pivot_hub.files import write_json
-from pivot_hub.mllm import load_mllm
+from pivot_hub.mllm.extract import extract_once
+from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import probe_pairs, probe_questions
-from pivot_hub.probes.vqa import answer_questions
+from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import machine, weights_sha256
-from pivot_hub.recipe import LoadedRecipe
 from pivot_hub.study.design import Cell, Study, load_study
 from pivot_hub.study.measures import device, measure_run
 from pivot_hub.training.stage import run_stage
@@ -171,7 +172,7 @@ def _make(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -
         "args": loaded.recipe.args,
         "training": {k: report[k] for k in ("steps", "duration_s", "peak_memory_mb", "train_loss")},
     }
-    if loaded.recipe.stage in ("vision", "language"):
+    if stage_of(loaded.recipe.stage).base_part:
         return facts
     if cell.rate is not None:
         write_results(results, _validation(study, folder, cell))

@@ -1,25 +1,38 @@
-"""Training: one module a trainer, `stage` runs any of them from a recipe to a finished checkpoint."""
+"""Training: one module for each trainer; `stage` runs any of them from a recipe to a finished checkpoint."""
 
-from __future__ import annotations
+from pivot_hub.config.stages import Stage, register_stages
 
-from typing import TYPE_CHECKING
+_CONVERSATIONS = ("shapes", "llava")
+_PREFERENCES = ("shapes", "mmpr", "rlaif_v", "vlfeedback", "preference")
+_SFT = "pivot_hub.training.sft"
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from pivot_hub.recipe import Stage
-
-
-def trainer_config(stage: Stage) -> type[TrainingArguments]:
-    """The config class whose arguments a recipe of this stage passes under `args`."""
-    if stage == "vision":
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-    if stage == "dpo":
-        from pivot_hub.training.dpo import PivotDPOConfig
-
-        return PivotDPOConfig
-    from trl import SFTConfig
-
-    return SFTConfig
+register_stages(
+    [
+        Stage(
+            "vision",
+            module="pivot_hub.training.vision",
+            config="transformers:TrainingArguments",
+            formats=("shapes",),
+            content="captions",
+            base_part=True,
+        ),
+        Stage(
+            "language",
+            module="pivot_hub.training.language",
+            config="trl:SFTConfig",
+            formats=("shapes",),
+            base_part=True,
+        ),
+        Stage("align", _SFT, "trl:SFTConfig", _CONVERSATIONS, content="captions", takes_labels=True),
+        Stage("instruct", _SFT, "trl:SFTConfig", _CONVERSATIONS, needs_parent=True, takes_labels=True),
+        Stage("sft", _SFT, "trl:SFTConfig", _PREFERENCES, content="pairs", needs_parent=True, takes_labels=True),
+        Stage(
+            "dpo",
+            module="pivot_hub.training.dpo",
+            config="pivot_hub.training.dpo:PivotDPOConfig",
+            formats=_PREFERENCES,
+            content="pairs",
+            needs_parent=True,
+        ),
+    ]
+)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from transformers import LlavaProcessor
 
-from pivot_hub.chat import markers_of
 from pivot_hub.errors import DataError
+from pivot_hub.mllm.chat_templates import markers_of
 
 IGNORED = -100  # a label that the loss leaves out
 Labels = Literal["llava_next"] | None

@@ -15,15 +15,16 @@ from huggingface_hub.constants import HF_HOME
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, TrainingError
-from pivot_hub.lora import add_lora
-from pivot_hub.mllm import freeze_parts, load_mllm
-from pivot_hub.recipe import LoadedRecipe
-from pivot_hub.training.pairs import PairCollator, share_forward
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.lora import add_lora
+from pivot_hub.mllm.trainable import freeze_parts
 from pivot_hub.training.part_trainer import PartTrainer
-from pivot_hub.training.reference import ReferenceCache, model_hash, processor_hash, row_key
+from pivot_hub.training.reference_cache import ReferenceCache, model_hash, processor_hash, row_key
 from pivot_hub.training.row_check import rows_of
+from pivot_hub.training.tree_layout import PairCollator, share_forward
 
 SWITCHES = ("encode_once", "share_prefix", "cache_reference", "pack")
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from pivot_hub import __version__
+from pivot_hub.config.recipe import RECIPES, LoadedRecipe
 from pivot_hub.errors import RecipeError
-from pivot_hub.recipe import RECIPES, LoadedRecipe
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"  # that of `hf jobs uv run`; torch's wheels bring CUDA
 MACHINES = RECIPES / "accelerate"

@@ -21,12 +21,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from pivot_hub.chat import QWEN, SYSTEM
+from pivot_hub.config.data_section import ShapesData
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
-from pivot_hub.data.shapes import DESCRIBE, KINDS, SCAN_SIDE
 from pivot_hub.data.source import ShapesSource
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, SCAN_SIDE
 from pivot_hub.errors import RecipeError
-from pivot_hub.recipe import LoadedRecipe, ShapesData
+from pivot_hub.mllm.chat_templates import QWEN, SYSTEM
 
 END = "<|endoftext|>"
 SPECIAL = [END, QWEN.turn_start, QWEN.turn_end, QWEN.image_token]  # Qwen2.5's names

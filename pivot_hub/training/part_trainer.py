@@ -24,8 +24,9 @@ from transformers import LlavaForConditionalGeneration, Trainer
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import TrainingError
 from pivot_hub.files import write_json
-from pivot_hub.lora import has_lora
-from pivot_hub.mllm import load_mllm, parameter_groups, see_blank
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.lora import has_lora
+from pivot_hub.mllm.trainable import parameter_groups, see_blank
 
 SHARDS = MODEL_SHARDS, OPTIMIZER_SHARDS = "pytorch_model_fsdp_0", "optimizer_0"  # folders of accelerate's FSDP
 # A loss explodes above both; medians of fewer steps than WARM say nothing.

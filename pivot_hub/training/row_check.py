@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from PIL import Image
 from transformers import LlavaProcessor
 
+from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.config.stages import argument_defaults, stage_of
 from pivot_hub.data.index import RowIndex, index_rows
 from pivot_hub.data.report import Measured
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, example
 from pivot_hub.errors import RecipeError
-from pivot_hub.mllm import read_processor
-from pivot_hub.recipe import LoadedRecipe, Stage
-from pivot_hub.training import trainer_config
+from pivot_hub.mllm.build import read_processor
 from pivot_hub.training.conversation import segments
-from pivot_hub.training.reference import tokenizer_text
+from pivot_hub.training.reference_cache import tokenizer_text
 
 
 def rows_of(loaded: LoadedRecipe, processor: LlavaProcessor, max_length: int | None, **options: Any) -> RowIndex:
@@ -39,9 +38,9 @@ def rows_of(loaded: LoadedRecipe, processor: LlavaProcessor, max_length: int | N
         return index_rows(loaded, check, **options)
 
 
-def columns_of(stage: Stage) -> Columns:
+def columns_of(stage: str) -> Columns:
     """The form in which a stage reads rows."""
-    forms: dict[Stage, Columns] = {"align": "plain", "dpo": "preference"}
+    forms: dict[str, Columns] = {"align": "plain", "dpo": "preference"}
     return forms.get(stage, "conversation")
 
 
@@ -63,7 +62,7 @@ def check_data(loaded: LoadedRecipe, **options: Any) -> RowIndex:
     spec = recipe.model
     places = loaded.locate(spec.vision), loaded.locate(spec.language)
     processor = read_processor(*places, spec.vision_revision, spec.language_revision)
-    default = {f.name: f.default for f in fields(trainer_config(recipe.stage))}["max_length"]
+    default = argument_defaults(stage_of(recipe.stage))["max_length"]
     return rows_of(loaded, processor, recipe.args.get("max_length", default), **options)
 
 

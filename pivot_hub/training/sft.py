@@ -7,10 +7,12 @@ from pathlib import Path
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
-from pivot_hub.lora import add_lora
-from pivot_hub.mllm import build_mllm, freeze_parts, load_mllm
-from pivot_hub.recipe import LoadedRecipe
+from pivot_hub.mllm.build import build_mllm
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.lora import add_lora
+from pivot_hub.mllm.trainable import freeze_parts
 from pivot_hub.training.conversation import ConversationCollator
 from pivot_hub.training.part_trainer import PartTrainer
 from pivot_hub.training.row_check import columns_of, rows_of

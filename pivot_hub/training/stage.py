@@ -27,18 +27,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
+from pivot_hub.config.stages import stage_of
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
-from pivot_hub.lora import merge_lora
+from pivot_hub.mllm.lora import merge_lora
 from pivot_hub.provenance import cached_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
-from pivot_hub.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
-from pivot_hub.training import trainer_config
-from pivot_hub.training.metrics import MetricsLog, PlainProgress
+from pivot_hub.training.metrics_log import MetricsLog, PlainProgress
 from pivot_hub.training.part_trainer import SHARDS, stopped_file
 from pivot_hub.training.preemption import Preemption
 
-MODULES = {"vision": "vision", "language": "language", "dpo": "dpo"}  # every other stage is SFT
 BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # in names of optimizers that it brings
 
 T = TypeVar("T")
@@ -71,7 +70,7 @@ def run_stage(
     folder = Path(output) if output is not None else Path(runs) / loaded.name
     work = folder.with_name(f"{folder.name}.partial")
     state = _processes(loaded.recipe)
-    if state.num_processes > 1 and loaded.recipe.stage in ("vision", "language"):
+    if state.num_processes > 1 and stage_of(loaded.recipe.stage).base_part:
         raise RecipeError(f"{loaded.path}: a base part is made by one process: run `pivot train` without a launcher.")
     main = state.is_main_process
     say = say if main else _say_nothing
@@ -96,7 +95,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
     started, report = time.monotonic(), RowReport()
     resume = _on_main(lambda: _make_work(loaded, work))
     log = MetricsLog(work / "metrics.jsonl")
-    module = import_module(f"pivot_hub.training.{MODULES.get(recipe.stage, 'sft')}")
+    module = import_module(stage_of(recipe.stage).module)
     args = trainer_arguments(loaded, work)
     trainer: Trainer = module.build_trainer(loaded, args, parent, report, [log])
     trainer.remove_callback(PrinterCallback)
@@ -258,7 +257,7 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
         "remove_unused_columns": False,
     }
     try:
-        return trainer_config(recipe.stage)(**options)
+        return stage_of(recipe.stage).config_class()(**options)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{loaded.path}: `args` do not fit together: {error}") from error
 

@@ -24,13 +24,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from pivot_hub.config.data_section import ShapesData
+from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
-from pivot_hub.data.shapes import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
 from pivot_hub.data.source import ShapesSource
+from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
-from pivot_hub.recipe import LoadedRecipe, ShapesData
 
 NOTHING = "nothing"
 WORDS = (NOTHING, *SIZES, *COLOUR_NAMES, *SHAPES, *POSITIONS)

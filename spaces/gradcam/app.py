@@ -30,15 +30,15 @@ import gradio as gr  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pivot_hub.comparison import scene_subject  # noqa: E402
-from pivot_hub.data.shapes import DESCRIBE, KINDS, Kind, World  # noqa: E402
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, Kind, World  # noqa: E402
+from pivot_hub.demo.comparison import scene_subject  # noqa: E402
+from pivot_hub.demo.html import Panels  # noqa: E402
+from pivot_hub.demo.model_bundle import PairNames, PairShelf  # noqa: E402
+from pivot_hub.demo.service import Seen, Viewer  # noqa: E402
+from pivot_hub.demo.view_state import CLOSER, Look, read_look  # noqa: E402
 from pivot_hub.errors import DataError, PivotError  # noqa: E402
-from pivot_hub.gradcam import EXPLAINS, METHODS, Explain, Method  # noqa: E402
-from pivot_hub.look import CLOSER, Look, read_look  # noqa: E402
-from pivot_hub.mllm_pair import PairNames, PairShelf  # noqa: E402
-from pivot_hub.overlay import COLOURS, data_uri  # noqa: E402
-from pivot_hub.panels import Panels  # noqa: E402
-from pivot_hub.viewer import Seen, Viewer  # noqa: E402
+from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method  # noqa: E402
+from pivot_hub.explain.heatmaps import COLOURS, data_uri  # noqa: E402
 
 HERE = Path(__file__).parent
 INTRO = """# What did DPO change?

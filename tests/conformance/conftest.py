@@ -13,7 +13,7 @@ import pytest
 from tests.conformance.environment import ROOT, TORCHVISION, make_overlay, run
 from tests.conformance.repositories import write_one
 from tests.conformance.table import RESULTS, write_results
-from tests.originals import ORIGINALS, make_vision
+from tests.encoder.originals import ORIGINALS, make_vision
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

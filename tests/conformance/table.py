@@ -11,7 +11,7 @@ from typing import Any
 
 from pivot_hub.files import write_json, write_whole
 from tests.conformance.environment import ROOT
-from tests.originals import ORIGINALS
+from tests.encoder.originals import ORIGINALS
 
 FILE = Path(__file__).with_name("results.json")
 README = ROOT / "README.md"

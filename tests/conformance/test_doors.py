@@ -20,7 +20,7 @@ from pivot_hub.encoder.export import export_encoder
 from pivot_hub.encoder.repository import read_encoder
 from tests.conformance.environment import ROOT, make_environment, make_node, run
 from tests.conformance.table import FILE, README, put, render
-from tests.originals import IMAGE_PX, ORIGINALS
+from tests.encoder.originals import IMAGE_PX, ORIGINALS
 
 DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 SUPPORTED = next(d for d in DEPENDENCIES if d.startswith("transformers"))
@@ -123,7 +123,7 @@ def test_node_reads_the_export(originals: Path, record: dict[str, Any], tmp_path
     picture.save(tmp_path / "picture.png")
     results: dict[str, Any] = {}
     for kind in ORIGINALS:
-        export_encoder(originals / kind, tmp_path / kind, int8=kind == "siglip", probe=False, say=lambda line: None)
+        export_encoder(originals / kind, tmp_path / kind, int8=kind == "siglip", say=lambda line: None)
         encoder, _ = read_encoder(originals / kind)
         own = encoder.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
         for dtype in ("fp32", "q8") if kind == "siglip" else ("fp32",):

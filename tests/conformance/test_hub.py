@@ -13,8 +13,8 @@ import yaml
 
 from tests.conformance.environment import ROOT, make_environment, make_overlay
 from tests.conformance.test_doors import DEPENDENCIES, TRANSFORMERS
-from tests.hub_server import hub_server
-from tests.publishable import PROSE, make_publishable
+from tests.publish.hub_server import hub_server
+from tests.publish.publishable import PROSE, make_publishable
 
 NAME = "pivot/siglip2-so400m"
 OLDEST_CLIENT = next(d.partition(">=")[2] for d in DEPENDENCIES if d.startswith("huggingface_hub")) + ".0"

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pivot_hub.data.shapes import World
-from pivot_hub.mllm import image_px, load_mllm
-from pivot_hub.probes.benchmarks import BENCHMARKS
-from pivot_hub.probes.lmms import evaluate_vqa, read_lmms
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.data.synthetic import World
+from pivot_hub.mllm.load import image_px, load_mllm
 from pivot_hub.probes.run import probe_questions
-from pivot_hub.probes.vqa import generate_answers
-from pivot_hub.recipe import load_recipe
+from pivot_hub.probes.vqa.benchmarks import BENCHMARKS
+from pivot_hub.probes.vqa.lmms_eval import evaluate_vqa, read_lmms
+from pivot_hub.probes.vqa.synthetic import generate_answers
 from pivot_hub.training.stage import run_stage
 from tests.conformance.environment import ROOT, TORCHVISION, make_environment, run
-from tests.test_lmms import RECORDED
+from tests.probes.vqa.test_lmms_eval import RECORDED
 from tests.test_real_files import REAL
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -143,7 +143,7 @@ def test_what_fails_is_said_in_one_sentence(task: str, says: str, python: Path, 
 
 @pytest.mark.conformance
 def test_lmms_eval_leaves_with_the_command_that_was_killed(python: Path) -> None:
-    code = "import time; from pivot_hub.probes.lmms_model import leave_with_parent; leave_with_parent();"
+    code = "import time; from pivot_hub.probes.vqa.lmms_model import leave_with_parent; leave_with_parent();"
     code += "print(1, flush=True); time.sleep(120)"
     command = [str(python), "-c", code]
     pipe = subprocess.PIPE

@@ -18,8 +18,8 @@ import datasets
 import yaml
 from PIL import Image
 
-from pivot_hub.probes.benchmarks import BENCHMARKS
-from pivot_hub.probes.lmms_model import TASKS, PivotMllm, main  # makes torchvision importable
+from pivot_hub.probes.vqa.benchmarks import BENCHMARKS
+from pivot_hub.probes.vqa.lmms_model import TASKS, PivotMllm, main  # makes torchvision importable
 
 from lmms_eval.models import MODEL_REGISTRY_V2  # isort: skip
 from lmms_eval.models.registry_v2 import ModelManifest  # isort: skip

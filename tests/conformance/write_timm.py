@@ -9,7 +9,7 @@ import torch
 
 from tests.conformance import doors  # noqa: F401  (makes torchvision importable)
 from tests.conformance.repositories import write_one
-from tests.originals import TIMM
+from tests.encoder.originals import TIMM
 
 if __name__ == "__main__":
     from transformers import TimmWrapperConfig, TimmWrapperModel

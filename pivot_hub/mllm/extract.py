@@ -1,0 +1,87 @@
+"""Detach the encoder of an MLLM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pivot_hub import __version__
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder.repository import write_repository
+from pivot_hub.errors import CheckpointError, RecipeError
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.provenance import weights_sha256
+
+
+def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | None = None) -> Path:
+    """Detach the encoder of a stage checkpoint and write it as a repository.
+
+    Its features equal those inside the MLLM bit for bit, which is checked before the folder appears.
+
+    Args:
+        checkpoint: folder of a finished align, instruct, sft or dpo stage.
+        output: folder of the repository; one that is there is replaced.
+        command: what makes this encoder again, for provenance.json; where all of its recipes are shipped ones, they
+            are it.
+
+    Returns:
+        The repository folder.
+
+    Raises:
+        CheckpointError: the checkpoint is no MLLM of ours, or the written weights do not read back equal.
+    """
+    source = Path(checkpoint)
+    mllm, processor = load_mllm(source)
+    facts = _stage_facts(source)
+    model = PivotVisionModel.from_mllm(mllm, facts["pivot"], processor.image_processor)
+    commands = [command] if command else _commands(facts["provenance"]["mllm"])
+    recipe = {"recipe.yaml": source / "recipe.yaml"} if (source / "recipe.yaml").is_file() else {}
+    projector = mllm.model.multi_modal_projector.state_dict()
+    return write_repository(
+        output, model, facts["provenance"] | {"commands": commands}, files=recipe, projector=projector
+    )
+
+
+def extract_once(checkpoint: str | Path, output: str | Path, command: str | None = None) -> bool:
+    """Like `extract_encoder`, where `output` is not this checkpoint's encoder already; whether it was not."""
+    file = Path(output) / "provenance.json"
+    if file.is_file() and json.loads(file.read_text()).get("mllm_weights_sha256") == weights_sha256(Path(checkpoint)):
+        return False
+    extract_encoder(checkpoint, output, command)
+    return True
+
+
+def _stage_facts(checkpoint: Path) -> dict[str, Any]:
+    """What is known of a checkpoint's making: its provenance, and the `pivot` entry of the config."""
+    file = checkpoint / "provenance.json"
+    if not file.is_file():
+        raise CheckpointError(f"{checkpoint} has no provenance.json; give the output folder of a finished stage.")
+    provenance = json.loads(file.read_text())
+    model = provenance["model"]
+    pivot = {
+        "stage": provenance["stage"],
+        "base_model": model["vision"],
+        "base_revision": model.get("vision_revision"),
+        "feature_layer": model["feature_layer"],
+        "language_head": model["language"],
+        "recipe_sha256": provenance["recipe_sha256"],
+        "pivot_hub_version": __version__,
+    }
+    return {"pivot": pivot, "provenance": {"mllm": provenance, "mllm_weights_sha256": weights_sha256(checkpoint)}}
+
+
+def _commands(provenance: dict[str, Any]) -> list[str] | None:
+    """What makes this encoder again; None where a recipe of its lineage is no shipped one, or was overridden."""
+    name = provenance["recipe"]
+    step: dict[str, Any] | None = provenance
+    while step:
+        try:
+            shipped = load_recipe(step["recipe"]).recipe.sha256()
+        except RecipeError:
+            return None
+        if shipped != step["recipe_sha256"]:
+            return None
+        step = (step["parent"] or {}).get("provenance")
+    return [f"pivot train {name} --parents", f"pivot extract runs/{name} encoder"]

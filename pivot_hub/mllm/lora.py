@@ -1,0 +1,54 @@
+"""LoRA on the language head, beside an encoder that is trained in full."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from pivot_hub.config.recipe import LoraSpec
+from pivot_hub.errors import RecipeError
+
+
+def add_lora(model: LlavaForConditionalGeneration, spec: LoraSpec, seed: int) -> None:
+    """Put adapters on every linear layer of the language model; of the head they alone train.
+
+    The model stays a LLaVA model: whatever runs it runs it as before. Adapters begin as zero.
+
+    Raises:
+        RecipeError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise RecipeError("`lora` needs peft; install it with `pip install 'pivot-hub[lora]'`, or leave `lora` out.")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    language = model.model.language_model
+    linear = {name for name, module in language.named_modules() if isinstance(module, nn.Linear)}
+    config = LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=sorted(linear), bias="none"
+    )
+    on_meta = next(language.parameters()).is_meta
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, cast(Any, language), low_cpu_mem_usage=on_meta)
+    for part in (language, model.lm_head):
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+
+def merge_lora(model: LlavaForConditionalGeneration) -> None:
+    """Add the adapters into the weights that they stand beside, and take them away; nothing where there are none."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "lora_A"):
+                layer: Any = child
+                layer.merge(safe_merge=True)
+                setattr(parent, name, layer.get_base_layer())
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether adapters are on the model."""
+    return any(hasattr(module, "lora_A") for module in model.modules())

@@ -1,0 +1,1 @@
+"""Planner: what a stage will cost, before it runs."""

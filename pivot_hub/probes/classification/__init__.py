@@ -1,0 +1,1 @@
+"""Classification probes on frozen features."""

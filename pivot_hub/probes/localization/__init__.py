@@ -1,0 +1,1 @@
+"""Localisation probes: gradient maps scored against boxes and masks."""

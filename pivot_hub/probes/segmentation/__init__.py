@@ -1,0 +1,1 @@
+"""Segmentation probes: heads on frozen patch tokens, scored on pixels."""

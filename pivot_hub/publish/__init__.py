@@ -1,0 +1,1 @@
+"""Publishing: cards, staging, secret scan, push and pull."""

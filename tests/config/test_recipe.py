@@ -1,0 +1,151 @@
+"""Recipes: every mistake is one sentence with file, line and the nearest valid key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pivot_hub.config.recipe import RECIPES, load_recipe, recipe_files, write_recipe
+from pivot_hub.errors import RecipeError
+
+SHIPPED = recipe_files()
+
+
+def test_shipped_recipes_are_found() -> None:
+    names = [str(p.relative_to(RECIPES)) for p in SHIPPED]
+    # The built-in world at 64 and 224 px, and eight encoders in five stages: tests/test_full_scale.py.
+    assert len(names) == 7 + 7 + 8 * 5
+    assert [name for name in names if name.startswith("shapes/")] == [
+        "shapes/0-language.yaml",
+        "shapes/0-vision.yaml",
+        "shapes/1-align.yaml",
+        "shapes/2-instruct.yaml",
+        "shapes/3-dpo.yaml",
+        "shapes/3-sft.yaml",
+        "shapes/4-frozen.yaml",
+    ]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_open_with_their_facts(path: Path) -> None:
+    loaded = load_recipe(path)
+    assert loaded.lineage()[-1] is loaded
+    head = path.read_text().split("stage:")[0].lower()
+    for fact in ("pivot train", "hardware", "hours", "expected"):
+        assert fact in head, f"{path.name} does not say its {fact} in its first lines"
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def test_sft_and_dpo_differ_only_in_stage_rates_and_loss() -> None:
+    pairs = [(p, p.with_name(p.name.replace("-sft", "-dpo"))) for p in SHIPPED if p.stem.endswith("-sft")]
+    assert pairs
+    for sft, dpo in pairs:
+        a, b = _flat(load_recipe(sft).recipe.resolved()), _flat(load_recipe(dpo).recipe.resolved())
+        differing = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
+        # On which tokens the loss is: in dpo, those that both answers share cancel.
+        loss = {"args.beta", "args.loss_type", "args.loss_weights", "labels"}
+        assert differing - loss <= {"stage", *(f"learning_rate.{p}" for p in ("vision", "projector", "language"))}
+
+
+def _edit(folder: Path, name: str, old: str, new: str) -> Path:
+    path = folder / f"{name}.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+MISTAKES = [
+    ("3-dpo", "learning_rate:", "learnin_rate:", ["3-dpo.yaml:3", "did you mean `learning_rate`"]),
+    ("3-dpo", "vision: 1.0e-3", "visoin: 1.0e-3", ["3-dpo.yaml:3", "did you mean `vision`"]),
+    ("3-dpo", "vision: 1.0e-3", "vision: -1.0e-3", ["3-dpo.yaml:3", "leave it out to freeze"]),
+    ("3-dpo", "vision: 1.0e-3", "vision: fast", ["3-dpo.yaml:3", "'fast'"]),
+    ("3-dpo", "logging_steps: 1", "loging_steps: 1", ["3-dpo.yaml:11", "did you mean `logging_steps`"]),
+    ("3-dpo", "logging_steps: 1", "logging_steps: often", ["3-dpo.yaml:11", "'often'"]),
+    ("3-dpo", "logging_steps: 1", "learning_rate: 1.0e-4", ["3-dpo.yaml:11", "one rate per part"]),
+    ("3-dpo", "num_train_epochs: 1", "num_train_epochs: -1", ["3-dpo.yaml:7", "must be positive"]),
+    ("3-dpo", "parent: 2-instruct.yaml", "parent: 2-instuct.yaml", ["3-dpo.yaml:2", "did you mean `2-instruct.yaml`"]),
+    ("3-dpo", "parent: 2-instruct.yaml\n", "", ["3-dpo.yaml:1", "`parent`"]),
+    ("3-dpo", "parent: 2-instruct.yaml", "parent: 3-dpo.yaml", ["its own ancestor"]),
+    ("3-dpo", "rows: 8", "rows: 0", ["3-dpo.yaml:4", "data.0.rows"]),
+    ("3-dpo", "rows: 8", "rowes: 8", ["3-dpo.yaml:4", "unknown key `data.0.rowes` (did you mean `rows`?)."]),
+    ("3-dpo", "format: shapes", "format: shape", ["`data.0.format` is 'shape' (did you mean `shapes`?); give one of"]),
+    ("3-dpo", "content: pairs", "content: captions", ["3-dpo.yaml:4", "content: pairs"]),
+    ("3-dpo", "stage: dpo", "stage: dpoo", ["3-dpo.yaml:1", "'dpoo'"]),
+    ("3-dpo", "stage: dpo", "stage: dpo\n  x: [", ["3-dpo.yaml:2", "not YAML"]),
+    ("1-align", "{projector: 1.0e-2}", "{}", ["1-align.yaml:3", "every part is frozen"]),
+    ("1-align", "language: base/language", "langauge: base/language", ["1-align.yaml:2", "model.langauge", "language"]),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "said"), MISTAKES)
+def test_mistakes_name_file_line_and_remedy(own_recipes: Path, name: str, old: str, new: str, said: list[str]) -> None:
+    path = _edit(own_recipes, name, old, new)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("args.betta=0.2", "did you mean `beta`"),
+        ("args.beta", "dotted.key=value"),
+        ("data.3.rows=4", "not an index"),
+        ("learning_rate.vision=-1", "leave it out to freeze"),
+    ],
+)
+def test_bad_overrides_are_named(recipes: Path, override: str, said: str) -> None:
+    with pytest.raises(RecipeError, match="override") as caught:
+        load_recipe(recipes / "3-dpo.yaml", [override])
+    assert said in str(caught.value)
+
+
+def test_overrides_reach_values_of_any_depth(recipes: Path) -> None:
+    changed = ["args.beta=0.2", "data.0.rows=4", "learning_rate.vision=null", "seed=3"]
+    recipe = load_recipe(recipes / "3-dpo.yaml", changed).recipe
+    assert recipe.args["beta"] == 0.2
+    assert recipe.data[0].rows == 4  # type: ignore[union-attr]
+    assert recipe.learning_rate.trained() == {"projector": 1e-3, "language": 1e-3}
+    assert recipe.seed == 3
+    assert recipe.sha256() != load_recipe(recipes / "3-dpo.yaml").recipe.sha256()
+
+
+def test_exponents_without_a_point_are_numbers(own_recipes: Path) -> None:
+    recipe = load_recipe(_edit(own_recipes, "3-dpo", "vision: 1.0e-3", "vision: 1e-3")).recipe
+    assert recipe.learning_rate.vision == 1e-3
+
+
+def test_model_is_inherited_and_resolved_copy_reads_back(recipes: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipes / "3-dpo.yaml")
+    assert [r.recipe.stage for r in loaded.lineage()] == ["align", "instruct", "dpo"]
+    assert loaded.recipe.model is not None
+    write_recipe(loaded, tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == loaded.recipe.resolved()
+
+
+def test_unknown_name_lists_the_folders_of_shipped_recipes() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean `shapes/3-dpo`.*folders of shipped ones: clip-large"):
+        load_recipe("shapes/3-dppo")
+
+
+def test_a_mistake_is_found_before_any_weight_is_read(own_recipes: Path, tmp_path: Path) -> None:
+    """The parts do not even exist: the recipe's own mistake is what is said."""
+    path = _edit(own_recipes, "1-align", "base/vision", "base/nothing")
+    command = [sys.executable, "-m", "pivot_hub", "train", str(path), "args.beta=1", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown argument `beta`" in done.stderr
+    assert not (tmp_path / "runs").exists()

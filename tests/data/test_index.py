@@ -1,0 +1,227 @@
+"""The row index: what was checked once is found again, in memory that does not grow, in an order that resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pivot_hub.cli import main
+from pivot_hub.config.recipe import LoadedRecipe, load_recipe
+from pivot_hub.data import index
+from pivot_hub.data.index import index_rows
+from pivot_hub.data.report import Measured
+from pivot_hub.data.row import Row
+from pivot_hub.data.sampler import BlockSampler
+from pivot_hub.errors import DataError
+from pivot_hub.training.stage import run_stage
+
+
+class Counting:
+    """A check that counts how many rows it was shown."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def facts(self) -> dict[str, Any]:
+        return {"counting": True}
+
+    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
+        self.seen += len(rows)
+        return [
+            Measured(("odd", "it is odd") if "odd" in r.prompt else None, len(r.prompt), len(r.chosen)) for r in rows
+        ]
+
+
+def recipe_of(folder: Path, rows: list[dict[str, Any]], on_bad_row: str = "stop") -> LoadedRecipe:
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "0.yaml").write_text(
+        "stage: align\nmodel: {vision: v, language: l}\nlearning_rate: {projector: 1.0e-3}\n"
+        f"data: [{{format: llava, path: rows.jsonl}}]\non_bad_row: {on_bad_row}\n"
+    )
+    return load_recipe(folder / "0.yaml")
+
+
+def talk(question: str, answer: str = "yes") -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def test_rows_are_checked_once(tmp_path: Path) -> None:
+    loaded, check = recipe_of(tmp_path, [talk(f"q{i}") for i in range(5)]), Counting()
+    first = index_rows(loaded, check, tmp_path / "kept")
+    again = index_rows(loaded, check, tmp_path / "kept")
+    assert check.seen == 5
+    assert list(again.rows()) == list(first.rows())
+    assert again.report == first.report
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+    index_rows(loaded, check, tmp_path / "kept", fresh=True)
+    assert check.seen == 10
+    recipe_of(tmp_path, [talk("another")])  # the file changed: what was checked does not stand for it
+    assert [r.prompt for r in index_rows(loaded, check, tmp_path / "kept").rows()] == ["another"]
+
+
+def test_the_report_counts(tmp_path: Path) -> None:
+    rows = [talk("q", "a" * n) for n in (1, 2, 3, 4, 5, 8, 9, 9)] + [talk("odd"), {"id": 3}]
+    report = index_rows(recipe_of(tmp_path, rows, "skip"), Counting(), tmp_path / "kept").report
+    assert report.rows == 8
+    assert report.duplicates == 1
+    assert report.problems == {"odd": 1, "format": 1}
+    assert report.skipped == ["rows.jsonl:9: it is odd", "rows.jsonl:10: `conversations` is missing or empty"]
+    assert report.answer_lengths == {"1": 1, "2": 1, "3-4": 2, "5-8": 2, "9-16": 2}
+    assert report.answer_tokens == round((1 + 2 + 3 + 4 + 5 + 8 + 9 + 9) / 8, 2)
+    text = report.text()
+    for said in ("8 rows an epoch, 2 left out, 1 duplicates", "left out, odd: 1", "rows.jsonl:9: it is odd"):
+        assert said in text
+
+
+def test_what_a_check_left_out_still_stops_a_recipe_that_says_stop(tmp_path: Path) -> None:
+    rows = [talk("q"), talk("odd")]
+    index_rows(recipe_of(tmp_path, rows, "skip"), Counting(), tmp_path / "kept")
+    loaded = recipe_of(tmp_path, rows, "stop")
+    with pytest.raises(DataError, match=r"rows.jsonl:2: it is odd; mend the row, or set `on_bad_row: skip`"):
+        index_rows(loaded, Counting(), tmp_path / "kept")
+
+
+def test_several_processes_check_as_one_does(tmp_path: Path) -> None:
+    rows = [talk("odd" if i % 500 == 499 else f"q{i}", "a" * (i % 7 + 1)) for i in range(2100)]
+    loaded = recipe_of(tmp_path, rows, "skip")
+    one = index_rows(loaded, Counting(), tmp_path / "one", workers=1)
+    two = index_rows(loaded, Counting(), tmp_path / "two", workers=2)
+    assert two.report == one.report
+    assert list(two.rows()) == list(one.rows())
+    stop = recipe_of(tmp_path, rows)
+    with pytest.raises(DataError, match=r"rows.jsonl:500: it is odd"):
+        index_rows(stop, Counting(), tmp_path / "stop", workers=2)
+    assert not list((tmp_path / "stop").iterdir())
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from pivot_hub.data.index import index_rows
+from pivot_hub.config.recipe import load_recipe
+from tests.data.test_index import Counting
+
+most = 0
+def look():  # pages of mapped files are the kernel's to drop: not counted
+    global most
+    lines = Path("/proc/self/status").read_text().splitlines()
+    most = max(most, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+
+index = index_rows(load_recipe(sys.argv[1]), Counting(), sys.argv[2], lambda *seen: look(), workers=1)
+for i, row in enumerate(index.table):
+    i % 1000 or look()
+print(most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """Ten times the rows, 60 MB more of JSON, take hardly more memory to read, check and go through."""
+    peaks = []
+    for count in (10_000, 100_000):
+        folder = tmp_path / str(count)
+        recipe_of(folder, [talk(f"q{i} " + "x" * 500, "a" * 80) for i in range(count)])
+        command = [sys.executable, "-c", MEMORY, str(folder / "0.yaml"), str(folder / "kept")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        peaks.append(int(done.stdout.split()[-1]))
+    assert peaks[1] - peaks[0] < 12_000  # kB; the rows are 65 MB
+
+
+def test_an_epoch_in_blocks_is_seeded_and_whole() -> None:
+    blocks = np.repeat(np.arange(40), 25)
+    sampler = BlockSampler(blocks, seed=3, window=200)
+    order = list(sampler)
+    assert sorted(order) == list(range(1000)) != order
+    assert list(BlockSampler(blocks, seed=3, window=200)) == order
+    assert list(BlockSampler(blocks, seed=4, window=200)) != order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    for start in range(0, 1000, 200):  # a window reads few blocks, and mixes them
+        window = blocks[order[start : start + 200]]
+        assert len(set(window.tolist())) == 8
+        assert (np.diff(window) != 0).mean() > 0.7
+    assert len(sampler) == 1000
+
+
+def test_rows_that_are_read_alone_are_blocks_of_one() -> None:
+    blocks = np.concatenate([np.repeat(np.arange(4), 8), np.arange(4, 20)])
+    assert sorted(BlockSampler(blocks, 0, window=16)) == list(range(48))
+
+
+def test_data_check_says_all_before_training_and_training_finds_it_done(
+    own_recipes: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Missing, corrupt, equal and repeated rows are all named; no weight is read; the stage reads the same index."""
+    images = own_recipes / "images"
+    images.mkdir()
+    Image.new("RGB", (9, 9), "red").save(images / "a.png")
+    (images / "b.png").write_bytes(b"no image")
+    pair = {"image": "a.png", "question": "What?", "chosen": "A star.", "rejected": "A cube."}
+    rows = [pair, pair, *({**pair, "question": f"{i}?"} for i in range(3))]
+    bad = [{**pair, "image": "c.png"}, {**pair, "image": "b.png"}, {**pair, "rejected": "A star."}]
+    (own_recipes / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + bad))
+    path = own_recipes / "3-dpo.yaml"
+    line = next(part for part in path.read_text().splitlines() if part.startswith("data:"))
+    source = "{format: mmpr, path: pairs.jsonl, images: images, expect: {rows: 9, prompt_tokens: 9, answer_tokens: 9}}"
+    path.write_text(path.read_text().replace(line, f"data: [{source}]"))
+    for part in ("vision", "language"):
+        (own_recipes / "base" / part / "model.safetensors").unlink()
+    command = ["pivot", "data", "check", str(path), "--json", str(tmp_path / "check.json")]
+    for more, code in ((["on_bad_row=skip"], 0), ([], 1)):
+        monkeypatch.setattr(sys, "argv", [*command[:4], *more, *command[4:]])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert (left.value.code or 0) == code
+    said = capsys.readouterr().out
+    for words in (
+        "5 rows an epoch, 3 left out, 1 duplicates",
+        "left out, missing image: 1",
+        "left out, corrupt image: 1",
+        "left out, same answers: 1",
+        "source 0: 5 rows, where the recipe expects 9",
+        "training would stop at the first of these rows",
+    ):
+        assert words in said
+    checked = json.loads((tmp_path / "check.json").read_text())
+    built: list[Path] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_build", lambda *args: built.append(args[0]))
+        skip = load_recipe(path, ["on_bad_row=skip"])
+        folder = run_stage(skip, trained.parent, tmp_path / "out", say=lambda line: None)
+    assert not built
+    report = json.loads((folder / "report.json").read_text())["data"]
+    assert {k: checked[k] for k in report} == report
+    provenance = json.loads((folder / "provenance.json").read_text())["data"][0]
+    assert provenance["ids_sha256"] == checked["sources"][0]["ids_sha256"]
+    assert len(provenance["files_sha256"]) == 64
+    with pytest.raises(DataError, match=r"pairs.jsonl:6: image c.png does not exist"):
+        run_stage(load_recipe(path), trained.parent, tmp_path / "stop", say=lambda line: None)
+
+
+def test_a_mended_image_is_looked_at_again(tmp_path: Path) -> None:
+    """A check that left a row out does not stand in the way once its image is there, though the rows did not change."""
+    rows = [{**talk("q"), "image": "a.png"}]
+    spec = "path: rows.jsonl, images: ."
+    recipe_of(tmp_path, [*rows, talk("q")], "skip")
+    file = tmp_path / "0.yaml"
+    file.write_text(file.read_text().replace("path: rows.jsonl", spec))
+    assert index_rows(load_recipe(file), Counting(), tmp_path / "kept").report.skipped_rows == 1
+    stop = load_recipe(file, ["on_bad_row=stop"])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: image a.png does not exist"):
+        index_rows(stop, Counting(), tmp_path / "kept")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert index_rows(stop, Counting(), tmp_path / "kept").report.rows == 2

@@ -1,0 +1,269 @@
+"""Annotation files: published formats, and the rows that real ones hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pivot_hub.config.recipe import LoadedRecipe, load_recipe
+from pivot_hub.data.image import open_image
+from pivot_hub.data.index import index_rows
+from pivot_hub.data.llava import parse_conversation
+from pivot_hub.data.report import Measured
+from pivot_hub.data.row import Row
+from pivot_hub.data.source import example
+from pivot_hub.errors import DataError
+
+
+class Unchecked:
+    """A check that finds nothing wrong."""
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
+        return [Measured()] * len(rows)
+
+
+MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16")
+
+
+def _images(folder: Path) -> Path:
+    folder.mkdir()
+    for mode in MODES:
+        image = Image.effect_noise((24, 20), 60)
+        image = image.convert("RGB").convert(mode) if mode != "I;16" else image.convert("I;16")
+        image.save(folder / f"{mode.replace(';', '')}.{'jpg' if mode == 'CMYK' else 'png'}")
+    (folder / "corrupt.jpg").write_bytes(b"\xff\xd8\xff\xe0not an image")
+    return folder
+
+
+GOOD = [
+    {
+        "image": f"{m.replace(';', '')}.{'jpg' if m == 'CMYK' else 'png'}",
+        "question": "<image>\nWhat?",
+        "chosen": "A",
+        "rejected": "B",
+    }
+    for m in MODES
+]
+BAD: list[tuple[Any, str]] = [
+    ({"image": "missing.png", "question": "?", "chosen": "A", "rejected": "B"}, "does not exist"),
+    ({"image": "corrupt.jpg", "question": "?", "chosen": "A", "rejected": "B"}, "cannot be decoded"),
+    ({"image": "RGB.png", "question": "?", "chosen": " ", "rejected": "B"}, "the answer is empty"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A", "rejected": ""}, "rejected answer is missing or empty"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A", "rejected": "A "}, "chosen and rejected are the same"),
+    ({"image": "RGB.png", "question": "?", "chosen": "A"}, "`rejected` is missing or not text"),
+    ({"image": ["RGB.png", "L.png"], "question": "?", "chosen": "A", "rejected": "B"}, "one image"),
+    ({"image": "../../etc/passwd", "question": "?", "chosen": "A", "rejected": "B"}, "leaves the images folder"),
+    ("[1, 2]", "a row is an object"),
+    ('{"image": ', "not JSON"),
+]
+
+
+def _recipe(own_recipes: Path, rows: list[Any], on_bad_row: str = "stop") -> Path:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
+    (own_recipes / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    path = own_recipes / "3-dpo.yaml"
+    text = path.read_text()
+    data = next(line for line in text.splitlines() if line.startswith("data:"))
+    new = "data: [{format: mmpr, path: pairs.jsonl, images: images}]"
+    path.write_text(text.replace(data, f"{new}\non_bad_row: {on_bad_row}"))
+    return path
+
+
+@pytest.mark.parametrize(("row", "said"), BAD, ids=[s for _, s in BAD])
+def test_a_bad_row_stops_the_run_naming_file_and_row(
+    own_recipes: Path, trained: Path, tmp_path: Path, row: Any, said: str
+) -> None:
+    from pivot_hub.training.stage import run_stage
+
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [GOOD[0], row]))
+    with pytest.raises(DataError) as caught:
+        run_stage(loaded, trained.parent, tmp_path / "out", say=lambda line: None)
+    message = str(caught.value)
+    assert message.startswith("pairs.jsonl:2")
+    assert said in message
+    assert "on_bad_row: skip" in message
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(
+    own_recipes: Path, trained: Path, tmp_path: Path
+) -> None:
+    from pivot_hub.training.stage import run_stage
+
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [*GOOD, *(r for r, _ in BAD)], "skip"))
+    said: list[str] = []
+    folder = run_stage(loaded, trained.parent, tmp_path / "out", say=said.append)
+    data = json.loads((folder / "report.json").read_text())["data"]
+    assert data["rows"] == len(MODES)
+    assert data["skipped_rows"] == len(BAD)
+    assert set(data["image_modes"]) >= {"L", "P", "RGBA", "RGB", "CMYK"}
+    assert any(f"{len(BAD)} rows skipped" in line for line in said)
+
+
+def test_no_usable_row_is_an_error(own_recipes: Path) -> None:
+    _images(own_recipes / "images")
+    loaded = load_recipe(_recipe(own_recipes, [BAD[0][0]], "skip"))
+    with pytest.raises(DataError, match=r"no usable row is left: pairs.jsonl:1: image missing.png does not exist"):
+        index_rows(loaded, Unchecked())
+
+
+def test_missing_files_are_named(own_recipes: Path) -> None:
+    loaded = load_recipe(_recipe(own_recipes, GOOD))
+    with pytest.raises(DataError, match=r"data images images does not exist; give it relative to the recipe"):
+        index_rows(loaded, Unchecked())
+    loaded = load_recipe(loaded.path, ["data.0.path=nobody/dataset", "data.0.images=null"])
+    with pytest.raises(DataError, match=r"data path nobody/dataset does not exist, and the Hub has no such dataset"):
+        index_rows(loaded, Unchecked())
+
+
+def test_a_sample_is_seeded_and_keeps_file_order(own_recipes: Path) -> None:
+    _images(own_recipes / "images")
+    path = _recipe(own_recipes, GOOD)
+    drawn = []
+    for seed in (0, 0, 1):
+        loaded = load_recipe(path, ["data.0.sample=3", f"data.0.seed={seed}"])
+        drawn.append([row.id for row in index_rows(loaded, Unchecked()).rows()])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.split(":")[1]))
+
+
+def test_transparency_shows_white_and_grey_becomes_colour(tmp_path: Path) -> None:
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("L", (4, 4), 77).save(tmp_path / "grey.png")
+    assert open_image(tmp_path / "clear.png", "row").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "grey.png", "row").getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_a_conversation_is_one_row_with_all_its_answers() -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "What colour?"},
+        {"from": "gpt", "value": "Brown."},
+        {"from": "human", "value": "And?"},
+    ]
+    row = parse_conversation("a:1", {"id": "1", "image": "a.jpg", "conversations": turns})
+    earlier = (("user", "<image>\nWhat is it?"), ("assistant", "A dog."))
+    assert row == Row("a:1", "a.jpg", "What colour?", "Brown.", earlier=earlier)
+    made = example([], row, "conversation", "<I>")
+    assert [part["type"] for turn in made["messages"] for part in turn["content"]] == ["image", *["text"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "a.jpg"}, "`conversations` is missing"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn needs `from`"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "a human turn and then a gpt turn"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_named(row: dict[str, Any], said: str) -> None:
+    made = parse_conversation("a.jsonl:1", row)
+    assert isinstance(made, DataError)
+    assert said in str(made)
+
+
+def test_the_image_stands_in_front_of_its_question() -> None:
+    """As in LLaVA's code: a tag elsewhere is moved to the front, and only then is the question stripped."""
+
+    def asked(prompt: str, image: str | None = "a.jpg") -> list[dict[str, str]]:
+        content: list[dict[str, str]] = example([], Row("1", image, prompt, "A"), "preference", "<I>")["prompt"][0][
+            "content"
+        ]
+        return content
+
+    assert asked("What? <image>") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert asked("What?") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert asked("<image>\n What? \n") == [{"type": "image"}, {"type": "text", "text": " What? \n"}]
+    assert asked("Hello", None) == [{"type": "text", "text": "Hello"}]
+
+
+def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
+    rows = index_rows(load_recipe(recipes / "3-dpo.yaml"), Unchecked())
+    dataset = rows.as_dataset("preference", "<I>")
+    first, again = dataset[0], dataset[0]
+    assert set(first) == {"images", "prompt", "chosen", "rejected", "row"}
+    assert first["images"][0].tobytes() == again["images"][0].tobytes()
+    assert first["images"][0].size == (32, 32)
+    assert rows.ids([first["row"]]) == ["train/0"]
+
+
+def _meta(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
+    """A folder as MMPR-v1.2 is published: per-source images and annotations, and a meta file with a trailing comma."""
+    entries = []
+    for name, count in sizes.items():
+        images, annotation = folder / "MMPR" / "images" / name, folder / "MMPR" / "annotations" / f"{name}.jsonl"
+        images.mkdir(parents=True)
+        annotation.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(images / "a.png")
+        row = {"image": "a.png", "question": "What?", "rejected": "no"}
+        annotation.write_text("".join(json.dumps({**row, "chosen": f"{name} {i}"}) + "\n" for i in range(count)))
+        facts = {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "length": count}
+        entries.append(f'"{name}": {json.dumps({**facts, "data_augment": False, "repeat_time": 1, **changes})}')
+    meta = folder / "MMPR" / "meta.json"
+    meta.write_text("{\n" + ",\n".join(entries) + ",\n}")
+    return meta
+
+
+def test_a_meta_file_names_many_sources(own_recipes: Path) -> None:
+    _meta(own_recipes, {"m3cot": 60, "docvqa": 30, "small": 10})
+    path = own_recipes / "3-dpo.yaml"
+    text = path.read_text()
+    data = next(line for line in text.splitlines() if line.startswith("data:"))
+    spec = "data: [{format: mmpr, path: MMPR/meta.json, images: ., sample: 25, seed: 3}]"
+    path.write_text(text.replace(data, spec))
+    index = index_rows(load_recipe(path), Unchecked())
+    taken = list(index.rows())
+    listing = index.report.sources[0]
+    groups = listing["groups"]
+    assert sum(groups.values()) == listing["rows"] == index.report.rows == len(taken) == 25
+    assert groups == {"m3cot": 15, "docvqa": 8, "small": 2} or groups == {"m3cot": 15, "docvqa": 7, "small": 3}
+    assert taken[0].image == "MMPR/images/m3cot/a.png"
+    assert taken[0].id.startswith("m3cot/m3cot.jsonl:")
+    again = index_rows(load_recipe(path), Unchecked(), fresh=True)
+    assert list(again.rows()) == taken
+    assert again.report.sources == index.report.sources
+    other = index_rows(load_recipe(path, ["data.0.seed=4"]), Unchecked())
+    assert other.report.sources[0]["ids_sha256"] != listing["ids_sha256"]
+
+
+def _pairs(folder: Path, meta: Path, more: str = "") -> LoadedRecipe:
+    """A recipe over a meta file."""
+    text = "stage: dpo\nparent: 2-instruct.yaml\nlearning_rate: {language: 1.0e-3}\n"
+    (folder / "meta.yaml").write_text(f"{text}data: [{{format: mmpr, path: {meta}, images: {folder}{more}}}]\n")
+    return load_recipe(folder / "meta.yaml")
+
+
+def test_a_meta_files_rows_repeat_and_are_counted(own_recipes: Path) -> None:
+    meta = _meta(own_recipes, {"one": 2}, repeat_time=3)
+    index = index_rows(_pairs(own_recipes, meta), Unchecked())
+    assert [row.id for row in index.rows()] == [f"one/one.jsonl:{i}" for i in (1, 1, 1, 2, 2, 2)]
+    meta.write_text(meta.read_text().replace('"length": 2', '"length": 529'))
+    with pytest.raises(DataError, match="2 rows where the meta file says 529: download it again"):
+        index_rows(_pairs(own_recipes, meta), Unchecked())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"annotation": "MMPR/annotations/none.jsonl"}, "none.jsonl does not exist; `images` is the folder"),
+        ({"annotation": 3}, "a source has `root` and `annotation`"),
+        ({"root": "../elsewhere"}, "leaves the folder of the data"),
+        ({"repeat_time": 0.5}, "repeat_time is 0.5; give a whole number"),
+    ],
+)
+def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], says: str, own_recipes: Path) -> None:
+    meta = _meta(own_recipes, {"one": 2}, **changes)
+    with pytest.raises(DataError, match=says):
+        index_rows(_pairs(own_recipes, meta), Unchecked())

@@ -1,0 +1,545 @@
+"""The Space in a real browser: Debian's Chromium, clicked by Playwright, on a desktop and on a phone.
+
+Every page is watched: an error on the console, or a request to any other host, fails the test that caused it.
+Screenshots go to `$PIVOT_SCREENSHOTS`, or to the test's own folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pivot_hub.demo import model_bundle as mllm_pair
+from pivot_hub.demo.launch import load_module
+from pivot_hub.explain.heatmaps import colour
+from pivot_hub.mllm.load import load_mllm
+
+CHROMIUM = shutil.which("chromium")
+DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
+# CI says that a browser is required: there its absence fails, elsewhere it skips.
+absent = (CHROMIUM is None or find_spec("playwright") is None) and os.environ.get("PIVOT_BROWSER") != "required"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(absent, reason="no Chromium or no Playwright: apt-get install chromium, pip install playwright"),
+]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    module = load_module()
+    app = module.build_app()
+    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
+    yield address
+    app.close()
+
+
+@pytest.fixture
+def url_with_runs(trained: Path) -> Iterator[str]:
+    """An app whose visitors may name the stages of a tiny run, as they may name repositories of the Hub."""
+    module = load_module()
+    app = module.build_app(runs=trained)
+    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
+    yield address
+    app.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+        )
+        yield made
+        made.close()
+
+
+class Visit:
+    """A page of its own, watched, at one size."""
+
+    def __init__(self, browser: Any, url: str, size: dict[str, int], scheme: str = "light", query: str = "") -> None:
+        self.context = browser.new_context(
+            viewport=size,
+            screen=size,
+            is_mobile=size is PHONE,
+            color_scheme=scheme,
+            has_touch=size is PHONE,
+            accept_downloads=True,
+            permissions=["clipboard-read", "clipboard-write", "camera"],
+        )
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.errors: list[str] = []
+        self.abroad: list[str] = []
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("request", lambda r: self._watch(r.url, url))
+        self.page.goto(url + query)
+        self.wait()
+
+    def _watch(self, asked: str, home: str) -> None:
+        if not asked.startswith((home, home.replace("http", "ws"), "data:", "blob:")):
+            self.abroad.append(asked)
+
+    def wait(self) -> None:
+        self.page.wait_for_selector("#stage img.heat", timeout=15_000)
+        self.page.wait_for_function("document.querySelector('#link textarea, #link input').value.length > 0")
+
+    def act(self, do: Any) -> None:
+        """Do something, and wait until the maps are other ones."""
+        before = self.page.inner_html("#stage section")
+        do()
+        changed = "before => document.querySelector('#stage section').innerHTML !== before"
+        self.page.wait_for_function(changed, arg=before, timeout=15_000)
+
+    def linked(self, *parts: str, without: str = "?!") -> str:
+        """Wait until the link says something and does not say another thing; the link."""
+        ready = (
+            "([parts, without]) => parts.every(p => location.search.includes(p)) && !location.search.includes(without)"
+        )
+        self.page.wait_for_function(ready, arg=[list(parts), without])
+        link = str(self.page.locator("#link textarea, #link input").input_value())
+        assert link == self.page.url
+        return link
+
+    def heats(self, where: str = "#stage") -> list[np.ndarray]:
+        """Pixels (H, W, 4) of the maps that are shown, in order."""
+        return [pixels(s) for s in self.page.eval_on_selector_all(f"{where} img.heat", "all => all.map(i => i.src)")]
+
+    def text(self, where: str = "#stage") -> str:
+        return str(self.page.inner_text(where))
+
+    def colour(self, name: str) -> None:
+        self.page.get_by_role("combobox", name="Colours").click()
+        self.page.get_by_role("option", name=name).click()
+
+    def open(self, label: str) -> None:
+        self.page.get_by_role("button", name=label).click()
+        self.page.wait_for_timeout(500)  # what unfolds is made then, and takes its values a moment later
+
+
+def pixels(uri: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        return np.asarray(image.convert("RGBA"))
+
+
+@pytest.fixture
+def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Opens pages; in the end each is photographed, and none may have had an error or a request to another host."""
+    visits: list[Visit] = []
+
+    def go(size: dict[str, int] = DESKTOP, scheme: str = "light", query: str = "", at: str = url) -> Visit:
+        visits.append(Visit(browser, at, size, scheme, query))
+        return visits[-1]
+
+    yield go
+    folder = Path(os.environ.get("PIVOT_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    sideways = []
+    for number, one in enumerate(visits):
+        sideways.append(
+            one.page.evaluate("document.documentElement.scrollWidth > innerWidth || innerWidth > screen.width")
+        )
+        one.page.screenshot(path=folder / f"{name}-{number}.png", full_page=True)
+        one.context.close()
+    assert [e for one in visits for e in one.errors] == []
+    assert [a for one in visits for a in one.abroad] == []
+    assert not any(sideways), "the page is wider than the screen"
+
+
+def on_scale(heat: np.ndarray, name: str) -> np.ndarray:
+    """Each pixel's place on a colour scale, 0 to 255; fails where a colour is not of the scale."""
+    table = np.asarray(colour(np.arange(256.0)[None], name, 0, 255)).reshape(256, 3)
+    places = {tuple(rgb): i for i, rgb in reversed(list(enumerate(table.tolist())))}
+    flat = heat[..., :3].reshape(-1, 3)
+    found = [places.get(tuple(rgb)) for rgb in flat.tolist()]
+    assert None not in found, "a pixel is none of the scale's colours"
+    return np.array(found).reshape(heat.shape[:2])
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_first_look_shows_both_maps_on_one_scale(visit: Any, size: dict[str, int]) -> None:
+    page = visit(size)
+    first, second, difference = page.heats()
+    one, other = on_scale(first, "viridis"), on_scale(second, "viridis")
+    assert (one != other).any(), "both encoders show the same map"
+    assert max(one.max(), other.max()) == 255, "the scale does not end at the larger peak"
+    assert min(one.max(), other.max()) < 255, "each map has a scale of its own"
+    assert len(np.unique(on_scale(difference, "PuOr"))) > 20
+    text = page.text()
+    for said in ("SFT", "DPO", "Difference", "says", "for the right answer against the wrong one", "IoU", "coincide"):
+        assert said in text
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the page scrolls sideways"
+    thumb = page.page.locator("#examples button").nth(1).bounding_box()
+    assert thumb["width"] > 70, "the examples cannot be seen"
+    bare = page.page.eval_on_selector_all("#stage img.picture, #examples img", "all => all.filter(i => !i.alt).length")
+    assert bare == 0, "a picture has no text for those who do not see it"
+
+
+def test_difference_is_what_the_maps_differ_by(visit: Any) -> None:
+    page = visit()
+    first, second, difference = page.heats()
+    apart = on_scale(second, "viridis").astype(float) - on_scale(first, "viridis")
+    shown = on_scale(difference, "PuOr") - 127.5
+    assert np.corrcoef(apart.ravel(), shown.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_choosing(visit: Any, size: dict[str, int]) -> None:
+    """An example, a seed, a kind, a question of one's own, what to explain, method, layer, colours, opacity."""
+    page = visit(size)
+    p = page.page
+    page.act(lambda: p.locator("#examples button").nth(1).click())
+    assert "Where is the brown ring?" in page.text()
+    assert p.get_by_role("textbox", name=re.compile("^Question")).input_value() == "Where is the brown ring?"
+    p.wait_for_selector("#examples button:nth-of-type(2)[aria-pressed=true]")
+    assert p.locator("#examples button[aria-pressed=true]").count() == 1
+    page.act(lambda: p.get_by_label("Scene").fill("51"))
+    page.linked("scene=51")
+    page.act(lambda: p.locator("#another").click())
+    page.linked(without="scene=51")
+    page.act(lambda: p.get_by_label("Scene").fill("11"))
+    before = page.heats()[0]
+    page.act(
+        lambda: (
+            p.get_by_label("Right answer").fill(""),
+            p.get_by_label("Wrong answer").fill(""),
+            p.get_by_role("textbox", name=re.compile("^Question")).fill("How many shapes are there?"),
+            p.locator("#look").click(),
+        )
+    )
+    assert "no right answer given" in page.text()
+    assert "No true outline is known here." in page.text()
+    assert (page.heats()[0] != before).any()
+    page.act(lambda: p.locator("#examples button").nth(2).click())
+    page.open("How to look")
+    for label in ("SFT loss", "DPO loss", "answer"):
+        page.act(lambda label=label: p.get_by_label(label, exact=True).check())
+    cam = page.heats()[0]
+    page.act(lambda: p.get_by_label("gradient map").check())
+    assert (page.heats()[0] != cam).any()
+    page.act(lambda: p.get_by_label("Grad-CAM").check())
+    assert (page.heats()[0] == cam).all()
+    layer = p.get_by_role("slider", name=re.compile("Layer"))
+    page.act(lambda: (layer.focus(), layer.press("ArrowLeft"), layer.press("ArrowLeft")))
+    assert (page.heats()[0] != cam).any()
+    page.linked("layer=3")
+    page.act(lambda: page.colour("magma"))
+    on_scale(page.heats()[0], "magma")
+    slider = p.get_by_role("slider", name=re.compile("Opacity"))
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowLeft")
+    p.wait_for_function("getComputedStyle(document.querySelector('#stage img.heat')).opacity === '0.7'")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_looking_closer(visit: Any, size: dict[str, int]) -> None:
+    page = visit(size)
+    p = page.page
+    # Swipe: by mouse or finger, and by keyboard.
+    cut = p.locator("#close .cut")
+    cut.focus()
+    for _ in range(20):
+        cut.press("ArrowRight")
+    assert p.evaluate("getComputedStyle(document.querySelector('#close .over')).clipPath") == "inset(0px 0px 0px 70%)"
+    # Patches: one click, then the arrow keys; the chosen patch is the most alike, in both encoders.
+    p.get_by_label("Similar patches").check()
+    p.wait_for_selector("#close .pick")
+    box = p.locator("#close .pick").bounding_box()
+    p.locator("#close .pick").click(position={"x": box["width"] * 0.70, "y": box["height"] * 0.20})
+    p.wait_for_selector("#close .pick[data-row='1'][data-column='5']")
+    for heat in page.heats("#close"):
+        places = on_scale(heat, "viridis")
+        assert places[1 * 16 + 8, 5 * 16 + 8] == 255
+        assert len(np.unique(places)) > 10
+    p.locator("#close .pick").focus()
+    p.keyboard.press("ArrowDown")
+    p.wait_for_selector("#close .pick[data-row='2'][data-column='5']")
+    p.keyboard.press("ArrowLeft")
+    p.wait_for_selector("#close .pick[data-row='2'][data-column='4']")
+    assert "row 3, column 5" in page.text("#close")
+    # Colours: features of both encoders on one set of axes.
+    p.get_by_label("Patch colours").check()
+    p.wait_for_selector("#close section[aria-label='Patch features as colour']")
+    one, other = (pixels(s) for s in p.eval_on_selector_all("#close img.small", "all => all.slice(1).map(i => i.src)"))
+    assert one.shape == other.shape == (8, 8, 4)
+    assert (one != other).any()
+    assert len(np.unique(one.reshape(-1, 4), axis=0)) > 30
+    assert "share one set of axes" in page.text("#close")
+    # Words: a map a token.
+    p.get_by_label("Words").check()
+    p.wait_for_selector("#close .words figure")
+    words = p.eval_on_selector_all("#close .words:first-of-type b", "all => all.map(b => b.innerText)")
+    assert [w.strip() for w in p.locator("#close .words").nth(0).locator("b").all_inner_texts()] == [
+        *("It", "is", "teal", ".", "(end)"),
+    ], words
+    maps = page.heats("#close")
+    assert len(maps) == 10
+    assert len({m.tobytes() for m in maps}) > 5
+
+
+def png(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def picture() -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).resize((280, 180))
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_own_picture_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
+    page = visit(size)
+    p = page.page
+    p.get_by_role("tab", name="Your own picture").click()
+    file = png(picture(), tmp_path / "mine.png")
+    page.act(lambda: p.locator("#upload input[type=file]").set_input_files(file))
+    assert "Describe the image." in page.text()
+    assert "no right answer given" in page.text()
+    wide = p.locator("#stage .frame").first.bounding_box()
+    assert wide["width"] / wide["height"] == pytest.approx(280 / 180, rel=0.03), "the picture lost its proportions"
+    page.act(lambda: (p.get_by_label("Right answer").fill("It is a cat."), p.locator("#look").click()))
+    assert "gives the right answer with" in page.text()
+    # Pasted from the clipboard.
+    page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
+    p.evaluate(
+        """async (bytes) => {
+          const blob = new Blob([new Uint8Array(bytes)], { type: "image/png" });
+          await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
+        }""",
+        list(png(picture().rotate(180), tmp_path / "turned.png").read_bytes()),
+    )
+    page.act(lambda: p.locator("#upload").get_by_label(re.compile("clipboard", re.I)).click())
+    assert "Describe the image." in page.text()
+    # Photographed by the browser's own test camera.
+    page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
+    p.locator("#upload").get_by_label("Capture from camera").click()
+    p.locator("#upload").get_by_text(re.compile("access", re.I)).first.click()
+    p.locator("#upload video").wait_for()
+    p.wait_for_timeout(1000)
+    page.act(lambda: p.locator("#upload").get_by_label(re.compile("capture|photo", re.I)).first.click())
+    assert "Describe the image." in page.text()
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
+    """The link restores question, method, colours and closer look; figure and numbers are saved."""
+    page = visit(size)
+    p = page.page
+    page.act(lambda: p.locator("#examples button").nth(3).click())
+    page.open("How to look")
+    page.act(lambda: p.get_by_label("gradient map").check())
+    page.act(lambda: page.colour("cividis"))
+    p.get_by_label("Similar patches").check()
+    p.wait_for_selector("#close .pick")
+    link = page.linked("closer=patches", "method=gradient", "colours=cividis")
+    again = visit(size, query="?" + link.partition("?")[2])
+    again.page.wait_for_selector("#close .pick")
+    assert [h.tobytes() for h in again.heats()] == [h.tobytes() for h in page.heats()]
+    assert again.page.inner_html("#stage section") == p.inner_html("#stage section")
+    again.open("How to look")
+    assert again.page.get_by_label("gradient map").is_checked()
+    with p.expect_download() as saved:
+        p.locator("#save-figure").click()
+    saved.value.save_as(tmp_path / "maps.png")
+    with Image.open(tmp_path / "maps.png") as figure:
+        assert figure.width > 2 * figure.height > 400
+    with p.expect_download() as saved:
+        p.locator("#save-numbers").click()
+    saved.value.save_as(tmp_path / "maps.json")
+    numbers = json.loads((tmp_path / "maps.json").read_text())
+    assert [m["name"] for m in numbers["models"]] == ["SFT", "DPO"]
+    assert np.array(numbers["models"][0]["maps"]["gradient"]).shape == (8, 8)
+    assert numbers["method"] == "gradient"
+    assert numbers["link"] == "?" + link.partition("?")[2]
+
+
+def test_a_picture_travels_in_its_link(visit: Any, tmp_path: Path) -> None:
+    page = visit()
+    p = page.page
+    p.get_by_role("tab", name="Your own picture").click()
+    page.act(lambda: p.locator("#upload input[type=file]").set_input_files(png(picture(), tmp_path / "mine.png")))
+    link = page.linked("picture=")
+    assert len(link) < 8000
+    again = visit(query="?" + link.partition("?")[2])
+    assert "Describe the image." in again.text()
+    box = again.page.locator("#stage .frame").first.bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(280 / 180, rel=0.03)
+
+
+def test_a_bad_link_is_told_and_the_page_works(visit: Any) -> None:
+    page = visit(query="?colours=rainbow&scene=3")
+    assert "colours is 'rainbow': it is one of viridis, cividis, magma." in page.text("#message")
+    page = visit(query="?first=../../etc&second=/etc")
+    p = page.page
+    assert "names no MLLM" in page.text("#message")
+    page.act(lambda: page.page.locator("#examples button").nth(1).click())
+    assert p.locator("#message .message").count() == 0
+
+
+def test_a_wrong_pair_is_told_and_the_old_one_stays(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    before = page.heats()
+    page.open("Other encoders")
+    for first, second, said in (
+        ("/etc", "/root", "names no MLLM"),
+        ("no-such-owner/no-such-model", "no-such-owner/other", "could not be fetched"),
+        ("only-one/given", "", "give both names"),
+    ):
+        p.get_by_label("First MLLM").fill(first)
+        p.get_by_label("Second MLLM").fill(second)
+        p.locator("#load").click()
+        p.wait_for_function("said => document.querySelector('#loading').innerText.includes(said)", arg=said)
+        assert "The pair that was shown stays." in page.text("#loading")
+    page.act(lambda: p.locator("#examples button").nth(4).click())
+    page.act(lambda: p.locator("#examples button").nth(0).click())
+    assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in before]
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_another_pair_by_field_and_by_link(
+    visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading says how far it is; the pair then answers, is in the link, and the built-in one comes back."""
+    load = load_mllm
+
+    def slowly(folder: Path) -> Any:
+        time.sleep(0.8)  # of tiny models nobody would see the progress
+        return load(folder)
+
+    monkeypatch.setattr(mllm_pair, "load_mllm", slowly)
+    page = visit(size, at=url_with_runs)
+    p = page.page
+    built_in = [h.tobytes() for h in page.heats()]
+    page.open("Other encoders")
+    offered = page.text(".choose").partition("Also here: ")[2].partition(".")[0].split(", ")
+    assert {"1-align", "2-instruct", "3-dpo", "3-sft"} <= set(offered)  # other tests may have left more beside them
+    names = {"First MLLM": "3-sft", "Second MLLM": "3-dpo", "Parent": "2-instruct"}
+    for label, name in names.items():
+        p.get_by_label(label).fill(name)
+    p.locator("#load").click()
+    p.wait_for_function("document.querySelector('#loading').innerText.includes('loading 3-')")
+    assert "SFT" in page.text(), "the old pair stays while the new one loads"
+    p.wait_for_function("document.querySelector('#loading').innerText.includes('Shown: 3-sft and 3-dpo.')")
+    assert p.locator("#stage h3").all_inner_texts() == ["The picture", "3-sft", "3-dpo", "Difference"]
+    link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
+    again = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
+    assert [h.tobytes() for h in again.heats()] == [h.tobytes() for h in page.heats()]
+    assert again.page.locator("#stage h3").nth(1).inner_text() == "3-sft"
+    page.act(lambda: p.locator("#back").click())
+    assert [h.tobytes() for h in page.heats()] == built_in
+    assert "first=" not in page.linked(without="first=")
+
+
+def test_visitors_do_not_disturb_each_other(visit: Any) -> None:
+    one, other = visit(), visit()
+    one.act(lambda: one.page.locator("#examples button").nth(1).click())
+    other.act(lambda: other.page.locator("#examples button").nth(4).click())
+    other.page.get_by_label("Patch colours").check()
+    one.open("How to look")
+    one.act(lambda: one.colour("magma"))
+    assert "Where is the brown ring?" in one.text()
+    on_scale(one.heats()[0], "magma")
+    assert "Where is the yellow star?" in other.text()
+    on_scale(other.heats()[0], "viridis")
+    assert one.page.locator("#close .swipe").count() == 1
+
+
+BAD_FILES = {
+    "not-an-image.png": "is no picture",
+    "huge.png": "more than 64 million pixels",
+    "truncated.jpg": "damaged or cut short",
+}
+GOOD_FILES = ("moving.gif", "print.jpg", "turned.jpg")
+
+
+def write_files(folder: Path) -> None:
+    image = picture()
+    (folder / "not-an-image.png").write_bytes(b"#!/bin/sh\necho no picture\n" * 40)
+    Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
+    image.save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])
+    image.save(folder / "moving.gif", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
+    image.convert("CMYK").save(folder / "print.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held upright
+    image.save(folder / "turned.jpg", exif=exif)
+
+
+def test_bad_and_odd_pictures(visit: Any, tmp_path: Path) -> None:
+    write_files(tmp_path)
+    page = visit()
+    p = page.page
+    p.get_by_role("tab", name="Your own picture").click()
+    start = page.heats()
+    for name, said in BAD_FILES.items():
+        p.locator("#upload input[type=file]").set_input_files(tmp_path / name)
+        p.wait_for_function("said => document.querySelector('#message').innerText.includes(said)", arg=said)
+        assert str(tmp_path) not in p.content()
+        assert "Traceback" not in p.content()
+        assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in start]
+        p.locator("#upload input[type=file]").wait_for(state="attached")  # the bad picture was taken out again
+    for name in GOOD_FILES:
+        page.act(lambda name=name: p.locator("#upload input[type=file]").set_input_files(tmp_path / name))
+        assert p.locator("#message .message").count() == 0
+        box = p.locator("#stage .frame").first.bounding_box()
+        ratio = 180 / 280 if name == "turned.jpg" else 280 / 180
+        assert box["width"] / box["height"] == pytest.approx(ratio, rel=0.03)
+        page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
+
+
+def test_long_and_hostile_questions(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    question = p.get_by_role("textbox", name=re.compile("^Question"))
+    question.fill("why " * 2500)
+    p.locator("#look").click()
+    p.wait_for_function("document.querySelector('#message').innerText.includes('10,000 characters')")
+    hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> ${1+1} {{7*7}}"
+    page.act(lambda: (question.fill(hostile), p.locator("#look").click()))
+    assert hostile in page.text()
+    assert p.locator("#stage script, #stage img[src=x]").count() == 0
+    assert p.title() == "What did DPO change?"
+
+
+def test_keyboard_alone(visit: Any) -> None:
+    """Every control is reached by Tab, and an example is chosen by Enter."""
+    page = visit()
+    p = page.page
+    p.locator("#examples button").nth(2).focus()
+    page.act(lambda: p.keyboard.press("Enter"))
+    assert "cyan cross" in page.text()
+    reached: set[str] = set()
+    for _ in range(60):
+        p.keyboard.press("Tab")
+        reached.add(p.evaluate("document.activeElement.closest('[id]:not([id=\"\"])')?.id || ''"))
+    assert {"look", "another", "closer", "save-figure", "save-numbers"} <= reached
+    assert p.evaluate("document.activeElement !== null")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_dark(visit: Any, size: dict[str, int]) -> None:
+    page = visit(size, "dark")
+    back = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(int(v) for v in re.findall(r"\d+", back)[:3]) < 60
+    front = page.page.evaluate("getComputedStyle(document.querySelector('.verdict')).color")
+    assert min(int(v) for v in re.findall(r"\d+", front)[:3]) > 180

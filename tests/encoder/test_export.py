@@ -1,0 +1,136 @@
+"""Exports: the same features from ONNX for every backbone, int8 within its measured cost, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pivot_hub.cli import app
+from pivot_hub.config.recipe import RECIPES
+from pivot_hub.encoder import export
+from pivot_hub.encoder.export import OnnxEncoder, export_encoder, load_quanto
+from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.errors import ExportError
+from pivot_hub.probes.run import Sizes, probe_shapes
+from tests.encoder.originals import IMAGE_PX, ORIGINALS, make_vision
+
+
+def quiet(line: str) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+@torch.no_grad()
+def test_onnx_gives_the_features_of_torch_for_any_batch(kind: str, tmp_path: Path) -> None:
+    source = make_vision(tmp_path / "original", kind)
+    report = export_encoder(source, tmp_path / "out", say=quiet)
+    assert max(report["files"]["onnx/model.onnx"]["relative_error"].values()) < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
+    assert [o.name for o in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
+    encoder, processor = read_encoder(source)
+    for batch in (1, 4):
+        pictures = [Image.effect_noise((50, 40 + i), 90).convert("RGB") for i in range(batch)]
+        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        tokens, pooled = session.run(None, {"pixel_values": pixels.numpy()})
+        wanted = encoder(pixels)
+        np.testing.assert_allclose(tokens, wanted.last_hidden_state.numpy(), atol=1e-4)
+        np.testing.assert_allclose(pooled, wanted.pooler_output.numpy(), atol=1e-4)
+
+
+def test_int8_and_fp16_are_measured_against_float32(tmp_path: Path) -> None:
+    base = RECIPES / "shapes" / "base" / "vision"
+    probe = partial(probe_shapes, sizes=Sizes(train=200, validation=60, test=100))
+    picture = Image.effect_noise((99, 70), 50)
+    report = export_encoder(base, tmp_path / "out", fp16=True, int8=True, images=[picture], probe=probe, say=quiet)
+    assert json.loads(json.dumps(report)) == json.loads((tmp_path / "out" / "export.json").read_text())
+    assert report["pictures"] == 6
+    files = report["files"]
+    assert list(files) == [
+        "onnx/model.onnx",
+        "onnx/model_fp16.onnx",
+        "onnx/model_quantized.onnx",
+        "quanto/model.safetensors",
+    ]
+    errors = [max(f["relative_error"].values()) for f in files.values()]
+    assert errors[0] < 1e-5 < errors[1] < 5e-3  # a half that is as exact as float32 is none
+    assert min(errors[2:]) > 1e-3
+    assert max(errors[2:]) < 5e-2
+    weights = (base / "model.safetensors").stat().st_size
+    assert files["quanto/model.safetensors"]["bytes"] < weights / 3
+    halves = {i.data_type for i in onnx.load(tmp_path / "out" / "onnx" / "model_fp16.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in halves
+    quantised = {n.op_type for n in onnx.load(tmp_path / "out" / "onnx" / "model_quantized.onnx").graph.node}
+    assert "MatMulInteger" in quantised
+    probe = report["probe"]
+    assert list(probe) == ["torch", "onnx/model_quantized.onnx", "quanto/model.safetensors"]
+    for form in list(probe)[1:]:
+        assert [r["task"] for r in probe[form]] == [r["task"] for r in probe["torch"]]
+        assert [r["value"] for r in probe[form]] != [r["value"] for r in probe["torch"]]
+        for own, exact in zip(probe[form], probe["torch"], strict=True):
+            assert abs(own["value"] - exact["value"]) < 10, own["task"]
+
+
+@torch.no_grad()
+def test_exports_load_as_the_encoder(tmp_path: Path) -> None:
+    source = make_vision(tmp_path / "original", "dinov2-registers")
+    export_encoder(source, tmp_path / "out", int8=True, say=quiet)
+    encoder, _ = read_encoder(source)
+    pixels = torch.randn(2, 3, IMAGE_PX, IMAGE_PX)
+    wanted = encoder(pixels).last_hidden_state
+    for made, tolerance in ((OnnxEncoder(tmp_path / "out"), 1e-5), (load_quanto(tmp_path / "out"), 0.05)):
+        assert made.config.pivot == encoder.config.pivot
+        assert (made(pixels).last_hidden_state - wanted).norm() / wanted.norm() < tolerance
+    pictures = [Image.effect_noise((50, 40), 90)]
+    assert load_quanto(tmp_path / "out").forward_features(pictures).last_hidden_state.shape == (1, 16, 32)
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protobuf holds 2 GB; transformers.js looks for NAME_data."""
+    monkeypatch.setattr(export, "PROTOBUF_LIMIT", 1000)
+    source = make_vision(tmp_path / "original", hidden_size=64)
+    report = export_encoder(source, tmp_path / "out", say=quiet)
+    assert (tmp_path / "out" / "onnx" / "model.onnx_data").stat().st_size > 100_000
+    assert report["files"]["onnx/model.onnx"]["bytes"] > 100_000
+
+
+def test_an_export_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_vision(tmp_path / "original")
+    write = export._write_onnx
+
+    def wrong(model: Any, path: Path) -> None:
+        next(model.parameters()).data += 1e-2
+        write(model, path)
+        next(model.parameters()).data -= 1e-2
+
+    monkeypatch.setattr(export, "_write_onnx", wrong)
+    with pytest.raises(ExportError, match="features differ from torch's by"):
+        export_encoder(source, tmp_path / "out", say=quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["original"]
+
+
+def test_a_missing_package_is_named_with_its_remedy() -> None:
+    with pytest.raises(ExportError, match=r"no_such_module is not installed; run `pip install 'pivot-hub\[export\]'"):
+        export._need("json", "no_such_module")
+
+
+def test_the_command_checks_on_the_users_pictures(tmp_path: Path) -> None:
+    source = make_vision(tmp_path / "my-encoder")
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((60, 50), 90).save(tmp_path / "photos" / "a.png")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(source), str(out), "--images", str(tmp_path / "photos")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "export.json").read_text())
+    assert report["pictures"] == 6
+    assert report["encoder"] == "my-encoder"
+    assert str(tmp_path) not in (out / "export.json").read_text()
+    assert "relative error" in done.output

@@ -1,0 +1,213 @@
+"""Encoder repositories: three doors, features equal bit for bit, and a change of one bit is found."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
+
+from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
+from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
+from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.provenance import seal
+from tests.encoder.originals import IMAGE_PX, ORIGINALS, SIZES, make_vision
+
+
+@pytest.fixture(scope="module")
+def repository(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extract_encoder(trained / "3-dpo", tmp_path_factory.mktemp("hub") / "pivot" / "tiny-dpo")
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_PX, IMAGE_PX, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_features_equal_those_inside_the_mllm_bit_for_bit(
+    repository: Path, trained: Path, pixels: torch.Tensor
+) -> None:
+    mllm, _ = load_mllm(trained / "3-dpo")
+    entered = []
+    mllm.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    mllm.eval().model.get_image_features(pixels)
+    native = AutoModel.from_pretrained(repository)
+    ours = PivotVisionModel.from_pretrained(repository)
+    remote = AutoModel.from_pretrained(repository, trust_remote_code=True)
+    assert type(native) is SiglipVisionModel
+    assert type(remote).__name__ == "PivotVisionModel"
+    assert "transformers_modules" in type(remote).__module__
+    assert torch.equal(native(pixels, output_hidden_states=True).hidden_states[-2], entered[0])
+    assert torch.equal(ours(pixels).last_hidden_state, entered[0])
+    assert torch.equal(remote(pixels).last_hidden_state, entered[0])
+
+
+def test_processor_equals_the_mllms(repository: Path, trained: Path) -> None:
+    image = Image.effect_noise((70, 50), 80).convert("RGB")
+    _, processor = load_mllm(trained / "3-dpo")
+    alone = AutoImageProcessor.from_pretrained(repository, backend="pil")
+    a, b = (p(images=image, return_tensors="pt")["pixel_values"] for p in (alone, processor.image_processor))
+    assert torch.equal(a, b)
+
+
+def test_weights_are_under_the_keys_of_the_original_hub_checkpoint(repository: Path) -> None:
+    keys = load_file(repository / "model.safetensors").keys()
+    assert "vision_model.embeddings.patch_embedding.weight" in keys
+    assert all(k.startswith("vision_model.") for k in keys)
+    assert set(load_file(repository / "projector.safetensors")) == {
+        f"linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+
+
+def test_config_and_provenance_say_where_it_came_from(repository: Path) -> None:
+    pivot = json.loads((repository / "config.json").read_text())["pivot"]
+    assert pivot["stage"] == "dpo"
+    assert pivot["feature_layer"] == -2
+    assert pivot["base_model"] == "base/vision"
+    provenance = json.loads((repository / "provenance.json").read_text())
+    assert pivot["recipe_sha256"] == provenance["mllm"]["recipe_sha256"]
+    lineage, step = [], provenance["mllm"]
+    while step:
+        lineage.append(step["stage"])
+        step = (step.get("parent") or {}).get("provenance")
+    assert lineage == ["dpo", "instruct", "align"]
+
+
+def test_nothing_published_names_a_local_path(repository: Path) -> None:
+    home = str(Path.home())
+    for file in repository.rglob("*"):
+        if file.suffix in (".json", ".yaml", ".py", ".jsonl"):
+            text = file.read_text()
+            assert home not in text
+            assert str(repository.parent) not in text
+            assert "/tmp/" not in text
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+@torch.no_grad()
+def test_every_backbone_is_written_under_keys_plain_automodel_reads(
+    kind: str, pixels: torch.Tensor, tmp_path: Path
+) -> None:
+    model, _ = read_encoder(make_vision(tmp_path / "original", kind))
+    folder = write_repository(tmp_path / "written", model)
+    assert verify_repository(folder) == []
+    native, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(native).__name__ == ORIGINALS[kind].native
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    seen = native(pixels, output_hidden_states=True).hidden_states[-2][:, ORIGINALS[kind].prefix_tokens :]
+    assert torch.equal(seen, model(pixels).last_hidden_state)
+    remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(remote(pixels).last_hidden_state, model(pixels).last_hidden_state)
+    prefixed = kind in ("siglip", "siglip2", "clip")
+    assert all(k.startswith("vision_model.") == prefixed for k in load_file(folder / "model.safetensors"))
+
+
+def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    native = SiglipVisionModel(SiglipVisionConfig(**SIZES))
+    with pytest.raises(CheckpointError, match="has no image processor; set its image_processor to a Siglip"):
+        write_repository(tmp_path / "out", PivotVisionModel(PivotVisionConfig(native.config), native))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block in order, in one namespace, on the tiny encoder (3 layers: its out_indices are fewer)."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Use an encoder")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
+    assert "quickstart/hub/pivot/shapes-dpo" in blocks[0]
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((60, 40), 80).save("cat.jpg")
+    code = "\n".join(blocks).replace("quickstart/hub/pivot/shapes-dpo", str(repository))
+    made: dict[str, Any] = {}
+    exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), made)
+    assert type(made["native"]).__name__ == "SiglipVisionModel"
+    assert type(made["encoder"]).__name__ == type(made["remote"]).__name__ == "PivotVisionModel"
+    assert made["made"].last_hidden_state.shape == (1, 16, 32)
+    assert made["mllm"].vision_config.model_type == "siglip_vision_model"
+    assert made["segmenter"].eval()(made["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
+    assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == made["encoder"].config.pivot
+
+
+def _flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+FILES = [
+    "config.json",
+    "configuration_pivot.py",
+    "golden.safetensors",
+    "model.safetensors",
+    "modeling_pivot.py",
+    "preprocessor_config.json",
+    "projector.safetensors",
+    "provenance.json",
+    "recipe.yaml",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found_anywhere(repository: Path, tmp_path: Path, name: str) -> None:
+    assert sorted(f.name for f in repository.iterdir()) == FILES
+    size = (repository / name).stat().st_size
+    for at in (0, size // 3, size // 2, size - 1):
+        copy = Path(shutil.copytree(repository, tmp_path / str(at)))
+        _flip(copy / name, at)
+        problems = verify_repository(copy)
+        assert len(problems) == 1, at
+        assert name in problems[0]
+    assert verify_repository(repository) == []
+
+
+def test_missing_extra_and_pickled_files_are_found(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    (copy / "recipe.yaml").unlink()
+    (copy / "notes.txt").write_text("x")
+    (copy / "weights.bin").write_bytes(b"x")
+    said = " ".join(verify_repository(copy))
+    for part in ("recipe.yaml is missing", "notes.txt is not expected", "weights.bin is a pickle"):
+        assert part in said
+
+
+def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    provenance = json.loads((copy / "provenance.json").read_text())
+    _flip(copy / "model.safetensors", -2)  # a high bit of the last weight's exponent
+    weights = load_file(copy / "model.safetensors")
+    from safetensors.torch import save_file
+
+    name = next(k for k in weights if k.endswith("layers.0.mlp.fc1.weight"))
+    weights[name] = weights[name] * 2
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    seal(copy, {k: v for k, v in provenance.items() if k not in ("files", "sha256")})
+    assert any("golden vectors" in p for p in verify_repository(copy))
+
+
+def test_extracting_again_replaces_the_folder_whole(trained: Path, tmp_path: Path) -> None:
+    target = tmp_path / "encoder"
+    extract_encoder(trained / "3-sft", target)
+    (target / "stale.txt").write_text("x")
+    extract_encoder(trained / "3-dpo", target)
+    assert not (target / "stale.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+
+
+def test_what_is_no_checkpoint_is_refused_and_nothing_written(parts: Path, tmp_path: Path) -> None:
+    for source in (parts / "vision", parts / "language", tmp_path / "nothing"):
+        with pytest.raises(CheckpointError):
+            extract_encoder(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

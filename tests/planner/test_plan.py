@@ -1,0 +1,451 @@
+"""The planner against the real trainers: FLOPs that torch counts, bytes that torch allocates; and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+from trl import SFTConfig
+
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.errors import RecipeError
+from pivot_hub.mllm.published_configs import meta_mllm, part_config
+from pivot_hub.mllm.trainable import freeze_parts
+from pivot_hub.planner.estimate import plan_stage
+from pivot_hub.planner.fake_step import CPU_FORMULAS
+from pivot_hub.planner.gpus import GIB, GPUS, RESERVE
+from pivot_hub.planner.report import Plan
+from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.sft import PivotSFTTrainer
+
+IMAGE = "<|image_pad|>"
+IMAGE_PX, PATCH_PX, VOCABULARY = 64, 8, 2000
+PROMPT, ANSWER, ROWS = 20, 30, 4
+VISION, LANGUAGE = (128, 6, 512), (128, 6, 512)  # width, layers, inner width
+RATES = {"align": ["projector"], "sft": ["vision", "projector", "language"], "dpo": ["vision", "projector", "language"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two parts of meaningful size, as configs alone: the planner needs no more."""
+    made = tmp_path_factory.mktemp("small")
+    width, layers, inner = VISION
+    SiglipVisionConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=inner,
+        image_size=IMAGE_PX,
+        patch_size=PATCH_PX,
+    ).save_pretrained(made / "vision")
+    width, layers, inner = LANGUAGE
+    Qwen2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=inner,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    ).save_pretrained(made / "language")
+    return made
+
+
+def recipe_file(folder: Path, stage: str, args: dict[str, Any]) -> Path:
+    source = {"align": "llava", "sft": "mmpr", "dpo": "mmpr"}[stage]
+    rows = f"expect: {{rows: 64, prompt_tokens: {PROMPT}, answer_tokens: {ANSWER}}}"
+    model = "model: {vision: vision, language: language}\n"
+    parent = "" if stage == "align" else "parent: parent.yaml\n"
+    body = {
+        "parent.yaml": f"stage: align\n{model}learning_rate: {{projector: 1.0e-3}}\n"
+        f"data: [{{format: llava, path: x, images: y, {rows}}}]\n",
+        f"{stage}.yaml": f"stage: {stage}\n{parent or model}"
+        f"learning_rate: {{{', '.join(f'{part}: 1.0e-3' for part in RATES[stage])}}}\n"
+        f"data: [{{format: {source}, path: x, images: y, {rows}}}]\n"
+        f"args: {json.dumps({'per_device_train_batch_size': ROWS, 'max_length': None, **args})}\n",
+    }
+    for name, text in body.items():
+        (folder / name).write_text(text)
+    return folder / f"{stage}.yaml"
+
+
+@dataclass
+class Step:
+    """A real trainer with one batch in front of it."""
+
+    trainer: Any
+    inputs: dict[str, Any]
+    half: bool  # accelerate wraps the forward pass in autocast when training starts
+
+    def run(self) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = self.trainer.compute_loss(self.trainer.model, dict(self.inputs))
+        loss.backward()
+
+
+def words(count: int, seed: int) -> str:
+    made = torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(f"w{i}" for i in made)
+
+
+def processor() -> LlavaProcessor:
+    """Words are one token each, so that rows have the lengths they are given."""
+    names = ["<pad>", "<|im_end|>", IMAGE, *(f"w{i}" for i in range(3, VOCABULARY))]
+    model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="w3"))
+    model.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=[IMAGE]
+    )
+    return LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": IMAGE_PX, "width": IMAGE_PX}),
+        tokenizer=tokenizer,
+        patch_size=PATCH_PX,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+    )
+
+
+def real_step(folder: Path, stage: str, checkpointing: bool, out: Path, **args: Any) -> Step:
+    """The stage's trainer on random weights and ROWS rows of PROMPT and ANSWER words."""
+    torch.manual_seed(0)
+    config = meta_mllm(part_config(str(folder / "vision")), part_config(str(folder / "language")), -2).config
+    config.image_token_id = 2
+    model = LlavaForConditionalGeneration(config)
+    freeze_parts(model, dict.fromkeys(RATES[stage], 1e-3))
+    rows = [
+        {
+            "images": [Image.new("RGB", (IMAGE_PX, IMAGE_PX), (40 * i, 90, 20))],
+            "prompt": f"{IMAGE} {words(PROMPT, i)}",
+            "chosen": words(ANSWER, 100 + i),
+            "rejected": words(ANSWER, 200 + i),
+        }
+        for i in range(ROWS)
+    ]
+    if stage != "dpo":
+        rows = [{"images": r["images"], "prompt": r["prompt"], "completion": f" {r['chosen']}"} for r in rows]
+    dataset = Dataset.from_dict({"number": list(range(ROWS))})
+    dataset.set_transform(lambda asked: {c: [rows[n][c] for n in asked["number"]] for c in rows[0]})
+    settings: dict[str, Any] = {
+        "output_dir": str(out),
+        "per_device_train_batch_size": ROWS,
+        "gradient_checkpointing": checkpointing,
+        "max_length": None,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **{name: value for name, value in args.items() if name != "bf16"},
+    }
+    options = {"model": model, "train_dataset": dataset, "processing_class": processor()}
+    trainer: Any
+    if stage == "dpo":
+        trainer = PivotDPOTrainer(args=PivotDPOConfig(**settings, reference_cache=str(out / "cache")), **options)
+    else:
+        trainer = PivotSFTTrainer(args=SFTConfig(**settings), **options)
+    trainer.model.train()
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in range(ROWS)]))
+    return Step(trainer, inputs, half=bool(args.get("bf16")))
+
+
+@lru_cache
+def planned(folder: Path, stage: str, checkpointing: bool, **args: Any) -> Plan:
+    file = recipe_file(folder, stage, {"gradient_checkpointing": checkpointing, **args})
+    return plan_stage(load_recipe(file), machine="single", processes=1, device="cpu")
+
+
+def flops_of(plan: Plan) -> float:
+    return sum(count for phases in plan.flops_per_step.values() for count in phases.values())
+
+
+LIVE = {"cache_reference": False}
+STOCK = dict.fromkeys(SWITCHES, False)
+CASES = [
+    pytest.param("sft", False, {}, id="sft"),
+    pytest.param("sft", True, {}, id="sft-checkpointing"),
+    pytest.param("align", False, {}, id="align"),
+    pytest.param("align", True, {}, id="align-checkpointing"),
+    pytest.param("dpo", False, {}, id="dpo"),
+    pytest.param("dpo", True, {}, id="dpo-checkpointing"),
+    pytest.param("dpo", False, LIVE, id="dpo-live-reference"),
+    pytest.param("dpo", False, {"share_prefix": False, "pack": False}, id="dpo-unshared"),
+    pytest.param("dpo", True, STOCK, id="dpo-stock"),
+]
+
+
+@pytest.mark.parametrize(("stage", "checkpointing", "args"), CASES)
+def test_flops_are_those_of_the_real_step(
+    stage: str, checkpointing: bool, args: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    step = real_step(folder, stage, checkpointing, tmp_path, **args)
+    own = {operator: cast(Any, formula).__wrapped__ for operator, formula in CPU_FORMULAS.items()}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+        step.run()
+    ratio = flops_of(planned(folder, stage, checkpointing, **args)) / counter.get_total_flops()
+    print(f"FLOPs, plan to real: {ratio:.4f}")
+    assert ratio == pytest.approx(1, abs=0.02)
+
+
+def peak_bytes(step: Step) -> float:
+    """Most that the allocator holds in an optimizer step, with the weights and Adam's state that lie there before."""
+    trainer = step.trainer
+    times = trainer.args.gradient_accumulation_steps
+    trainer.create_optimizer()
+    step.run()
+    trainer.optimizer.step()  # makes Adam's state
+    trainer.optimizer.zero_grad()
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trainer.model.parameters()}
+    if trainer.__dict__.get("ref_model") is not None:
+        weights |= {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trainer.ref_model.parameters()
+        }
+    states = [s for state in trainer.optimizer.state.values() for s in state.values() if isinstance(s, torch.Tensor)]
+    before = sum(weights.values()) + sum(s.nbytes for s in states)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in range(times):
+            step.run()
+        nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+    events = cast(Any, profile.profiler).kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return float(before + most)
+
+
+MEMORY_CASES = [
+    *CASES,
+    pytest.param("sft", False, {"bf16": True}, id="sft-bf16"),
+    pytest.param("sft", True, {"gradient_accumulation_steps": 2}, id="sft-accumulation"),
+]
+
+
+@pytest.mark.parametrize(("stage", "checkpointing", "args"), MEMORY_CASES)
+def test_memory_is_that_of_the_real_step(
+    stage: str, checkpointing: bool, args: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """All that torch's CPU allocator holds; a kernel's own scratch memory is not among it, nor is Python's."""
+    real = peak_bytes(real_step(folder, stage, checkpointing, tmp_path, **args))
+    moment = planned(folder, stage, checkpointing, **args).memory[0]
+    print(f"memory, plan to real: {moment.total / real:.4f} of {real / 1e6:.1f} MB, {moment.terms}")
+    assert moment.terms["activations"] + moment.terms.get("copies", 0) > 0.2 * moment.total
+    assert moment.total == pytest.approx(real, rel=0.15)
+
+
+def test_forward_flops_are_those_of_the_formula(folder: Path) -> None:
+    """Twice each weight and token, and 4 D for each query and key: an account that shares no code with the counter."""
+    plan = planned(folder, "sft", False)
+    tokens = (IMAGE_PX // PATCH_PX) ** 2
+    width, layers, inner = VISION
+    # The tower runs whole: the block and the pooling head above the feature layer too.
+    block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
+    patches = 2 * tokens * 3 * PATCH_PX**2 * width
+    vision = layers * block + patches
+    assert plan.flops_per_step["vision"]["forward"] / ROWS == pytest.approx(vision, rel=0.05)
+    assert plan.flops_per_step["vision"]["forward"] / ROWS > vision
+    length = tokens + PROMPT + ANSWER
+    width, layers, inner = LANGUAGE
+    block = 2 * length * (4 * width**2 + 3 * width * inner) + 4 * length**2 * width
+    head = 2 * (length - 1) * width * VOCABULARY
+    assert plan.flops_per_step["language"]["forward"] / ROWS == layers * block + head
+
+
+def test_a_frozen_part_costs_less(folder: Path) -> None:
+    align, sft = (planned(folder, stage, False).flops_per_step for stage in ("align", "sft"))
+    assert align["vision"]["backward"] == 0
+    assert align["vision"]["forward"] == sft["vision"]["forward"]
+    # Through the frozen language model only inputs get gradients.
+    assert align["language"]["backward"] < 0.75 * sft["language"]["backward"]
+
+
+def test_many_pairs_cost_what_few_do(folder: Path) -> None:
+    """A large packed batch is counted from small ones: as much a pair as one that is just small enough."""
+    eight, twelve = (
+        plan_stage(load_recipe(recipe_file(folder, "dpo", {"per_device_train_batch_size": n})), "single", 1)
+        for n in (8, 12)
+    )
+    assert flops_of(twelve) == pytest.approx(1.5 * flops_of(eight), rel=1e-6)
+    assert 1.3 < twelve.memory[0].terms["activations"] / eight.memory[0].terms["activations"] < 1.6
+
+
+# The paper's parts, rows and batch.
+FULL = "model: {vision: google/siglip2-so400m-patch16-384, language: Qwen/Qwen2.5-7B-Instruct}\n"
+EXPECT = "expect: {rows: 558128, prompt_tokens: 1, answer_tokens: 20}"
+
+
+def full(folder: Path, stage: str = "align", args: str = "per_device_train_batch_size: 8") -> Path:
+    (folder / "1-align.yaml").write_text(
+        f"stage: align\n{FULL}learning_rate: {{projector: 1.0e-3}}\nglobal_batch: 256\n"
+        f"data: [{{format: llava, path: x, images: y, {EXPECT}}}]\n"
+        f"args: {{num_train_epochs: 1, max_length: 2048, {args}}}\n"
+    )
+    if stage == "dpo":
+        (folder / "3-dpo.yaml").write_text(
+            "stage: dpo\nparent: 1-align.yaml\nglobal_batch: 256\n"
+            "learning_rate: {vision: 1.0e-6, projector: 1.0e-6, language: 1.0e-6}\n"
+            "data: [{format: mmpr, path: x, images: y, sample: 20000, "
+            "expect: {rows: 3000000, prompt_tokens: 60, answer_tokens: 150}}]\n"
+            f"args: {{num_train_epochs: 3, max_length: 2048, {args}}}\n"
+        )
+        return folder / "3-dpo.yaml"
+    return folder / "1-align.yaml"
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from numbers(each)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; weights would be 32 GB
+    facts = json.loads(json.dumps(plan.facts()))
+    values = list(numbers(facts))
+    assert len(values) > 60
+    assert all(math.isfinite(v) and v >= 0 for v in values)
+    assert plan.parameters["language"] == {"trained": 7_615_616_512, "frozen": 0}
+    assert plan.parameters["vision"]["frozen"] > 15e6  # the last block, the norm and the pooling head
+    assert (plan.rows, plan.rows_per_step, plan.steps) == (20_000, 256, 3 * 79)
+    assert plan.image_tokens == 576
+    assert plan.tokens_per_step == 256 * (576 + 60 + 2 * 150)
+    # The reference runs once a row, not once an epoch: a third of the policy's forward passes.
+    assert plan.flops["reference"] == pytest.approx(plan.flops["forward"] / 3)
+    fill = plan.memory[1]
+    assert fill.terms["reference"] == plan.memory[0].terms["weights"] > 30e9
+    assert "reference" not in plan.memory[0].terms
+    assert plan.disk["checkpoint"] == pytest.approx(4 * 8.06e9 + 8 * 8.03e9, rel=0.01)
+    table = plan.table()
+    assert max(map(len, table.splitlines())) < 140
+    assert len(table.splitlines()) < 40
+
+
+@pytest.mark.slow
+def test_advice_that_is_followed_fits(tmp_path: Path) -> None:
+    """7B with all its state in every GPU fits no 80 GB; what the planner says instead does, by its own figures."""
+    file = full(tmp_path, "dpo", "per_device_train_batch_size: 2")
+    loaded = load_recipe(file, ["args.max_length=null"])
+    plan = plan_stage(loaded, machine="ddp", processes=8)
+    verdict = plan.gpus[1]
+    assert (verdict.gpu, verdict.fits) == ("H100 80GB", False)
+    assert plan.memory[0].total > 100e9
+    assert verdict.advice
+    advice = dict(verdict.advice)
+    machine, processes = advice.pop("machine", "ddp"), advice.pop("processes", 8)
+    followed = plan_stage(
+        load_recipe(file, ["args.max_length=null", *(f"{k}={v}" for k, v in advice.items())]), machine, processes
+    )
+    assert followed.gpus[1].fits
+    assert all(m.total <= GPUS[1].memory_bytes - RESERVE for m in followed.memory)
+    assert followed.rows_per_step == plan.rows_per_step
+    assert "does not fit; fits with" in plan.table()
+
+
+def test_settings_have_the_effect_they_are_for(folder: Path) -> None:
+    plain, checked = (planned(folder, "sft", on).memory[0].terms["activations"] for on in (False, True))
+    assert checked < 0.7 * plain
+    file = recipe_file(folder, "sft", {"gradient_checkpointing": True})
+    loaded = load_recipe(file)
+    ddp, zero2, fsdp2 = (plan_stage(loaded, m, 8).memory[0].terms for m in ("ddp", "zero2", "fsdp2"))
+    assert ddp["weights"] == zero2["weights"] == 8 * fsdp2["weights"]
+    assert ddp["optimizer"] == 8 * zero2["optimizer"] == 8 * fsdp2["optimizer"]
+    small = plan_stage(load_recipe(file, ["args.optim=adamw_bnb_8bit"]), "ddp", 8).memory[0].terms
+    assert small["optimizer"] < 0.3 * ddp["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("args", "processes", "steps", "rows_per_step"),
+    [
+        ({"num_train_epochs": 1}, 1, 16, 4),
+        ({"num_train_epochs": 2}, 8, 4, 32),
+        ({"num_train_epochs": 1, "gradient_accumulation_steps": 3}, 1, 6, 12),
+        ({"max_steps": 5}, 1, 5, 4),
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 5}, 1, 13, 5),
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 5, "dataloader_drop_last": True}, 1, 12, 5),
+    ],
+)
+def test_steps_and_tokens(args: dict[str, Any], processes: int, steps: int, rows_per_step: int, folder: Path) -> None:
+    plan = plan_stage(load_recipe(recipe_file(folder, "align", args)), processes=processes)
+    assert (plan.steps, plan.rows_per_step) == (steps, rows_per_step)
+    row = 64 + PROMPT + ANSWER
+    assert plan.tokens_per_step == rows_per_step * row
+    seen = steps * rows_per_step if "max_steps" in args else args["num_train_epochs"] * 64
+    assert plan.tokens == seen * row
+    assert plan.epochs == seen / 64
+
+
+def test_lengths_of_a_report_go_before_what_was_expected(folder: Path) -> None:
+    loaded = load_recipe(recipe_file(folder, "align", {"max_length": 512}))
+    plan = plan_stage(loaded, lengths={"rows": 10, "prompt_tokens": 3.5, "answer_tokens": 7.5})
+    assert (plan.rows, plan.prompt_tokens, plan.answer_tokens) == (10, 3.5, 7.5)
+    cut = plan_stage(loaded, lengths={"rows": 10, "prompt_tokens": 3, "answer_tokens": 9000})
+    assert cut.answer_tokens == 512 - 64 - 3
+
+
+def test_shapes_are_counted_from_their_recipe() -> None:
+    plan = plan_stage(load_recipe("shapes/3-dpo"), "single", 1, device="cpu")
+    assert (plan.rows, plan.steps, plan.precision) == (1536, 48, "float32")
+    assert any("a row of shapes" in each for each in plan.assumptions)
+    assert plan.memory[0].total < GIB * 10
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (("expect: {", "sample: 3, seed: 1} #"), {}, "data.0 does not say what it holds: add `expect`.*data check"),
+        (("max_length: 2048", "max_length: 500"), {}, "577 tokens and leave no room.*raise `args.max_length`"),
+        (("global_batch: 256", "global_batch: 100"), {}, "`global_batch` 100 is not a multiple of 64 rows"),
+        (("max_length: 2048", "optim: lomo"), {}, "does not know the memory of `args.optim` lomo"),
+        (None, {"machine": "tpu"}, "no machine 'tpu'; give one of single, ddp, zero2, zero3, fsdp2"),
+        (None, {"machine": "single"}, "machine single does not run 8 processes"),
+        (None, {"mfu": 1.5}, "mfu is 1.5: give the share of the peak"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_the_remedy(
+    change: tuple[str, str] | None, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = full(tmp_path)
+    if change:
+        assert change[0] in file.read_text()
+        text = file.read_text().replace(*change)
+        file.write_text(text if "#" not in change[1] else text.replace(EXPECT.replace(*change), "sample: 3"))
+    with pytest.raises(RecipeError, match=message):
+        plan_stage(load_recipe(file), **options)
+
+
+def test_base_parts_are_not_planned() -> None:
+    with pytest.raises(RecipeError, match="stage vision makes a base part"):
+        plan_stage(load_recipe("shapes/0-vision"))

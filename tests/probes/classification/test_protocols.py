@@ -1,0 +1,296 @@
+"""Classes of images: five protocols on folders, archives and data sets; the reported part is read last."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from pivot_hub.encoder.encode import encode_images
+from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.probes import features
+from pivot_hub.probes.classification import protocols as classify
+from pivot_hub.probes.classification.labelled_images import Labelled, Part, data_sha256, open_classes
+from pivot_hub.probes.classification.protocols import PROTOCOLS, Pools, classify_images
+from pivot_hub.probes.features import cached_features
+from pivot_hub.probes.result import read_results
+from pivot_hub.probes.run import probe_encoder
+
+FACTS = {"encoder": "test", "encoder_sha256": "0"}
+NAMES = ("base", "sft", "dpo", "random")  # of the encoders on record
+
+
+def class_folder(folder: Path, per_class: int = 12, seed: int = 0) -> Path:
+    """Three classes that differ in brightness, with the modes that real files come in."""
+    modes, rng = ("RGB", "L", "P", "RGBA", "CMYK"), np.random.default_rng(seed)
+    for label, level in (("dark", 20), ("grey", 120), ("light", 220)):
+        (folder / label).mkdir(parents=True)
+        for i in range(per_class):
+            noise = rng.integers(-30, 30, (30, 40 + i, 3)) // 2 + level
+            image, mode = Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)), modes[i % len(modes)]
+            suffix = "jpg" if mode in ("RGB", "L", "CMYK") else "png"
+            image.convert(mode).save(folder / label / f"{i}.{suffix}")
+    return folder
+
+
+class Recorded:
+    """Three classes of images that know what was read of them, and when."""
+
+    name, classes = "recorded", ("dark", "grey", "light")
+
+    def __init__(self, log: list[str], shuffled: bool = False, count: int = 60) -> None:
+        self.log, rng = log, np.random.default_rng(0)
+        self.truth = {part: rng.integers(3, size=count) for part in ("train", "test")}
+        self.told = {p: rng.permutation(t) if shuffled else t for p, t in self.truth.items()}
+
+    def part(self, part: Part) -> Labelled:
+        return Labelled(RecordedImages(self.log, part, self.truth[part]), self.told[part])
+
+
+class RecordedImages:
+    def __init__(self, log: list[str], part: str, truth: np.ndarray) -> None:
+        self.log, self._part, self.truth = log, part, truth
+        self.names: Sequence[str] = [f"{part}/{i}" for i in range(len(truth))]
+
+    def open(self, index: int) -> Image.Image:
+        self.log.append(f"read {self._part}")
+        return Image.new("RGB", (32, 32), (int(100 * self.truth[index]) + index % 20,) * 3)
+
+    def stamp(self) -> str:
+        return f"{self._part} {self.truth.tolist()}"
+
+
+@pytest.fixture(scope="module")
+def encoder(parts: Path) -> tuple[Any, Any]:
+    return read_encoder(parts / "vision")
+
+
+def run(encoder: tuple[Any, Any], data: Any, cache: Path, **options: Any) -> dict[str, Any]:
+    results, _ = classify_images(*encoder, data, FACTS, cache=cache, workers=0, **options)
+    return {r.task.split("/")[-1]: r for r in results}
+
+
+def test_every_protocol_tells_classes_apart(parts: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "data")
+    results, skipped = probe_encoder(
+        str(parts / "vision"), str(folder), protocols=PROTOCOLS, cache=tmp_path / "cache", workers=0
+    )
+    assert not skipped
+    assert [r.task for r in results] == [f"data/{p}" for p in PROTOCOLS]
+    for result in results:
+        assert result.n == 6  # two of twelve a class
+        assert result.value > 80, result.task
+        assert result.tallies is not None
+        assert "chance 33.3" in result.protocol
+
+
+def test_the_reported_part_is_read_when_all_is_chosen(
+    encoder: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    def recorded(name: str) -> Any:
+        fit = classify.FITTERS[name]
+
+        def fit_and_say(*args: Any) -> Any:
+            made = fit(*args)
+            log.append(f"chose {name}")
+            return made
+
+        return fit_and_say
+
+    fitters = {name: recorded(name) for name in classify.FITTERS}
+    monkeypatch.setattr(classify, "FITTERS", fitters)
+    run(encoder, Recorded(log), tmp_path, protocols=PROTOCOLS[:-1])
+    order = list(dict.fromkeys(log))
+    assert order == ["read train", *(f"chose {p}" for p in PROTOCOLS[:-1]), "read test"]
+    assert "read train" not in log[log.index("read test") :]
+
+
+def test_settings_do_not_depend_on_the_reported_part(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+    """With the reported labels turned round, every chosen setting is the same and the accuracy is not."""
+    straight, turned = Recorded([]), Recorded([])
+    turned.told["test"] = (turned.told["test"] + 1) % 3
+    one, other = (run(encoder, data, tmp_path, protocols=PROTOCOLS) for data in (straight, turned))
+    for protocol in PROTOCOLS:
+        assert one[protocol].protocol.split("; chance")[0] == other[protocol].protocol.split("; chance")[0]
+        assert one[protocol].value > 75 > 25 > other[protocol].value
+
+
+def test_shuffled_labels_give_chance(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+    for protocol, result in run(encoder, Recorded([], shuffled=True, count=150), tmp_path, protocols=PROTOCOLS).items():
+        assert 20 < result.value < 47, protocol
+
+
+def test_pools_do_not_overlap_and_hold_every_class() -> None:
+    labels = np.repeat([0, 1, 2], [300, 60, 4])
+    pools = Pools.draw(labels, 0)
+    assert not set(pools.held_out) & set(pools.rest)
+    assert set(pools.few) <= set(pools.rest)
+    assert np.bincount(labels[pools.held_out]).tolist() == [50, 12, 1]
+    assert np.bincount(labels[pools.few]).tolist() == [50, 48, 3]
+    assert np.array_equal(np.sort(np.concatenate([pools.held_out, pools.rest])), pools.all)
+
+
+def _packed(folder: Path, kind: str, target: Path) -> str:
+    """The class folder in each form that people have it in."""
+    if kind == "folder":
+        return str(folder)
+    if kind == "zip":
+        with zipfile.ZipFile(target / "data.zip", "w") as archive:
+            for file in sorted(folder.rglob("*.*")):
+                archive.write(file, f"wrapped/{file.relative_to(folder)}")
+        return str(target / "data.zip")
+    if kind == "tar":
+        with tarfile.open(target / "data.tar", "w") as archive_:
+            archive_.add(folder, ".")
+        return str(target / "data.tar")
+    if kind == "parts":
+        for part in ("train", "val"):
+            shutil.copytree(folder, target / "parts" / part)
+        return str(target / "parts")
+    if kind == "tiny-imagenet":
+        for label in ("dark", "grey", "light"):
+            shutil.copytree(folder / label, target / "tiny" / "train" / label / "images")
+        (target / "tiny" / "val" / "images").mkdir(parents=True)
+        lines = []
+        for i, file in enumerate(sorted(folder.rglob("*.*"))):
+            shutil.copy(file, target / "tiny" / "val" / "images" / f"val_{i}{file.suffix}")
+            lines.append(f"val_{i}{file.suffix}\t{file.parent.name}\t0\t0\t9\t9\n")
+        (target / "tiny" / "val" / "val_annotations.txt").write_text("".join(lines))
+        return str(target / "tiny")
+    files = sorted(folder.rglob("*.*"))
+    names = sorted({f.parent.name for f in files})
+    columns = {"picture": [str(f) for f in files], "label": [names.index(f.parent.name) for f in files]}
+    kinds = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    table = datasets.Dataset.from_dict(columns, features=kinds)
+    (target / "hub").mkdir()
+    table.to_parquet(target / "hub" / "train-00000-of-00001.parquet")
+    return str(target / "hub")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parts", "tiny-imagenet", "columns"])
+def test_data_in_every_form(kind: str, tmp_path: Path) -> None:
+    data = open_classes(_packed(class_folder(tmp_path / "data"), kind, tmp_path))
+    assert list(data.classes) == ["dark", "grey", "light"]
+    train, test = data.part("train"), data.part("test")
+    own_part = kind in ("parts", "tiny-imagenet")
+    assert np.bincount(train.labels).tolist() == [12 if own_part else 10] * 3
+    assert np.bincount(test.labels).tolist() == [12 if own_part else 2] * 3
+    assert not set(train.images.names) & set(test.images.names)
+    for i in (0, len(test.labels) - 1):
+        brightness = np.asarray(test.images.open(i)).mean()
+        assert abs(brightness - (20, 120, 220)[test.labels[i]]) < 30
+    assert train.images.stamp() != test.images.stamp()
+    assert len(data_sha256(data)) == 64
+
+
+def test_features_are_computed_once_for_encoder_processor_data_and_layer(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> dict[str, Any]:
+        runs.append(1)
+        return encode_images(*args, **options)
+
+    monkeypatch.setattr(features, "encode_images", counted)
+    train = open_classes(str(class_folder(tmp_path / "data"))).part("train")
+    model, processor = read_encoder(parts / "vision")
+
+    def count(**changes: Any) -> int:
+        made = {"model": model, "image_processor": processor, "data": train, "facts": FACTS, **changes}
+        cached_features(**made, cache=tmp_path / "cache", workers=0)
+        return len(runs)
+
+    assert (count(), count()) == (1, 1)
+    assert count(facts={"encoder": "test", "encoder_sha256": "1"}) == 2
+    assert count(tokens=True) == 3
+    darker = read_encoder(parts / "vision")[1]
+    darker.image_mean = [0.1, 0.2, 0.3]
+    assert count(image_processor=darker) == 4
+    assert count(model=read_encoder(parts / "vision", feature_layer=-1)[0]) == 5
+    (tmp_path / "data" / "dark" / "0.jpg").touch()
+    (tmp_path / "data" / "grey" / "0.jpg").touch()
+    (tmp_path / "data" / "light" / "0.jpg").touch()
+    assert count() == 6
+    assert count() == 6
+
+
+def test_corrupt_images_stop_the_probe_or_are_listed(parts: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "data")
+    for file in ("0.jpg", "5.jpg"):
+        whole = (folder / "dark" / file).read_bytes()
+        (folder / "dark" / file).write_bytes(whole[: len(whole) // 3])
+    options: dict[str, Any] = {"cache": tmp_path / "cache", "workers": 0, "protocols": ("prototypes",)}
+    with pytest.raises(DataError, match=r"dark/\d\.jpg cannot be decoded"):
+        probe_encoder(str(parts / "vision"), str(folder), **options)
+    results, skipped = probe_encoder(str(parts / "vision"), str(folder), on_bad_row="skip", **options)
+    assert len(skipped) == 2
+    assert len(results) == 1
+
+
+def test_features_that_are_not_finite_are_named(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self, model: Any) -> None:
+            self.config, self.device, self.dtype, self.model = model.config, model.device, model.dtype, model
+
+        def __call__(self, pixels: Any) -> Any:
+            made = self.model(pixels)
+            made.pooler_output[3] = float("nan")
+            return made
+
+    with pytest.raises(ProbeError, match=r"features of train/3 are not finite"):
+        run((Broken(encoder[0]), encoder[1]), Recorded([]), tmp_path, protocols=("prototypes",))
+
+
+def test_bad_data_is_named(parts: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ProbeError, match="holds no image"):
+        open_classes(str(tmp_path / "empty"))
+    one = class_folder(tmp_path / "one")
+    for label in ("grey", "light"):
+        shutil.rmtree(one / label)
+    with pytest.raises(ProbeError, match="at least two"):
+        open_classes(str(one))
+    split = tmp_path / "split"
+    for part in ("train", "val"):
+        class_folder(split / part)
+    (split / "val" / "light").rename(split / "val" / "bright")
+    with pytest.raises(ProbeError, match="'bright' is not in both train and val"):
+        open_classes(str(split))
+    few = class_folder(tmp_path / "few", per_class=2)
+    with pytest.raises(ProbeError, match="'dark' has fewer than 3 images"):
+        open_classes(str(few))
+    with pytest.raises(ProbeError, match=r"is no folder, \.zip, \.tar or Hub data set"):
+        open_classes("imagenet")
+    with pytest.raises(ProbeError, match=r"'nobody/nothing' cannot be loaded .* give a folder"):
+        open_classes("nobody/nothing")
+    (tmp_path / "cut.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match="not a whole archive"):
+        open_classes(str(tmp_path / "cut.zip"))
+    with pytest.raises(ProbeError, match="no protocol 'slow'; give some of prototypes"):
+        probe_encoder(str(parts / "vision"), str(class_folder(tmp_path / "good")), protocols=("slow",))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_pages_table_is_that_of_the_records() -> None:
+    root = Path(__file__).parents[3]
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    for data in ("tinyimagenet", "caltech101"):
+        files = [root / "recipes" / "shapes" / "real" / f"classification-{data}-{n}.json" for n in NAMES]
+        found = [{r.task.split("/")[1]: r for r in read_results(file)} for file in files]
+        assert len({r.data_sha256 for some in found for r in some.values()}) == 1
+        for protocol in PROTOCOLS:
+            cells = [some[protocol] for some in found]
+            shown = " | ".join(f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in cells)
+            assert f"| {data} | {protocol} | {shown} |" in page

@@ -1,0 +1,311 @@
+"""Localisation in photos: regions where the labels say, masks where the encoder sees them, bad labels named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from pivot_hub.cli import app
+from pivot_hub.data.boxes_and_masks import read_photos
+from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.explain.gradcam import seen_image, seen_mask
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.trainable import randomise_vision
+from pivot_hub.probes.localization.gradient_maps import Target, Wording, localize, localize_folder, photo_targets
+from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
+from tests.encoder.originals import IMAGE_PX
+
+LABELS = {"a": "0 0.25 0.5 0.5 1.0\n", "b": "1 0.5 0.5 0.2 0.2\n0 0.9 0.1 0.2 0.2\n", "c": "1 0 0 1 0 0 1\n"}
+
+
+def yolo_folder(folder: Path, copies: int = 2) -> Path:
+    """Photos of 40 x 20 in YOLO's layout: boxes, two classes in one photo, a triangle."""
+    (folder / "images" / "train").mkdir(parents=True)
+    (folder / "labels" / "train").mkdir(parents=True)
+    for stem, text in LABELS.items():
+        for i in range(copies):
+            Image.effect_noise((40, 20), 90).convert("RGB").save(folder / "images" / "train" / f"{stem}{i}.png")
+            (folder / "labels" / "train" / f"{stem}{i}.txt").write_text(text)
+    (folder / "data.yaml").write_text("names: [apple, cup]\n")
+    return folder
+
+
+def test_yolo_labels_are_regions(tmp_path: Path) -> None:
+    photos, left_out = read_photos(yolo_folder(tmp_path, 1))
+    assert left_out == []
+    assert [p.name for p in photos] == ["train/a0.png", "train/b0.png", "train/c0.png"]
+    a, b, c = photos
+    left = np.zeros((20, 40), bool)
+    left[:, :20] = True
+    assert np.array_equal(a.regions["apple"](), left)
+    assert set(b.regions) == {"apple", "cup"}
+    assert np.array_equal(np.argwhere(b.regions["cup"]())[[0, -1]], [[8, 16], [11, 23]])
+    assert b.regions["apple"]()[0, 39]
+    triangle = c.regions["cup"]()
+    assert triangle[2, 2]
+    assert not triangle[18, 38]
+    assert triangle.mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_instances_of_a_class_are_one_region(tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path, 1)
+    (folder / "labels" / "train" / "a0.txt").write_text("0 0.1 0.5 0.2 1.0\n0 0.9 0.5 0.2 1.0\n")
+    mask = read_photos(folder)[0][0].regions["apple"]()
+    assert mask[:, :8].all()
+    assert mask[:, 32:].all()
+    assert not mask[:, 8:32].any()
+
+
+def test_coco_boxes_and_id_masks_give_the_same_regions(tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path, 1)
+    stored: dict[str, Any] = {
+        "images": [{"id": 7, "file_name": "a0.png", "width": 40, "height": 20}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [0, 0, 20, 20]}],
+        "categories": [{"id": 3, "name": "apple"}],
+    }
+    (folder / "boxes.json").write_text(json.dumps(stored))
+    photos, left_out = read_photos(folder, boxes=folder / "boxes.json")
+    assert len(left_out) == 2
+    ids = np.full((20, 40), 255, np.uint8)
+    ids[:, :20] = 0
+    (folder / "masks" / "train").mkdir(parents=True)
+    Image.fromarray(ids).save(folder / "masks" / "train" / "a0.png")
+    (masked,), _ = read_photos(folder, masks=folder / "masks")
+    assert set(masked.regions) == {"apple"}
+    assert np.array_equal(photos[0].regions["apple"](), masked.regions["apple"]())
+
+    stored["images"][0]["width"] = 80
+    (folder / "boxes.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match=r"a0.png is 40 x 20 and 80 x 20 in .*boxes.json"):
+        read_photos(folder, boxes=folder / "boxes.json")
+    stored["images"][0]["width"] = 40
+    stored["annotations"][0]["category_id"] = 4
+    (folder / "boxes.json").write_text(json.dumps(stored))
+    with pytest.raises(DataError, match=r"boxes.json, annotation 1: class id 4 has no name"):
+        read_photos(folder, boxes=folder / "boxes.json")
+    (folder / "boxes.json").write_text("[]")
+    with pytest.raises(DataError, match="is not COCO's JSON"):
+        read_photos(folder, boxes=folder / "boxes.json")
+
+    with pytest.raises(DataError, match=r"a0.png: class id 255 has no name in .*data.yaml"):
+        read_photos(folder, masks=folder / "masks", ignore=())
+    Image.fromarray(ids[:10]).save(folder / "masks" / "train" / "a0.png")
+    with pytest.raises(DataError, match=r"masks.*a0.png is 40 x 10 and its photo 40 x 20"):
+        read_photos(folder, masks=folder / "masks")
+    Image.fromarray(ids).convert("RGB").save(folder / "masks" / "train" / "a0.png")
+    with pytest.raises(DataError, match="is a RGB picture, not ids"):
+        read_photos(folder, masks=folder / "masks")
+
+
+BAD_LABELS = [
+    ("0 0.5 0.5 1.2 1.0", r"b0.txt, line 2: reaches from \(-4, 0\) to \(44, 20\), outside of the photo's 40 x 20"),
+    ("0 0.5 0.5 0.0 1.0", "b0.txt, line 2: has no width or no height"),
+    ("0 0.5 0.5 1.0", "b0.txt, line 2: has 4 numbers; a box is `class cx cy w h`"),
+    ("cup 0.5 0.5 1.0 1.0", "b0.txt, line 2: 'cup 0.5 0.5 1.0 1.0' is not all numbers"),
+    ("0 nan 0.5 1.0 1.0", "b0.txt, line 2: reaches from"),
+    ("2 0.5 0.5 1.0 1.0", r"b0.txt, line 2: class id 2 has no name in .*data.yaml"),
+    ("0.5 0.5 0.5 1.0 1.0", "b0.txt, line 2: class id 0.5 has no name"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LABELS)
+def test_bad_labels_are_named_with_their_line(line: str, message: str, tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path, 1)
+    (folder / "labels" / "train" / "b0.txt").write_text(f"1 0.5 0.5 0.2 0.2\n{line}\n")
+    with pytest.raises(DataError, match=message):
+        read_photos(folder)
+    photos, left_out = read_photos(folder, on_bad_row="skip")
+    assert [p.name for p in photos] == ["train/a0.png", "train/c0.png"]
+    assert len(left_out) == 1
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path / "data", 1)
+    (folder / "labels" / "train" / "a0.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"a0.txt is empty"):
+        read_photos(folder)
+    (folder / "labels" / "train" / "a0.txt").unlink()
+    assert read_photos(folder)[1] == ["train/a0.png: has no labels."]
+    (folder / "images" / "train" / "b0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b0.png cannot be decoded"):
+        read_photos(folder)
+    (folder / "data.yaml").write_text("names: 3\n")
+    with pytest.raises(DataError, match="has no names"):
+        read_photos(folder)
+    (folder / "data.yaml").unlink()
+    with pytest.raises(DataError, match="says what its ids mean; give --names"):
+        read_photos(folder)
+    shutil.rmtree(folder / "labels")
+    with pytest.raises(DataError, match="has no labels folder: give --boxes or --masks"):
+        read_photos(folder)
+    with pytest.raises(DataError, match="give one of them"):
+        read_photos(folder, boxes=folder, masks=folder)
+    (folder / "other").mkdir()
+    (folder / "data.yaml").write_text("names: {0: apple}\n")
+    with pytest.raises(DataError, match=r"no photo of .*images has labels in .*other"):
+        read_photos(folder, boxes=folder / "other", on_bad_row="skip")
+
+
+class _Cropping:
+    """A processor that resizes the shorter side and crops the middle, as CLIP's does."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPImageProcessorPil
+
+        square = {"height": IMAGE_PX, "width": IMAGE_PX}
+        self.image_processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_PX}, crop_size=square)
+
+
+def test_a_mask_goes_the_way_of_its_image(trained: Path) -> None:
+    """Resized or cropped, the mask of a white area covers the white of what the encoder sees."""
+    white = np.zeros((20, 60), bool)
+    white[5:15, 10:35] = True
+    image = Image.fromarray(white).convert("RGB")
+    _, processor = load_mllm(trained / "3-sft")
+    for some, share in ((processor, white.mean()), (_Cropping(), white[:, 20:40].mean())):
+        mask = seen_mask(some, white)  # type: ignore[arg-type]
+        seen = np.asarray(seen_image(some, image))[..., 0]  # type: ignore[arg-type]
+        assert mask.shape == (IMAGE_PX, IMAGE_PX)
+        assert np.array_equal(mask, seen >= 128)
+        assert mask.mean() == pytest.approx(share, abs=0.06)
+
+
+def test_what_the_crop_cuts_off_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path, 1)
+    (folder / "labels" / "train" / "a0.txt").write_text("0 0.05 0.5 0.1 1.0\n1 0.5 0.5 0.5 1.0\n")
+    photos, left_out = read_photos(folder)
+    made = list(photo_targets(photos[:1], _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
+    assert [t.pair.question for t in made] == ["Is there a cup?"]
+    assert left_out == ["train/a0.png: apple is smaller than a pixel of what the encoder sees, or outside."]
+
+
+def test_wording() -> None:
+    pair = Wording().pair("apple")
+    assert (pair.question, pair.chosen, pair.rejected) == (
+        "Is there an apple?",
+        "Yes, there is an apple.",
+        "No, there is no apple.",
+    )
+    with pytest.raises(ProbeError, match=r"use \{name\}, \{article\}"):
+        Wording(question="Is there {colour} {name}?").pair("apple")
+
+
+def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path / "fruit", 4)
+    results, left_out = localize_folder(trained / "3-sft", folder, explains=["answer"])
+    assert left_out == []
+    assert [r.task for r in results] == [f"fruit/localisation/{m} of answer" for m in ("gradcam", "gradient")
+                                         for _ in range(3)]  # fmt: skip
+    assert {r.n for r in results} == {9}  # twelve photos, a quarter for validation
+    assert {r.partner for r in results} == {"tiny/3-sft"}
+    assert all(r.ci95[0] <= r.value <= r.ci95[1] for r in results)
+    assert results[0].tallies is not None
+    targets = int(results[0].tallies[:, 1].sum())
+    assert f"; {targets} targets, boxes, 'Is there {{article}} {{name}}?', 3 photos" in results[0].protocol
+    again, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
+    assert [r.value for r in again] == [r.value for r in results]
+    assert {r.data_sha256 for r in again} == {results[0].data_sha256}
+    random, _ = localize_folder(trained / "3-sft", folder, explains=["answer"], random_vision=True)
+    assert random[0].data_sha256 == results[0].data_sha256  # the same items: they can be paired
+    assert random[0].encoder_sha256 != results[0].encoder_sha256
+    assert [r.value for r in random] != [r.value for r in results]
+    (folder / "labels" / "train" / "a0.txt").write_text("0 0.25 0.5 0.4 1.0\n")
+    moved, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
+    assert moved[0].data_sha256 != results[0].data_sha256
+
+
+def test_values_are_means_over_targets_and_intervals_over_images(trained: Path) -> None:
+    """Two targets a picture: as many tallies as pictures, the mean over all targets."""
+    from pivot_hub.data.synthetic import World
+    from pivot_hub.probes.run import probe_targets
+
+    model, processor = load_mllm(trained / "3-sft")
+    some = probe_targets(World(image_px=IMAGE_PX), "test", 6)
+    facts = {"encoder": "x", "encoder_sha256": "0", "feature_layer": -2}
+    alone = localize(model.eval(), processor, None, {"validation": some[:2], "test": some}, facts, explains=["answer"])
+    paired = [Target(t.pair, t.picture, str(i // 2)) for i, t in enumerate(some)]
+    joined = localize(
+        model.eval(), processor, None, {"validation": some[:2], "test": paired}, facts, explains=["answer"]
+    )
+    assert [r.value for r in joined] == pytest.approx([r.value for r in alone])
+    assert ({r.n for r in alone}, {r.n for r in joined}) == ({6}, {3})
+
+
+def test_random_vision_changes_the_tower_alone(trained: Path) -> None:
+    model, _ = load_mllm(trained / "3-sft")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    randomise_vision(model, 3)
+    assert torch.equal(state, torch.get_rng_state())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all("vision_tower" in k for k in changed)
+    other, _ = load_mllm(trained / "3-sft")
+    randomise_vision(other, 3)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_what_cannot_be_localised_is_said(trained: Path, tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path, 1)
+    with pytest.raises(ProbeError, match="give at least 4"):
+        localize_folder(trained / "3-sft", folder)
+    with pytest.raises(ProbeError, match="give --reference"):
+        localize_folder(trained / "3-sft", folder, explains=["dpo"])
+    with pytest.raises(ProbeError, match="it is some of answer, sft, dpo"):
+        localize_folder(trained / "3-sft", folder, explains=["loss"])
+
+
+def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_path: Path) -> None:
+    folder = yolo_folder(tmp_path / "fruit")
+    command = ["localize", str(trained / "3-dpo"), "--data", str(folder)]
+    command += ["--explain", "answer,dpo", "--reference", str(trained / "2-instruct")]
+    done = CliRunner().invoke(app, ["--debug", *command, "--json", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.output
+    results = read_results(tmp_path / "r.json")
+    assert len(results) == 12
+    assert all(r.tallies is not None for r in results)
+    assert "fruit/localisation/gradient of dpo" in done.output
+    assert str(tmp_path) not in (tmp_path / "r.json").read_text()
+    (folder / "labels" / "train" / "a0.txt").write_text("5 0.5 0.5 1 1\n")
+    bad = CliRunner().invoke(app, ["--debug", *command, "--json", str(tmp_path / "s.json")])
+    assert isinstance(bad.exception, DataError)
+    assert "a0.txt, line 1: class id 5 has no name" in str(bad.exception)
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_the_page_shows_the_recorded_results() -> None:
+    """Every number of the table is that of the record, and all records are of the same targets."""
+    root = Path(__file__).parents[3]
+    kept = {
+        name: read_results(root / "recipes" / "shapes" / "real" / f"localisation-coco128-{name}.json")
+        for name in ("base", "sft", "dpo", "random")
+    }
+    assert len({r.data_sha256 for results in kept.values() for r in results}) == 1
+    assert len({results[0].encoder_sha256 for results in kept.values()}) == 4
+    page = (root / "pivot_hub" / "probes" / "README.md").read_text()
+    for row in zip(*kept.values(), strict=True):
+        cells = [f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in row]
+        assert f"| {' | '.join([row[0].task.split('/')[-1], row[0].metric, *cells])} |" in page
+        assert f"{row[0].n} photos" in page
+        assert all(r.tallies is not None and len(r.tallies) == r.n for r in row)
+        assert all(r.ci95[0] < 18.2 for r in row)
+    p_values = {
+        other: [_p_value(a, b) for a, b in zip(kept["dpo"], kept[other], strict=True)] for other in ("sft", "random")
+    }
+    assert round(min(p_values["sft"]), 2) == 0.04
+    assert round(min(p_values["random"]), 4) == 0.0001
+
+
+def _p_value(first: ProbeResult, second: ProbeResult) -> float:
+    assert first.tallies is not None
+    assert second.tallies is not None
+    return paired_difference(first.tallies, second.tallies, statistic_of(first.metric), seed=0).p_value

@@ -1,0 +1,153 @@
+"""Probes: right on features that know the answer, at chance on features that do not, intervals that cover."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pivot_hub.data.synthetic import SPLITS, Split, World
+from pivot_hub.errors import CheckpointError
+from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
+from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap
+from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
+from pivot_hub.mllm.extract import extract_encoder
+from pivot_hub.probes.classification.protocols import classify_shapes, shapes_labels
+from pivot_hub.probes.localization.gradient_maps import THRESHOLDS, overlaps
+from pivot_hub.probes.result import ProbeResult, read_results, write_results
+from pivot_hub.probes.run import Sizes, probe_encoder
+from pivot_hub.probes.segmentation.synthetic import CLASSES, class_masks, segment_patches
+
+CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
+COUNTS: dict[Split, int] = {"train": 400, "validation": 150, "test": 300}
+WORLD = World()
+FACTS = {
+    *("task", "metric", "value", "unit", "n", "split", "seed", "protocol", "feature_layer", "encoder"),
+    *("encoder_sha256", "partner", "ci95", "duration_s", "versions", "data_sha256"),
+}
+
+
+def _scenes() -> dict[str, list[Any]]:
+    return {split: [WORLD.scene(split, i) for i in range(COUNTS[split])] for split in SPLITS}
+
+
+def _by_task(results: list[ProbeResult]) -> dict[str, ProbeResult]:
+    return {f"{r.task}/{r.metric}" if "segment" in r.task else r.task: r for r in results}
+
+
+def test_features_that_know_the_answer_score_full_marks_and_noise_scores_chance() -> None:
+    scenes, rng = _scenes(), np.random.default_rng(0)
+    known: dict[str, np.ndarray] = {}
+    noise: dict[str, np.ndarray] = {}
+    for split, some in scenes.items():
+        labels = shapes_labels(some)
+        parts = [labels[t].astype(float) for t in ("colour", "shape", "position")]
+        known[split] = np.concatenate([*parts, np.eye(10)[labels["count"]]], axis=1)
+        noise[split] = rng.normal(size=(len(some), 40))
+    full, chance = (_by_task(classify_shapes(f, scenes, CONDITIONS)) for f in (known, noise))
+    for task in ("colour", "shape", "position", "count"):
+        assert full[f"shapes/{task}"].value > 99
+        expected = 50 if task != "count" else float(chance["shapes/count"].protocol.split("chance ")[1])
+        low, high = chance[f"shapes/{task}"].ci95
+        assert low - 4 < expected < high + 4
+    assert set(full["shapes/colour"].facts()) == FACTS
+
+
+def test_settings_are_chosen_on_validation_not_on_test() -> None:
+    """With the test labels shuffled the chosen C is the same: the reported split takes no part in the choice."""
+    scenes, rng = _scenes(), np.random.default_rng(0)
+    features = {s: rng.normal(size=(len(v), 30)) + shapes_labels(v)["count"][:, None] for s, v in scenes.items()}
+    straight = classify_shapes(features, scenes, CONDITIONS)
+    shuffled = classify_shapes(features, {**scenes, "test": scenes["test"][::-1]}, CONDITIONS)
+    assert [r.protocol.split("C ")[1].split(" ")[0] for r in straight] == [
+        r.protocol.split("C ")[1].split(" ")[0] for r in shuffled
+    ]
+    assert straight[-1].value > shuffled[-1].value + 20
+
+
+def test_tokens_that_know_their_class_segment_well_and_noise_does_not() -> None:
+    counts: dict[Split, int] = {"train": 120, "validation": 40, "test": 60}
+    rng = np.random.default_rng(0)
+    tokens: dict[str, np.ndarray] = {}
+    noise: dict[str, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
+    for split in SPLITS:
+        scenes = [WORLD.scene(split, i) for i in range(counts[split])]
+        masks[split] = class_masks(scenes, [s.render() for s in scenes])
+        one_hot = np.eye(len(CLASSES))[masks[split]].reshape(-1, 8, 8, 8, 8, len(CLASSES))
+        tokens[split] = one_hot.mean((2, 4)).reshape(-1, 64, len(CLASSES))
+        noise[split] = rng.normal(size=tokens[split].shape)
+    good, bad = (_by_task(segment_patches(t, masks, CONDITIONS)) for t in (tokens, noise))
+    assert good["shapes/segmentation/mean_iou"].value > 50
+    assert good["shapes/segmentation/mean_recall"].value > 60
+    assert bad["shapes/segmentation/mean_iou"].value < 20
+    assert bad["shapes/segmentation/mean_recall"].value == pytest.approx(100 / len(CLASSES), abs=3)
+
+
+def test_class_masks_agree_with_the_scene() -> None:
+    scene = WORLD.scene("train", 5)
+    picture = scene.render()
+    ids = class_masks([scene], [picture])[0]
+    for thing, mask in zip(scene.things, picture.masks, strict=True):
+        assert {CLASSES[i] for i in np.unique(ids[mask])} == {thing.shape}
+    assert set(np.unique(ids[~picture.masks.any(0)])) == {0}
+
+
+def test_localisation_scores() -> None:
+    mask = np.zeros((8, 8), bool)
+    mask[2:4, 2:4] = True
+    on, off = mask.astype(float), np.zeros((8, 8))
+    off[6, 6] = 1
+    half, nothing = on.copy(), np.zeros((8, 8))
+    half[6, 6] = 4
+    maps = [on, off, half, nothing]
+    assert [points_at(m, mask) for m in maps] == [1, 0, 0, 0]
+    assert [energy_inside(m, mask) for m in maps] == [1, 0, 0.5, 0]
+    low = THRESHOLDS.tolist().index(0.2)
+    assert [float(overlaps(m, mask)[low]) for m in maps] == [1, 0, 0.8, 0]
+    corner = np.zeros((8, 8), bool)
+    corner[0, 0] = True
+    assert points_at(nothing, corner) == points_at(nothing + 1, corner) == 0  # no peak points nowhere
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        hits = (rng.random((150, 1)) < 0.7).astype(float)
+        value, (low, high) = bootstrap(hits, lambda sums: sums[:, 0] / 150, seed, draws=300)
+        assert low <= value <= high
+        covered += low <= 0.7 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_results_read_back(tmp_path: Path) -> None:
+    result = classify_shapes(
+        {s: np.random.default_rng(0).normal(size=(n, 4)) for s, n in COUNTS.items()}, _scenes(), CONDITIONS
+    )
+    write_results(tmp_path / "results.json", result)
+    assert read_results(tmp_path / "results.json") == result
+
+
+SMALL = Sizes(train=60, validation=30, test=40)
+
+
+def test_world_probe_of_a_random_encoder(parts: Path) -> None:
+    results, _ = probe_encoder(str(parts / "vision"), sizes=SMALL)
+    assert [r.task.removeprefix("shapes/") for r in results] == ["colour", "shape", "position", "count"] + [
+        "segmentation"
+    ] * 3
+    for result in results:
+        assert result.ci95[0] <= result.value <= result.ci95[1]
+        assert result.n == SMALL.test
+        assert len(result.encoder_sha256) == 64
+
+
+def test_an_encoder_that_is_not_what_was_published_is_refused(trained: Path, tmp_path: Path) -> None:
+    extract_encoder(trained / "3-dpo", tmp_path / "encoder")
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ from the golden vectors by"):
+        probe_encoder(str(tmp_path / "encoder"), sizes=SMALL)

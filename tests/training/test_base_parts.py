@@ -1,0 +1,111 @@
+"""The shipped base parts: small, whole, made by their recipes, and in the middle of the scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pivot_hub
+from pivot_hub.config.recipe import RECIPES, load_recipe
+from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
+from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
+from pivot_hub.provenance import file_sha256, weights_sha256
+from pivot_hub.study.report import CRITERION
+from pivot_hub.study.table import read_table
+
+BASE = RECIPES / "shapes" / "base"
+CHANCE = {"colour": 50.0, "shape": 50.0, "position": 50.0}
+
+
+def test_parts_are_small_and_without_pickles() -> None:
+    files = [f for f in BASE.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 8_000_000
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_parts_are_whole_and_made_by_their_recipe(part: str) -> None:
+    provenance = json.loads((BASE / part / "provenance.json").read_text())
+    assert weights_sha256(BASE / part) == provenance["weights_sha256"]
+    for name, sha256 in provenance["files"].items():
+        assert file_sha256(BASE / part / name) == sha256, name
+    if part == "vision":
+        assert verify_repository(BASE / part) == []
+    assert provenance["recipe_sha256"] == load_recipe(f"shapes/0-{part}").recipe.sha256()
+
+
+def test_the_encoder_carries_the_code_of_this_version() -> None:
+    for name in REMOTE_CODE:
+        ours = Path(pivot_hub.__file__).parent / "encoder" / name
+        assert (BASE / "vision" / name).read_bytes() == ours.read_bytes()
+
+
+def from_chance(task: str, value: float, protocol: str) -> float:
+    """How far a score stands from chance (0) to perfect (1)."""
+    chance = CHANCE.get(task) or float(protocol.rsplit("chance ", 1)[1])
+    return (value - chance) / (100 - chance)
+
+
+def test_base_encoder_stands_in_the_middle_of_every_scale() -> None:
+    """Between 40% and 85% of the way from chance to perfect: at a floor or a ceiling SFT and DPO look alike."""
+    results, _ = probe_encoder(str(BASE / "vision"), sizes=Sizes(train=1200, validation=300, test=500))
+    for result in results[:4]:
+        share = from_chance(result.task.removeprefix("shapes/"), result.value, result.protocol)
+        assert 0.40 < share < 0.85, f"{result.task}: {share:.2f}"
+
+
+def test_recorded_results_are_of_the_shipped_weights() -> None:
+    vision = json.loads((BASE / "vision-results.json").read_text())["results"]
+    language = json.loads((BASE / "language-results.json").read_text())["results"]
+    for part, results in (("vision", vision), ("language", language)):
+        sha = json.loads((BASE / part / "provenance.json").read_text())["weights_sha256"]
+        assert {r["encoder_sha256"] for r in results} == {sha}
+    for result in vision[:4]:
+        assert 0.40 < from_chance(result["task"].removeprefix("shapes/"), result["value"], result["protocol"]) < 0.85
+
+
+def test_language_head_reads_scans() -> None:
+    results = probe_language(str(BASE / "language"), Sizes(questions=150))
+    recorded = json.loads((BASE / "language-results.json").read_text())["results"][0]
+    assert results[0].task == "shapes/vqa/all"
+    assert results[0].value == pytest.approx(recorded["value"], abs=12)
+    assert results[0].value > 35  # a head that reads nothing of a scan answers 16%
+
+
+def test_rates_of_the_recipes_are_those_that_the_study_chose() -> None:
+    table = read_table(RECIPES / "shapes" / "study.parquet")
+    tried = {
+        branch: {
+            r["candidate"]: r["value"]
+            for r in table.rows
+            if (r["run"], r["metric"]) == (branch, CRITERION) and r["candidate"] is not None
+        }
+        for branch in ("sft", "dpo")
+    }
+    assert len(tried["sft"]) == len(tried["dpo"]) == 4
+    for branch, scored in tried.items():
+        rates = set(load_recipe(f"shapes/3-{branch}").recipe.learning_rate.trained().values())
+        assert rates == {max(scored, key=lambda rate: scored[rate])}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths of the wheel are checked on POSIX")
+def test_a_wheel_holds_recipes_and_parts(tmp_path: Path) -> None:
+    """`pip install` and `pivot quickstart` work with no checkout: the wheel brings what they need."""
+    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    code = "import os, sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    for name in ("recipes/shapes/3-dpo.yaml", "recipes/shapes/base/vision/model.safetensors", "py.typed"):
+        assert f"pivot_hub/{name}" in names

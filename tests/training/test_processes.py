@@ -1,0 +1,437 @@
+"""Several processes: the steps, weights and checkpoints of one; and what stops a run on any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
+from pivot_hub.mllm.build import build_mllm
+from pivot_hub.mllm.extract import extract_encoder
+from pivot_hub.mllm.trainable import freeze_parts, see_blank
+from pivot_hub.training.stage import run_stage
+from tests.encoder.originals import ORIGINALS, make_vision
+
+ROOT = Path(__file__).parents[2]
+MACHINES = ROOT / "recipes" / "accelerate"
+BIN = Path(sys.executable).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
+LAUNCHERS = {
+    "one": [sys.executable, "-m", "pivot_hub"],
+    "ddp": [*TORCHRUN, "-m", "pivot_hub"],
+    "fsdp2": [*ACCELERATE, "--config_file", str(MACHINES / "fsdp2.yaml"), "-m", "tests.training.sharded_on_cpu"],
+}
+STEPS = ["data.0.rows=32", "global_batch=8", "args.per_device_train_batch_size=2"]
+
+
+def quiet(line: str) -> None:
+    """Take progress lines and say nothing."""
+
+
+def start(how: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [*LAUNCHERS[how], "train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        said, errors = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its workers
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    return said
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 1 + sum("loss" in x for x in lines)))
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal to rounding: the loss of every step, and every weight."""
+    assert losses(other) == pytest.approx(losses(one), abs=1e-5)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        # A key's bias has no gradient but rounding, which AdamW makes as large as any other.
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-3 if "k_proj.bias" in name else 1e-5)
+
+
+# Pairs, checkpointing of activations on and off, in each of the two ways.
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "how"),
+    [
+        ("3-sft", "true", "ddp"),
+        pytest.param("3-sft", "true", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("3-dpo", "false", "ddp", marks=pytest.mark.slow),
+        ("3-dpo", "false", "fsdp2"),
+    ],
+)
+def test_two_processes_take_the_steps_of_one(
+    recipes: Path, trained: Path, tmp_path: Path, stage: str, how: str, checkpointing: str
+) -> None:
+    recipe = recipes / f"{stage}.yaml"
+    one = run_stage(load_recipe(recipe, STEPS), trained.parent, tmp_path / "one", say=quiet)
+    overrides = [*STEPS, f"args.gradient_checkpointing={checkpointing}"]
+    if stage == "3-dpo":
+        overrides.append(f"args.reference_cache={tmp_path}/references")
+        # Of what is left to compute, the second process has a batch more.
+        some = load_recipe(recipe, [*overrides, "data.0.rows=15", "global_batch=2", "args.max_steps=1"])
+        run_stage(some, trained.parent, tmp_path / "some", say=quiet)
+    two = tmp_path / "two"
+    said = finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
+    assert said.count("step 4/4") == 1  # one process speaks
+    assert json.loads((two / "report.json").read_text())["processes"] == 2
+    assert_same_run(one, two)
+    assert not two.with_name("two.partial").exists()
+    if stage == "3-dpo":
+        assert len(list(tmp_path.glob("references/*"))) == 1
+
+
+def test_pairs_with_and_without_images_fit_together(recipes: Path, trained: Path, tmp_path: Path) -> None:
+    """One process has images where the other has none; shards and gradients still meet."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    rows = [
+        {"question": f"What is {i}?", "chosen": f"It is a star {i}.", "rejected": "Nothing is."}
+        | ({"image": "red.png"} if i % 4 else {})
+        for i in range(16)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data=[{{format: mmpr, path: {tmp_path}/rows.jsonl, images: {tmp_path}}}]"
+    overrides = [data, "global_batch=4", "args.per_device_train_batch_size=1"]
+    for stage, how in (("3-sft", "ddp"), ("3-dpo", "fsdp2")):
+        recipe, folder = recipes / f"{stage}.yaml", tmp_path / f"{stage}-{how}"
+        one = run_stage(load_recipe(recipe, overrides), trained.parent, folder / "one", say=quiet)
+        two = folder / "two"
+        finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
+        assert_same_run(one, two)
+
+
+@pytest.mark.parametrize("first", ["before", "after"])
+def test_a_blank_image_changes_nothing_but_gives_gradients(recipes: Path, first: str) -> None:
+    from pivot_hub.training.tree_layout import share_forward
+
+    base = recipes / "base"
+    plain, _ = build_mllm(str(base / "vision"), str(base / "language"))
+    seeing, _ = build_mllm(str(base / "vision"), str(base / "language"))
+    for wrap in (see_blank, share_forward) if first == "before" else (share_forward, see_blank):
+        wrap(seeing)
+    ids = torch.tensor([[10, 20, 30, 40]])
+    expected, found = plain(input_ids=ids, labels=ids), seeing(input_ids=ids, labels=ids)
+    assert torch.equal(found.logits, expected.logits)
+    expected.loss.backward()
+    found.loss.backward()
+    assert plain.model.multi_modal_projector.linear_1.weight.grad is None
+    gradient = seeing.model.multi_modal_projector.linear_1.weight.grad
+    assert gradient is not None
+    assert not gradient.any()
+    for mine, theirs in zip(seeing.lm_head.parameters(), plain.lm_head.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+def test_what_trains_is_what_has_a_gradient(parts: Path, tmp_path: Path, kind: str) -> None:
+    model, _ = build_mllm(str(make_vision(tmp_path / kind, kind)), str(parts / "language"))
+    freeze_parts(model, {"vision": 1.0, "projector": 1.0, "language": 1.0})
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.requires_grad_(True)
+    ids = torch.tensor([[10, *[model.config.image_token_index] * model.config.image_seq_length, 20]])
+    model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32)).logits.sum().backward()
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("vision_tower" in name for name in trained)
+    freeze_parts(model, {"projector": 1.0})
+    assert all(p.requires_grad == ("projector" in name) for name, p in model.named_parameters())
+
+
+def workers(launcher: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The processes of a run, by rank."""
+    return {
+        p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children(recursive=True) if "RANK" in p.environ()
+    }
+
+
+def when_logged(process: subprocess.Popen[str], log: Path, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not log.is_file() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_a_run_stopped_on_two_processes_goes_on_on_one_or_two(
+    recipes: Path, trained: Path, tmp_path: Path, how: str
+) -> None:
+    recipe = str(recipes / "3-sft.yaml")
+    overrides = [*STEPS, "data.0.rows=120", "args.save_steps=500"]
+    one = run_stage(load_recipe(recipe, overrides), trained.parent, tmp_path / "one", say=quiet)
+    output = tmp_path / "out"
+    command = [recipe, *overrides, "--runs", str(trained.parent), "--output", str(output)]
+    process = start(how, *command)
+    partial = tmp_path / "out.partial"
+    when_logged(process, partial / "metrics.jsonl", 3)
+    workers(process)["1"].send_signal(signal.SIGTERM)  # one process is told
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped by SIGTERM after step" in said
+    (checkpoint,) = partial.glob("checkpoint-*")
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == (how == "fsdp2")
+    shutil.copytree(partial, tmp_path / "kept")
+
+    for again in ("one", how):
+        said = finish(start(again, *command))
+        assert f"resuming from step {checkpoint.name.rsplit('-', 1)[1]}" in said
+        assert_same_run(one, output)
+        if again == "one":
+            shutil.move(output, tmp_path / "alone")
+            shutil.copytree(tmp_path / "kept", partial)
+
+    image = Image.new("RGB", (32, 32), "red")
+    features = [
+        extract_features(folder, tmp_path / f"encoder-{folder.name}", image)
+        for folder in (one, tmp_path / "alone", output)
+    ]
+    assert features[1:] == [pytest.approx(features[0], abs=1e-5)] * 2
+
+
+def extract_features(checkpoint: Path, folder: Path, image: Image.Image) -> Any:
+    from pivot_hub import PivotVisionModel
+
+    encoder = PivotVisionModel.from_pretrained(extract_encoder(checkpoint, folder))
+    return encoder.forward_features([image]).last_hidden_state.detach().numpy()
+
+
+def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
+    from pivot_hub.training.stage import _last_checkpoint
+
+    for step, whole in ((2, True), (4, False)):
+        shards = tmp_path / f"checkpoint-{step}" / "optimizer_0"
+        shards.mkdir(parents=True)
+        (shards.parent / "trainer_state.json").write_text("{}")
+        if whole:
+            (shards / ".metadata").touch()
+    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_an_error_of_every_process_ends_them_all(recipes: Path, tmp_path: Path) -> None:
+    process = start("ddp", str(recipes / "3-dpo.yaml"), "--runs", str(tmp_path / "runs"))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the parent has no checkpoint" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision": "other/vision"}, "has `model.vision` other/vision, not base/vision"),
+        ({"language": "other/language"}, "has `model.language` other/language, not base/language"),
+        ({"vision_feature_layer": -1}, "has `model.feature_layer` -1, not -2"),
+        ({"model_type": "qwen2"}, "is a qwen2 model, not an MLLM"),
+    ],
+)
+def test_a_parent_of_another_model_is_refused_before_it_is_loaded(
+    recipes: Path, trained: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()  # with no weights: nothing reads them
+    for name in ("config.json", "provenance.json"):
+        facts = json.loads((trained / "2-instruct" / name).read_text())
+        for key, value in change.items():
+            owner = facts.get("model", {}) if key in ("vision", "language") else facts
+            if key in owner:
+                owner[key] = value
+        (parent / name).write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=message):
+        run_stage(load_recipe(recipes / "3-dpo.yaml"), tmp_path, tmp_path / "out", parent, say=quiet)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_parent_from_another_checkout_is_taken(own_recipes: Path, trained: Path, tmp_path: Path) -> None:
+    parent = tmp_path / "elsewhere"
+    shutil.copytree(trained / "2-instruct", parent)
+    folder = run_stage(load_recipe(own_recipes / "3-sft.yaml"), tmp_path, tmp_path / "out", parent, say=quiet)
+    assert (folder / "report.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero2", "zero3"])
+def test_machine_files_are_accelerates_own(name: str) -> None:
+    """Every key is one that accelerate knows, and reaches its launcher."""
+    import yaml
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = MACHINES / f"{name}.yaml"
+    assert file.read_text().startswith("# ")
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    given = yaml.safe_load(file.read_text())
+    inner = given.get("fsdp_config", {}) | given.get("deepspeed_config", {})
+    assert inner.keys() <= known
+    args, config, _ = _validate_launch_command(parser.parse_args(["--config_file", str(file), "-m", "pivot_hub"]))
+    assert given["distributed_type"] == config.distributed_type.value
+    assert args.mixed_precision == "bf16"
+    for key, value in inner.items():
+        assert getattr(args, key) == value
+    assert (args.use_fsdp, args.use_deepspeed, args.multi_gpu) == (name == "fsdp2", "zero" in name, name == "ddp")
+
+
+def test_fsdp_settings_reach_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = ["--config_file", str(MACHINES / "fsdp2.yaml"), "-m", "pivot_hub"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
+    for key, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.state_dict_type.name) == (2, "SHARDED_STATE_DICT")
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert plugin.reshard_after_forward is True
+    assert not plugin.cpu_ram_efficient_loading
+
+
+def test_bfloat16_trains_on_a_cpu(recipes: Path, trained: Path, tmp_path: Path) -> None:
+    folder = run_stage(
+        load_recipe(recipes / "3-sft.yaml", ["args.bf16=true"]), trained.parent, tmp_path / "out", say=quiet
+    )
+    expected, found = losses(trained / "3-sft"), losses(folder)
+    assert found[0] == pytest.approx(expected[0], rel=0.01)
+    assert found != expected
+
+
+def test_an_8_bit_optimizer_without_its_package_is_refused(
+    recipes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib.util import find_spec
+
+    find: Callable[[str], Any] = lambda name: None if name == "bitsandbytes" else find_spec(name)  # noqa: E731
+    monkeypatch.setattr("pivot_hub.training.stage.find_spec", find)
+    loaded = load_recipe(recipes / "3-sft.yaml", ["args.optim=adamw_bnb_8bit"])
+    with pytest.raises(RecipeError, match="`pip install bitsandbytes`"):
+        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), 1e4])
+def test_a_loss_that_goes_astray_names_its_rows(
+    recipes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, named: bool
+) -> None:
+    """The loss of the 13th batch is made wild; 5 times the usual, at the 12th, is not."""
+    from trl import SFTTrainer
+
+    from pivot_hub.training.sft import PivotSFTTrainer
+
+    calls: list[dict[str, Any]] = []
+    compute, step = SFTTrainer.compute_loss, PivotSFTTrainer.training_step
+
+    def wild(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        assert "row" not in inputs
+        calls.append(inputs)
+        factor = {12: 5.0, 13: value}.get(len(calls), 1.0)
+        return compute(self, model, inputs, *args, **kwargs) * factor
+
+    def numbered(self: Any, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
+        if not named:
+            self.row_ids = None
+        return step(self, model, inputs | {"row": torch.tensor([2 * len(calls), 2 * len(calls) + 1])}, *args)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", wild)
+    monkeypatch.setattr(PivotSFTTrainer, "training_step", numbered)
+    overrides = ["data.0.rows=32", "args.per_device_train_batch_size=2", "args.save_steps=5"]
+    loaded = load_recipe(recipes / "3-sft.yaml", overrides)
+    with pytest.raises(TrainingError, match=r"of the rows in .*out\.stopped\.json: look at them"):
+        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+    facts = json.loads((tmp_path / "out.stopped.json").read_text())
+    assert facts["step"] == 13
+    assert facts["rows"] == (["train/24", "train/25"] if named else [24, 25])
+    assert facts["loss"] == "nan" if value != value else facts["loss"] > 1e4
+    monkeypatch.undo()
+    run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out.stopped.json").exists()
+
+
+def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, Volume
+    from huggingface_hub.cli.hf import app
+
+    from pivot_hub.training.jobs import hf_job_command
+
+    loaded = load_recipe(recipes / "1-align.yaml")
+    command = hf_job_command(loaded, ["args.max_steps=3"], flavor="a100x4", bucket="me/runs")
+    sent: dict[str, Any] = {}
+
+    class Sent(Exception):
+        pass
+
+    def record(self: HfApi, **job: Any) -> None:
+        sent.update(job)
+        raise Sent
+
+    def sync(self: HfApi, source: str, mount_path: str, **options: Any) -> Volume:
+        assert Path(source).is_dir()
+        return Volume(type="bucket", source="me/jobs", mount_path=mount_path, read_only=True)
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(HfApi, "run_job", record)
+    monkeypatch.setattr(HfApi, "sync_job_volume", sync)
+    assert command[0] == "hf"
+    assert not any("hf_secret" in part for part in command)
+    with pytest.raises(Sent):
+        app(command[1:], standalone_mode=False)
+    assert sent["secrets"] == {"HF_TOKEN": "hf_secret"}
+    assert sent["flavor"] == "a100x4"
+    places = {v.mount_path: (v.source, bool(v.read_only)) for v in sent["volumes"]}
+    assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/machines": ("me/jobs", True)}
+    tail = "--num_processes 4 -m pivot_hub train /recipes/tiny/1-align.yaml args.max_steps=3 --runs /runs"
+    assert " ".join(sent["command"]).endswith(f"--config_file /machines/ddp.yaml {tail}")
+
+    with pytest.raises(RecipeError, match="is named by its environment variable"):
+        hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", secrets=["hf_secret"])
+    far = load_recipe(recipes / "1-align.yaml", [f"model.vision={tmp_path}"])
+    with pytest.raises(RecipeError, match="lies outside of the recipe's folder"):
+        hf_job_command(far, flavor="a10g-small", bucket="me/runs")
+
+
+def test_the_slurm_script_queues_again_when_it_is_told_to_stop(tmp_path: Path) -> None:
+    """With stand-ins for SLURM's commands: the launcher gets the signal, its end is waited for."""
+    for name, body in {
+        "srun": 'trap "sleep 0.3; echo saved >> log; exit 1" TERM; echo "$@" > log; while :; do sleep 0.05; done',
+        "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >> log; fi',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "NNODES": "2", "GPUS_ON_NODE": "8", "NODEID": "0"}
+    environment = {**os.environ, **{f"SLURM_{k}": v for k, v in slurm.items()}, "RECIPE": "r.yaml", "OUTPUT": "out"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    script = ROOT / "recipes" / "slurm" / "train.sbatch"
+    process = subprocess.Popen(["bash", str(script)], cwd=tmp_path, env=environment)
+    when_logged_file = tmp_path / "log"
+    deadline = time.monotonic() + 20
+    while not when_logged_file.is_file() or not when_logged_file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 1
+    launched, *rest = when_logged_file.read_text().splitlines()[-3:]
+    assert "16 node1 20007 r.yaml --output out" in launched
+    assert rest == ["saved", "requeue 7"]

@@ -1,0 +1,501 @@
+"""Every switch of PivotDPOTrainer against TRL's own DPOTrainer: the same losses, metrics, gradients and weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+from trl import DPOConfig, DPOTrainer
+
+from pivot_hub.errors import DataError, TrainingError
+from pivot_hub.mllm.build import build_mllm
+from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.reference_cache import ReferenceCache
+from tests.conftest import make_language
+from tests.encoder.originals import IMAGE_PX, make_vision
+
+ALL_OFF = dict.fromkeys(SWITCHES, False)
+ONE_EACH = [{**ALL_OFF, name: True} for name in SWITCHES]
+EVERY = [
+    dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=len(SWITCHES)) if any(on)
+]
+LOSSES = [
+    ("sigmoid", {}),
+    ("hinge", {}),
+    ("ipo", {}),
+    ("exo_pair", {"label_smoothing": 1e-3}),
+    ("nca_pair", {}),
+    ("robust", {"label_smoothing": 0.1}),
+    ("bco_pair", {}),
+    ("sppo_hard", {}),
+    ("aot", {}),
+    ("aot_unpaired", {}),
+    ("apo_zero", {}),
+    ("apo_down", {}),
+    ("discopop", {}),
+    ("sft", {}),
+    ("sigmoid_norm", {}),
+]
+Models = tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration, Any]
+
+
+def picture(seed: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+def pair(seed: int, question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    def said(role: str, text: str) -> list[dict[str, Any]]:
+        return [{"role": role, "content": [{"type": "text", "text": text}]}]
+
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    answers = {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
+    return {"images": [picture(seed)], "prompt": prompt, **answers}
+
+
+# Prompts and answers of unequal length, images shared by several pairs, an answer of nearly nothing, equal answers.
+ROWS = [
+    pair(0, "What colour is it?", "red", "a small blue star in the middle of the left"),
+    pair(1, "How many things are there, large and small?", "two", "three"),
+    pair(0, "Where?", "on the left", "on the right, at the bottom"),
+    pair(0, "What is at the top of the scene, in the middle?", "a large green square", "a"),
+    pair(2, "Is there a star?", "yes", "yes"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A policy, a reference that differs from it in every part, and their processor."""
+    folder = tmp_path_factory.mktemp("mllm")
+    make_vision(folder / "vision", "clip")
+    make_language(folder / "language")
+    policy, processor = build_mllm(str(folder / "vision"), str(folder / "language"))
+    reference = deepcopy(policy)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+    return policy, reference, processor
+
+
+def trainer(
+    models: Models, folder: Path, switches: dict[str, bool] | None, rows: list[dict[str, Any]] = ROWS, **args: Any
+) -> Any:
+    """TRL's trainer where switches is None, else ours; both on copies of the same models."""
+    policy, reference, processor = models
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_length": None,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **args,
+    }
+    made: tuple[Any, Any] = (DPOTrainer, DPOConfig)
+    if switches is not None:
+        made = (PivotDPOTrainer, PivotDPOConfig)
+        settings |= {**switches, "reference_cache": str(folder / "references")}
+    # Rows are handed over as they are: a data set would store the images anew.
+    dataset = Dataset.from_dict({"row": list(range(len(rows)))})
+    columns = ("images", "prompt", "chosen", "rejected")
+    dataset.set_transform(lambda batch: {c: [deepcopy(rows[r][c]) for r in batch["row"]] for c in columns})
+    return made[0](
+        model=deepcopy(policy),
+        ref_model=deepcopy(reference).requires_grad_(False),
+        args=made[1](**settings),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+
+
+def step(one: Any, rows: list[dict[str, Any]]) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+    """Loss, metrics and gradients of one batch."""
+    one.model.train()
+    one.model.zero_grad()
+    one._metrics["train"].clear()
+    loss = one.compute_loss(one.model, one._prepare_inputs(one.data_collator([deepcopy(r) for r in rows])))
+    loss.backward()
+    metrics = {name: values[-1] for name, values in one._metrics["train"].items()}
+    metrics.pop("num_tokens")
+    return loss.item(), metrics, {n: p.grad.clone() for n, p in one.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(made: Any, wanted: Any, tolerance: float = 1e-4) -> None:
+    assert made[0] == pytest.approx(wanted[0], rel=1e-5, abs=1e-6)
+    assert made[1].keys() == wanted[1].keys()
+    for name in wanted[1]:
+        assert made[1][name] == pytest.approx(wanted[1][name], rel=1e-5, abs=1e-5), name
+    assert made[2].keys() == wanted[2].keys()
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        names = [n for n in wanted[2] if part in n]
+        assert names, part
+        scale = max(wanted[2][n].abs().max() for n in names)
+        for name in names:
+            off = ((made[2][name] - wanted[2][name]).abs().max() / scale).item()
+            assert off < tolerance, f"{name}: {off:.1e}"
+
+
+@pytest.fixture(scope="module")
+def stock(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trainer(models, tmp_path_factory.mktemp("stock"), None)
+
+
+@pytest.mark.parametrize("switches", EVERY, ids=lambda s: "+".join(n for n, on in s.items() if on))
+def test_any_switches_give_trls_loss_metrics_and_gradients(
+    switches: dict[str, bool], models: Models, stock: Any, tmp_path: Path
+) -> None:
+    ours = trainer(models, tmp_path, switches)
+    assert (ours.ref_model is None) == switches["cache_reference"]
+    for rows in (ROWS, ROWS[:1], ROWS[1:3]):
+        assert_same(step(ours, rows), step(stock, rows))
+
+
+@pytest.mark.parametrize(("loss", "options"), LOSSES, ids=[name for name, _ in LOSSES])
+def test_every_loss_of_trl_is_equal(loss: str, options: dict[str, Any], models: Models, tmp_path: Path) -> None:
+    args = {"loss_type": loss, **options}
+    assert_same(
+        step(trainer(models, tmp_path, {}, **args), ROWS), step(trainer(models, tmp_path / "stock", None, **args), ROWS)
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        {"use_weighting": True},
+        {"ld_alpha": 0.5},
+        {"max_length": 48},
+        {"gradient_checkpointing": True},
+        {"f_divergence_type": "js_divergence"},
+    ],
+    ids=["paper's gamma", "weighting", "ld_alpha", "cut answers", "checkpointing", "divergence"],
+)
+def test_settings_of_trl_are_equal(args: dict[str, Any], models: Models, tmp_path: Path) -> None:
+    ours, theirs = trainer(models, tmp_path, {}, **args), trainer(models, tmp_path / "stock", None, **args)
+    assert_same(step(ours, ROWS), step(theirs, ROWS))
+
+
+def test_text_only_pairs_are_equal(models: Models, tmp_path: Path) -> None:
+    rows = deepcopy(ROWS)
+    for row in rows:
+        row["images"] = []
+        row["prompt"][0]["content"] = row["prompt"][0]["content"][1:]
+    ours, theirs = trainer(models, tmp_path, {}, rows), trainer(models, tmp_path / "stock", None, rows)
+    made, wanted = step(ours, rows), step(theirs, rows)
+    assert made[0] == pytest.approx(wanted[0], rel=1e-5)
+    mixed = [ROWS[0], rows[1], ROWS[2]]
+    ours = trainer(models, tmp_path, {}, mixed)
+    assert step(ours, mixed)[0] == pytest.approx(sum(step(ours, [r])[0] for r in mixed) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("epochs", "accumulated", "steps"), [(8, 1, 24), (10, 2, 20)])
+def test_twenty_steps_end_at_the_same_weights(
+    epochs: int, accumulated: int, steps: int, models: Models, tmp_path: Path
+) -> None:
+    """5 rows in batches of 2: the last batch of an epoch is left over."""
+    args: Any = {"num_train_epochs": epochs, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    args["gradient_accumulation_steps"] = accumulated
+    trained = []
+    settings: list[dict[str, bool] | None] = [None, {}]
+    for switches in settings:
+        one = trainer(models, tmp_path / str(switches is None), switches, **args)
+        one.train()
+        assert one.state.global_step == steps
+        trained.append({n: p.detach().clone() for n, p in one.model.named_parameters()})
+    moved = dict(models[0].named_parameters())
+    for name in trained[0]:
+        off = (trained[0][name] - trained[1][name]).norm() / trained[0][name].norm()
+        assert off < 1e-3, f"{name}: {off:.1e}"
+    assert any((trained[0][n] - moved[n]).norm() / moved[n].norm() > 0.01 for n in moved)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_step_in_chunks_is_the_step_of_the_whole_batch(cached: bool, models: Models, tmp_path: Path) -> None:
+    """Chunks of unequal size; the step, its metrics, evaluation and the weights after it are those of TRL."""
+    args: Any = {"per_device_train_batch_size": 5, "max_steps": 3, "learning_rate": 1e-3}
+    ours = trainer(models, tmp_path, {"cache_reference": cached}, pack_tokens=150, **args)
+    stock = trainer(models, tmp_path / "stock", None, **args)
+    sizes = [len(c["completion_mask"]) // 2 for c in ours.data_collator(deepcopy(ROWS))["chunks"]]
+    assert sum(sizes) == 5
+    assert len(set(sizes)) > 1
+    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, stock))
+    assert made["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+    for one in (ours, stock):
+        one.train()
+    for own, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected"):
+            if name in theirs:
+                assert own[name] == pytest.approx(theirs[name], abs=2e-4), name
+    for (name, weight), (_, other) in zip(stock.model.named_parameters(), ours.model.named_parameters(), strict=True):
+        assert (weight - other).norm() / weight.norm() < 1e-3, name
+
+
+def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
+    ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "stock", None)
+    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, theirs))
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_mean_token_accuracy"):
+        assert made[name] == pytest.approx(wanted[name], abs=1e-5), name
+
+
+def test_metrics_over_outputs_can_be_computed(models: Models, tmp_path: Path) -> None:
+    """TRL then asks for the logits beside the loss."""
+    ours = trainer(models, tmp_path, {})
+    ours.compute_metrics = lambda seen: {"rows": len(seen.predictions[0])}
+    with pytest.warns(FutureWarning, match="return_outputs=True"):
+        loss, outputs = ours.compute_loss(ours.model, ours.data_collator(deepcopy(ROWS)), return_outputs=True)
+    assert loss.ndim == 0
+    assert outputs.logits.shape[0] == 2 * len(ROWS)
+
+
+def test_bfloat16_is_close(models: Models, tmp_path: Path) -> None:
+    exact = step(trainer(models, tmp_path, {}), ROWS)[0]
+    policy, reference, processor = deepcopy(models)
+    for model in (policy, reference):
+        cast(torch.nn.Module, model).to(torch.bfloat16)
+    made = step(trainer((policy, reference, processor), tmp_path, {}), ROWS)[0]
+    assert made == pytest.approx(exact, rel=0.05)
+    assert made != exact
+
+
+def test_the_check_can_fail(models: Models, stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches that see each other, or positions that do not restart, give other gradients."""
+    from pivot_hub.training import tree_layout as pairs
+
+    ours = trainer(models, tmp_path, {})
+    wanted = step(stock, ROWS)
+    make = ours.data_collator._laid_out
+
+    def running_on(*given: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = make(*given)
+        batch["pair_positions"] = torch.arange(batch["pair_ids"].shape[1]).expand_as(batch["pair_ids"])
+        return batch
+
+    monkeypatch.setattr(ours.data_collator, "_laid_out", running_on)
+    with pytest.raises(AssertionError):
+        assert_same(step(ours, ROWS), wanted)
+    monkeypatch.undo()
+    assert_same(step(ours, ROWS), wanted)
+    monkeypatch.setattr(
+        pairs,
+        "branch_mask",
+        lambda tree, device: torch.ones(sum(tree.branches), tree.prefix + sum(tree.branches)).bool(),
+    )
+    with pytest.raises(AssertionError):
+        assert_same(step(ours, ROWS), wanted)
+
+
+def test_an_image_is_encoded_once_however_many_pairs_show_it(models: Models, tmp_path: Path) -> None:
+    for switches, images in (({**ALL_OFF, "pack": True}, 10), ({**ALL_OFF, "share_prefix": True}, 5), ({}, 3)):
+        ours = trainer(models, tmp_path, switches)
+        assert ours.data_collator(deepcopy(ROWS))["pixel_values"].shape == (images, 3, IMAGE_PX, IMAGE_PX)
+
+
+def test_packed_rows_hold_no_padding(models: Models, tmp_path: Path) -> None:
+    packed = trainer(models, tmp_path, {}).data_collator(deepcopy(ROWS))
+    padded = trainer(models, tmp_path, {**ALL_OFF, "share_prefix": True}).data_collator(deepcopy(ROWS))
+    assert packed["pair_ids"].shape[0] == 1
+    assert padded["pair_ids"].shape[0] == len(ROWS)
+    held = sum(tree.prefix + sum(tree.branches) for row in padded["pair_layout"] for tree in row)
+    assert packed["pair_ids"].numel() == held < padded["pair_ids"].numel()
+
+
+def test_the_model_still_answers_as_before(models: Models, tmp_path: Path) -> None:
+    """Outside of training, the patched model is the plain one: forward, generation and what is saved."""
+    policy, _, processor = models
+    ours = trainer(models, tmp_path, {})
+    text = processor.apply_chat_template(ROWS[0]["prompt"], add_generation_prompt=True)
+    batch = processor(text=[text, text], images=[picture(1), picture(2)], padding=True, return_tensors="pt")
+    batch["attention_mask"][0, :5] = 0
+    with torch.no_grad():
+        plain, patched = policy.eval()(**batch).logits, ours.model.eval()(**batch).logits
+        assert torch.allclose(plain, patched, atol=1e-5)
+        both: tuple[Any, Any] = (policy, ours.model)
+        before, after = (m.generate(**batch, max_new_tokens=5, do_sample=False) for m in both)
+    assert torch.equal(before, after)
+    ours.save_model(str(tmp_path / "saved"))
+    assert "pivot_pairs" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each computation of reference values took."""
+    seen: list[int] = []
+    compute = PivotDPOTrainer._compute_rows
+
+    def count(self: Any, cache: ReferenceCache, rows: dict[str, Any]) -> None:
+        seen.append(len(rows))
+        compute(self, cache, rows)
+
+    monkeypatch.setattr(PivotDPOTrainer, "_compute_rows", count)
+    return seen
+
+
+def test_reference_values_are_computed_once_and_never_for_something_else(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counted(monkeypatch)
+    trainer(models, tmp_path, {})
+    assert seen == [2, 2, 1]
+    seen.clear()
+    trainer(models, tmp_path, {}, seed=7, num_train_epochs=2, learning_rate=1e-5, beta=0.5)
+    trainer(models, tmp_path, {}, list(reversed(ROWS)))
+    assert seen == []  # another seed, rate, loss setting or order asks for the same values
+
+    other_answer, other_image = deepcopy(ROWS), deepcopy(ROWS)
+    other_answer[1]["chosen"][0]["content"][0]["text"] = "four"
+    other_image[2]["images"] = [picture(9)]
+    for rows in (other_answer, other_image):
+        trainer(models, tmp_path, {}, rows)
+        assert seen == [1]
+        seen.clear()
+    policy, reference, processor = models
+    other_model, other_processor = deepcopy(reference), deepcopy(processor)
+    next(other_model.parameters()).data[0] += 1e-3
+    other_processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    other_template = deepcopy(processor)
+    other_template.chat_template = processor.chat_template.replace("You are", "You were")
+    changed: list[tuple[Models, dict[str, Any]]] = [
+        ((policy, other_model, processor), {}),
+        ((policy, reference, other_processor), {}),
+        ((policy, reference, other_template), {}),
+        (models, {"max_length": 60}),
+        (models, {"ld_alpha": 0.5}),
+    ]
+    for those, args in changed:
+        trainer(those, tmp_path, {}, **args)
+        assert sum(seen) == 5, args
+        seen.clear()
+
+
+def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) -> None:
+    ours = trainer(models, tmp_path, {}, ROWS[:2])
+    with pytest.raises(DataError, match="set cache_reference=False"):
+        ours.data_collator(deepcopy(ROWS[2:3]))
+
+
+@pytest.mark.parametrize(
+    ("args", "switches", "says"),
+    [
+        ({"sync_ref_model": True}, {}, "sync_ref_model changes the reference as it trains; set cache_reference=False"),
+        (
+            {"pack_tokens": 99, "loss_type": ["sigmoid", "sft"]},
+            {},
+            "'sft' is not a mean over pairs; set pack_tokens=None",
+        ),
+        (
+            {"precompute_ref_log_probs": True},
+            {"cache_reference": False},
+            "columns that they do not read; set encode_once",
+        ),
+        ({"pack_tokens": 99}, {"pack": False}, "set pack=True or pack_tokens=None"),
+        ({"use_liger_kernel": True}, {"cache_reference": False, "pack": False}, "set encode_once=False, share_prefix"),
+    ],
+)
+def test_what_a_switch_cannot_do_names_the_switch(
+    args: dict[str, Any], switches: dict[str, bool], says: str, models: Models, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=says):
+        trainer(models, tmp_path, switches, **args)
+
+
+def test_another_attention_is_refused(models: Models, tmp_path: Path) -> None:
+    policy, reference, processor = models
+    eager = deepcopy(policy)
+    eager.set_attn_implementation("eager")
+    with pytest.raises(TrainingError, match="they are for sdpa attention, not eager; set encode_once=False"):
+        trainer((eager, reference, processor), tmp_path, {})
+
+
+def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
+    ours = trainer(models, tmp_path, {**ALL_OFF, "pack": True})
+    batch = ours.data_collator(deepcopy(ROWS[:1]))
+    batch["pair_ids"][batch["pair_ids"] == models[2].image_token_id] = 0
+    with pytest.raises(DataError, match="0 image tokens for 32 image features: processor and model disagree"):
+        ours.compute_loss(ours.model, batch)
+
+
+def in_two_processes(module: str, models: Models, folder: Path) -> None:
+    """Run a script of the tests under torchrun, on the models saved in the folder."""
+    policy, reference, processor = models
+    for name, model in (("mllm", policy), ("reference", reference)):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", module, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
+    in_two_processes("tests.training.fsdp2", models, tmp_path)
+    facts = json.loads((tmp_path / "fsdp2.json").read_text())
+    assert facts["kinds"] == ["DTensor"]
+    assert facts["sharded_loss"] == pytest.approx(facts["loss"], rel=1e-5)
+    assert facts["off"] < 1e-4
+
+
+def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
+    in_two_processes("tests.training.two_processes", models, tmp_path)
+    losses, weights = {}, {}
+    for name in ("stock", "ours"):
+        losses[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        weights[name] = load_file(tmp_path / f"{name}.safetensors")
+    assert len(losses["stock"]) == 6  # 8 rows, two processes of two rows each, 3 epochs
+    assert losses["ours"] == pytest.approx(losses["stock"], abs=1e-4)
+    for name, weight in weights["stock"].items():
+        assert (weights["ours"][name] - weight).norm() / weight.norm() < 1e-3, name
+    computed = [json.loads((tmp_path / f"computed-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(computed) >= len(ROWS)  # a row that two processes meet at the same time is computed by both
+    assert max(computed) <= 4
+
+
+def test_other_models_fall_back_to_trls_own_way(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model without vision trains as DPOTrainer trains it, and the log says that the switches are off."""
+    tokenizer = AutoTokenizer.from_pretrained(parts / "language")
+    tokenizer.chat_template = None
+    rows = {"prompt": ["the scene holds"] * 2, "chosen": [" a red star", " two"], "rejected": [" nothing", " three"]}
+    losses = []
+    kinds: list[tuple[Any, Any]] = [(DPOTrainer, DPOConfig), (PivotDPOTrainer, PivotDPOConfig)]
+    for kind, config in kinds:
+        made = kind(
+            model=AutoModelForCausalLM.from_pretrained(parts / "language"),
+            ref_model=AutoModelForCausalLM.from_pretrained(parts / "language"),
+            args=config(output_dir=str(tmp_path), max_steps=2, bf16=False, report_to="none", logging_steps=1),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+        )
+        made.train()
+        losses.append([h["loss"] for h in made.state.log_history if "loss" in h])
+    assert losses[0] == losses[1]
+    assert "Qwen2ForCausalLM is not a LlavaForConditionalGeneration: encode_once, share_prefix" in caplog.text
+
+
+def test_the_readmes_trainer_is_made(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PivotDPOTrainer(" in block)
+    assert "per_device_train_batch_size=4)" in code
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("size=4)", "size=4, bf16=False, report_to='none', reference_cache='cache')")
+    dataset = trainer(models, tmp_path, {}).train_dataset
+    made: dict[str, Any] = {"model": deepcopy(models[0]), "processor": models[2], "dataset": dataset}
+    exec(code, made)
+    groups = made["trainer"].create_optimizer().param_groups
+    assert {group["part"] for group in groups} == {"vision", "projector", "language"}
+    assert {group["lr"] for group in groups} == {1e-6}
