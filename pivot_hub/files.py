@@ -51,6 +51,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, facts: Any) -> None:
+def write_json(path: Path, metadata: Any) -> None:
     """Write JSON in one step, indented, with a final newline."""
-    write_whole(path, json.dumps(facts, indent=2) + "\n")
+    write_whole(path, json.dumps(metadata, indent=2) + "\n")

@@ -102,14 +102,14 @@ def source_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
+def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
     """Write provenance.json: the facts, the hash of every other file of the folder, and its own."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "provenance.json")
-    made = {**facts, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
-    made["sha256"] = hashlib.sha256(sealed_text(made, False).encode()).hexdigest()
-    write_whole(folder / "provenance.json", sealed_text(made))
+    made = {**metadata, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
+    made["sha256"] = hashlib.sha256(manifest_text(made, False).encode()).hexdigest()
+    write_whole(folder / "provenance.json", manifest_text(made))
 
 
-def sealed_text(provenance: dict[str, Any], with_hash: bool = True) -> str:
+def manifest_text(provenance: dict[str, Any], with_hash: bool = True) -> str:
     """The one way provenance.json is written, with its own hash or as that hash is taken."""
     return json.dumps({k: v for k, v in provenance.items() if with_hash or k != "sha256"}, indent=2) + "\n"

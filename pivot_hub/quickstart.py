@@ -17,7 +17,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.explain.figure import draw_rows
 from pivot_hub.explain.gradcam import gradient_map
@@ -28,7 +28,7 @@ from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.probes.significance import Comparisons, compare_results
 from pivot_hub.provenance import machine, peak_memory_mb, weights_sha256
-from pivot_hub.publish.card_facts import read_prose
+from pivot_hub.publish.card_inputs import read_prose
 from pivot_hub.publish.staging import write_card
 from pivot_hub.training.stage import run_stage
 
@@ -84,9 +84,9 @@ class QuickstartReport:
             lines.append(f"| {_short(task)} | {metric} | {shown} | {said} |")
         return "\n".join([*lines, "", "![The same scenes under both encoders' maps](maps.png)", ""])
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         kept = {k: v for k, v in vars(self).items() if k not in ("results", "comparisons")}
-        return {**kept, "results": [r.facts() for r in self.results], "comparison": self.comparisons.facts()}
+        return {**kept, "results": [r.to_dict() for r in self.results], "comparison": self.comparisons.to_dict()}
 
 
 def run_quickstart(
@@ -94,7 +94,7 @@ def run_quickstart(
     seed: int = 0,
     overrides: Sequence[str] = (),
     sizes: Sizes = Sizes(),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> QuickstartReport:
     """Run align, instruct, sft and dpo, extract both encoders, probe them and report.
 
@@ -107,7 +107,7 @@ def run_quickstart(
     """
     started = time.monotonic()
     recipes = {name: load_recipe(f"shapes/{name}", [f"seed={seed}", *overrides]) for name in STAGES}
-    folders = {name: run_stage(loaded, output / "runs", say=say) for name, loaded in recipes.items()}
+    folders = {name: run_stage(loaded, output / "runs", log=log) for name, loaded in recipes.items()}
     stages = {name: json.loads((folder / "report.json").read_text()) for name, folder in folders.items()}
 
     align = recipes["1-align"]
@@ -115,12 +115,12 @@ def run_quickstart(
     encoders = {"base": Path(align.locate(align.recipe.model.vision))}
     for branch, stage in BRANCHES.items():
         target = output / "hub" / "pivot" / f"shapes-{branch}"
-        encoders[branch] = _extract_once(folders[stage], target, _command(seed, overrides), say)
+        encoders[branch] = _extract_once(folders[stage], target, _command(seed, overrides), log)
 
     results: list[ProbeResult] = []
     parent = folders["2-instruct"]
     for name, encoder in encoders.items():
-        results += _probe_once(name, encoder, folders.get(BRANCHES.get(name, "")), parent, output, sizes, seed, say)
+        results += _probe_once(name, encoder, folders.get(BRANCHES.get(name, "")), parent, output, sizes, seed, log)
     # Tasks in one block each, encoders side by side within it.
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     results.sort(key=lambda r: order.index((r.task, r.metric)))
@@ -138,14 +138,14 @@ def run_quickstart(
         comparisons=compare_results({e: [r for r in results if r.encoder == e] for e in BRANCHES}, seed=seed),
     )
     # Reused results keep their report, figure and duration; report.json comes last and says that all is there.
-    if before.get("results") != json.loads(json.dumps([r.facts() for r in results])):
+    if before.get("results") != json.loads(json.dumps([r.to_dict() for r in results])):
         _draw(folders, output / "maps.png")
         write_whole(output / "report.md", report.markdown())
-        write_json(output / "report.json", report.facts())
+        write_json(output / "report.json", report.to_dict())
     return report
 
 
-def push_quickstart(output: Path, say: Callable[[str], None] = print) -> dict[str, dict[str, str]]:
+def push_quickstart(output: Path, log: Callable[[str], None] = print) -> dict[str, dict[str, str]]:
     """Publish what a finished quickstart made, and the base encoder, to a hub on this machine; load it back by name.
 
     Args:
@@ -165,7 +165,7 @@ def push_quickstart(output: Path, say: Callable[[str], None] = print) -> dict[st
             shutil.copytree(source, folder, dirs_exist_ok=True)
             write_card(folder, read_prose("shapes-base"), results={"base": results})
     names = ("shapes-base", "shapes-sft", "shapes-dpo")
-    return push_local({name: encoders / name for name in names}, output / "local-hub", "PIVOT built-in world", say)
+    return push_local({name: encoders / name for name in names}, output / "local-hub", "PIVOT built-in world", log)
 
 
 def _command(seed: int, overrides: Sequence[str]) -> str:
@@ -176,9 +176,9 @@ def _command(seed: int, overrides: Sequence[str]) -> str:
     return "pivot quickstart" + (f" --seed {seed}" if seed else "")
 
 
-def _extract_once(checkpoint: Path, target: Path, command: str, say: Callable[[str], None]) -> Path:
+def _extract_once(checkpoint: Path, target: Path, command: str, log: Callable[[str], None]) -> Path:
     if extract_once(checkpoint, target, command):
-        say(f"encoder: {target}")
+        log(f"encoder: {target}")
     return target
 
 
@@ -190,7 +190,7 @@ def _probe_once(
     output: Path,
     sizes: Sizes,
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[ProbeResult]:
     """Probe an encoder, and the MLLM it came from if it has one, or read what was measured of these weights."""
     file = output / "results" / f"{name}.json"
@@ -198,7 +198,7 @@ def _probe_once(
     sha256 = weights_sha256(encoder)
     key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed}
     if _read(made_of) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
-        say(f"probing the {name} encoder")
+        log(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
         results = probe_shapes(model, image_processor, name, sha256, sizes, seed)
         if checkpoint is not None:
@@ -214,9 +214,9 @@ def _probe_once(
 def _draw(folders: dict[str, Path], path: Path) -> None:
     """The same scenes and answers under the maps of both MLLMs."""
     mllms = {branch: load_mllm(folders[stage]) for branch, stage in BRANCHES.items()}
-    world = World(image_px=image_px(mllms["sft"][0]))
+    dataset = ShapesDataset(image_px=image_px(mllms["sft"][0]))
     rows = []
-    for target in probe_targets(world, "test", FIGURE_SCENES):
+    for target in probe_targets(dataset, "test", FIGURE_SCENES):
         pair, image = target.pair, target.picture.image
         made = {
             branch: gradient_map(model.eval(), processor, image, pair.question, pair.chosen).maps

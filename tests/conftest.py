@@ -20,7 +20,7 @@ import pytest  # noqa: E402  (the environment is set before any library reads it
 import torch  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
-from pivot_hub.data.synthetic import World  # noqa: E402
+from pivot_hub.data.synthetic import ShapesDataset  # noqa: E402
 from pivot_hub.training.language import train_tokenizer  # noqa: E402
 from pivot_hub.training.stage import run_lineage  # noqa: E402
 from tests.encoder.originals import IMAGE_PX, make_vision  # noqa: E402
@@ -39,8 +39,8 @@ def pytest_sessionfinish() -> None:
 
 def make_language(folder: Path) -> Path:
     """Save a small random Qwen2 with a tokenizer trained on a few of the world's sentences."""
-    world = World()
-    tokenizer = train_tokenizer((world.scene("train", i).caption() for i in range(200)), 400)
+    dataset = ShapesDataset()
+    tokenizer = train_tokenizer((dataset.scene("train", i).caption() for i in range(200)), 400)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -120,7 +120,7 @@ def trained(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs folder in which all four tiny stages are finished."""
     runs = tmp_path_factory.mktemp("runs")
     for branch in ("3-sft", "3-dpo"):
-        run_lineage(recipes / f"{branch}.yaml", runs, say=lambda line: None)
+        run_lineage(recipes / f"{branch}.yaml", runs, log=lambda line: None)
     return runs / "tiny"
 
 

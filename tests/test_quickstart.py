@@ -26,7 +26,7 @@ SMALL = Sizes(train=60, validation=20, test=30, questions=30, targets_validation
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
-    run_quickstart(folder, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    run_quickstart(folder, overrides=FEW, sizes=SMALL, log=lambda line: None)
     return folder
 
 
@@ -97,11 +97,11 @@ def test_figure_and_page_are_there(output: Path) -> None:
 def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) -> None:
     kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
     report = (output / "report.json").read_text()
-    run_quickstart(output, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    run_quickstart(output, overrides=FEW, sizes=SMALL, log=lambda line: None)
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == kept
     (output / "results" / "dpo.json").unlink()
     (output / "hub" / "pivot" / "shapes-dpo" / "provenance.json").unlink()
-    run_quickstart(output, overrides=FEW, sizes=SMALL, say=lambda line: None)
+    run_quickstart(output, overrides=FEW, sizes=SMALL, log=lambda line: None)
     again = json.loads((output / "report.json").read_text())
     values = [(r["task"], r["metric"], r["encoder"], r["value"]) for r in again["results"]]
     assert values == [(r["task"], r["metric"], r["encoder"], r["value"]) for r in json.loads(report)["results"]]
@@ -110,14 +110,14 @@ def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) 
 
 def test_push_local_ends_with_the_encoders_on_a_hub_and_loads_them_by_name(output: Path) -> None:
     said: list[str] = []
-    loaded = push_quickstart(output, say=said.append)
-    assert {name: facts["class"] for name, facts in loaded.items()} == dict.fromkeys(
+    loaded = push_quickstart(output, log=said.append)
+    assert {name: metadata["class"] for name, metadata in loaded.items()} == dict.fromkeys(
         ("pivot/shapes-base", "pivot/shapes-sft", "pivot/shapes-dpo"), "SiglipVisionModel"
     )
     store = Store(output / "local-hub")
-    for name, facts in loaded.items():
+    for name, metadata in loaded.items():
         repo = store.repos["model", name]
-        assert repo.refs["refs/tags/v0.1.0"] == repo.refs["refs/heads/main"] == facts["commit"]
+        assert repo.refs["refs/tags/v0.1.0"] == repo.refs["refs/heads/main"] == metadata["commit"]
     (collection,) = store.collections
     assert {item["note"]["text"] for item in collection["items"]} == {"base", "SFT", "DPO"}
     assert [line.split(":")[0] for line in said[:3]] == list(loaded)

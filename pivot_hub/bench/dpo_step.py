@@ -81,7 +81,7 @@ def bench_dpo_step(
     batch: int = 4,
     rounds: int = 5,
     checkpointing: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time forward and backward of one batch of pairs in every variant, in turns so that a slow spell hits all.
 
@@ -148,7 +148,7 @@ def bench_dpo_step(
                 else None,
             }
             made = report[lengths][name]
-            say(
+            log(
                 f"{lengths:10} {name:16} {made['step_s']:8.3f} s a step, {made['ratio_to_stock']:5.2f} times stock, "
                 f"saved activations {made['saved_to_stock']:.2f} of stock's"
             )

@@ -33,7 +33,7 @@ def bench_encoder(
     batch: int = 8,
     rounds: int = 5,
     forms: tuple[str, ...] = FORMS,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Time an encoder in each form, in turns so that a slow spell hits all, and measure each one's memory.
 
@@ -79,7 +79,7 @@ def bench_encoder(
             "ratios": [round(r, 4) for r in ratios],
             "peak_memory_mb": memory[form],
         }
-        say(
+        log(
             f"{form:12} {made[form]['images_per_s']:9.2f} images/s {made[form]['ratio_to_native']:7.3f} of native's "
             f"time {memory[form]:7} MB"
         )
@@ -119,7 +119,7 @@ def _export(source: str, folder: Path, forms: tuple[str, ...]) -> Path:
         from pivot_hub.encoder.export import export_encoder
 
         int8 = any(form.endswith("int8") for form in forms)
-        export_encoder(source, folder, int8=int8, say=lambda line: None)
+        export_encoder(source, folder, int8=int8, log=lambda line: None)
     return folder
 
 

@@ -39,7 +39,7 @@ def bench_loader(
     rows: int = 512,
     batch: int = 8,
     rounds: int = 5,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Rows a second that one core reads, decodes and tokenises, against the rows a second that a GPU trains on.
 
@@ -91,13 +91,13 @@ def bench_loader(
                 rates.setdefault(packing, []).append(read / (time.perf_counter() - began))
     measured = {packing: round(statistics.median(some), 1) for packing, some in rates.items()}
     for packing, rate in measured.items():
-        say(f"{packing:8} {rate:8.1f} rows/s on one core")
+        log(f"{packing:8} {rate:8.1f} rows/s on one core")
     slowest = min(measured.values())
     gpus = {}
     for verdict in plan.gpus:
         needed = plan.rows * plan.epochs / (verdict.gpu_hours * 3600)
         gpus[verdict.gpu] = {"rows_per_s": round(needed, 1), "cores": round(needed / slowest, 2)}
-        say(f"{verdict.gpu:12} trains on {needed:6.1f} rows/s: {needed / slowest:.2f} cores feed it")
+        log(f"{verdict.gpu:12} trains on {needed:6.1f} rows/s: {needed / slowest:.2f} cores feed it")
     return {
         "benchmark": "loader",
         "recipe": recipe,

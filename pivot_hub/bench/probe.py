@@ -29,7 +29,7 @@ def bench_probe(
     max_iter: int = 100,
     kinds: Sequence[str] = KINDS,
     device: str | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Fit every C by both, and compare time, loss and accuracy.
 
@@ -71,7 +71,7 @@ def bench_probe(
             loss = objective(*train, fit.weight, fit.bias, fit.c)
             accuracy = 100 * float((fit.predict(test[0]) == test[1]).mean())
             each[f"{fit.c:g}"] = {"pivot": {"steps": fit.steps, "loss": loss, "accuracy": accuracy}}
-        say(f"{kind}: ours {ours_s:.1f} s for {len(cs)} Cs, {sum(f.steps for f in fits)} steps")
+        log(f"{kind}: ours {ours_s:.1f} s for {len(cs)} Cs, {sum(f.steps for f in fits)} steps")
 
         sklearn_s = 0.0
         for c in cs:
@@ -90,7 +90,7 @@ def bench_probe(
             }
             own = each[f"{c:g}"]
             own |= {"scikit-learn": theirs, "loss_above_ours": theirs["loss"] - own["pivot"]["loss"]}
-            say(
+            log(
                 f"{kind}: scikit-learn {seconds:.1f} s, {theirs['steps']} steps at C {c:g}, its loss "
                 f"{own['loss_above_ours']:+.1e} from ours, accuracy {theirs['accuracy']:.2f} and "
                 f"{own['pivot']['accuracy']:.2f}"
@@ -101,7 +101,7 @@ def bench_probe(
             "times_faster": round(sklearn_s / ours_s, 2),
             "cs": each,
         }
-        say(f"{kind}: {sklearn_s / ours_s:.1f} times faster")
+        log(f"{kind}: {sklearn_s / ours_s:.1f} times faster")
     return {
         "benchmark": "probe",
         "images": images,

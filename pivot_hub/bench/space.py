@@ -28,7 +28,7 @@ from pivot_hub.provenance import machine, versions
 PATIENCE_S = 120.0
 
 
-def bench_space(visitors: int = 20, clicks: int = 20, say: Callable[[str], None] = print) -> dict[str, Any]:
+def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the shipped app.
 
     Args:
@@ -47,16 +47,16 @@ def bench_space(visitors: int = 20, clicks: int = 20, say: Callable[[str], None]
     if find_spec("gradio_client") is None:
         raise PivotError("the Space needs gradio: pip install 'pivot-hub[space]'.")
     with _served() as (url, ready_s, cpu_s):
-        say(f"ready {ready_s:.1f} s after its start, {cpu_s:.1f} s of them computing")
+        log(f"ready {ready_s:.1f} s after its start, {cpu_s:.1f} s of them computing")
         alone = _clicks(url, clicks)
-        say(f"look by a program, figure included: median {statistics.median(alone):.2f} s of {clicks}")
+        log(f"look by a program, figure included: median {statistics.median(alone):.2f} s of {clicks}")
         browser = _browser_clicks(url, clicks)
         if browser is None:
-            say("no Chromium or no Playwright: clicks in a browser are not measured")
+            log("no Chromium or no Playwright: clicks in a browser are not measured")
         else:
-            say(f"click to picture in a browser: median {statistics.median(browser):.2f} s of {clicks}")
+            log(f"click to picture in a browser: median {statistics.median(browser):.2f} s of {clicks}")
         crowd = _crowd(url, visitors)
-        say(
+        log(
             f"{visitors} visitors at once: {len(crowd['errors'])} errors, median {crowd['median_s']:.1f} s, "
             f"last {max(crowd['seconds'], default=0):.1f} s, {100 * crowd['overtakings']:.0f}% of pairs out of order"
         )

@@ -34,7 +34,7 @@ from pivot_hub.training.stage import trainer_arguments
 WARM = 3  # steps before those that are timed
 
 
-def bench_train_step(loaded: LoadedRecipe, steps: int = 50, say: Callable[[str], None] = print) -> dict[str, Any]:
+def bench_train_step(loaded: LoadedRecipe, steps: int = 50, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Run optimizer steps of a recipe's own trainer on one process, and hold time and memory against the plan.
 
     The model has the recipe's shapes and random weights, rows have random images and words, of the lengths that the
@@ -90,7 +90,7 @@ def bench_train_step(loaded: LoadedRecipe, steps: int = 50, say: Callable[[str],
     }
     mfu = f", MFU {made['mfu']}" if peak else ""
     memory = f", peak {clock.peak / 2**30:.1f} GiB of {planned / 2**30:.1f} planned" if cuda else ""
-    say(f"{loaded.name}: {step:.3f} s a step of {rows} rows{mfu}{memory}")
+    log(f"{loaded.name}: {step:.3f} s a step of {rows} rows{mfu}{memory}")
     return made
 
 

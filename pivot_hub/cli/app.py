@@ -89,7 +89,7 @@ def bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
         if time.monotonic() - said > 10:
             said = time.monotonic()
             left = "" if total is None else f", {(total - done) / rate:.0f} s left"
-            say(f"{done}{'' if total is None else f' of {total}'} {unit}, {rate:.1f}/s{left}")
+            log(f"{done}{'' if total is None else f' of {total}'} {unit}, {rate:.1f}/s{left}")
 
     yield advance
 
@@ -98,7 +98,7 @@ def show(results: list[ProbeResult], path: Path | None) -> None:
     """Print results with their intervals, and write them where a file is named."""
     for result in results:
         low, high = result.ci95
-        say(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
+        log(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
     if path is not None:
         from pivot_hub.probes.result import write_results
 
@@ -118,14 +118,14 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print text as it is."""
     out.print(text, markup=False)
 
 
-def write(path: Path | None, facts: Any) -> None:
+def write(path: Path | None, metadata: Any) -> None:
     """Write facts as JSON where a file is named."""
     if path is not None:
         from pivot_hub.files import write_json
 
-        write_json(path, facts)
+        write_json(path, metadata)

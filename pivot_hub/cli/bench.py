@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, bench, numbers, say, write
+from pivot_hub.cli.app import JsonPath, bench, log, numbers, write
 
 
 @bench.command("shapes")
@@ -19,8 +19,8 @@ def bench_shapes(json_path: JsonPath = None) -> None:
 
     measured = bench_shapes()
     for name, seconds in measured["seconds_per_batch"].items():
-        say(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
-    say(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
+        log(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
+    log(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
     write(json_path, measured)
 
 
@@ -38,7 +38,7 @@ def bench_train_step(
     from pivot_hub.bench.train_step import bench_train_step
     from pivot_hub.config.recipe import load_recipe
 
-    write(json_path, bench_train_step(load_recipe(recipe, overrides or []), steps, say=say))
+    write(json_path, bench_train_step(load_recipe(recipe, overrides or []), steps, log=log))
 
 
 @bench.command("loader")
@@ -56,7 +56,7 @@ def bench_loader(
     """
     from pivot_hub.bench.loader import bench_loader
 
-    write(json_path, bench_loader(recipe, rows, rounds=rounds, say=say))
+    write(json_path, bench_loader(recipe, rows, rounds=rounds, log=log))
 
 
 @bench.command("encoder")
@@ -75,7 +75,7 @@ def bench_encoder(
     """
     from pivot_hub.bench.encoder import FORMS, bench_encoder
 
-    measured = bench_encoder(encoder, batch, rounds, tuple(forms.split(",")) if forms else FORMS, say=say)
+    measured = bench_encoder(encoder, batch, rounds, tuple(forms.split(",")) if forms else FORMS, log=log)
     write(json_path, measured)
 
 
@@ -91,7 +91,7 @@ def bench_space(
     """
     from pivot_hub.bench.space import bench_space
 
-    write(json_path, bench_space(visitors, clicks, say=say))
+    write(json_path, bench_space(visitors, clicks, log=log))
 
 
 @bench.command("dpo-step")
@@ -108,7 +108,7 @@ def bench_dpo_step(
     """
     from pivot_hub.bench.dpo_step import bench_dpo_step
 
-    write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, say=say))
+    write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, log=log))
 
 
 @bench.command("probe")
@@ -129,5 +129,5 @@ def bench_probe(
     from pivot_hub.bench.probe import bench_probe
 
     chosen = numbers("--cs", cs, float)
-    measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), say=say)
+    measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), log=log)
     write(json_path, measured)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, numbers, say, write
+from pivot_hub.cli.app import JsonPath, app, log, numbers, write
 from pivot_hub.errors import RecipeError
 
 
@@ -48,22 +48,22 @@ def gradcam(
 
         looked = numbers("--steps", steps, int)
         rates = {} if learning_rate is None else _rates(learning_rate, LOSSES)
-        runs, picture, seen, facts = overfit_file(
+        runs, picture, seen, metadata = overfit_file(
             checkpoint, image, question, answer, rejected, looked, rates, beta, mask
         )
         heading = f"{question}\nright: {answer}   wrong: {rejected}"
         heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
         draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
         for run in runs:
-            say(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
-        say(f"figure: {output}")
-        write(json_path, facts)
+            log(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
+        log(f"figure: {output}")
+        write(json_path, metadata)
         return
     from pivot_hub.explain.gradcam import explain_file
 
     made, picture = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
     draw_maps(picture, [(f"{method} of {explain}", grid) for method, grid in made.maps.items()], output)
-    say(f"figure: {output}; {explain} is {made.value:.4f}")
+    log(f"figure: {output}; {explain} is {made.value:.4f}")
     maps = {method: grid.tolist() for method, grid in made.maps.items()}
     write(json_path, {"explain": explain, "value": made.value, "maps": maps})
 
@@ -97,12 +97,12 @@ def space(
     Example: `pivot space --port 7860`, or `pivot space --runs quickstart/runs/shapes`
     """
     from pivot_hub.demo.launch import names_of_runs, serve
-    from pivot_hub.demo.model_bundle import PairNames
+    from pivot_hub.demo.model_bundle import BundleNames
 
-    names = PairNames(first, second, parent)
-    if runs is not None and names == PairNames():
+    names = BundleNames(first, second, parent)
+    if runs is not None and names == BundleNames():
         names = names_of_runs(runs)
-    say(f"http://{host}:{port}")
+    log(f"http://{host}:{port}")
     serve(names, runs, port, host)
 
 
@@ -115,8 +115,8 @@ def pair(
 
     Example: `pivot pair quickstart/runs/shapes recipes/shapes/pair`
     """
-    from pivot_hub.demo.model_bundle import pack_pair
+    from pivot_hub.demo.model_bundle import pack_bundle
 
-    folder = pack_pair(runs, output)
+    folder = pack_bundle(runs, output)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    say(f"pair: {folder}, {size / 1e6:.1f} MB")
+    log(f"pair: {folder}, {size / 1e6:.1f} MB")

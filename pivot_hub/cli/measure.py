@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, evaluation, numbers, out, say, show, write
+from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, write
 
 
 @app.command()
@@ -47,7 +47,7 @@ def probe(
             progress=advance,
         )
     for reason in skipped:
-        say(f"left out: {reason}")
+        log(f"left out: {reason}")
     show(results, json_path)
 
 
@@ -83,12 +83,12 @@ def compare(
             measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
         made = compare_results(measured, draws, seed)
     out.print(made.table())
-    say(made.method())
+    log(made.method())
     if markdown:
         write_whole(markdown, made.markdown())
     if figure:
         draw_comparisons(made, figure)
-    write(json_path, made.facts())
+    write(json_path, made.to_dict())
 
 
 @app.command()
@@ -140,7 +140,7 @@ def localize(
         random_vision,
     )
     if left_out:
-        say(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+        log(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
     show(results, json_path)
 
 
@@ -169,7 +169,7 @@ def segment(
     """
     import torch
 
-    from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
+    from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
     from pivot_hub.probes.segmentation.protocols import cached_encode, per_class, segment_masks
@@ -181,13 +181,13 @@ def segment(
     model, image_processor = read_encoder(encoder)
     check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts = encoder_facts(encoder)
+    metadata = encoder_metadata(encoder)
     with bar("images") as advance:
         results, skipped = segment_masks(
             model,
             image_processor,
             found,
-            conditions={**facts, "feature_layer": model.config.pivot["feature_layer"]},
+            conditions={**metadata, "feature_layer": model.config.pivot["feature_layer"]},
             ignore_ids=ignored,
             classes=classes,
             names=known,
@@ -195,14 +195,16 @@ def segment(
             image_px=sizes,
             seed=seed,
             on_bad_row=on_bad_row,
-            encode=None if cache is None else cached_encode(model, image_processor, facts, cache, advance),
-            say=say,
+            encode=None if cache is None else cached_encode(model, image_processor, metadata, cache, advance),
+            log=log,
         )
     if skipped:
-        say(f"{len(skipped)} files skipped, the first: {skipped[0]}")
+        log(f"{len(skipped)} files skipped, the first: {skipped[0]}")
     show(results, json_path)
     if json_path is not None:
-        scores = {r.task: per_class(r.tallies, known or found.names) for r in results if r.tallies is not None}
+        scores = {
+            r.task: per_class(r.example_scores, known or found.names) for r in results if r.example_scores is not None
+        }
         write_json(json_path.with_suffix(".classes.json"), {"skipped": skipped, "classes": scores})
 
 
@@ -244,9 +246,9 @@ def eval_vqa(
     from pivot_hub.probes.vqa.lmms_eval import evaluate_vqa
 
     names = [t.strip() for t in tasks.split(",")] if tasks else []
-    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, say=say)
+    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, log=log)
     out.print(made.table())
     for sentence in made.refused:
-        say(sentence)
-    say(f"results: {output / 'results.json'}")
-    write(json_path, made.facts())
+        log(sentence)
+    log(f"results: {output / 'results.json'}")
+    write(json_path, made.to_dict())

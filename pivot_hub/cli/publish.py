@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, say, write
+from pivot_hub.cli.app import JsonPath, app, bar, log, write
 from pivot_hub.errors import PublishError
 
 
@@ -25,7 +25,7 @@ def extract(
     from pivot_hub.mllm.extract import extract_encoder
 
     folder = extract_encoder(checkpoint, output)
-    say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
+    log(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
     write(json_path, {"encoder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
 
 
@@ -44,13 +44,13 @@ def verify(
         with_card = (Path(encoder) / "README.md").is_file()  # an encoder that was just extracted has none yet
         problems = published_problems(encoder) if with_card else repository_problems(encoder)
     else:
-        problems = published_problems(fetch(encoder, say=say))
+        problems = published_problems(fetch(encoder, log=log))
     for problem in problems:
-        say(problem)
+        log(problem)
     write(json_path, {"encoder": encoder, "problems": problems})
     if problems:
         raise typer.Exit(1)
-    say(f"{encoder}: sound")
+    log(f"{encoder}: sound")
 
 
 @app.command()
@@ -69,12 +69,12 @@ def card(
     from dataclasses import replace
 
     from pivot_hub.probes.result import read_results
-    from pivot_hub.publish.card_facts import read_prose
+    from pivot_hub.publish.card_inputs import read_prose
     from pivot_hub.publish.staging import write_card
 
     given = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
     changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, given or None)
-    say(f"card: {encoder / 'README.md'}{'' if changed else ', as it was'}")
+    log(f"card: {encoder / 'README.md'}{'' if changed else ', as it was'}")
 
 
 @app.command()
@@ -96,7 +96,7 @@ def push(
     Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
     `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
     """
-    from pivot_hub.publish.card_facts import read_prose
+    from pivot_hub.publish.card_inputs import read_prose
     from pivot_hub.publish.push import add_to_collection, plan_push
     from pivot_hub.publish.push import push as carry_out
     from pivot_hub.publish.remote import models_of
@@ -109,21 +109,21 @@ def push(
         staged = stage_space(repo, targets[:-1], models_of(targets[:-1]))
     else:
         text = read_prose(prose or Path(targets[0]).resolve().name)
-        staged = stage_encoder(targets[0], repo, text, also.split(",") if also else (), say)
+        staged = stage_encoder(targets[0], repo, text, also.split(",") if also else (), log)
     with staged as publication:
         plan = plan_push(publication, private)
-        say(plan.text())
+        log(plan.text())
         if plan.changes and not yes:
             if not sys.stdin.isatty():
                 raise PublishError("there is nobody to ask: look at the changes above, and add --yes.", exit_code=2)
             typer.confirm("Publish this?", abort=True)
-        pushed = carry_out(plan, say=say)
-        facts = plan.facts() | {"commit": pushed.commit, "url": pushed.url, "kind": pushed.kind}
+        pushed = carry_out(plan, log=log)
+        metadata = plan.to_dict() | {"commit": pushed.commit, "url": pushed.url, "kind": pushed.kind}
         if collection is not None:
-            facts["collection"], members = add_to_collection(collection, publication, private)
-            say(f"collection: {facts['collection']} with {', '.join(members)}")
-    write(json_path, facts)
-    say(f"{repo}: {pushed.kind} {pushed.commit[:8]}, {pushed.url}")
+            metadata["collection"], members = add_to_collection(collection, publication, private)
+            log(f"collection: {metadata['collection']} with {', '.join(members)}")
+    write(json_path, metadata)
+    log(f"{repo}: {pushed.kind} {pushed.commit[:8]}, {pushed.url}")
 
 
 @app.command()
@@ -138,8 +138,8 @@ def pull(
     """
     from pivot_hub.publish.pull import pull as download
 
-    folder = download(repo, output or Path("hub") / repo, revision, say=say)
-    say(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
+    folder = download(repo, output or Path("hub") / repo, revision, log=log)
+    log(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
 
 
 @app.command()
@@ -161,8 +161,8 @@ def encode(
     with bar("images") as advance:
         report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
     for bad in report["corrupt"]:
-        say(f"left out: {bad['reason']}")
-    say(
+        log(f"left out: {bad['reason']}")
+    log(
         f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
         f"{report['images_per_s']} images/s; report: {out_path}.json"
     )
@@ -187,8 +187,8 @@ def export(
 
     files = image_files(images)[:16] if images else []
     pictures = [open_image(f, "--images") for f in files]
-    report = export_encoder(encoder, output, fp16, int8, pictures, probe_export if probe else None, say=say)
+    report = export_encoder(encoder, output, fp16, int8, pictures, probe_export if probe else None, log=log)
     for form, results in report.get("probe", {}).items():
         scores = ", ".join(f"{r['task'].split('/')[1]} {r['value']:.1f}" for r in results)
-        say(f"probe of {form}: {scores}")
-    say(f"export: {output}; report: {output / 'export.json'}")
+        log(f"probe of {form}: {scores}")
+    log(f"export: {output}; report: {output / 'export.json'}")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, Runs, app, bar, data, is_first, numbers, out, say, write
+from pivot_hub.cli.app import JsonPath, Runs, app, bar, data, is_first, log, numbers, out, write
 from pivot_hub.errors import RecipeError
 
 
@@ -34,11 +34,11 @@ def quickstart(
         from tests.local_server.serve import need_server
 
         need_server()
-    report = run_quickstart(output, seed=seed, say=say)
+    report = run_quickstart(output, seed=seed, log=log)
     out.print(report.table())
-    say(f"report: {output / 'report.md'}; encoders: {output / 'hub' / 'pivot'}")
+    log(f"report: {output / 'report.md'}; encoders: {output / 'hub' / 'pivot'}")
     if push_local:
-        push_quickstart(output, say=say)
+        push_quickstart(output, log=log)
 
 
 @app.command()
@@ -80,7 +80,7 @@ def train(
         with out.status("a step is rehearsed without weights, in about half a minute"):  # on a terminal only
             plan = plan_stage(loaded, machine, processes, MFU if mfu is None else mfu, measured)
         out.print(plan.table(), markup=False)
-        write(json_path, plan.facts())
+        write(json_path, plan.to_dict())
         return
     if hf_job:
         from pivot_hub.training.jobs import hf_job_command
@@ -88,7 +88,7 @@ def train(
         if bucket is None:
             raise RecipeError("--hf-job: give --bucket owner/name, in which runs and checkpoints outlive the job.")
         command = hf_job_command(loaded, overrides or [], flavor=flavor, bucket=bucket)
-        say(shlex.join(command))
+        log(shlex.join(command))
         write(json_path, {"command": command})
         if submit:
             raise typer.Exit(subprocess.run(command, check=False).returncode)
@@ -96,10 +96,10 @@ def train(
     from pivot_hub.training.stage import leave_processes, run_stage
 
     for earlier in loaded.lineage()[:-1] if parents else []:
-        run_stage(earlier, runs, say=say)
-    folder = run_stage(loaded, runs, output, parent, say=say)
+        run_stage(earlier, runs, log=log)
+    folder = run_stage(loaded, runs, output, parent, log=log)
     if is_first():
-        say(f"checkpoint: {folder}")
+        log(f"checkpoint: {folder}")
         write(json_path, json.loads((folder / "report.json").read_text()) | {"checkpoint": str(folder)})
     leave_processes()
 
@@ -132,13 +132,13 @@ def study(
     else:
         folder = output or Path("study")
         try:
-            run_study(made.path, folder, jobs, say=say)
+            run_study(made.path, folder, jobs, log=log)
         finally:
             table = collect_table(made, folder)
             write_table(table, folder / f"{made.path.stem}.parquet")
     text = folder / f"{made.path.stem.upper()}.md"
     write_report(made, table, text)
-    say(f"report: {text}")
+    log(f"report: {text}")
 
 
 @app.command()
@@ -156,8 +156,8 @@ def search(
     candidates = numbers("--rates", rates, float)
     from pivot_hub.study.learning_rate import search_rate
 
-    record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], say=say)
-    say(f"chosen: {record['chosen']:g}; record: {output}")
+    record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], log=log)
+    log(f"chosen: {record['chosen']:g}; record: {output}")
 
 
 @data.command("check")
@@ -183,12 +183,12 @@ def data_check(
         report = check_data(every, advance=advance, fresh=True, workers=workers).report
     out.print(report.text(), markup=False)
     on_bad_row = loaded.recipe.on_bad_row
-    write(json_path, {"recipe": loaded.name, "on_bad_row": on_bad_row, **report.facts()})
+    write(json_path, {"recipe": loaded.name, "on_bad_row": on_bad_row, **report.to_dict()})
     for number, (spec, source) in enumerate(zip(loaded.recipe.data, report.sources, strict=True)):
         if isinstance(spec, FileData) and spec.expect is not None:
             wanted = min(spec.sample or spec.expect.rows, spec.expect.rows)
             if source["rows"] != wanted:
-                say(f"source {number}: {source['rows']} rows, where the recipe expects {wanted}")
+                log(f"source {number}: {source['rows']} rows, where the recipe expects {wanted}")
     if report.skipped_rows and on_bad_row == "stop":
-        say("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
+        log("training would stop at the first of these rows: mend them, or set `on_bad_row: skip` in the recipe")
         raise typer.Exit(1)

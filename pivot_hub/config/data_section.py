@@ -17,7 +17,7 @@ class OnBadRow(StrEnum):
     SKIP = "skip"
 
 
-class WorldSpec(Strict):
+class ShapesSettings(Strict):
     """Settings of the built-in world that a recipe may change; see `data.shapes.World`."""
 
     image_px: int = Field(64, ge=16)
@@ -41,7 +41,7 @@ class ShapesData(Strict):
     split: Literal["train", "validation", "test"] = "train"
     start: int = Field(0, ge=0)  # index of the first scene: stages that must not share scenes start apart
     slip: Literal["visual", "fact", "format"] | None = None  # of pairs: a fact behind each answer, and what is wrong
-    world: WorldSpec = WorldSpec()
+    world: ShapesSettings = ShapesSettings()
 
 
 class Expected(Strict):

@@ -135,10 +135,10 @@ class ParquetStore:
     def _group(self, file: str, row: int) -> tuple[int, int]:
         """The row group of a row, and the group's first row."""
         if file not in self._starts:
-            facts = pq.read_metadata(self.folder / file)
+            metadata = pq.read_metadata(self.folder / file)
             starts = [0]
-            for i in range(facts.num_row_groups):
-                starts.append(starts[-1] + facts.row_group(i).num_rows)
+            for i in range(metadata.num_row_groups):
+                starts.append(starts[-1] + metadata.row_group(i).num_rows)
             self._starts[file] = starts
         starts = self._starts[file]
         group = bisect_right(starts, row) - 1

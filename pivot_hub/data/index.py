@@ -28,7 +28,7 @@ from huggingface_hub.constants import HF_HOME
 
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
-from pivot_hub.data.report import Measured, RowReport, Tally
+from pivot_hub.data.report import Measured, RowCounter, RowReport
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
@@ -61,7 +61,7 @@ class Check(Protocol):
 
     def __call__(self, rows: Sequence[Row]) -> list[Measured]: ...
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All that its answers depend on besides the rows."""
 
 
@@ -83,8 +83,8 @@ class RowIndex:
 
     def rows(self) -> Iterator[Row]:
         """Every row, without its image."""
-        for facts in self.table:
-            yield _row(facts)
+        for metadata in self.table:
+            yield _row(metadata)
 
     def ids(self, places: Iterable[int]) -> list[str]:
         """Names of rows, from the column `row` of a batch."""
@@ -117,9 +117,9 @@ class RowIndex:
         def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             made = []
             for i, place in enumerate(batch["row"]):
-                facts = {key: values[i] for key, values in batch.items()}
-                row = _row(facts)
-                images = [] if row.image is None else [self.sources[facts["source"]].open_image(row)]
+                metadata = {key: values[i] for key, values in batch.items()}
+                row = _row(metadata)
+                images = [] if row.image is None else [self.sources[metadata["source"]].open_image(row)]
                 made.append({**example(images, row, columns, image_token), "row": place})
             return {key: [e[key] for e in made] for key in made[0]}
 
@@ -148,20 +148,20 @@ def index_rows(
         DataError: naming the file and row, when the recipe says stop, or when no row is left.
     """
     sources = sources_of(loaded)
-    facts = {
+    metadata = {
         "layout": LAYOUT,
         "data": [spec.model_dump(mode="json") for spec in loaded.recipe.data],
-        "files": [source.facts() for source in sources],
-        "check": check.facts(),
+        "files": [source.to_dict() for source in sources],
+        "check": check.to_dict(),
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:32]
     place = Path(folder or Path(HF_HOME) / "pivot_hub" / "rows") / key
     # Images are no part of the key: a row that was left out may have been mended since.
     doubtful = loaded.recipe.on_bad_row == "stop" and _skipped(place)
     if fresh or doubtful or not (place / "report.json").is_file():
         with whole_folder(place) as made:
             report = _build(made, loaded, sources, check, advance, os.cpu_count() or 1 if workers is None else workers)
-            write_json(made / "report.json", report.facts())
+            write_json(made / "report.json", report.to_dict())
     return _read(place, sources)
 
 
@@ -179,7 +179,7 @@ def _build(
     advance: Advance,
     workers: int,
 ) -> RowReport:
-    report, tally, specs = RowReport(), Tally(), loaded.recipe.data
+    report, tally, specs = RowReport(), RowCounter(), loaded.recipe.data
     stop = loaded.recipe.on_bad_row == "stop"
     read, kept, began = 0, 0, time.monotonic()
     expected = [spec.rows if isinstance(spec, ShapesData) else spec.expect and spec.expect.rows for spec in specs]
@@ -238,9 +238,9 @@ def _read(folder: Path, sources: list[Source]) -> RowIndex:
     epoch = np.load(folder / "epoch.npy")
     if len(epoch) != len(table) or (epoch != np.arange(len(table))).any():
         table = table.select(epoch)
-    facts = json.loads((folder / "report.json").read_text())
-    facts |= {key: Counter(facts[key]) for key in ("problems", "image_modes")}
-    return RowIndex(table, names, sources, RowReport(**facts))
+    metadata = json.loads((folder / "report.json").read_text())
+    metadata |= {key: Counter(metadata[key]) for key in ("problems", "image_modes")}
+    return RowIndex(table, names, sources, RowReport(**metadata))
 
 
 Examined = tuple[Row | None, tuple[str, str] | None, str | None, Measured]
@@ -357,21 +357,23 @@ def _listing(names: Dataset, groups: _Groups, some: np.ndarray, first: int, sour
 
 
 def _facts(row: Row, source: int, place: int) -> dict[str, Any]:
-    facts = {name: getattr(row, name) for name in ("id", "image", "prompt", "chosen", "rejected", "archive", "block")}
+    metadata = {
+        name: getattr(row, name) for name in ("id", "image", "prompt", "chosen", "rejected", "archive", "block")
+    }
     span = None if row.span is None else list(row.span)
-    return {**facts, "source": source, "earlier": json.dumps(row.earlier), "span": span, "row": place}
+    return {**metadata, "source": source, "earlier": json.dumps(row.earlier), "span": span, "row": place}
 
 
-def _row(facts: dict[str, Any]) -> Row:
-    span = facts["span"]
+def _row(metadata: dict[str, Any]) -> Row:
+    span = metadata["span"]
     return Row(
-        facts["id"],
-        facts["image"],
-        facts["prompt"],
-        facts["chosen"],
-        facts["rejected"],
-        tuple((role, text) for role, text in json.loads(facts["earlier"])),
-        archive=facts["archive"],
+        metadata["id"],
+        metadata["image"],
+        metadata["prompt"],
+        metadata["chosen"],
+        metadata["rejected"],
+        tuple((role, text) for role, text in json.loads(metadata["earlier"])),
+        archive=metadata["archive"],
         span=None if span is None else (span[0], span[1], span[2]),
-        block=facts["block"],
+        block=metadata["block"],
     )

@@ -73,11 +73,11 @@ class RowReport:
         lines += [f"  {reason}" for reason in self.skipped[:10]]
         return "\n".join(lines)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "problems": dict(self.problems), "image_modes": dict(self.image_modes)}
 
 
-class Tally:
+class RowCounter:
     """Counts over all rows, in memory that hardly grows with them: 8 bytes a row, to find duplicates."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_preference, parse_question_pair, parse_vlfeedback_pair
 from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, read_records
-from pivot_hub.data.synthetic import DESCRIBE, KINDS, World
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, ShapesDataset
 from pivot_hub.errors import DataError
 
 PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
@@ -49,7 +49,7 @@ class Source(Protocol):
     def times(self) -> dict[str | None, float]:
         """How often the rows of each group are seen in an epoch; 1 where it is not said."""
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What tells its rows from others, without reading them."""
 
 
@@ -61,13 +61,13 @@ class ShapesSource:
     checks_images = False
 
     @property
-    def world(self) -> World:
-        return World(**self.spec.world.model_dump())
+    def dataset(self) -> ShapesDataset:
+        return ShapesDataset(**self.spec.world.model_dump())
 
     def rows(self) -> Iterator[Row | DataError]:
-        world, spec = self.world, self.spec
+        dataset, spec = self.dataset, self.spec
         for i in range(spec.start, spec.start + spec.rows):
-            scene, rng = world.scene(spec.split, i), world.scene_rng(spec.split, i, 1)
+            scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
             name = f"{spec.split}/{i}"
             # Kind and form follow the index, so every run of ten rows holds each combination once.
             kind, form = KINDS[i % 5], ("describe", "question")[i // 5 % 2]
@@ -75,7 +75,7 @@ class ShapesSource:
                 yield Row(name, name, DESCRIBE, scene.caption())
             elif spec.content == "pairs":
                 if spec.slip:
-                    fact_rng = world.scene_rng(spec.split, i, 6)
+                    fact_rng = dataset.scene_rng(spec.split, i, 6)
                     pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)  # type: ignore[arg-type]
                 else:
                     pair = scene.pair(kind, form, rng)  # type: ignore[arg-type]
@@ -92,12 +92,12 @@ class ShapesSource:
     def open_image(self, row: Row) -> Image.Image:
         assert row.image is not None
         split, index = row.image.split("/")
-        return self.world.scene(split, int(index)).render().image  # type: ignore[arg-type]
+        return self.dataset.scene(split, int(index)).render().image  # type: ignore[arg-type]
 
     def times(self) -> dict[str | None, float]:
         return {}
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {}
 
 
@@ -172,7 +172,7 @@ class FileSource:
     def times(self) -> dict[str | None, float]:
         return {f.group: f.times for f in self.files}
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         listing = [
             [f.name, f.group, f.root, f.length, f.times, f.file.stat().st_size, f.file.stat().st_mtime_ns]
             for f in self.files

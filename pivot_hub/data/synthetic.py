@@ -67,7 +67,7 @@ MIN_GAP = 0.74  # centre distance over summed radii: below 1 shapes overlap, at 
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One coloured shape; lengths are shares of the image side, later things lie in front."""
 
     shape: str
@@ -134,23 +134,23 @@ class Scene:
     """The layout of one scene, in reading order of its positions.
 
     Args:
-        things: sorted by position, so that captions carry no entropy from their order.
-        depth: drawing order, back to front, as indices into `things`.
+        objects: sorted by position, so that captions carry no entropy from their order.
+        depth: drawing order, back to front, as indices into `objects`.
         pixel_seed: seed of background and noise.
     """
 
-    world: World
-    things: tuple[Thing, ...]
+    dataset: ShapesDataset
+    objects: tuple[SceneObject, ...]
     depth: tuple[int, ...]
     pixel_seed: int
 
     def signature(self) -> tuple[tuple[str, str, int], ...]:
         """What the scene shows, without its pixels: splits never share one."""
-        return tuple((t.shape, t.colour, t.position) for t in self.things)
+        return tuple((t.shape, t.colour, t.position) for t in self.objects)
 
     # ------------------------------------------------------------------ what is said of it
     def caption(self) -> str:
-        return describe(self.things)
+        return describe(self.objects)
 
     def scan(self, side: int, rng: np.random.Generator) -> str:
         """Name one word of what lies at each cell of a grid, row by row: colour, shape or size, or `nothing`.
@@ -165,20 +165,22 @@ class Scene:
         for row, column in itertools.product(range(side), repeat=2):
             x, y = (column + 0.5) / side, (row + 0.5) / side
             on = [
-                i for i in self.depth if math.hypot(self.things[i].x - x, self.things[i].y - y) < self.things[i].radius
+                i
+                for i in self.depth
+                if math.hypot(self.objects[i].x - x, self.objects[i].y - y) < self.objects[i].radius
             ]
             if not on:
                 words.append("nothing")
                 continue
-            front = self.things[on[-1]]
+            front = self.objects[on[-1]]
             words.append((front.colour, front.colour, front.shape, front.shape, front.size)[int(rng.integers(5))])
         return " ".join(words)
 
     def question(self, kind: Kind, rng: np.random.Generator) -> Question:
         """Ask about one aspect of the scene, with its right answer and one that holds a single error."""
-        things = self.things
-        target = int(rng.integers(len(things)))
-        thing = things[target]
+        objects = self.objects
+        target = int(rng.integers(len(objects)))
+        thing = objects[target]
         if kind == "colour":
             noun = self._refer(thing, "shape")
             wrong = _other(COLOUR_NAMES, thing.colour, rng)
@@ -190,7 +192,7 @@ class Scene:
             text = f"What shape is the {noun}?"
             return Question(kind, text, f"It is a {thing.shape}.", f"It is a {wrong}.", target)
         if kind == "position":
-            free = [i for i in range(9) if i not in {t.position for t in things}]
+            free = [i for i in range(9) if i not in {t.position for t in objects}]
             moved = _moved(thing, int(rng.choice(free)))
             text = f"Where is the {thing.name}?"
             return Question(kind, text, f"It is {thing.place}.", f"It is {moved.place}.", target)
@@ -203,32 +205,32 @@ class Scene:
         if form == "question":
             asked = self.question(kind, rng)
             return Pair(kind, form, asked.text, asked.answer, asked.wrong, asked.target)
-        things = list(self.things)
-        target: int | None = int(rng.integers(len(things)))
+        objects = list(self.objects)
+        target: int | None = int(rng.integers(len(objects)))
         assert target is not None
-        thing = things[target]
-        free = [i for i in range(9) if i not in {t.position for t in things}]
+        thing = objects[target]
+        free = [i for i in range(9) if i not in {t.position for t in objects}]
         if kind == "colour":
-            things[target] = _with(thing, colour=_other(COLOUR_NAMES, thing.colour, rng))
-            rejected = describe(things)
+            objects[target] = _with(thing, colour=_other(COLOUR_NAMES, thing.colour, rng))
+            rejected = describe(objects)
         elif kind == "shape":
-            things[target] = _with(thing, shape=_other(SHAPES, thing.shape, rng))
-            rejected = describe(things)
+            objects[target] = _with(thing, shape=_other(SHAPES, thing.shape, rng))
+            rejected = describe(objects)
         elif kind == "position":
-            things[target] = _moved(thing, int(rng.choice(free)))
-            rejected = describe(things, keep_order=True)
+            objects[target] = _moved(thing, int(rng.choice(free)))
+            rejected = describe(objects, keep_order=True)
         elif kind == "count":  # only the stated number is wrong
             target = None
-            rejected = describe(things, count=_near(len(things), 1, self.world.things[1] + 1, rng))
+            rejected = describe(objects, count=_near(len(objects), 1, self.dataset.things[1] + 1, rng))
         else:  # presence: one thing that is not there is added, number and all
             target = None
-            names = {t.name for t in things}
+            names = {t.name for t in objects}
             while (ghost := f"{_pick(COLOUR_NAMES, rng)} {_pick(SHAPES, rng)}") in names:
                 pass
             colour, shape = ghost.split()
             added = _with(_moved(thing, int(rng.choice(free))), colour=colour, shape=shape)
             added = _with(added, size=_pick(tuple(SIZES), rng))
-            rejected = describe([*things, added])
+            rejected = describe([*objects, added])
         return Pair(kind, form, DESCRIBE, self.caption(), rejected, target)
 
     def pair_with_fact(
@@ -252,40 +254,40 @@ class Scene:
         }
         return Pair(kind, form, pair.question, chosen, rejected[slip], pair.target)
 
-    def _refer(self, thing: Thing, by: Literal["shape", "colour"]) -> str:
+    def _refer(self, thing: SceneObject, by: Literal["shape", "colour"]) -> str:
         """Name a thing by one attribute, adding its place when that is not unique."""
         value = getattr(thing, by)
         noun = value if by == "shape" else f"{value} shape"
-        unique = sum(getattr(t, by) == value for t in self.things) == 1
+        unique = sum(getattr(t, by) == value for t in self.objects) == 1
         return noun if unique else f"{noun} {thing.place}"
 
     def _count_question(self, rng: np.random.Generator) -> Question:
         what = rng.integers(3)
         if what == 0:
-            noun, count = "shape", len(self.things)
-            wrong = _near(count, 1, self.world.things[1] + 1, rng)
+            noun, count = "shape", len(self.objects)
+            wrong = _near(count, 1, self.dataset.things[1] + 1, rng)
         elif what == 1:
             colour = self._present_or_not("colour", COLOUR_NAMES, rng)
-            noun, count = f"{colour} shape", sum(t.colour == colour for t in self.things)
+            noun, count = f"{colour} shape", sum(t.colour == colour for t in self.objects)
             wrong = _near(count, 0, 3, rng)
         else:
             noun = self._present_or_not("shape", SHAPES, rng)
-            count = sum(t.shape == noun for t in self.things)
+            count = sum(t.shape == noun for t in self.objects)
             wrong = _near(count, 0, 3, rng)
         text = f"How many {_plural(noun)} are there?"
         return Question("count", text, f"{_there_are(count, noun)}.", f"{_there_are(wrong, noun)}.", None)
 
     def _presence_question(self, target: int, rng: np.random.Generator) -> Question:
-        names = {t.name for t in self.things}
+        names = {t.name for t in self.objects}
         present = bool(rng.integers(2))
         if present:
-            name = self.things[target].name
+            name = self.objects[target].name
         else:  # half of the absent ones take colour or shape from the scene, so that binding counts
             while True:
                 colour, shape = _pick(COLOUR_NAMES, rng), _pick(SHAPES, rng)
                 near = int(rng.integers(4))
-                colour = self.things[target].colour if near == 0 else colour
-                shape = self.things[target].shape if near == 1 else shape
+                colour = self.objects[target].colour if near == 0 else colour
+                shape = self.objects[target].shape if near == 1 else shape
                 if (name := f"{colour} {shape}") not in names:
                     break
         article = _article(name)
@@ -295,36 +297,36 @@ class Scene:
 
     def _present_or_not(self, by: str, values: Sequence[str], rng: np.random.Generator) -> str:
         if rng.integers(4):
-            return str(getattr(self.things[int(rng.integers(len(self.things)))], by))
+            return str(getattr(self.objects[int(rng.integers(len(self.objects)))], by))
         return _pick(values, rng)
 
     # ------------------------------------------------------------------ what is seen of it
     def render(self) -> Picture:
         """Draw the scene with antialiased edges on a noisy, unevenly lit background."""
-        world, px = self.world, self.world.image_px
+        dataset, px = self.dataset, self.dataset.image_px
         rng = np.random.default_rng(self.pixel_seed)
         # A coarse colour field, enlarged: shading that no object explains.
         field_ = rng.integers(40, 216, size=(3, 3, 3), dtype=np.uint8)
         canvas = np.asarray(Image.fromarray(field_).resize((px, px), Image.Resampling.BICUBIC), np.int32)
-        canvas = (canvas + 2 * int(rng.integers(60, 200))) // 3  # keep it greyer than the things
-        masks = np.zeros((len(self.things), px, px), bool)
+        canvas = (canvas + 2 * int(rng.integers(60, 200))) // 3  # keep it greyer than the objects
+        masks = np.zeros((len(self.objects), px, px), bool)
         for i in self.depth:
-            window, alpha = _alpha(self.things[i], px)
+            window, alpha = _alpha(self.objects[i], px)
             under = canvas[window]
-            canvas[window] = under + (np.asarray(self.things[i].rgb) - under) * alpha[..., None] // 255
+            canvas[window] = under + (np.asarray(self.objects[i].rgb) - under) * alpha[..., None] // 255
             inside = np.zeros((px, px), bool)
             inside[window] = alpha >= 128
             masks[:, inside] = False
             masks[i] = inside
         # Coloured light: a colour is told by what surrounds it, as in photographs.
-        canvas = canvas * (256 - rng.integers(0, int(256 * world.tint) + 1, size=3)) // 256
-        noise = rng.integers(-world.noise, world.noise + 1, size=canvas.shape, dtype=np.int32)
+        canvas = canvas * (256 - rng.integers(0, int(256 * dataset.tint) + 1, size=3)) // 256
+        noise = rng.integers(-dataset.noise, dataset.noise + 1, size=canvas.shape, dtype=np.int32)
         image = Image.fromarray(np.clip(canvas + noise, 0, 255).astype(np.uint8))
         return Picture(image, masks, np.stack([_box(m) for m in masks]))
 
 
 @dataclass(frozen=True)
-class World:
+class ShapesDataset:
     """The settings of a world of scenes.
 
     Args:
@@ -335,9 +337,9 @@ class World:
         tint: how much of one colour channel the light of a scene may lack, of 1.
         tilt: largest rotation of a shape, in radians.
         seed: worlds of different seeds share no random number.
-        gap: smallest distance of two things over their summed radii, MIN_GAP by default; the smaller, the more they
+        gap: smallest distance of two objects over their summed radii, MIN_GAP by default; the smaller, the more they
             hide of each other.
-        scale: of the things, 1 by default.
+        scale: of the objects, 1 by default.
         combinations: which pairs of a colour and a shape occur: those `seen`, two in three, the `unseen`, or all.
     """
 
@@ -366,8 +368,8 @@ class World:
 
     def _draw(self, rng: np.random.Generator) -> Scene:
         count = int(rng.integers(self.things[0], self.things[1] + 1))
-        things: list[Thing] = []
-        while len(things) < count:
+        objects: list[SceneObject] = []
+        while len(objects) < count:
             shape, colour, size = _pick(SHAPES, rng), _pick(COLOUR_NAMES, rng), _pick(tuple(SIZES), rng)
             position = int(rng.integers(9))
             low, high = SIZES[size]
@@ -379,33 +381,33 @@ class World:
             y = min(max((row + 0.5) / 3 + 0.12 * (w - 0.5), radius + 0.01), 0.99 - radius)
             strayed = rng.integers(-self.jitter, self.jitter + 1, size=3)
             red, green, blue = (min(max(c + int(d), 0), 255) for c, d in zip(COLOURS[colour], strayed, strict=True))
-            if any(o.position == position or (o.colour, o.shape) == (colour, shape) for o in things):
+            if any(o.position == position or (o.colour, o.shape) == (colour, shape) for o in objects):
                 continue
             gap = MIN_GAP if self.gap is None else self.gap
-            if any(math.hypot(o.x - x, o.y - y) < gap * (o.radius + radius) for o in things):
+            if any(math.hypot(o.x - x, o.y - y) < gap * (o.radius + radius) for o in objects):
                 continue
             if self.combinations is not None and is_unseen(colour, shape) != (self.combinations == "unseen"):
                 continue
             angle = self.tilt * (2 * t - 1)
-            things.append(Thing(shape, colour, size, position, x, y, radius, angle, (red, green, blue)))
-        things.sort(key=lambda t: t.position)
+            objects.append(SceneObject(shape, colour, size, position, x, y, radius, angle, (red, green, blue)))
+        objects.sort(key=lambda t: t.position)
         depth = tuple(int(i) for i in rng.permutation(count))
-        return Scene(self, tuple(things), depth, int(rng.integers(2**31)))
+        return Scene(self, tuple(objects), depth, int(rng.integers(2**31)))
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for provenance; those that are left open are left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def describe(things: Sequence[Thing], count: int | None = None, keep_order: bool = False) -> str:
-    """Say how many things there are, then each in reading order.
+def describe(objects: Sequence[SceneObject], count: int | None = None, keep_order: bool = False) -> str:
+    """Say how many objects there are, then each in reading order.
 
     Args:
-        things: what to name.
-        count: the number to state where it should differ from the things named.
+        objects: What to name.
+        count: the number to state where it should differ from the objects named.
         keep_order: name them as given, so that one moved thing changes one place only.
     """
-    ordered = list(things) if keep_order else sorted(things, key=lambda t: t.position)
+    ordered = list(objects) if keep_order else sorted(objects, key=lambda t: t.position)
     parts = [f"{_article(t.size)} {t.size} {t.name} {t.place}" for t in ordered]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     return f"{_there_are(len(ordered) if count is None else count, 'shape')}: {listed}."
@@ -447,11 +449,11 @@ def _split_of(signature: tuple[tuple[str, str, int], ...]) -> Split:
     return "validation" if bucket < 26 else "test" if bucket < 64 else "train"  # about 10, 15 and 75 in 100
 
 
-def _with(thing: Thing, **changes: Any) -> Thing:
-    return Thing(**{**asdict(thing), **changes})
+def _with(thing: SceneObject, **changes: Any) -> SceneObject:
+    return SceneObject(**{**asdict(thing), **changes})
 
 
-def _moved(thing: Thing, position: int) -> Thing:
+def _moved(thing: SceneObject, position: int) -> SceneObject:
     return _with(thing, position=position)
 
 
@@ -500,7 +502,7 @@ POLYGONS: dict[str, list[tuple[float, float]]] = {  # unit circle, y downwards
 }
 
 
-def _alpha(thing: Thing, px: int) -> tuple[tuple[slice, slice], np.ndarray]:
+def _alpha(thing: SceneObject, px: int) -> tuple[tuple[slice, slice], np.ndarray]:
     """Coverage of the pixels around a thing: their rows and columns, and (h, w) int32 from 0 to 255."""
     left, top = int((thing.x - thing.radius) * px), int((thing.y - thing.radius) * px)
     side = math.ceil(2 * thing.radius * px) + 2
@@ -528,6 +530,6 @@ def _box(mask: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def picture(world: World, split: Split, index: int) -> Picture:
+def picture(dataset: ShapesDataset, split: Split, index: int) -> Picture:
     """Render a scene, remembering the latest ones: probes and pairs ask for the same scene again."""
-    return world.scene(split, index).render()
+    return dataset.scene(split, index).render()

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pivot_hub.data.synthetic import Kind, Pair, World
-from pivot_hub.demo.model_bundle import Mllm, MllmPair
+from pivot_hub.data.synthetic import Kind, Pair, ShapesDataset
+from pivot_hub.demo.model_bundle import Mllm, ModelBundle
 from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import (
     Explain,
@@ -126,7 +126,7 @@ class Comparison:
         missed = other.name if inside == [one.name] else one.name
         return f"{alike}: {inside[0]} points at the thing that was asked about, {missed} does not."
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, maps as nested lists."""
         return {
             "question": self.subject.question,
@@ -135,20 +135,20 @@ class Comparison:
             "explain": self.explain,
             "layer": self.layer,
             "overlap": {method: round(self.overlap(method), 4) for method in self.first.maps},
-            "models": [_view_facts(v) for v in (self.first, self.second)],
+            "models": [_view_metadata(v) for v in (self.first, self.second)],
         }
 
 
-def scene_subject(world: World, seed: int, kind: Kind) -> Subject:
+def scene_subject(dataset: ShapesDataset, seed: int, kind: Kind) -> Subject:
     """A scene of the built-in world with one of its questions; the mask is that of the one thing it is about."""
-    scene = world.scene("test", seed)
-    pair: Pair = scene.pair(kind, "question", world.scene_rng("test", seed, 1))
+    scene = dataset.scene("test", seed)
+    pair: Pair = scene.pair(kind, "question", dataset.scene_rng("test", seed, 1))
     picture = scene.render()
     mask = None if pair.target is None else picture.masks[pair.target]
     return Subject(picture.image, pair.question, pair.chosen, pair.rejected, mask)
 
 
-def fit_picture(pair: MllmPair, image: Image.Image) -> Image.Image:
+def fit_picture(pair: ModelBundle, image: Image.Image) -> Image.Image:
     """Cut a picture to what both encoders see of it: some take its middle square, others the whole."""
     processors: list[Any] = [m.processor.image_processor for m in (pair.first, pair.second)]
     if not any(getattr(p, "do_center_crop", False) for p in processors):
@@ -158,7 +158,7 @@ def fit_picture(pair: MllmPair, image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def compare(pair: MllmPair, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
+def compare(pair: ModelBundle, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
     """Ask both MLLMs the same and explain the same answer.
 
     Without a right answer each explains what it said itself.
@@ -190,7 +190,7 @@ def compare(pair: MllmPair, subject: Subject, explain: Explain = "answer", layer
     return Comparison(subject, explain, layer, *views)
 
 
-def compare_tokens(pair: MllmPair, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
+def compare_tokens(pair: ModelBundle, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
     """Maps of each token of the explained answer, in both MLLMs."""
     subject = comparison.subject
     with pair.alone():
@@ -201,14 +201,14 @@ def compare_tokens(pair: MllmPair, comparison: Comparison) -> tuple[list[TokenMa
     return one, other
 
 
-def compare_patches(pair: MllmPair, image: Image.Image, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def compare_patches(pair: ModelBundle, image: Image.Image, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Patch features (H, W, D) of a picture in both encoders."""
     with pair.alone():
         one, other = (patch_tokens(m.model, m.processor, image, layer) for m in (pair.first, pair.second))
     return one, other
 
 
-def _view(mllm: Mllm, pair: MllmPair, subject: Subject, explain: Explain, layer: int | None) -> View:
+def _view(mllm: Mllm, pair: ModelBundle, subject: Subject, explain: Explain, layer: int | None) -> View:
     model, processor, image = mllm.model, mllm.processor, subject.image
     answer = generate_answers(model, processor, [subject.question], [image], MOST_NEW_TOKENS)[0]
     explained = subject.right or answer
@@ -246,7 +246,7 @@ def _view(mllm: Mllm, pair: MllmPair, subject: Subject, explain: Explain, layer:
     )
 
 
-def _view_facts(view: View) -> dict[str, Any]:
+def _view_metadata(view: View) -> dict[str, Any]:
     return {
         "name": view.name,
         "answer": view.answer,

@@ -78,7 +78,7 @@ class Panels:
             f"left:{100 * column / columns:.3f}%;top:{100 * row / rows:.3f}%;"
             f"width:{100 / columns:.3f}%;height:{100 / rows:.3f}%"
         )
-        facts = {
+        metadata = {
             "rows": rows,
             "columns": columns,
             "row": row,
@@ -89,7 +89,7 @@ class Panels:
             "middle": f"{(1 + low) / 2:.2f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.patches(facts | _picture(image)))
+        return str(self._macros.patches(metadata | _picture(image)))
 
     def colours(self, comparison: Comparison, tokens: tuple[np.ndarray, np.ndarray]) -> str:
         """The main axes of both encoders' patch features as colour."""
@@ -102,8 +102,8 @@ class Panels:
             }
             for view, picture in zip((comparison.first, comparison.second), pictures, strict=True)
         ]
-        facts = {"views": views, "share": round(100 * share), "joint": joint}
-        return str(self._macros.colours(facts | _picture(comparison.subject.image)))
+        metadata = {"views": views, "share": round(100 * share), "joint": joint}
+        return str(self._macros.colours(metadata | _picture(comparison.subject.image)))
 
     def words(
         self,
@@ -130,14 +130,14 @@ class Panels:
         explained = comparison.first.explained
         same = explained == comparison.second.explained
         text = f"Each token of “{explained}”" if same else "Each token of what the model says itself"
-        facts = {
+        metadata = {
             "text": f"{text}, given the tokens before it: its probability, and where its {METHOD_NAMES[method]} lies.",
             "views": views,
             "top": f"{top:.1f}",
             "middle": f"{top / 2:.1f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.words(facts | _picture(comparison.subject.image)))
+        return str(self._macros.words(metadata | _picture(comparison.subject.image)))
 
     def gallery(self, scenes: Sequence[tuple[Subject, str]]) -> str:
         """Examples as buttons, each with how the link of its look begins."""

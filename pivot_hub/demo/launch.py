@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pivot_hub.demo.model_bundle import STAGES, PairNames
+from pivot_hub.demo.model_bundle import STAGES, BundleNames
 from pivot_hub.errors import CheckpointError, PivotError
 from pivot_hub.files import shipped_folder
 
@@ -35,7 +35,7 @@ def load_module(file: Path = SPACES / "gradcam" / "app.py") -> Any:
     return module
 
 
-def names_of_runs(runs: Path) -> PairNames:
+def names_of_runs(runs: Path) -> BundleNames:
     """The two branches of a quickstart and their parent, as the app takes them.
 
     Raises:
@@ -43,10 +43,10 @@ def names_of_runs(runs: Path) -> PairNames:
     """
     if missing := [s for s in STAGES.values() if not (runs / s / "config.json").is_file()]:
         raise CheckpointError(f"{runs} has no finished {missing[0]}: run `pivot quickstart` first, or give --first.")
-    return PairNames(*(str(runs / STAGES[role]) for role in ("sft", "dpo", "parent")))
+    return BundleNames(*(str(runs / STAGES[role]) for role in ("sft", "dpo", "parent")))
 
 
-def serve(names: PairNames, runs: Path | None, port: int, host: str = "127.0.0.1") -> None:
+def serve(names: BundleNames, runs: Path | None, port: int, host: str = "127.0.0.1") -> None:
     """Serve the app until it is stopped.
 
     Args:

@@ -32,7 +32,7 @@ from pivot_hub.errors import CheckpointError
 from pivot_hub.explain.gradcam import feature_layer
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.mllm.load import image_px, load_mllm
-from pivot_hub.provenance import seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import source_commit, versions, weights_sha256, write_manifest
 
 SHIPPED = RECIPES / "shapes" / "pair"
 STAGES = {"parent": "2-instruct", "sft": "3-sft", "dpo": "3-dpo"}
@@ -58,7 +58,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class PairNames:
+class BundleNames:
     """What to compare, by name: all empty for the pair that the app was started with."""
 
     first: str = ""
@@ -76,13 +76,13 @@ class Mllm:
 
 
 @dataclass(frozen=True)
-class MllmPair:
+class ModelBundle:
     """Two MLLMs, in evaluation mode, with the parent of both where there is one.
 
     Maps hang hooks into a model while they are computed: whoever uses one of these does it within `alone()`.
     """
 
-    names: PairNames
+    names: BundleNames
     first: Mllm
     second: Mllm
     parent: Mllm | None
@@ -106,7 +106,7 @@ class MllmPair:
         return min(feature_layer(self.first.model), feature_layer(self.second.model))
 
 
-def pack_pair(runs: Path, output: Path) -> Path:
+def pack_bundle(runs: Path, output: Path) -> Path:
     """Pack the SFT and the DPO MLLM of a quickstart with their parent, small enough to ship.
 
     Args:
@@ -143,13 +143,13 @@ def pack_pair(runs: Path, output: Path) -> Path:
         for part in (config, config["vision_config"], config["text_config"]):
             part.pop("_name_or_path", None)  # where the parts lay on the machine that trained them
         write_json(folder / "config.json", config)
-        facts = {"stages": made, "commit": source_commit(), "versions": versions()}
-        seal(folder, {"command": "pivot pair RUNS OUTPUT", **facts})
+        metadata = {"stages": made, "commit": source_commit(), "versions": versions()}
+        write_manifest(folder, {"command": "pivot pair RUNS OUTPUT", **metadata})
     return output
 
 
 @_one_thread()
-def shipped_pair(folder: Path = SHIPPED) -> MllmPair:
+def shipped_bundle(folder: Path = SHIPPED) -> ModelBundle:
     """Load the packed pair.
 
     Raises:
@@ -169,14 +169,14 @@ def shipped_pair(folder: Path = SHIPPED) -> MllmPair:
         model = copy.deepcopy(blank)
         model.load_state_dict({k: w + differences[k] if k in differences else w for k, w in parent.items()})
         members[role] = Mllm(shown, _ready(model), processor)
-    return MllmPair(PairNames(), members["sft"], members["dpo"], members["parent"])
+    return ModelBundle(BundleNames(), members["sft"], members["dpo"], members["parent"])
 
 
-class PairShelf:
+class BundleCache:
     """Pairs in memory, shared by all visitors: the one the app was started with, and the latest few of others."""
 
     def __init__(
-        self, names: PairNames = PairNames(), runs: Path | None = None, keep: int = 2, most: int = MOST_PARAMETERS
+        self, names: BundleNames = BundleNames(), runs: Path | None = None, keep: int = 2, most: int = MOST_PARAMETERS
     ) -> None:
         """Remember what may be read; nothing is loaded yet.
 
@@ -187,21 +187,23 @@ class PairShelf:
             most: parameters of an MLLM that a visitor may ask for.
         """
         self.names, self.runs, self.keep, self.most = names, runs, keep, most
-        self._start: MllmPair | None = None
-        self._others: OrderedDict[PairNames, MllmPair] = OrderedDict()
+        self._start: ModelBundle | None = None
+        self._others: OrderedDict[BundleNames, ModelBundle] = OrderedDict()
         self._lock = threading.Lock()
 
-    def start(self) -> MllmPair:
+    def start(self) -> ModelBundle:
         """The pair the app was started with; loaded once."""
         with self._lock:
             if self._start is None:
-                if self.names == PairNames():
-                    self._start = shipped_pair()
+                if self.names == BundleNames():
+                    self._start = shipped_bundle()
                 else:
-                    self._start = _join(PairNames(), [(n, Path(n)) for n in astuple(self.names) if n], lambda *a: None)
+                    self._start = _join(
+                        BundleNames(), [(n, Path(n)) for n in astuple(self.names) if n], lambda *a: None
+                    )
             return self._start
 
-    def get(self, names: PairNames, say: Callable[[float, str], None] = lambda share, what: None) -> MllmPair:
+    def get(self, names: BundleNames, log: Callable[[float, str], None] = lambda share, what: None) -> ModelBundle:
         """The pair of these names, from memory or loaded now.
 
         Args:
@@ -211,7 +213,7 @@ class PairShelf:
         Raises:
             CheckpointError: a name is not allowed, not found, or not that of an MLLM; no local path is told.
         """
-        if names == PairNames():
+        if names == BundleNames():
             return self.start()
         if not names.first or not names.second:
             raise CheckpointError("Two MLLMs are compared: give both names, or neither for the built-in pair.")
@@ -222,9 +224,9 @@ class PairShelf:
         given = [n for n in astuple(names) if n]
         folders = []
         for number, name in enumerate(given):
-            say(0.6 * number / len(given), f"finding {name}")
+            log(0.6 * number / len(given), f"finding {name}")
             folders.append((name, self._find(name)))
-        pair = _join(names, folders, say)
+        pair = _join(names, folders, log)
         with self._lock:
             self._others[names] = pair
             while len(self._others) > self.keep:
@@ -276,11 +278,11 @@ class PairShelf:
             )
 
 
-def _join(names: PairNames, given: list[tuple[str, Path]], say: Callable[[float, str], None]) -> MllmPair:
+def _join(names: BundleNames, given: list[tuple[str, Path]], log: Callable[[float, str], None]) -> ModelBundle:
     """Load two MLLMs and, as a third, their parent."""
     members = []
     for number, (name, folder) in enumerate(given):
-        say(0.6 + 0.4 * number / len(given), f"loading {name}")
+        log(0.6 + 0.4 * number / len(given), f"loading {name}")
         try:
             model, processor = load_mllm(folder)
         except CheckpointError as error:
@@ -288,7 +290,7 @@ def _join(names: PairNames, given: list[tuple[str, Path]], say: Callable[[float,
         members.append(Mllm(name.rstrip("/").rpartition("/")[2], _ready(model), processor))
     if members[0].name == members[1].name:  # of two owners, or two revisions
         members[:2] = [Mllm(n, m.model, m.processor) for (n, _), m in zip(given, members[:2], strict=False)]
-    return MllmPair(names, members[0], members[1], members[2] if len(members) == 3 else None)
+    return ModelBundle(names, members[0], members[1], members[2] if len(members) == 3 else None)
 
 
 def _ready(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:

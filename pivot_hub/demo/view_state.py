@@ -14,7 +14,7 @@ from PIL import Image
 
 from pivot_hub.data.image import read_upload
 from pivot_hub.data.synthetic import KINDS, Kind
-from pivot_hub.demo.model_bundle import PairNames
+from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method
 from pivot_hub.explain.heatmaps import COLOURS
@@ -33,7 +33,7 @@ LINK_BYTES = 4000  # of a picture inside a link: servers and proxies take addres
 
 
 @dataclass(frozen=True)
-class Look:
+class ViewState:
     """The choices of one visitor; a link names the scene, and of the others those that are not the defaults.
 
     Args:
@@ -87,17 +87,17 @@ class Look:
                 raise DataError(f"{name} is {value}: it lies between 0 and {LARGEST:,}.")
 
     @property
-    def names(self) -> PairNames:
+    def names(self) -> BundleNames:
         """Of the pair."""
-        return PairNames(self.first, self.second, self.parent)
+        return BundleNames(self.first, self.second, self.parent)
 
     def query(self) -> str:
         """What stands behind the `?` of the link."""
-        start = Look()
+        start = ViewState()
         chosen = {f.name: getattr(self, f.name) for f in fields(self)}
         return urlencode({k: v for k, v in chosen.items() if k in ("scene", "ask") or v != getattr(start, k)})
 
-    def with_picture(self, image: Image.Image) -> Look:
+    def with_picture(self, image: Image.Image) -> ViewState:
         """Put a picture into the link, as large as the link can carry."""
         for side in (160, 128, 96, 64, 48):
             small = image.copy()
@@ -123,17 +123,17 @@ class Look:
         return read_upload(io.BytesIO(content))
 
 
-def read_look(query: Mapping[str, str]) -> Look:
+def read_view_state(query: Mapping[str, str]) -> ViewState:
     """Read a look from the parameters of a link; parameters of others are left alone.
 
     Raises:
         DataError: a value is none that can be chosen; the message names it.
     """
     chosen: dict[str, Any] = {}
-    for name, start in ((f.name, f.default) for f in fields(Look)):
+    for name, start in ((f.name, f.default) for f in fields(ViewState)):
         if name in query:
             value = query[name]
             if isinstance(start, int) and not (value.isdecimal() and len(value) < 10):
                 raise DataError(f"{name} is {value[:40]!r}, which is no whole number.")
             chosen[name] = int(value) if isinstance(start, int) else value
-    return Look(**chosen)
+    return ViewState(**chosen)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pivot_hub.data.image import image_files, open_image
-from pivot_hub.encoder.repository import encoder_facts, read_encoder
+from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_json
 from pivot_hub.provenance import machine, versions
@@ -76,8 +76,8 @@ def encode_folder(
     cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     names = [str(f.relative_to(source)) for f in files]
     images = FolderImages(source, names)
-    facts = {**encoder_facts(encoder), "files_sha256": _listing_sha256(names, files)}
-    return encode_images(model, processor, images, target, facts, tokens, batch, dtype, workers, progress)
+    metadata = {**encoder_metadata(encoder), "files_sha256": _listing_sha256(names, files)}
+    return encode_images(model, processor, images, target, metadata, tokens, batch, dtype, workers, progress)
 
 
 class Images(Protocol):
@@ -106,7 +106,7 @@ def encode_images(
     processor: Any,
     images: Images,
     target: Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     tokens: bool = False,
     batch: int = 32,
     dtype: str = "float32",
@@ -137,7 +137,7 @@ def encode_images(
     fitting = SHARD_BYTES // (int(np.prod(shape)) * stored.itemsize * batch)
     per_shard = batch * max(1, min(SHARD_BATCHES, fitting))
     job = {
-        **facts,
+        **metadata,
         "feature_layer": model.config.pivot["feature_layer"],
         "shape": shape,
         "dtype": dtype,
@@ -245,7 +245,12 @@ def _open_job(parts: Path, job: dict[str, Any]) -> None:
 
 
 def _merge(
-    target: Path, shards: Iterator[Path], facts: list[dict[str, Any]], rows: int, shape: list[int], dtype: np.dtype[Any]
+    target: Path,
+    shards: Iterator[Path],
+    metadata: list[dict[str, Any]],
+    rows: int,
+    shape: list[int],
+    dtype: np.dtype[Any],
 ) -> None:
     """Join the shards into one file, a shard at a time in memory, and rename it in."""
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -263,7 +268,7 @@ def _merge(
             kind = pa.list_(pa.from_numpy_dtype(dtype), width)
             schema = pa.schema([("file", pa.string()), ("features", kind)], {"shape": json.dumps(shape)})
             with pq.ParquetWriter(beside, schema) as writer:
-                for shard, fact in zip(shards, facts, strict=True):
+                for shard, fact in zip(shards, metadata, strict=True):
                     values = pa.array(np.load(shard).reshape(-1))
                     features = pa.FixedSizeListArray.from_arrays(values, width)
                     writer.write_table(pa.table([pa.array(fact["files"], pa.string()), features], schema=schema))

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.modeling_pivot import read_image_processor
-from pivot_hub.encoder.repository import encoder_facts, read_encoder
+from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import ExportError
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.provenance import machine, versions
@@ -41,7 +41,7 @@ def export_encoder(
     int8: bool = False,
     images: Sequence[Image.Image] = (),
     probe: Probe | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Export an encoder, and measure what each form costs.
 
@@ -67,8 +67,8 @@ def export_encoder(
     """
     _need("onnx", "onnxscript", "onnxruntime", *(["optimum.quanto"] if int8 else []))
     model, processor = read_encoder(encoder)
-    world = World(image_px=model.config.image_size)
-    pictures = [*images, *(world.scene("test", i).render().image for i in range(5))]
+    dataset = ShapesDataset(image_px=model.config.image_size)
+    pictures = [*images, *(dataset.scene("test", i).render().image for i in range(5))]
     batches = {"random": _noise(model.config.image_size), "images": _prepared(processor, pictures)}
     with whole_folder(Path(output)) as folder:
         model.backbone.config.save_pretrained(folder)
@@ -77,16 +77,16 @@ def export_encoder(
         processor.save_pretrained(folder)
         (folder / "onnx").mkdir()
         forms: dict[str, Callable[[], FeatureModel]] = {}
-        say("writing onnx/model.onnx")
+        log("writing onnx/model.onnx")
         _write_onnx(model, folder / "onnx" / "model.onnx")
         forms["onnx/model.onnx"] = lambda: OnnxEncoder(folder)
         if fp16:
-            say("writing onnx/model_fp16.onnx")
+            log("writing onnx/model_fp16.onnx")
             half, _ = read_encoder(encoder, dtype=torch.float16)
             _write_onnx(half, folder / "onnx" / "model_fp16.onnx")
             forms["onnx/model_fp16.onnx"] = lambda: OnnxEncoder(folder, "model_fp16.onnx")
         if int8:
-            say("writing onnx/model_quantized.onnx and quanto/")
+            log("writing onnx/model_quantized.onnx and quanto/")
             _quantize_onnx(folder / "onnx" / "model.onnx", folder / "onnx" / "model_quantized.onnx")
             _write_quanto(read_encoder(encoder)[0], folder / "quanto")
             forms["onnx/model_quantized.onnx"] = lambda: OnnxEncoder(folder, "model_quantized.onnx")
@@ -95,26 +95,26 @@ def export_encoder(
         for name, load in forms.items():
             files[name] = {"bytes": _bytes(folder / name), **_compare(load(), model, batches)}
             worst = max(files[name]["relative_error"].values())
-            say(f"{name}: {files[name]['bytes'] / 1e6:.1f} MB, relative error {worst:.1e}")
+            log(f"{name}: {files[name]['bytes'] / 1e6:.1f} MB, relative error {worst:.1e}")
             if name == "onnx/model.onnx" and not worst < FLOAT32_TOLERANCE:
                 raise ExportError(
                     f"{encoder}: the ONNX model's features differ from torch's by {worst:.1e} relative, over "
                     f"{FLOAT32_TOLERANCE}; nothing was kept; report it with the versions of torch and onnxscript."
                 )
-        facts = encoder_facts(encoder)
-        named = (facts["encoder"], facts["encoder_sha256"])
+        metadata = encoder_metadata(encoder)
+        named = (metadata["encoder"], metadata["encoder_sha256"])
         report = {
-            **facts,
+            **metadata,
             "feature_layer": model.config.pivot["feature_layer"],
             "pictures": len(pictures),
             "files": files,
         }
         if int8 and probe is not None:
-            say("probing float32 and int8")
+            log("probing float32 and int8")
             rows = {"torch": probe(model, processor, *named)}
             for name in ("onnx/model_quantized.onnx", "quanto/model.safetensors"):
                 rows[name] = probe(forms[name](), processor, *named)
-            report["probe"] = {form: [r.facts() for r in results] for form, results in rows.items()}
+            report["probe"] = {form: [r.to_dict() for r in results] for form, results in rows.items()}
         report |= {"machine": machine(), "versions": versions()}
         write_json(folder / "export.json", report)
     return report

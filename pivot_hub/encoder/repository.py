@@ -19,7 +19,7 @@ from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import whole_folder
-from pivot_hub.provenance import cached_commit, file_sha256, seal, sealed_text, weights_sha256
+from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # A golden vector is replayed on other machines, whose kernels sum in another order.
@@ -30,7 +30,7 @@ HUBS_OWN = {".gitattributes"}  # the Hub puts it into every repository
 def write_repository(
     output: str | Path,
     model: PivotVisionModel,
-    facts: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, Path] | None = None,
     projector: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
@@ -59,7 +59,7 @@ def write_repository(
         for name, path in (files or {}).items():
             shutil.copyfile(path, folder / name)
         _read_back(folder)
-        seal(folder, dict(facts or {}))
+        write_manifest(folder, dict(metadata or {}))
     return target
 
 
@@ -111,7 +111,7 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
         raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
 
 
-def encoder_facts(name: str | Path) -> dict[str, str]:
+def encoder_metadata(name: str | Path) -> dict[str, str]:
     """What a result says of the encoder it was measured on.
 
     Returns:
@@ -137,7 +137,10 @@ def verify_repository(folder: str | Path) -> list[str]:
         expected, own = provenance["files"], provenance["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
-    if text != sealed_text(provenance) or own != hashlib.sha256(sealed_text(provenance, False).encode()).hexdigest():
+    if (
+        text != manifest_text(provenance)
+        or own != hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
+    ):
         return ["provenance.json differs from its own hash; pull the repository again."]
     present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
     for name in sorted(expected.keys() - present):

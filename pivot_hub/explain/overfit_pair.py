@@ -77,7 +77,7 @@ class OverfitRun:
     rejected: list[float]
     moments: list[Moment]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         moments = [
             {"step": m.step, "loss": m.loss, "maps": {k: g.tolist() for k, g in m.maps.items()}, "scores": m.scores}
             for m in self.moments
@@ -195,7 +195,7 @@ def overfit_file(
         overfit_pair(model, processor, picture, question, answer, rejected, loss, steps, rates[loss], beta, seen)
         for loss in LOSSES
     ]
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "question": question,
         "answer": answer,
         "rejected": rejected,
@@ -206,8 +206,8 @@ def overfit_file(
         "target_area": None if seen is None else float(seen.mean()),
         "versions": versions(),
     }
-    facts |= {run.loss: run.facts() for run in runs}
-    return runs, seen_image(processor, picture), seen, facts
+    metadata |= {run.loss: run.to_dict() for run in runs}
+    return runs, seen_image(processor, picture), seen, metadata
 
 
 def figure_rows(

@@ -34,13 +34,13 @@ def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | N
     """
     source = Path(checkpoint)
     mllm, processor = load_mllm(source)
-    facts = _stage_facts(source)
-    model = PivotVisionModel.from_mllm(mllm, facts["pivot"], processor.image_processor)
-    commands = [command] if command else _commands(facts["provenance"]["mllm"])
+    metadata = _stage_metadata(source)
+    model = PivotVisionModel.from_mllm(mllm, metadata["pivot"], processor.image_processor)
+    commands = [command] if command else _commands(metadata["provenance"]["mllm"])
     recipe = {"recipe.yaml": source / "recipe.yaml"} if (source / "recipe.yaml").is_file() else {}
     projector = mllm.model.multi_modal_projector.state_dict()
     return write_repository(
-        output, model, facts["provenance"] | {"commands": commands}, files=recipe, projector=projector
+        output, model, metadata["provenance"] | {"commands": commands}, files=recipe, projector=projector
     )
 
 
@@ -53,7 +53,7 @@ def extract_once(checkpoint: str | Path, output: str | Path, command: str | None
     return True
 
 
-def _stage_facts(checkpoint: Path) -> dict[str, Any]:
+def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
     """What is known of a checkpoint's making: its provenance, and the `pivot` entry of the config."""
     file = checkpoint / "provenance.json"
     if not file.is_file():

@@ -23,7 +23,7 @@ from pivot_hub.errors import RecipeError
 from pivot_hub.mllm.lora import add_lora
 from pivot_hub.mllm.published_configs import meta_mllm, part_config
 from pivot_hub.mllm.trainable import freeze_parts, parts_of
-from pivot_hub.planner.fake_step import Batch, Rehearsal, rehearse
+from pivot_hub.planner.fake_step import Batch, StepProfile, profile_step
 from pivot_hub.planner.gpus import GPUS, MFU, RESERVE, Gpu
 from pivot_hub.planner.report import PHASES, Device, Moment, Plan, Precision, Verdict
 from pivot_hub.training.dpo import SWITCHES
@@ -142,7 +142,7 @@ class _Planner:
         self.precision: Precision = "bf16" if self.arg("bf16", device == "cuda" and not self.arg("fp16")) else "float32"
         if self.arg("fp16"):
             self.precision = "fp16"
-        self.rehearsed = lru_cache(None)(self._rehearse)
+        self.profiled = lru_cache(None)(self._rehearse)
 
     def model(self) -> LlavaForConditionalGeneration:
         """The stage's model on the meta device, what it does not train frozen."""
@@ -164,7 +164,7 @@ class _Planner:
         steps = self._steps(now)
         if self.arg("max_steps") > 0:
             steps, rows_seen = self.arg("max_steps"), self.arg("max_steps") * now.rows_per_step
-        made = self.rehearsed(now.batch, now.checkpointing, now.accumulation > 1)
+        made = self.profiled(now.batch, now.checkpointing, now.accumulation > 1)
         per_row = {
             part: {phase: phases.get(phase, 0) / now.batch for phase in PHASES}  # type: ignore[call-overload]
             for part, phases in made.flops.items()
@@ -321,16 +321,16 @@ class _Planner:
 
     def _rehearse(
         self, rows: int, checkpointing: bool, accumulating: bool, longest: bool = False, training: bool = True
-    ) -> Rehearsal:
+    ) -> StepProfile:
         if self._on("pack") and not self.arg("pack_tokens") and rows > 2 * FEW_PAIRS:
             # Attention runs pair by pair, so that many would take minutes, and each costs the same.
             few, more = (
-                self.rehearsed(n, checkpointing, accumulating, longest, training) for n in (FEW_PAIRS, 2 * FEW_PAIRS)
+                self.profiled(n, checkpointing, accumulating, longest, training) for n in (FEW_PAIRS, 2 * FEW_PAIRS)
             )
             return _extended(few, more, rows / FEW_PAIRS - 1)
         batch = self._batch(rows, longest)
         pairs = batch.answers // 2 or rows  # fewer than rows where pack_tokens makes chunks of them
-        made = rehearse(
+        made = profile_step(
             self.model(),
             batch,
             AUTOCAST[self.precision],
@@ -374,7 +374,7 @@ class _Planner:
 
     def _training(self, now: _Setting, longest: bool = False) -> Moment:
         lengths = (True,) if longest else ()
-        made = self.rehearsed(now.batch, now.checkpointing, now.accumulation > 1, *lengths)
+        made = self.profiled(now.batch, now.checkpointing, now.accumulation > 1, *lengths)
         terms = self._static(now)
         if "gradients" in MACHINES[now.machine]:
             terms["activations"] = made.activations_alone
@@ -392,7 +392,7 @@ class _Planner:
         """The reference's pass over the rows, before there are gradients and an optimizer."""
         if not self._caches_reference():
             return None
-        made = self.rehearsed(now.batch, False, False, training=False)
+        made = self.profiled(now.batch, False, False, training=False)
         divided = MACHINES[now.machine]
         terms = {"reference": 4 * self.total, "activations": made.activations, "copies": made.copies}
         if "weights" in divided:
@@ -441,7 +441,7 @@ class _Planner:
         return None
 
 
-def _extended(few: Rehearsal, more: Rehearsal, steps: float) -> Rehearsal:
+def _extended(few: StepProfile, more: StepProfile, steps: float) -> StepProfile:
     """What lies on the line through two rehearsals, so many of their distance behind the first."""
 
     def at(a: int, b: int) -> int:
@@ -452,7 +452,7 @@ def _extended(few: Rehearsal, more: Rehearsal, steps: float) -> Rehearsal:
         for name in ("activations", "copies", "gradients", "activations_alone")
     }
     flops = {part: {k: at(v, more.flops[part][k]) for k, v in phases.items()} for part, phases in few.flops.items()}
-    return Rehearsal(flops, **held)
+    return StepProfile(flops, **held)
 
 
 def _candidates(now: _Setting) -> Iterator[_Setting]:

@@ -67,7 +67,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class StepProfile:
     """FLOPs of a step on one process, and the bytes it holds beside weights and optimizer.
 
     Args:
@@ -162,7 +162,7 @@ class _Ledger(TorchDispatchMode):
         projector.register_forward_hook(leave)
 
 
-def rehearse(
+def profile_step(
     model: LlavaForConditionalGeneration,
     batch: Batch,
     autocast: torch.dtype | None,
@@ -170,7 +170,7 @@ def rehearse(
     accumulating: bool = False,
     reference: bool = False,
     training: bool = True,
-) -> Rehearsal:
+) -> StepProfile:
     """Run one batch forward and backward without computing it.
 
     Args:
@@ -213,7 +213,7 @@ def rehearse(
     for (part, phase), count in ledger.flops.items():
         flops[part][phase] = int(count)
     peak = {kind: ledger.peak[kind] for kind in ("activations", "copies", "gradients")}
-    return Rehearsal(flops, activations_alone=ledger.activations_alone, **peak)
+    return StepProfile(flops, activations_alone=ledger.activations_alone, **peak)
 
 
 def _told(ledger: _Ledger) -> Callable[[torch.Tensor], None]:

@@ -82,7 +82,7 @@ class Plan:
     gpus: tuple[Verdict, ...]
     assumptions: tuple[str, ...]
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""
         made = asdict(self)
         made["memory"] = [{**asdict(moment), "total": moment.total} for moment in self.memory]

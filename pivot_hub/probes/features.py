@@ -66,7 +66,7 @@ def cached_features(
     model: Any,
     image_processor: Any,
     data: Labelled,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     on_bad_row: str = "stop",
     **options: Any,
 ) -> Features:
@@ -81,7 +81,7 @@ def cached_features(
         DataError: an image cannot be decoded and `on_bad_row` says stop.
         ProbeError: a feature is not finite.
     """
-    values, names, skipped = cached_values(model, image_processor, data.images, facts, **options)
+    values, names, skipped = cached_values(model, image_processor, data.images, metadata, **options)
     if skipped and on_bad_row == "stop":
         raise DataError(skipped[0])
     place = {name: i for i, name in enumerate(data.images.names)}
@@ -92,7 +92,7 @@ def cached_values(
     model: Any,
     image_processor: Any,
     images: ProbeImages,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     tokens: bool = False,
     dtype: str = "float32",
     cache: Path | None = None,
@@ -123,7 +123,7 @@ def cached_values(
         ProbeError: a feature is not finite.
     """
     job = {
-        **facts,
+        **metadata,
         "layer": model.config.pivot["feature_layer"],
         "processor": image_processor.to_dict(),
         "images": images.stamp(),
@@ -136,7 +136,7 @@ def cached_values(
     report = file.with_name(f"{file.name}.json")  # written last
     if not report.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        told = {**facts, "key": key}
+        told = {**metadata, "key": key}
         encode_images(model, image_processor, images, file, told, tokens, batch, dtype, workers, progress)
     made = json.loads(report.read_text())
     values = np.load(file, mmap_mode="c")  # pages that nobody writes to stay on disk

@@ -57,17 +57,17 @@ class ProbeResult:
     duration_s: float
     versions: dict[str, str | None] = field(default_factory=versions)
     data_sha256: str | None = None
-    tallies: np.ndarray | None = field(default=None, repr=False, compare=False)
+    example_scores: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All but the tallies, as JSON takes it."""
-        return {k: v for k, v in asdict(replace(self, tallies=None)).items() if k != "tallies"}
+        return {k: v for k, v in asdict(replace(self, example_scores=None)).items() if k != "example_scores"}
 
 
 def measure(
     task: str,
     metric: str,
-    tallies: np.ndarray,
+    example_scores: np.ndarray,
     *,
     protocol: str,
     seed: int,
@@ -92,24 +92,26 @@ def measure(
     Raises:
         ProbeError: there is no item, or one is not finite.
     """
-    if not len(tallies) or not np.isfinite(tallies).all():
-        raise ProbeError(f"{task}: {metric} of {len(tallies)} items, some not finite; check the data and the encoder.")
-    if tallies.ndim == 1:
-        tallies = np.stack([tallies, np.ones(len(tallies))], axis=1)
-    value, (low, high) = bootstrap(tallies, statistic_of(metric), seed)
+    if not len(example_scores) or not np.isfinite(example_scores).all():
+        raise ProbeError(
+            f"{task}: {metric} of {len(example_scores)} items, some not finite; check the data and the encoder."
+        )
+    if example_scores.ndim == 1:
+        example_scores = np.stack([example_scores, np.ones(len(example_scores))], axis=1)
+    value, (low, high) = bootstrap(example_scores, statistic_of(metric), seed)
     return ProbeResult(
         task=task,
         metric=metric,
         value=100 * value,
         unit="percent",
-        n=len(tallies),
+        n=len(example_scores),
         split=split,
         seed=seed,
         protocol=protocol,
         partner=partner,
         ci95=(100 * low, 100 * high),
         duration_s=round(duration_s, 2),
-        tallies=tallies,
+        example_scores=example_scores,
         **conditions,
     )
 
@@ -118,9 +120,11 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
     """Write results as a JSON list, and their tallies beside it as `.npz`, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    tallies: dict[str, Any] = {str(i): r.tallies for i, r in enumerate(results) if r.tallies is not None}
+    example_scores: dict[str, Any] = {
+        str(i): r.example_scores for i, r in enumerate(results) if r.example_scores is not None
+    }
     try:
-        np.savez_compressed(beside, **tallies)
+        np.savez_compressed(beside, **example_scores)
         beside.replace(path.with_suffix(".npz"))
     finally:
         beside.unlink(missing_ok=True)
@@ -129,7 +133,7 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
 
 def results_text(results: Sequence[ProbeResult]) -> str:
     """Results as the JSON list that `read_results` reads."""
-    return json.dumps([r.facts() for r in results], indent=2) + "\n"
+    return json.dumps([r.to_dict() for r in results], indent=2) + "\n"
 
 
 def read_results(path: Path) -> list[ProbeResult]:
@@ -139,14 +143,14 @@ def read_results(path: Path) -> list[ProbeResult]:
         ProbeError: the file is no list of results.
     """
     try:
-        facts = json.loads(path.read_text())
-        results = [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in facts]
+        metadata = json.loads(path.read_text())
+        results = [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in metadata]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ProbeError(f"{path} holds no probe results ({error}); give a file that `pivot probe` wrote.") from error
     if not path.with_suffix(".npz").is_file():
         return results
     with np.load(path.with_suffix(".npz")) as kept:
-        return [replace(r, tallies=kept.get(str(i))) for i, r in enumerate(results)]
+        return [replace(r, example_scores=kept.get(str(i))) for i, r in enumerate(results)]
 
 
 def balanced_accuracy(sums: np.ndarray) -> np.ndarray:

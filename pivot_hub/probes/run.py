@@ -13,10 +13,21 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.synthetic import KINDS, SCAN_SIDE, SPLITS, Form, Pair, Picture, Question, Scene, Split, World
+from pivot_hub.data.synthetic import (
+    KINDS,
+    SCAN_SIDE,
+    SPLITS,
+    Form,
+    Pair,
+    Picture,
+    Question,
+    Scene,
+    ShapesDataset,
+    Split,
+)
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.feature_model import FeatureModel
-from pivot_hub.encoder.repository import check_golden, encoder_facts, read_encoder
+from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm.load import image_px
 from pivot_hub.probes.classification.labelled_images import open_classes
@@ -57,9 +68,9 @@ class Scenes:
 
 
 @lru_cache(maxsize=16)
-def probe_scenes(world: World, split: Split, count: int) -> Scenes:
+def probe_scenes(dataset: ShapesDataset, split: Split, count: int) -> Scenes:
     """The scenes that probes use of a split, drawn once a process."""
-    scenes = [world.scene(split, FIRST_SCENE + i) for i in range(count)]
+    scenes = [dataset.scene(split, FIRST_SCENE + i) for i in range(count)]
     return Scenes(scenes, [s.render() for s in scenes])
 
 
@@ -70,8 +81,8 @@ def probe_shapes(
     sha256: str,
     sizes: Sizes = Sizes(),
     seed: int = 0,
-    world: World | None = None,
-    harder: Mapping[str, World] = {},
+    dataset: ShapesDataset | None = None,
+    harder: Mapping[str, ShapesDataset] = {},
 ) -> list[ProbeResult]:
     """Classification and segmentation of the built-in world, for an encoder alone.
 
@@ -79,14 +90,14 @@ def probe_shapes(
         world: that the probes are fitted and tested on; the default one at the encoder's size if None.
         harder: worlds by name on whose test scenes the same fitted probes are tested too.
     """
-    world = World(image_px=model.config.image_size) if world is None else world
-    parts: dict[str, Scenes] = {split: probe_scenes(world, split, getattr(sizes, split)) for split in SPLITS}
+    dataset = ShapesDataset(image_px=model.config.image_size) if dataset is None else dataset
+    parts: dict[str, Scenes] = {split: probe_scenes(dataset, split, getattr(sizes, split)) for split in SPLITS}
     parts |= {other: probe_scenes(w, "test", sizes.harder) for other, w in harder.items()}
     tokens = {
         key: patch_features(model, image_processor, (p.image for p in part.pictures)) for key, part in parts.items()
     }
     counts: dict[str, int] = {split: getattr(sizes, split) for split in SPLITS}
-    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(world, counts)}
+    conditions = _conditions(model, name, sha256) | {"data_sha256": _world_sha256(dataset, counts)}
     scenes = {key: part.scenes for key, part in parts.items()}
     results = classify_shapes({s: pooled(t) for s, t in tokens.items()}, scenes, conditions, seed)
     masks = {key: class_masks(part.scenes, part.pictures) for key, part in parts.items()}
@@ -119,16 +130,16 @@ def probe_mllm(
         partner: the MLLM, as its recipe names it.
     """
     model.eval()
-    world = World(image_px=image_px(model))
-    facts = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
+    dataset = ShapesDataset(image_px=image_px(model))
+    metadata = {"feature_layer": model.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
     asked = {k: getattr(sizes, k) for k in ("questions", "targets_validation", "targets_test")}
-    conditions = {**facts, "partner": partner, "data_sha256": _world_sha256(world, asked)}
+    conditions = {**metadata, "partner": partner, "data_sha256": _world_sha256(dataset, asked)}
     targets = {
-        "validation": probe_targets(world, "validation", sizes.targets_validation),
-        "test": probe_targets(world, "test", sizes.targets_test),
+        "validation": probe_targets(dataset, "validation", sizes.targets_validation),
+        "test": probe_targets(dataset, "test", sizes.targets_test),
     }
     results = localize(model, processor, reference, targets, conditions, seed)
-    images, questions = probe_questions(world, "test", sizes.questions)
+    images, questions = probe_questions(dataset, "test", sizes.questions)
     return results + answer_questions(model, processor, questions, images, conditions, seed=seed)
 
 
@@ -139,32 +150,32 @@ def probe_language(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> list[Pro
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: no language model can be loaded: {str(error).splitlines()[0]}") from error
-    world = World()
-    _, questions = probe_questions(world, "test", sizes.questions)
-    scenes = probe_scenes(world, "test", sizes.questions).scenes
-    scans = [s.scan(SCAN_SIDE, world.scene_rng("test", FIRST_SCENE + i, 5)) for i, s in enumerate(scenes)]
+    dataset = ShapesDataset()
+    _, questions = probe_questions(dataset, "test", sizes.questions)
+    scenes = probe_scenes(dataset, "test", sizes.questions).scenes
+    scans = [s.scan(SCAN_SIDE, dataset.scene_rng("test", FIRST_SCENE + i, 5)) for i, s in enumerate(scenes)]
     path = Path(name)
     sha256 = weights_sha256(path) if path.is_dir() else str(cached_commit(str(path)))
-    facts = {"feature_layer": None, "encoder": "none", "encoder_sha256": sha256, "partner": name}
-    return answer_questions(model, tokenizer, questions, scans, facts, seed=seed)
+    metadata = {"feature_layer": None, "encoder": "none", "encoder_sha256": sha256, "partner": name}
+    return answer_questions(model, tokenizer, questions, scans, metadata, seed=seed)
 
 
-def probe_questions(world: World, split: Split, count: int) -> tuple[list[Any], list[Question]]:
+def probe_questions(dataset: ShapesDataset, split: Split, count: int) -> tuple[list[Any], list[Question]]:
     """Questions on the scenes that probes use, kinds in turn, each with its image."""
-    part = probe_scenes(world, split, count)
+    part = probe_scenes(dataset, split, count)
     asked = [
-        scene.question(KINDS[i % len(KINDS)], world.scene_rng(split, FIRST_SCENE + i, 3))
+        scene.question(KINDS[i % len(KINDS)], dataset.scene_rng(split, FIRST_SCENE + i, 3))
         for i, scene in enumerate(part.scenes)
     ]
     return [p.image for p in part.pictures], asked
 
 
-def probe_pairs(world: World, split: Split, count: int) -> tuple[list[Any], list[Pair]]:
+def probe_pairs(dataset: ShapesDataset, split: Split, count: int) -> tuple[list[Any], list[Pair]]:
     """Preference pairs on the scenes that probes use, kinds and forms in turn, each with its image."""
-    part = probe_scenes(world, split, count)
+    part = probe_scenes(dataset, split, count)
     forms: tuple[Form, ...] = ("describe", "question")
     pairs = [
-        scene.pair(KINDS[i % 5], forms[i // 5 % 2], world.scene_rng(split, FIRST_SCENE + i, 9))
+        scene.pair(KINDS[i % 5], forms[i // 5 % 2], dataset.scene_rng(split, FIRST_SCENE + i, 9))
         for i, scene in enumerate(part.scenes)
     ]
     return [p.image for p in part.pictures], pairs
@@ -209,11 +220,11 @@ def probe_encoder(
     check_golden(encoder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[dtype])  # type: ignore[arg-type]
-    facts = encoder_facts(encoder)
+    metadata = encoder_metadata(encoder)
     if classes is None:
-        return probe_shapes(model, image_processor, facts["encoder"], facts["encoder_sha256"], sizes, seed), []
+        return probe_shapes(model, image_processor, metadata["encoder"], metadata["encoder_sha256"], sizes, seed), []
     return classify_images(
-        model, image_processor, classes, facts, protocols, seed, dtype, on_bad_row, cache, workers, progress
+        model, image_processor, classes, metadata, protocols, seed, dtype, on_bad_row, cache, workers, progress
     )
 
 
@@ -247,21 +258,21 @@ def probe_all(
     return found
 
 
-def _world_sha256(world: World, sizes: dict[str, int]) -> str:
+def _world_sha256(dataset: ShapesDataset, sizes: dict[str, int]) -> str:
     """Scenes follow from the world, where they start, and how many there are."""
-    return hashlib.sha256(json.dumps([world.facts(), FIRST_SCENE, sizes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([dataset.to_dict(), FIRST_SCENE, sizes]).encode()).hexdigest()
 
 
 def _conditions(model: FeatureModel, name: str, sha256: str) -> dict[str, Any]:
     return {"feature_layer": model.config.pivot["feature_layer"], "encoder": name, "encoder_sha256": sha256}
 
 
-def probe_targets(world: World, split: Split, count: int) -> Sequence[Target]:
+def probe_targets(dataset: ShapesDataset, split: Split, count: int) -> Sequence[Target]:
     """Pairs that are about one visible thing: questions of colour, shape and position."""
-    part = probe_scenes(world, split, count)
+    part = probe_scenes(dataset, split, count)
     made = []
     for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
-        rng = world.scene_rng(split, FIRST_SCENE + i, 4)
+        rng = dataset.scene_rng(split, FIRST_SCENE + i, 4)
         pair = scene.pair(KINDS[i % 3], "question", rng)  # colour, shape, position
         made.append(Target(pair, picture))
     return made

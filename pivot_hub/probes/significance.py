@@ -88,7 +88,7 @@ class Comparisons:
             f"p is corrected by Holm's method over the {len(self.rows)} comparisons; a difference is called below 0.05."
         )
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "method": self.method()}
 
     def _header(self) -> list[str]:
@@ -129,7 +129,10 @@ def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 1
                 pairs.append((other, first, found[other][key]))
     if not pairs:
         raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
-    measured = [paired_difference(_tallies(b), _tallies(a), statistic_of(a.metric), seed, draws) for _, a, b in pairs]
+    measured = [
+        paired_difference(_example_scores(b), _example_scores(a), statistic_of(a.metric), seed, draws)
+        for _, a, b in pairs
+    ]
     values = [(a.value, b.value) for _, a, b in pairs]
     return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed)
 
@@ -166,7 +169,7 @@ def compare_seeds(
                 _check_pair(names[0], a[key], other, b[key])
             statistic = statistic_of(key[1])
             drawn = [
-                [100 * statistic(resample(_tallies(some[key]), seed, draws)) for some in side]
+                [100 * statistic(resample(_example_scores(some[key]), seed, draws)) for some in side]
                 for side in (firsts, others)
             ]
             scores = np.array([[some[key].value for some in side] for side in (firsts, others)])
@@ -310,9 +313,9 @@ def _check_pair(first: str, a: ProbeResult, other: str, b: ProbeResult) -> None:
             )
 
 
-def _tallies(result: ProbeResult) -> np.ndarray:
-    if result.tallies is None:
+def _example_scores(result: ProbeResult) -> np.ndarray:
+    if result.example_scores is None:
         raise ProbeError(
             f"{result.task} of {result.encoder} has no tallies (.npz) beside its JSON; write it anew with `--json`."
         )
-    return result.tallies
+    return result.example_scores

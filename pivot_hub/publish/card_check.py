@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pivot_hub.errors import CardError
-from pivot_hub.publish.card_facts import read_facts
+from pivot_hub.publish.card_inputs import read_metadata
 from pivot_hub.publish.card_render import result_tables
 from pivot_hub.publish.eval_results import file_differences, index_differences
 
@@ -23,8 +23,8 @@ def card_problems(folder: str | Path) -> list[str]:
     if not (path / "README.md").is_file():
         return ["README.md is missing: the repository has no card."]
     try:
-        facts = read_facts(path)
-        own = facts.own_results()
+        metadata = read_metadata(path)
+        own = metadata.own_results()
         card = ModelCard((path / "README.md").read_text())
     except (CardError, ValueError, yaml.YAMLError) as error:
         return [f"README.md cannot be held against the results: {error}"]
@@ -36,7 +36,7 @@ def card_problems(folder: str | Path) -> list[str]:
             continue
         problems += file_differences(own, name, (path / name).read_text())
     rows = {line.strip() for line in card.text.splitlines() if line.startswith("|")}
-    for table in result_tables(facts):
+    for table in result_tables(metadata):
         for row in table["rows"]:
             if "| " + " | ".join(row) + " |" not in rows:
                 problems.append(f"README.md has no row with the results of {row[0]} {row[1]}.")

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from pivot_hub.errors import CardError
-from pivot_hub.publish.card_facts import Facts, Prose, data_sources, required_fact
+from pivot_hub.publish.card_inputs import EncoderMetadata, Prose, data_sources, required_fact
 from pivot_hub.publish.eval_results import eval_results
 
 # What a card's metadata may hold; another key is a mistake, not an extension.
@@ -28,10 +28,10 @@ METADATA_KEYS = frozenset(
 )
 
 
-def card_metadata(facts: Facts, prose: Prose, name: str, chain: list[dict[str, Any]]) -> ModelCardData:
-    own = facts.own_results()
-    stage = required_fact(facts.config, "config", "pivot.stage")
-    base = facts.config["pivot"].get("base_model")
+def card_metadata(metadata: EncoderMetadata, prose: Prose, name: str, chain: list[dict[str, Any]]) -> ModelCardData:
+    own = metadata.own_results()
+    stage = required_fact(metadata.config, "config", "pivot.stage")
+    base = metadata.config["pivot"].get("base_model")
     if base is None and stage != "base":
         raise CardError("config.pivot.base_model is missing: extract the encoder again.")
     sources = data_sources([required_fact(step, "provenance", "data") for step in chain], prose)
@@ -46,16 +46,16 @@ def card_metadata(facts: Facts, prose: Prose, name: str, chain: list[dict[str, A
         base_model_relation="finetune" if base else None,
         datasets=data or None,
         metrics=sorted({r.metric for r in own}),
-        tags=["pivot", "vision-encoder", stage, required_fact(facts.config, "config", "model_type"), *prose.tags],
+        tags=["pivot", "vision-encoder", stage, required_fact(metadata.config, "config", "model_type"), *prose.tags],
         model_name=name,
         eval_results=eval_results(own, prose.benchmarks),
     )
 
 
-def language_name(facts: Facts) -> str | None:
-    if facts.config["pivot"]["stage"] == "base":
+def language_name(metadata: EncoderMetadata) -> str | None:
+    if metadata.config["pivot"]["stage"] == "base":
         return None
-    language: str = required_fact(facts.config, "config", "pivot.language_head")
+    language: str = required_fact(metadata.config, "config", "pivot.language_head")
     return language
 
 

@@ -13,7 +13,15 @@ from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
 from pivot_hub.errors import CardError
 from pivot_hub.probes.result import ProbeResult
-from pivot_hub.publish.card_facts import CARDS, LOSS_MAPS, Facts, Prose, data_sources, required_fact, stage_chain
+from pivot_hub.publish.card_inputs import (
+    CARDS,
+    LOSS_MAPS,
+    EncoderMetadata,
+    Prose,
+    data_sources,
+    required_fact,
+    stage_chain,
+)
 from pivot_hub.publish.card_metadata import card_metadata, check_metadata, hub_name, language_name
 from pivot_hub.publish.eval_results import eval_files
 
@@ -22,7 +30,7 @@ NOT_TRAINED = "**Not trained yet: there are no weights and no results, only the 
 ORDER = ("base", "sft", "dpo")
 
 
-def render_card(facts: Facts, prose: Prose, repository: str | None = None) -> ModelCard:
+def render_card(metadata: EncoderMetadata, prose: Prose, repository: str | None = None) -> ModelCard:
     """Render the card of a trained encoder.
 
     Args:
@@ -34,33 +42,33 @@ def render_card(facts: Facts, prose: Prose, repository: str | None = None) -> Mo
         CardError: a fact is missing; the message names it.
     """
     name = repository or prose.repository
-    chain = stage_chain(facts.provenance)
-    stages = [_stage(step, prose, facts) for step in chain]
-    metadata = card_metadata(facts, prose, name, chain)
+    chain = stage_chain(metadata.provenance)
+    stages = [_stage(step, prose, metadata) for step in chain]
+    header = card_metadata(metadata, prose, name, chain)
     text = _template().render(
         trained=True,
         name=name,
         prose=prose,
-        stage=required_fact(facts.config, "config", "pivot.stage"),
-        base_model=metadata.base_model,
-        language=hub_name(language_name(facts), prose),
-        shape=_shape(facts.config),
-        tables=result_tables(facts),
-        apart=_apart(facts),
-        figure=FIGURE if _pair(facts) else None,
-        results=facts.own_results(),
-        lineage=_lineage(stages, name, metadata.get("base_model"), hub_name(language_name(facts), prose), prose),
+        stage=required_fact(metadata.config, "config", "pivot.stage"),
+        base_model=header.base_model,
+        language=hub_name(language_name(metadata), prose),
+        shape=_shape(metadata.config),
+        tables=result_tables(metadata),
+        apart=_apart(metadata),
+        figure=FIGURE if _pair(metadata) else None,
+        results=metadata.own_results(),
+        lineage=_lineage(stages, name, header.get("base_model"), hub_name(language_name(metadata), prose), prose),
         sources=data_sources([required_fact(step, "provenance", "data") for step in chain], prose),
         stages=stages,
         gpu_hours=_sum([s["gpu_hours"] for s in stages]),
         energy_kwh=_sum([s["energy_kwh"] for s in stages]),
-        commands=_commands(facts, prose),
+        commands=_commands(metadata, prose),
         commit=required_fact(chain[-1], "provenance", "commit", may_be_none=True),
         versions=required_fact(chain[-1], "provenance", "versions"),
-        weights=facts.encoder_sha256,
-        exports=_exports(facts.export),
+        weights=metadata.encoder_sha256,
+        exports=_exports(metadata.export),
     )
-    return check_metadata(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
+    return check_metadata(ModelCard(f"---\n{header.to_yaml()}\n---\n{text}"))
 
 
 def render_plan(prose: Prose) -> str:
@@ -84,25 +92,25 @@ def render_plan(prose: Prose) -> str:
     )
 
 
-def card_files(facts: Facts, prose: Prose, repository: str | None = None) -> dict[str, bytes]:
+def card_files(metadata: EncoderMetadata, prose: Prose, repository: str | None = None) -> dict[str, bytes]:
     """What a card consists of, by file name: README.md, its figure and `.eval_results/*.yaml`.
 
     Raises:
         CardError: a fact is missing.
     """
-    made = {"README.md": str(render_card(facts, prose, repository)).encode()}
-    if pair := _pair(facts):
+    made = {"README.md": str(render_card(metadata, prose, repository)).encode()}
+    if pair := _pair(metadata):
         made[FIGURE] = _draw(pair)
-    return made | {n: t.encode() for n, t in eval_files(facts.own_results(), prose.benchmarks).items()}
+    return made | {n: t.encode() for n, t in eval_files(metadata.own_results(), prose.benchmarks).items()}
 
 
-def _stage(step: dict[str, Any], prose: Prose, facts: Facts) -> dict[str, Any]:
+def _stage(step: dict[str, Any], prose: Prose, metadata: EncoderMetadata) -> dict[str, Any]:
     """A stage of the lineage with its cost; what was not measured is None."""
     where = f"provenance of {required_fact(step, 'provenance', 'recipe')}"
     machine = required_fact(step, where, "machine")
     cost = step.get("cost")
-    if cost is None and facts.report is not None and facts.report.get("recipe") == step["recipe"]:
-        cost = {"duration_s": facts.report["duration_s"], "processes": 1, "energy_kwh": None}
+    if cost is None and metadata.report is not None and metadata.report.get("recipe") == step["recipe"]:
+        cost = {"duration_s": metadata.report["duration_s"], "processes": 1, "energy_kwh": None}
     if cost is None:
         raise CardError(f"{where}: cost is missing: train it with this version, which records it.")
     duration, processes = cost["duration_s"], cost["processes"]
@@ -151,13 +159,13 @@ def _lineage(stages: list[dict[str, Any]], name: str, base: str | None, language
     return "\n".join(lines)
 
 
-def result_tables(facts: Facts) -> list[dict[str, Any]]:
+def result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
     """Results as rows of text: of the encoder alone, then with its MLLM, encoders side by side."""
-    own_name = facts.own_results()[0].encoder
-    names = {r.encoder for r in facts.results}
+    own_name = metadata.own_results()[0].encoder
+    names = {r.encoder for r in metadata.results}
     columns = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
     cells: dict[tuple[str, str], dict[str, ProbeResult]] = {}
-    for result in facts.results:
+    for result in metadata.results:
         cells.setdefault((result.task, result.metric), {})[result.encoder] = result
     tables = []
     for title, alone in (("The encoder alone, frozen", True), ("With the MLLM it was trained in", False)):
@@ -180,15 +188,15 @@ def result_tables(facts: Facts) -> list[dict[str, Any]]:
     return tables
 
 
-def _pair(facts: Facts) -> list[tuple[ProbeResult, ProbeResult]]:
+def _pair(metadata: EncoderMetadata) -> list[tuple[ProbeResult, ProbeResult]]:
     """SFT's and DPO's results on the same task, in order; empty for an encoder that is neither.
 
     Raises:
         CardError: the other one's results are missing.
     """
-    if required_fact(facts.config, "config", "pivot.stage") not in ("sft", "dpo"):
+    if required_fact(metadata.config, "config", "pivot.stage") not in ("sft", "dpo"):
         return []
-    by_name = {name: {(r.task, r.metric): r for r in facts.results if r.encoder == name} for name in ("sft", "dpo")}
+    by_name = {name: {(r.task, r.metric): r for r in metadata.results if r.encoder == name} for name in ("sft", "dpo")}
     for name, found in by_name.items():
         if not found:
             raise CardError(
@@ -199,9 +207,9 @@ def _pair(facts: Facts) -> list[tuple[ProbeResult, ProbeResult]]:
     return [(by_name["sft"][k], by_name["dpo"][k]) for k in tasks]
 
 
-def _apart(facts: Facts) -> str | None:
+def _apart(metadata: EncoderMetadata) -> str | None:
     """What the intervals of SFT and DPO show, in a sentence."""
-    pair = _pair(facts)
+    pair = _pair(metadata)
     if not pair:
         return None
     better: dict[str, list[str]] = {"DPO": [], "SFT": []}
@@ -251,13 +259,13 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
 def _exports(export: dict[str, Any] | None) -> list[dict[str, Any]]:
     files = {} if export is None else required_fact(export, "export", "files")
     return [
-        {"name": name, "mb": facts["bytes"] / 1e6, "error": max(facts["relative_error"].values())}
-        for name, facts in files.items()
+        {"name": name, "mb": metadata["bytes"] / 1e6, "error": max(metadata["relative_error"].values())}
+        for name, metadata in files.items()
     ]
 
 
-def _commands(facts: Facts, prose: Prose) -> list[str]:
-    made: list[str] | None = facts.provenance.get("commands") or prose.commands
+def _commands(metadata: EncoderMetadata, prose: Prose) -> list[str]:
+    made: list[str] | None = metadata.provenance.get("commands") or prose.commands
     if not made:
         raise CardError("prose.commands is missing: its recipes are not all shipped ones; say what makes it again.")
     return made

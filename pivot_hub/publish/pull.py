@@ -16,15 +16,15 @@ from pivot_hub.errors import PublishError
 from pivot_hub.files import whole_folder
 from pivot_hub.publish.card_check import card_problems
 from pivot_hub.publish.remote import HUBS_OWN, repository_info
-from pivot_hub.publish.retry import Patience, in_words
+from pivot_hub.publish.retry import RetryPolicy, in_words
 
 
 def pull(
     repo: str,
     output: str | Path,
     revision: str | None = None,
-    patience: Patience = Patience(),
-    say: Callable[[str], None] = print,
+    retry_policy: RetryPolicy = RetryPolicy(),
+    log: Callable[[str], None] = print,
 ) -> Path:
     """Download an encoder repository, check it as `verify` does, and only then put it in its place.
 
@@ -33,11 +33,11 @@ def pull(
     Raises:
         PublishError: it cannot be downloaded, or is not what was published.
     """
-    snapshot = fetch(repo, revision, patience, say)
+    snapshot = fetch(repo, revision, retry_policy, log)
     problems = published_problems(snapshot)
     if problems:
-        say(f"{problems[0]} The cached copy is fetched once more.")
-        snapshot = fetch(repo, revision, patience, say, fresh=True)
+        log(f"{problems[0]} The cached copy is fetched once more.")
+        snapshot = fetch(repo, revision, retry_policy, log, fresh=True)
         problems = published_problems(snapshot)
     if problems:
         raise PublishError(f"{repo} is not what was published: {problems[0]}")
@@ -51,8 +51,8 @@ def pull(
 def fetch(
     repo: str,
     revision: str | None = None,
-    patience: Patience = Patience(),
-    say: Callable[[str], None] = print,
+    retry_policy: RetryPolicy = RetryPolicy(),
+    log: Callable[[str], None] = print,
     fresh: bool = False,
 ) -> Path:
     """Download a repository into the Hub's cache; the folder of its snapshot.
@@ -62,13 +62,13 @@ def fetch(
     """
     # Not snapshot_download: some of its requests wait for ever on a hub that is silent.
     with in_words(repo):
-        info = repository_info(HfApi(), repo, "model", patience, revision)
+        info = repository_info(HfApi(), repo, "model", retry_policy, revision)
         names = sorted(s.rfilename for s in info.siblings)
         if not names:
             raise PublishError(f"{repo} is empty: nothing was published there yet.")
         for name in names:
             download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=fresh)
-            file = Path(patience.again(download, say))
+            file = Path(retry_policy.call(download, log))
         return file.parents[names[-1].count("/")]
 
 

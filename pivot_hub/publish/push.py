@@ -36,7 +36,7 @@ from pivot_hub.publish.remote import (
     repository_info,
     repository_url,
 )
-from pivot_hub.publish.retry import HTTPError, Patience, in_words
+from pivot_hub.publish.retry import HTTPError, RetryPolicy, in_words
 from pivot_hub.publish.staging import Publication
 
 CARD_LINES = 40  # of the card's difference that are shown
@@ -98,7 +98,7 @@ class PushPlan:
         ]
         return "\n".join(lines)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan for a program."""
         return {
             "repo": self.publication.repo,
@@ -119,7 +119,7 @@ class Pushed:
     kind: str  # commit, pull request, or unchanged
 
 
-def plan_push(publication: Publication, private: bool = False, patience: Patience = Patience()) -> PushPlan:
+def plan_push(publication: Publication, private: bool = False, retry_policy: RetryPolicy = RetryPolicy()) -> PushPlan:
     """Compare what is to be published with what is on the Hub; nothing is changed.
 
     Raises:
@@ -127,9 +127,9 @@ def plan_push(publication: Publication, private: bool = False, patience: Patienc
     """
     api = HfApi()
     with in_words(publication.repo):
-        patience.again(api.whoami)
-        remote = read_remote(api, publication.repo, publication.type, patience)
-        changes, card, edited = _compare(publication, remote, patience)
+        retry_policy.call(api.whoami)
+        remote = read_remote(api, publication.repo, publication.type, retry_policy)
+        changes, card, edited = _compare(publication, remote, retry_policy)
     if remote is not None and private and not remote.private:
         raise PublishError(f"{publication.repo} exists and is public: make it private on its page, or leave --private.")
     if remote is not None and changes and not edited and publication.tag in remote.tags:
@@ -140,7 +140,7 @@ def plan_push(publication: Publication, private: bool = False, patience: Patienc
     return PushPlan(publication, api.endpoint, remote, private, changes, card, edited)
 
 
-def push(plan: PushPlan, patience: Patience = Patience(), say: Callable[[str], None] = print) -> Pushed:
+def push(plan: PushPlan, retry_policy: RetryPolicy = RetryPolicy(), log: Callable[[str], None] = print) -> Pushed:
     """Carry out a plan: one commit whose parent is the commit that was looked at, or one pull request, then the tag.
 
     Raises:
@@ -149,26 +149,26 @@ def push(plan: PushPlan, patience: Patience = Patience(), say: Callable[[str], N
     api, pub, remote = HfApi(), plan.publication, plan.remote
     with in_words(pub.repo):
         if remote is not None and not plan.changes:
-            _set_tag(api, pub, remote, remote.sha, patience, say)
+            _set_tag(api, pub, remote, remote.sha, retry_policy, log)
             return Pushed(remote.sha, repository_url(api, pub), "unchanged")
-        if plan.edited and (known := _open_proposal(api, pub, patience)):
+        if plan.edited and (known := _open_proposal(api, pub, retry_policy)):
             return Pushed(known[0], known[1], "pull request")
         made_here = remote is None
         if remote is None:
-            remote = _create(api, plan, patience, say)
+            remote = _create(api, plan, retry_policy, log)
         try:
-            pushed = _commit(api, plan, remote, patience, say)
+            pushed = _commit(api, plan, remote, retry_policy, log)
         except BaseException:
             if made_here:
-                _take_away(api, pub, remote, say)
+                _take_away(api, pub, remote, log)
             raise
         if not plan.edited:
-            _set_tag(api, pub, remote, pushed.commit, patience, say)
+            _set_tag(api, pub, remote, pushed.commit, retry_policy, log)
         return pushed
 
 
 def add_to_collection(
-    title: str, publication: Publication, private: bool = False, patience: Patience = Patience()
+    title: str, publication: Publication, private: bool = False, retry_policy: RetryPolicy = RetryPolicy()
 ) -> tuple[str, list[str]]:
     """Put an encoder, the one it is held against and their base into a collection of the owner, made if need be.
 
@@ -186,18 +186,20 @@ def add_to_collection(
     if publication.base:
         wanted[publication.base] = "base"
     with in_words(title):
-        made = patience.again(lambda: api.create_collection(title, namespace=owner, private=private, exists_ok=True))
+        made = retry_policy.call(lambda: api.create_collection(title, namespace=owner, private=private, exists_ok=True))
         added = []
         for name, note in wanted.items():
-            if name != publication.repo and not patience.again(partial(api.repo_exists, name)):
+            if name != publication.repo and not retry_policy.call(partial(api.repo_exists, name)):
                 continue
             item = partial(api.add_collection_item, made.slug, name, "model", note=note, exists_ok=True)
-            patience.again(item)
+            retry_policy.call(item)
             added.append(name)
     return made.url, added
 
 
-def _compare(pub: Publication, remote: Remote | None, patience: Patience) -> tuple[list[Change], list[str], str | None]:
+def _compare(
+    pub: Publication, remote: Remote | None, retry_policy: RetryPolicy
+) -> tuple[list[Change], list[str], str | None]:
     """The changes, the card's difference, and what was done to the remote by hand."""
     here = local_files(pub)
     there = remote.files if remote else {}
@@ -211,18 +213,18 @@ def _compare(pub: Publication, remote: Remote | None, patience: Patience) -> tup
             changes.append(Change(path, there[path][0], here[path].stat().st_size))
     if remote is None or not changes:
         return changes, [], None
-    old = read_remote_file(pub, remote, "README.md", patience).decode().splitlines() if "README.md" in there else []
+    old = read_remote_file(pub, remote, "README.md", retry_policy).decode().splitlines() if "README.md" in there else []
     new = here["README.md"].read_text().splitlines()
     card = list(difflib.unified_diff(old, new, "there", "here", lineterm="", n=1))
-    return changes, card, _edited(pub, remote, changes, patience)
+    return changes, card, _edited(pub, remote, changes, retry_policy)
 
 
-def _edited(pub: Publication, remote: Remote, changes: Sequence[Change], patience: Patience) -> str | None:
+def _edited(pub: Publication, remote: Remote, changes: Sequence[Change], retry_policy: RetryPolicy) -> str | None:
     """What differs from the hashes the remote was sealed with: a hand was there, and it is asked, not overwritten."""
     if not remote.files:
         return None
     try:
-        sealed = json.loads(read_remote_file(pub, remote, "provenance.json", patience))["files"]
+        sealed = json.loads(read_remote_file(pub, remote, "provenance.json", retry_policy))["files"]
     except (ValueError, KeyError, TypeError):
         return "the repository there was not made by this package"
     if foreign := sorted((remote.files.keys() ^ sealed.keys()) - {"provenance.json"}):
@@ -230,7 +232,7 @@ def _edited(pub: Publication, remote: Remote, changes: Sequence[Change], patienc
     for path in [c.path for c in changes if c.before is not None and c.path != "provenance.json"]:
         _, digest, large = remote.files[path]
         if not large:  # git's hash says nothing of the sealed one
-            digest = hashlib.sha256(read_remote_file(pub, remote, path, patience)).hexdigest()
+            digest = hashlib.sha256(read_remote_file(pub, remote, path, retry_policy)).hexdigest()
         if digest != sealed[path]:
             return f"{'its card' if path == 'README.md' else path} was edited by hand"
     return None
@@ -243,7 +245,7 @@ def _same(file: Path, there: tuple[int, str, bool]) -> bool:
     return (file_sha256(file) if large else git_hash(file.read_bytes())) == digest
 
 
-def _create(api: HfApi, plan: PushPlan, patience: Patience, say: Callable[[str], None]) -> Remote:
+def _create(api: HfApi, plan: PushPlan, retry_policy: RetryPolicy, log: Callable[[str], None]) -> Remote:
     pub = plan.publication
     options = {"space_sdk": "gradio"} if pub.type == "space" else {}
     private = plan.private or None  # None leaves it to the owner's setting
@@ -252,22 +254,24 @@ def _create(api: HfApi, plan: PushPlan, patience: Patience, say: Callable[[str],
         # A try whose answer was lost has made it: that is no conflict.
         return api.create_repo(pub.repo, repo_type=pub.type, private=private, exist_ok=True, **options)  # type: ignore[arg-type]
 
-    patience.again(create, say)
-    remote = read_remote(api, pub.repo, pub.type, patience)
+    retry_policy.call(create, log)
+    remote = read_remote(api, pub.repo, pub.type, retry_policy)
     assert remote is not None
     if remote.files:
         raise PublishError(f"{pub.repo} was made by somebody else in between: push again to see what would change.")
     return remote
 
 
-def _commit(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience, say: Callable[[str], None]) -> Pushed:
+def _commit(
+    api: HfApi, plan: PushPlan, remote: Remote, retry_policy: RetryPolicy, log: Callable[[str], None]
+) -> Pushed:
     """Upload, then commit; a try whose answer was lost is looked up before it is tried again."""
     pub = plan.publication
     operations: list[Any] = [
         CommitOperationAdd(c.path, pub.folder / c.path) if c.after is not None else CommitOperationDelete(c.path)
         for c in plan.changes
     ]
-    get_session().timeout = patience.timeout_s
+    get_session().timeout = retry_policy.timeout_s
     additions = [o for o in operations if isinstance(o, CommitOperationAdd)]
     propose = plan.edited is not None
     # The client itself tries each of these requests again, and skips large files that are there already.
@@ -275,7 +279,7 @@ def _commit(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience, say:
     attempt = 1
     while True:
         try:
-            get_session().timeout = patience.timeout_s
+            get_session().timeout = retry_policy.timeout_s
             made = api.create_commit(
                 pub.repo,
                 operations,
@@ -289,31 +293,31 @@ def _commit(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience, say:
             # A try that seemed lost may land late, and is then in this one's way.
             late = attempt > 1 and isinstance(error, HfHubHTTPError) and error.response.status_code == 412
             if not late:
-                patience.wait(error, attempt, say)
-            if done := _landed(api, plan, remote, patience):
+                retry_policy.wait(error, attempt, log)
+            if done := _landed(api, plan, remote, retry_policy):
                 return done
             if late:
                 raise
         attempt += 1
 
 
-def _landed(api: HfApi, plan: PushPlan, remote: Remote, patience: Patience) -> Pushed | None:
+def _landed(api: HfApi, plan: PushPlan, remote: Remote, retry_policy: RetryPolicy) -> Pushed | None:
     """The commit of a try that got no answer, if it is there all the same."""
     pub = plan.publication
     if plan.edited:
-        known = _open_proposal(api, pub, patience)
+        known = _open_proposal(api, pub, retry_policy)
         return Pushed(known[0], known[1], "pull request") if known else None
-    now = read_remote(api, pub.repo, pub.type, patience)
+    now = read_remote(api, pub.repo, pub.type, retry_policy)
     if now is None or now.sha == remote.sha:
         return None
-    if _compare(pub, now, patience)[0]:
+    if _compare(pub, now, retry_policy)[0]:
         raise PublishError(f"{pub.repo} was changed by somebody else in between: push again to see what would change.")
     return Pushed(now.sha, repository_url(api, pub), "commit")
 
 
-def _open_proposal(api: HfApi, pub: Publication, patience: Patience) -> tuple[str, str] | None:
+def _open_proposal(api: HfApi, pub: Publication, retry_policy: RetryPolicy) -> tuple[str, str] | None:
     """Commit and address of an open pull request that holds exactly what is to be published."""
-    opened = patience.again(
+    opened = retry_policy.call(
         lambda: list(
             api.get_repo_discussions(
                 pub.repo, repo_type=pub.type, discussion_type="pull_request", discussion_status="open"
@@ -323,7 +327,7 @@ def _open_proposal(api: HfApi, pub: Publication, patience: Patience) -> tuple[st
     for proposal in opened:
         if proposal.title != pub.summary:
             continue
-        info = repository_info(api, pub.repo, pub.type, patience, proposal.git_reference)
+        info = repository_info(api, pub.repo, pub.type, retry_policy, proposal.git_reference)
         files, here = remote_files(info), local_files(pub)
         if here.keys() == files.keys() and all(_same(here[p], files[p]) for p in here):
             return info.sha, proposal.url
@@ -331,21 +335,23 @@ def _open_proposal(api: HfApi, pub: Publication, patience: Patience) -> tuple[st
 
 
 def _set_tag(
-    api: HfApi, pub: Publication, remote: Remote, commit: str, patience: Patience, say: Callable[[str], None]
+    api: HfApi, pub: Publication, remote: Remote, commit: str, retry_policy: RetryPolicy, log: Callable[[str], None]
 ) -> None:
     if pub.tag is None or pub.tag in remote.tags:
         return
     tag = pub.tag
-    patience.again(lambda: api.create_tag(pub.repo, tag=tag, revision=commit, repo_type=pub.type, exist_ok=True), say)
+    retry_policy.call(
+        lambda: api.create_tag(pub.repo, tag=tag, revision=commit, repo_type=pub.type, exist_ok=True), log
+    )
 
 
-def _take_away(api: HfApi, pub: Publication, made: Remote, say: Callable[[str], None]) -> None:
+def _take_away(api: HfApi, pub: Publication, made: Remote, log: Callable[[str], None]) -> None:
     """Delete the repository that this push made and that holds nothing yet."""
     try:
-        if api.repo_info(pub.repo, repo_type=pub.type, timeout=Patience().timeout_s).sha == made.sha:
+        if api.repo_info(pub.repo, repo_type=pub.type, timeout=RetryPolicy().timeout_s).sha == made.sha:
             api.delete_repo(pub.repo, repo_type=pub.type)
     except (HTTPError, OSError):
-        say(f"{pub.repo} was made and is empty; push again, or delete it on its page")
+        log(f"{pub.repo} was made and is empty; push again, or delete it on its page")
 
 
 def _uploaded(api: HfApi, pub: Publication, upload: Callable[[], object]) -> None:

@@ -33,7 +33,7 @@ print(json.dumps(made))
 
 
 def push_local(
-    encoders: Mapping[str, Path], folder: Path, collection: str, say: Callable[[str], None] = print
+    encoders: Mapping[str, Path], folder: Path, collection: str, log: Callable[[str], None] = print
 ) -> dict[str, dict[str, str]]:
     """Push encoders to a local hub, each by `pivot push`, then load all of them by name from an empty cache.
 
@@ -71,12 +71,12 @@ def push_local(
         }
         for name, place in encoders.items():
             command = ["-m", "pivot_hub", "push", str(place), f"{OWNER}/{name}", "--yes", "--collection", collection]
-            say(_run(command, variables).strip().splitlines()[-1])
+            log(_run(command, variables).strip().splitlines()[-1])
         names = [f"{OWNER}/{name}" for name in encoders]
         with TemporaryDirectory() as empty:
             loaded: dict[str, dict[str, str]] = json.loads(_run(["-c", LOAD, *names], variables | {"HF_HOME": empty}))
-    for name, facts in loaded.items():
-        say(f"loaded by name: {name} at {facts['commit'][:8]}, {facts['class']}")
+    for name, metadata in loaded.items():
+        log(f"loaded by name: {name} at {metadata['commit'][:8]}, {metadata['class']}")
     write_json(folder / "loaded.json", loaded)
     return loaded
 

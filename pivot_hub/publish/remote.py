@@ -18,7 +18,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
-from pivot_hub.publish.retry import Patience, in_words
+from pivot_hub.publish.retry import RetryPolicy, in_words
 from pivot_hub.publish.staging import Publication
 
 HUBS_OWN = ".gitattributes"
@@ -34,18 +34,18 @@ class Remote:
     tags: dict[str, str]
 
 
-def repository_info(api: HfApi, repo: str, type_: str, patience: Patience, revision: str | None = None) -> Any:
+def repository_info(api: HfApi, repo: str, type_: str, retry_policy: RetryPolicy, revision: str | None = None) -> Any:
     """A repository's commit and files at a revision."""
-    options: dict[str, Any] = {"revision": revision, "files_metadata": True, "timeout": patience.timeout_s}
-    return patience.again(partial(api.repo_info, repo, repo_type=type_, **options))
+    options: dict[str, Any] = {"revision": revision, "files_metadata": True, "timeout": retry_policy.timeout_s}
+    return retry_policy.call(partial(api.repo_info, repo, repo_type=type_, **options))
 
 
-def read_remote(api: HfApi, repo: str, type_: str, patience: Patience) -> Remote | None:
+def read_remote(api: HfApi, repo: str, type_: str, retry_policy: RetryPolicy) -> Remote | None:
     try:
-        info = repository_info(api, repo, type_, patience)
+        info = repository_info(api, repo, type_, retry_policy)
     except RepositoryNotFoundError:
         return None
-    refs = patience.again(lambda: api.list_repo_refs(repo, repo_type=type_))
+    refs = retry_policy.call(lambda: api.list_repo_refs(repo, repo_type=type_))
     return Remote(info.sha, bool(info.private), remote_files(info), {tag.name: tag.target_commit for tag in refs.tags})
 
 
@@ -61,13 +61,13 @@ def local_files(pub: Publication) -> dict[str, Path]:
     return {str(f.relative_to(pub.folder)): f for f in pub.folder.rglob("*") if f.is_file()}
 
 
-def read_remote_file(pub: Publication, remote: Remote, name: str, patience: Patience) -> bytes:
+def read_remote_file(pub: Publication, remote: Remote, name: str, retry_policy: RetryPolicy) -> bytes:
     """A file of the remote; nothing where there is none."""
     if name not in remote.files:
         return b""
     with TemporaryDirectory() as folder:
         options: dict[str, Any] = {"repo_type": pub.type, "revision": remote.sha, "local_dir": folder}
-        return Path(patience.again(partial(hf_hub_download, pub.repo, name, **options))).read_bytes()
+        return Path(retry_policy.call(partial(hf_hub_download, pub.repo, name, **options))).read_bytes()
 
 
 def has_xet(api: HfApi, pub: Publication) -> bool:
@@ -79,7 +79,7 @@ def repository_url(api: HfApi, pub: Publication) -> str:
     return f"{api.endpoint}/{'spaces/' if pub.type == 'space' else ''}{pub.repo}"
 
 
-def models_of(names: Sequence[str], patience: Patience = Patience()) -> list[str]:
+def models_of(names: Sequence[str], retry_policy: RetryPolicy = RetryPolicy()) -> list[str]:
     """Check that encoders or MLLMs are on the Hub, before a Space points at them.
 
     Returns:
@@ -91,8 +91,8 @@ def models_of(names: Sequence[str], patience: Patience = Patience()) -> list[str
     api, mllms = HfApi(), []
     for name in names:
         with in_words(name):
-            info = repository_info(api, name, "model", patience)
-            config = patience.again(partial(hf_hub_download, name, "config.json", revision=info.sha))
+            info = repository_info(api, name, "model", retry_policy)
+            config = retry_policy.call(partial(hf_hub_download, name, "config.json", revision=info.sha))
             if json.loads(Path(config).read_text())["model_type"] == "llava":
                 mllms.append(name)
     return mllms

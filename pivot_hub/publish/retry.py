@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a hub is tried.
 
     Args:
@@ -51,7 +51,7 @@ class Patience:
     wait_s: float = 1.0
     timeout_s: float = 120.0
 
-    def again(self, call: Callable[[], T], say: Callable[[str], None] = lambda line: None) -> T:
+    def call(self, call: Callable[[], T], log: Callable[[str], None] = lambda line: None) -> T:
         """Call until it answers: again after 5xx, 429, time-outs and broken connections."""
         attempt = 1
         while True:
@@ -59,17 +59,17 @@ class Patience:
                 get_session().timeout = self.timeout_s
                 return call()
             except (HTTPError, LocalEntryNotFoundError) as error:
-                self.wait(error, attempt, say)
+                self.wait(error, attempt, log)
             attempt += 1
 
-    def wait(self, error: Exception, attempt: int, say: Callable[[str], None]) -> None:
+    def wait(self, error: Exception, attempt: int, log: Callable[[str], None]) -> None:
         """Wait before the next try, or raise the error: it is no passing one, or this was the last try."""
         if attempt >= self.tries or not is_passing(error):
             raise error
         seconds = self.wait_s * 2 ** (attempt - 1)
         if isinstance(error, HfHubHTTPError) and (asked := error.response.headers.get("Retry-After", "")).isdigit():
             seconds = max(seconds, float(asked))
-        say(f"the hub {_said(error)}; try {attempt + 1} of {self.tries} in {seconds:g} s")
+        log(f"the hub {_said(error)}; try {attempt + 1} of {self.tries} in {seconds:g} s")
         time.sleep(seconds)
 
 

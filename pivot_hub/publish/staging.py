@@ -16,8 +16,8 @@ from huggingface_hub import SpaceCard
 from pivot_hub.errors import PublishError
 from pivot_hub.files import shipped_folder, write_json, write_whole
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
-from pivot_hub.provenance import seal, source_commit, versions
-from pivot_hub.publish.card_facts import Facts, Prose, read_facts
+from pivot_hub.provenance import source_commit, versions, write_manifest
+from pivot_hub.publish.card_inputs import EncoderMetadata, Prose, read_metadata
 from pivot_hub.publish.card_render import card_files
 from pivot_hub.publish.secret_scan import find_leaks
 
@@ -68,12 +68,12 @@ def write_card(
         CardError: a fact is missing; nothing was written.
     """
     path = Path(folder)
-    facts = read_facts(path)
+    metadata = read_metadata(path)
     if results is not None:
         known: dict[str, Sequence[ProbeResult]] = {f.stem: read_results(f) for f in (path / "results").glob("*.json")}
         known |= results
-        facts = Facts(**{**vars(facts), "results": [r for name in sorted(known) for r in known[name]]})
-    made = card_files(facts, prose, repository)
+        metadata = EncoderMetadata(**{**vars(metadata), "results": [r for name in sorted(known) for r in known[name]]})
+    made = card_files(metadata, prose, repository)
     for name, listed in (results or {}).items():
         made[f"results/{name}.json"] = results_text(listed).encode()
     stale = [f for f in (path / ".eval_results").glob("*.yaml") if str(f.relative_to(path)) not in made]
@@ -83,7 +83,7 @@ def write_card(
     for name in changed:
         write_whole(path / name, made[name])
     if stale or changed:
-        _seal_again(path)
+        _rewrite_manifest(path)
     return bool(stale or changed)
 
 
@@ -93,7 +93,7 @@ def stage_encoder(
     repo: str,
     prose: Prose,
     also: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Iterator[Publication]:
     """Lay out what will be published of an encoder, in a folder that goes when the block ends.
 
@@ -122,17 +122,17 @@ def stage_encoder(
             (folder / name).symlink_to((source / name).resolve())
         shutil.copyfile(source / "provenance.json", folder / "provenance.json")
         if also:
-            _add_exports(source, folder, also, say)
+            _add_exports(source, folder, also, log)
         write_card(folder, prose, repo)
-        facts = read_facts(folder)
+        metadata = read_metadata(folder)
         _refuse_leaks(folder, repo)
-        stage = facts.config["pivot"]["stage"]
-        base = facts.config["pivot"].get("base_model")
+        stage = metadata.config["pivot"]["stage"]
+        base = metadata.config["pivot"].get("base_model")
         yield Publication(
             folder=folder,
             repo=repo,
             type="model",
-            summary=f"{prose.version}: {stage} encoder, weights {facts.encoder_sha256[:12]}",
+            summary=f"{prose.version}: {stage} encoder, weights {metadata.encoder_sha256[:12]}",
             tag=f"v{prose.version}",
             stage=stage,
             base=prose.names.get(base, base) if base else None,
@@ -163,24 +163,24 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
         card.save(folder / "README.md")
         if len(mllms) >= 2:
             write_json(folder / "pair.json", dict(zip(("first", "second", "parent"), mllms, strict=False)))
-        seal(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
+        write_manifest(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
         _refuse_leaks(folder, repo)
         yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}")
 
 
-def _add_exports(source: Path, folder: Path, also: Sequence[str], say: Callable[[str], None]) -> None:
+def _add_exports(source: Path, folder: Path, also: Sequence[str], log: Callable[[str], None]) -> None:
     from pivot_hub.encoder.export import export_encoder
     from pivot_hub.probes.run import probe_export
 
     exported = folder / ".export"
-    export_encoder(source, exported, int8="int8" in also, probe=probe_export, say=say)
+    export_encoder(source, exported, int8="int8" in also, probe=probe_export, log=log)
     for name in ("onnx", "quanto", "export.json"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
         if (exported / name).exists():
             (exported / name).replace(folder / name)
     shutil.rmtree(exported)
-    _seal_again(folder)
+    _rewrite_manifest(folder)
 
 
 def _refuse_leaks(folder: Path, repo: str) -> None:
@@ -189,6 +189,6 @@ def _refuse_leaks(folder: Path, repo: str) -> None:
         raise PublishError(f"nothing was published: {leaks[0]}{more}")
 
 
-def _seal_again(folder: Path) -> None:
-    facts: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
-    seal(folder, {k: v for k, v in facts.items() if k not in ("files", "sha256")})
+def _rewrite_manifest(folder: Path) -> None:
+    metadata: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    write_manifest(folder, {k: v for k, v in metadata.items() if k not in ("files", "sha256")})

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pivot_hub.config.data_section import WorldSpec
+from pivot_hub.config.data_section import ShapesSettings
 from pivot_hub.config.recipe import RECIPES, LoadedRecipe, Rate, load_recipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.config.yaml_loader import Strict, check_keys, nearest, read_yaml
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import RecipeError
 from pivot_hub.probes.run import Sizes
 
@@ -115,8 +115,8 @@ class StudySpec(Strict):
     seeds: list[int] = Field(min_length=2)
     search_seed: int
     change: list[str] = Field([])
-    world: WorldSpec = WorldSpec()
-    harder: dict[str, WorldSpec] = Field({})
+    world: ShapesSettings = ShapesSettings()
+    harder: dict[str, ShapesSettings] = Field({})
     sizes: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     measures: dict[str, str]
     runs: dict[str, RunSpec]
@@ -167,12 +167,12 @@ class Study:
         return Sizes(**self.spec.sizes)
 
     @cached_property
-    def world(self) -> World:
-        return World(**self.spec.world.model_dump())
+    def dataset(self) -> ShapesDataset:
+        return ShapesDataset(**self.spec.world.model_dump())
 
     @cached_property
-    def harder(self) -> dict[str, World]:
-        return {name: World(**world.model_dump()) for name, world in self.spec.harder.items()}
+    def harder(self) -> dict[str, ShapesDataset]:
+        return {name: ShapesDataset(**dataset.model_dump()) for name, dataset in self.spec.harder.items()}
 
     def stage(self, run: str) -> str | None:
         """Stage of a run's recipe, None for an encoder that is there."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.load import image_px, load_mllm
@@ -27,7 +27,7 @@ def search_rate(
     output: Path,
     questions: int = 1000,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train a recipe once for each rate, all trained parts alike, and compare on validation.
 
@@ -55,18 +55,18 @@ def search_rate(
         started = time.monotonic()
         changed = [*overrides, *(f"learning_rate.{part}={rate}" for part in parts)]
         loaded = load_recipe(recipe, changed)
-        folder = run_stage(loaded, runs, runs / f"{loaded.name}-lr{rate:g}", say=say)
+        folder = run_stage(loaded, runs, runs / f"{loaded.name}-lr{rate:g}", log=log)
         model, processor = load_mllm(folder)
-        world = World(image_px=image_px(model))
-        images, asked = probe_questions(world, "validation", questions)
-        facts = {
+        dataset = ShapesDataset(image_px=image_px(model))
+        images, asked = probe_questions(dataset, "validation", questions)
+        metadata = {
             "feature_layer": None,
             "encoder": folder.name,
             "encoder_sha256": weights_sha256(folder),
             "partner": None,
         }
-        result = answer_questions(model, processor, asked, images, facts, split="validation")[0]
-        say(f"{loaded.name}: rate {rate:g} answers {result.value:.1f}% {list(result.ci95)}")
+        result = answer_questions(model, processor, asked, images, metadata, split="validation")[0]
+        log(f"{loaded.name}: rate {rate:g} answers {result.value:.1f}% {list(result.ci95)}")
         candidates.append(
             {
                 "rate": rate,

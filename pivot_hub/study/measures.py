@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.synthetic import KINDS, SLIPS, World, draw_fact
-from pivot_hub.encoder.repository import encoder_facts, read_encoder
+from pivot_hub.data.synthetic import KINDS, SLIPS, ShapesDataset, draw_fact
+from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.explain.gradcam import gradient_map, token_maps
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.trainable import parts_of
@@ -41,8 +41,8 @@ def measure_run(
     parent: Path | None,
     name: str,
     measures: Sequence[Measure],
-    world: World,
-    harder: Mapping[str, World],
+    dataset: ShapesDataset,
+    harder: Mapping[str, ShapesDataset],
     sizes: Sizes,
 ) -> list[ProbeResult]:
     """Measure one run of a study.
@@ -58,12 +58,12 @@ def measure_run(
         sizes: of the probes.
     """
     harder = harder if "harder" in measures else {}
-    sha256 = encoder_facts(str(encoder))["encoder_sha256"]
+    sha256 = encoder_metadata(str(encoder))["encoder_sha256"]
     results = []
     if "encoder" in measures:
         model, image_processor = read_encoder(str(encoder))
         model.to(device())  # type: ignore[arg-type]
-        results += probe_shapes(model, image_processor, name, sha256, sizes, world=world, harder=harder)
+        results += probe_shapes(model, image_processor, name, sha256, sizes, dataset=dataset, harder=harder)
     if checkpoint is None:
         return results
     mllm, processor = load_mllm(checkpoint)
@@ -72,24 +72,24 @@ def measure_run(
     conditions["partner"] = name
     if "maps" in measures:
         targets = {
-            "validation": probe_targets(world, "validation", sizes.targets_validation),
-            "test": probe_targets(world, "test", sizes.targets_test),
+            "validation": probe_targets(dataset, "validation", sizes.targets_validation),
+            "test": probe_targets(dataset, "test", sizes.targets_test),
         }
         results += localize(mllm, processor, None, targets, conditions, explains=("answer",))
     if "answers" in measures:
-        for other, asked in {"": world, **harder}.items():
+        for other, asked in {"": dataset, **harder}.items():
             images, questions = probe_questions(asked, "test", sizes.harder if other else sizes.questions)
             made = answer_questions(mllm, processor, questions, images, conditions)
             results += (
                 [replace(r, task=r.task.replace("shapes/", f"shapes/{other}/")) for r in made[:1]] if other else made
             )
-        images, pairs = probe_pairs(world, "test", sizes.pairs)
+        images, pairs = probe_pairs(dataset, "test", sizes.pairs)
         results.append(rank_pairs(mllm, processor, pairs, images, conditions))
     if "distance" in measures and parent is not None:
         results += distances(mllm.cpu(), load_mllm(parent)[0], conditions)
         mllm.to(device())  # type: ignore[arg-type]
     if "gradients" in measures:
-        results += word_gradients(mllm, processor, world, sizes.targets_validation, conditions)
+        results += word_gradients(mllm, processor, dataset, sizes.targets_validation, conditions)
     return results
 
 
@@ -127,7 +127,7 @@ def distances(
 def word_gradients(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    world: World,
+    dataset: ShapesDataset,
     count: int,
     conditions: dict[str, Any],
 ) -> list[ProbeResult]:
@@ -141,17 +141,17 @@ def word_gradients(
         count: test scenes, one question on each, of all kinds in turn.
     """
     started = time.monotonic()
-    part = probe_scenes(world, "test", count)
+    part = probe_scenes(dataset, "test", count)
     words, pairs = [], []
     for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
 
         def drawn(slip: Any, i: int = i, scene: Any = scene) -> Any:
-            streams = (world.scene_rng("test", FIRST_SCENE + i, purpose) for purpose in (7, 8))
+            streams = (dataset.scene_rng("test", FIRST_SCENE + i, purpose) for purpose in (7, 8))
             return scene.pair_with_fact(KINDS[i % len(KINDS)], "question", slip, *streams)
 
         some = {slip: drawn(slip) for slip in SLIPS}
         chosen, question = some["visual"].chosen, some["visual"].question
-        fact = draw_fact(world.scene_rng("test", FIRST_SCENE + i, 8))
+        fact = draw_fact(dataset.scene_rng("test", FIRST_SCENE + i, 8))
         answer = chosen.removesuffix(f" {fact.true}")
         told = some["visual"].rejected.removesuffix(f" {fact.true}")
         kinds = [*_differing(answer, told, "seen"), *_differing(fact.true, fact.wrong, "known")]
@@ -169,7 +169,7 @@ def word_gradients(
                 for slip in SLIPS
             ]
         )
-    facts = {**conditions, "seed": 0, "duration_s": time.monotonic() - started}
+    metadata = {**conditions, "seed": 0, "duration_s": time.monotonic() - started}
     tallied = np.array(words)  # (N, 3, 2): summed magnitudes and tokens
     average = tallied[:, :, 0].sum() / tallied[:, :, 1].sum()
     results = [
@@ -178,7 +178,7 @@ def word_gradients(
             "relative_gradient",
             tallied[:, j] / (average, 1),
             protocol="L1 norm at the projector's output of a token's log-probability; 100 is the mean token",
-            **facts,
+            **metadata,
         )
         for j, kind in enumerate(WORDS)
     ]
@@ -189,7 +189,7 @@ def word_gradients(
             "relative_gradient",
             norms[:, [j, 0]],
             protocol="L1 norm at the projector's output of the DPO loss; 100 is the same pair with a visual error",
-            **facts,
+            **metadata,
         )
         for j, slip in enumerate(SLIPS)
         if j

@@ -152,20 +152,20 @@ def _runs(study: Study, table: StudyTable) -> list[str]:
     started = {(r["run"], r["seed"], r["candidate"]): r for r in table.rows}
     states = [r["status"] for r in started.values()]
     hours = sum(r["duration_s"] or 0 for r in started.values()) / 3600
-    facts, where = table.facts, table.facts["machine"] or {}
+    metadata, where = table.metadata, table.metadata["machine"] or {}
     lines = [
         f"Started: {len(states)} of {len(study.cells())} runs; done {states.count('done')}, failed "
         f"{states.count('failed')}, not started because of those {states.count('not started')}. {hours:.1f} hours of "
         f"processes with {where.get('threads', '?')} thread(s) each, {where.get('cpu_cores', '?')} CPU cores, GPU "
-        f"{where.get('gpu') or 'none'}; torch {facts['versions']['torch']}, transformers "
-        f"{facts['versions']['transformers']}, TRL {facts['versions']['trl']}.",
+        f"{where.get('gpu') or 'none'}; torch {metadata['versions']['torch']}, transformers "
+        f"{metadata['versions']['transformers']}, TRL {metadata['versions']['trl']}.",
         "",
         "A difference is the mean over seeds of paired differences on the same test items. Its interval (95%) and p "
         f"are a t-test's, whose variance is that between seeds plus that of {DRAWS} resamples of the items. p is "
         "corrected by Holm's method over all differences of a section; `shown` means below 0.05.",
         "",
     ]
-    if table.facts["study_sha256"] != study.sha256:
+    if table.metadata["study_sha256"] != study.sha256:
         lines += [f"**The table was made with another version of `{study.path.name}`.**", ""]
     broken = [f"{r['run']}, seed {r['seed']}: {r['reason']}" for r in started.values() if r["status"] != "done"]
     return lines + [f"- {line}" for line in broken] + [""] * bool(broken)

@@ -20,7 +20,7 @@ import torch
 
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.config.stages import stage_of
-from pivot_hub.encoder.repository import encoder_facts
+from pivot_hub.encoder.repository import encoder_metadata
 from pivot_hub.errors import PivotError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.extract import extract_once
@@ -42,7 +42,7 @@ def run_study(
     path: str | Path,
     output: Path,
     jobs: int = 1,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Study:
     """Train and measure every cell of a study; those that are finished are left as they are.
 
@@ -63,13 +63,13 @@ def run_study(
     context = multiprocessing.get_context("spawn")
     try:
         with _share_of_cores(jobs), ProcessPoolExecutor(jobs, context, _set_up, (context.Value("i", 0),)) as pool:
-            done = _run_cells(study, output, pool, jobs, say)
+            done = _run_cells(study, output, pool, jobs, log)
     except BrokenProcessPool:
         raise TrainingError(
             "a process of the study was killed from outside, for want of memory perhaps. What is finished is kept: run "
             "the same command again, with fewer --jobs if it happens once more."
         ) from None
-    failed = [name for name, facts in done.items() if facts["status"] == "failed"]
+    failed = [name for name, metadata in done.items() if metadata["status"] == "failed"]
     if failed:
         raise TrainingError(
             f"{len(failed)} of {len(done)} runs failed, {failed[0]} first: {done[failed[0]]['reason']} The table has "
@@ -79,7 +79,7 @@ def run_study(
 
 
 def _run_cells(
-    study: Study, output: Path, pool: ProcessPoolExecutor, jobs: int, say: Callable[[str], None]
+    study: Study, output: Path, pool: ProcessPoolExecutor, jobs: int, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Give the pool every cell whose needs are done, and return the facts of all by name."""
     waiting = study.cells()
@@ -95,23 +95,23 @@ def _run_cells(
             if None in needs:
                 continue
             waiting.remove(cell)
-            if any(facts and facts["status"] != "done" for facts in needs):
-                facts = _facts(cell) | {"status": "not started", "reason": "a run it starts from failed"}
-                done[cell.name] = facts
-                _write_cell(output, cell, facts)
+            if any(metadata and metadata["status"] != "done" for metadata in needs):
+                metadata = _facts(cell) | {"status": "not started", "reason": "a run it starts from failed"}
+                done[cell.name] = metadata
+                _write_cell(output, cell, metadata)
                 continue
             running[pool.submit(run_cell, str(study.path), cell, output)] = cell
         if not running:
             continue
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             cell = running.pop(future)
-            facts = done[cell.name] = future.result()
-            trained += not facts.pop("kept", False)
+            metadata = done[cell.name] = future.result()
+            trained += not metadata.pop("kept", False)
             rest = number - len(done)
             pace = (time.monotonic() - started) / trained if trained else 0
             left = f", about {rest * pace / 60:.0f} min left" if trained and rest else ""
-            how = facts["status"] if facts["status"] == "done" else f"{facts['status']}: {facts['reason']}"
-            say(f"{len(done)}/{number} {cell.name}: {how}, {facts.get('duration_s', 0):.0f} s{left}")
+            how = metadata["status"] if metadata["status"] == "done" else f"{metadata['status']}: {metadata['reason']}"
+            log(f"{len(done)}/{number} {cell.name}: {how}, {metadata.get('duration_s', 0):.0f} s{left}")
     return done
 
 
@@ -123,7 +123,7 @@ def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
     study = load_study(path)
     began = time.monotonic()
     spec = study.spec.runs[cell.run]
-    facts = _facts(cell)
+    metadata = _facts(cell)
     try:
         rate = chosen_rate(study, cell, output) if cell.rate is None else cell.rate
         loaded = None if spec.recipe is None else study.load(cell, rate, _parts(study, cell, output))
@@ -132,16 +132,16 @@ def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
         results = output / "results" / f"{cell.name}.json"
         if kept.get("key") == key and kept["status"] == "done" and (results.is_file() or not kept["measured"]):
             return {**kept, "kept": True}
-        facts |= {"key": key, "rate": rate}
-        facts |= _make(study, cell, loaded, output)
-        facts |= {"status": "done", "measured": results.is_file()}
+        metadata |= {"key": key, "rate": rate}
+        metadata |= _make(study, cell, loaded, output)
+        metadata |= {"status": "done", "measured": results.is_file()}
     except PivotError as error:
-        facts |= {"status": "failed", "reason": str(error)}
+        metadata |= {"status": "failed", "reason": str(error)}
     # Of a training that was finished before, its own time.
-    spent = max(time.monotonic() - began, facts.get("training", {}).get("duration_s", 0))
-    facts |= {"duration_s": round(spent, 1), "machine": machine()}
-    _write_cell(output, cell, facts)
-    return facts
+    spent = max(time.monotonic() - began, metadata.get("training", {}).get("duration_s", 0))
+    metadata |= {"duration_s": round(spent, 1), "machine": machine()}
+    _write_cell(output, cell, metadata)
+    return metadata
 
 
 def chosen_rate(study: Study, cell: Cell, output: Path) -> float | None:
@@ -158,13 +158,13 @@ def _make(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -
     if loaded is None:
         assert spec.encoder is not None
         encoder = study.path.parent / spec.encoder
-        found = measure_run(encoder, None, None, cell.run, spec.measure, study.world, study.harder, study.sizes)
+        found = measure_run(encoder, None, None, cell.run, spec.measure, study.dataset, study.harder, study.sizes)
         write_results(results, found)
-        return {"encoder_sha256": encoder_facts(str(encoder))["encoder_sha256"]}
+        return {"encoder_sha256": encoder_metadata(str(encoder))["encoder_sha256"]}
     above = None if spec.parent is None else output / "runs" / study.same_seed(spec.parent, cell).name
-    folder = run_stage(loaded, output=place, parent=above, say=_say_nothing)
+    folder = run_stage(loaded, output=place, parent=above, log=_say_nothing)
     report = _read(folder / "report.json")
-    facts = {
+    metadata = {
         "recipe": loaded.name,
         "recipe_sha256": loaded.recipe.sha256(),
         "stage": loaded.recipe.stage,
@@ -173,17 +173,17 @@ def _make(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -
         "training": {k: report[k] for k in ("steps", "duration_s", "peak_memory_mb", "train_loss")},
     }
     if stage_of(loaded.recipe.stage).base_part:
-        return facts
+        return metadata
     if cell.rate is not None:
         write_results(results, _validation(study, folder, cell))
-        return facts
+        return metadata
     encoder = output / "encoders" / cell.name
     extract_once(folder, encoder)
-    facts["encoder_sha256"] = encoder_facts(str(encoder))["encoder_sha256"]
+    metadata["encoder_sha256"] = encoder_metadata(str(encoder))["encoder_sha256"]
     if spec.measure and cell.seed in study.spec.seeds:
-        found = measure_run(encoder, folder, above, cell.run, spec.measure, study.world, study.harder, study.sizes)
+        found = measure_run(encoder, folder, above, cell.run, spec.measure, study.dataset, study.harder, study.sizes)
         write_results(results, found)
-    return facts
+    return metadata
 
 
 def _validation(study: Study, folder: Path, cell: Cell) -> list[ProbeResult]:
@@ -192,9 +192,9 @@ def _validation(study: Study, folder: Path, cell: Cell) -> list[ProbeResult]:
     model.to(device())  # type: ignore[arg-type]
     conditions: dict[str, Any] = {"feature_layer": model.config.vision_feature_layer, "encoder": cell.run}
     conditions |= {"encoder_sha256": weights_sha256(folder), "partner": cell.run}
-    images, pairs = probe_pairs(study.world, "validation", study.sizes.pairs)
+    images, pairs = probe_pairs(study.dataset, "validation", study.sizes.pairs)
     ranked = rank_pairs(model, processor, pairs, images, conditions, split="validation")
-    images, questions = probe_questions(study.world, "validation", study.sizes.questions)
+    images, questions = probe_questions(study.dataset, "validation", study.sizes.questions)
     return [ranked, answer_questions(model, processor, questions, images, conditions, split="validation")[0]]
 
 
@@ -218,7 +218,7 @@ def _key(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) ->
     needed = [_read(output / "cells" / f"{n.name}.json").get("key") for n in study.needs(cell) if n.rate is None]
     measured: dict[str, Any] = {
         "measures": study.spec.runs[cell.run].measure,
-        "worlds": [study.world.facts(), *(w.facts() for w in study.harder.values())],
+        "worlds": [study.dataset.to_dict(), *(w.to_dict() for w in study.harder.values())],
         "sizes": asdict(study.sizes),
     }
     recipe = None if loaded is None else loaded.recipe.model_copy(update={"model": None}).sha256()
@@ -264,15 +264,15 @@ def _facts(cell: Cell) -> dict[str, Any]:
     return {"run": cell.run, "seed": cell.seed, "candidate": cell.rate}
 
 
-def _write_cell(output: Path, cell: Cell, facts: dict[str, Any]) -> None:
-    write_json(output / "cells" / f"{cell.name}.json", facts)
+def _write_cell(output: Path, cell: Cell, metadata: dict[str, Any]) -> None:
+    write_json(output / "cells" / f"{cell.name}.json", metadata)
 
 
-def cell_facts(study: Study, output: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def cell_metadata(study: Study, output: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """What is known of every cell that was started, in the study's order."""
     for cell in study.cells():
-        if facts := _read(output / "cells" / f"{cell.name}.json"):
-            yield cell, facts
+        if metadata := _read(output / "cells" / f"{cell.name}.json"):
+            yield cell, metadata
 
 
 def _read(path: Path) -> dict[str, Any]:

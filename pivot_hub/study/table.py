@@ -21,7 +21,7 @@ from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import resample
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from pivot_hub.provenance import source_commit, versions
 from pivot_hub.study.design import Study
-from pivot_hub.study.runner import cell_facts
+from pivot_hub.study.runner import cell_metadata
 
 DRAWS = 200  # resamples of the test items: the standard error they give is right to 5 in 100
 STEP = 0.01  # percent: resampled values are kept in whole steps
@@ -66,7 +66,7 @@ class StudyTable:
     """
 
     rows: list[dict[str, Any]]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def values(self, run: str, task: str, metric: str) -> dict[int | None, tuple[float, np.ndarray]]:
         """Value and resampled values (DRAWS,) of a measure of a run, by seed, in percent."""
@@ -80,34 +80,34 @@ class StudyTable:
 def collect_table(study: Study, output: Path) -> StudyTable:
     """Read what a study has made so far, in the study's order."""
     rows, machines = [], []
-    for cell, facts in cell_facts(study, output):
-        made = facts.get("training", {})
+    for cell, metadata in cell_metadata(study, output):
+        made = metadata.get("training", {})
         common = {
             **dict.fromkeys(SCHEMA.names),
-            **{k: facts.get(k) for k in ("run", "seed", "candidate", "status", "reason", "recipe", "recipe_sha256")},
-            **{k: facts.get(k) for k in ("stage", "rate", "rows", "duration_s")},
+            **{k: metadata.get(k) for k in ("run", "seed", "candidate", "status", "reason", "recipe", "recipe_sha256")},
+            **{k: metadata.get(k) for k in ("stage", "rate", "rows", "duration_s")},
             "change": json.dumps([*study.spec.change, *study.spec.runs[cell.run].change]),
             **{k: made.get(k) for k in ("steps", "train_loss")},
         }
-        machines.append(facts.get("machine"))
+        machines.append(metadata.get("machine"))
         file = output / "results" / f"{cell.name}.json"
-        results = read_results(file) if facts["status"] == "done" and file.is_file() else []
+        results = read_results(file) if metadata["status"] == "done" and file.is_file() else []
         rows += [common | _result(r) for r in results] or [common]
-    facts = {
+    metadata = {
         "study": study.name,
         "study_sha256": study.sha256,
         "commit": source_commit(),
         "versions": versions(),
         "machine": machines[0] if machines else None,
     }
-    return StudyTable(rows, facts)
+    return StudyTable(rows, metadata)
 
 
 def write_table(table: StudyTable, path: Path) -> None:
     """Write the Parquet file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    schema = SCHEMA.with_metadata({"study": json.dumps(table.facts)})
+    schema = SCHEMA.with_metadata({"study": json.dumps(table.metadata)})
     try:
         pq.write_table(pa.Table.from_pylist(table.rows, schema=schema), beside, compression="zstd")
         beside.replace(path)
@@ -123,15 +123,15 @@ def read_table(path: Path) -> StudyTable:
     """
     try:
         table = pq.read_table(path)
-        facts = json.loads(table.schema.metadata[b"study"])
+        metadata = json.loads(table.schema.metadata[b"study"])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ProbeError(f"{path} is no study's table ({error}); `pivot study` writes one.") from error
-    return StudyTable(table.to_pylist(), facts)
+    return StudyTable(table.to_pylist(), metadata)
 
 
 def _result(result: ProbeResult) -> dict[str, Any]:
-    assert result.tallies is not None
-    drawn = 100 * statistic_of(result.metric)(resample(result.tallies, 0, DRAWS))
+    assert result.example_scores is not None
+    drawn = 100 * statistic_of(result.metric)(resample(result.example_scores, 0, DRAWS))
     return {
         **{k: getattr(result, k) for k in ("task", "metric", "value", "n", "split", "protocol")},
         "low": result.ci95[0],

@@ -74,9 +74,9 @@ def build_trainer(
 
 def conversations(source: ShapesSource) -> Iterator[dict[str, list[dict[str, str]]]]:
     """Talk about scenes without showing them: most questions follow a scan, some a description in sentences."""
-    spec, world = source.spec, source.world
+    spec, dataset = source.spec, source.dataset
     for i in range(spec.start, spec.start + spec.rows):
-        scene, rng = world.scene(spec.split, i), world.scene_rng(spec.split, i, 2)
+        scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 2)
         asked = scene.question(KINDS[i % 5], rng)
         question, answer = (DESCRIBE, scene.caption()) if i // 5 % 4 == 0 else (asked.text, asked.answer)
         told = scene.caption() if i // 20 % 3 == 0 else scene.scan(SCAN_SIDE, rng)

@@ -21,8 +21,8 @@ class MetricsLog(TrainerCallback):
         """Drop lines after a step, and the summary of a run that was stopped: a resumed run logs those again."""
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            facts = [json.loads(line) for line in lines]
-            kept = [t for t, f in zip(lines, facts, strict=True) if f["step"] <= step and "train_runtime" not in f]
+            metadata = [json.loads(line) for line in lines]
+            kept = [t for t, f in zip(lines, metadata, strict=True) if f["step"] <= step and "train_runtime" not in f]
             self.path.write_text("".join(kept))
 
     def on_log(
@@ -41,8 +41,8 @@ class MetricsLog(TrainerCallback):
 class PlainProgress(TrainerCallback):
     """Say step, loss, rate and time left, at most every few seconds."""
 
-    def __init__(self, name: str, say: Callable[[str], None], every_s: float = 10.0) -> None:
-        self.name, self.say, self.every_s = name, say, every_s
+    def __init__(self, name: str, log: Callable[[str], None], every_s: float = 10.0) -> None:
+        self.name, self.log, self.every_s = name, log, every_s
         self.started = self.last = 0.0
         self.first_step = 0
         self.loss: float | None = None
@@ -71,6 +71,6 @@ class PlainProgress(TrainerCallback):
         rate = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
         left = (state.max_steps - state.global_step) / rate
         loss = "" if self.loss is None else f", loss {float(self.loss):.3f}"
-        self.say(
+        self.log(
             f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {rate:.2f} steps/s, {left:.0f} s left"
         )

@@ -29,8 +29,8 @@ class ReferenceCache:
         facts: everything but the rows that the values depend on.
     """
 
-    def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def __init__(self, folder: str | Path, metadata: dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
         self.folder = Path(folder) / key[:32]
         self.known: dict[str, Logps] = {}
 
@@ -72,8 +72,8 @@ def row_key(example: dict[str, Any]) -> str:
     """Hash of a preference row: its texts and the pixels of its images."""
     images = [example["image"]] if "image" in example else example.get("images") or []
     texts = {side: example[side] for side in ("prompt", "chosen", "rejected")}
-    facts = {"texts": texts, "images": [image_key(i) for i in images]}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_without_pixels).encode()).hexdigest()
+    metadata = {"texts": texts, "images": [image_key(i) for i in images]}
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True, default=_without_pixels).encode()).hexdigest()
 
 
 def model_hash(model: torch.nn.Module) -> str:

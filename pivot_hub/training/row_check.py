@@ -83,7 +83,7 @@ class RowCheck:
         # LLaVA's classes drop CLS; registers stay in front of the patches.
         self.image_tokens = patches + max(processor.num_additional_image_tokens - 1, 0)
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         tokenizer: Any = self.processor.tokenizer
         text = [tokenizer_text(tokenizer), str(self.processor.chat_template), self.processor.image_token]
         return {

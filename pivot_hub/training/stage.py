@@ -33,7 +33,15 @@ from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.lora import merge_lora
-from pivot_hub.provenance import cached_commit, machine, peak_memory_mb, seal, source_commit, versions, weights_sha256
+from pivot_hub.provenance import (
+    cached_commit,
+    machine,
+    peak_memory_mb,
+    source_commit,
+    versions,
+    weights_sha256,
+    write_manifest,
+)
 from pivot_hub.training.metrics_log import MetricsLog, PlainProgress
 from pivot_hub.training.part_trainer import SHARDS, stopped_file
 from pivot_hub.training.preemption import Preemption
@@ -48,7 +56,7 @@ def run_stage(
     runs: str | Path = "runs",
     output: str | Path | None = None,
     parent: str | Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Path:
     """Train one stage and return its checkpoint folder.
 
@@ -73,13 +81,13 @@ def run_stage(
     if state.num_processes > 1 and stage_of(loaded.recipe.stage).base_part:
         raise RecipeError(f"{loaded.path}: a base part is made by one process: run `pivot train` without a launcher.")
     main = state.is_main_process
-    say = say if main else _say_nothing
+    log = log if main else _say_nothing
     if _on_main(lambda: _is_finished(folder, work, loaded.recipe.sha256())):
-        say(f"{loaded.name}: finished before, at {folder}")
+        log(f"{loaded.name}: finished before, at {folder}")
         return folder
     parent_folder = _on_main(lambda: _parent_checkpoint(loaded, Path(runs), parent))
     try:
-        return _train(loaded, folder, work, parent_folder, say)
+        return _train(loaded, folder, work, parent_folder, log)
     except Exception as error:
         if main and not _last_checkpoint(work):  # nothing worth resuming: leave nothing behind
             shutil.rmtree(work, ignore_errors=True)
@@ -90,24 +98,24 @@ def run_stage(
         raise
 
 
-def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, say: Callable[[str], None]) -> Path:
+def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, log: Callable[[str], None]) -> Path:
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
     resume = _on_main(lambda: _make_work(loaded, work))
-    log = MetricsLog(work / "metrics.jsonl")
+    metrics_log = MetricsLog(work / "metrics.jsonl")
     module = import_module(stage_of(recipe.stage).module)
     args = trainer_arguments(loaded, work)
-    trainer: Trainer = module.build_trainer(loaded, args, parent, report, [log])
+    trainer: Trainer = module.build_trainer(loaded, args, parent, report, [metrics_log])
     trainer.remove_callback(PrinterCallback)
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(PlainProgress(loaded.name, say))
+        trainer.add_callback(PlainProgress(loaded.name, log))
     if report.skipped:
         first = f"the first: {report.skipped[0]}"
-        say(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` looks again)")
+        log(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` looks again)")
     if resume is not None:
-        say(f"{loaded.name}: resuming from step {_step_of(resume)}")
-    _on_main(lambda: log.cut_to(_step_of(resume) if resume else 0))
+        log(f"{loaded.name}: resuming from step {_step_of(resume)}")
+    _on_main(lambda: metrics_log.cut_to(_step_of(resume) if resume else 0))
     with Preemption() as preemption:
         trainer.add_callback(preemption)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -116,7 +124,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
             "run the same command again to go on."
         )
-    facts = {
+    metadata = {
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
         "steps": trainer.state.global_step,
@@ -125,7 +133,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         "processes": PartialState().num_processes,
         "peak_memory_mb": peak_memory_mb(),
         "train_loss": next((h["train_loss"] for h in reversed(trainer.state.log_history) if "train_loss" in h), None),
-        "data": report.facts(),
+        "data": report.to_dict(),
     }
     whole = work / "whole"
     _on_main(lambda: shutil.rmtree(whole, ignore_errors=True))
@@ -133,7 +141,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         _on_main(lambda: module.save(trainer, whole))
     else:
         _save_gathered(trainer, whole)
-    _on_main(lambda: _finish(loaded, parent, folder, work, facts))
+    _on_main(lambda: _finish(loaded, parent, folder, work, metadata))
     return folder
 
 
@@ -203,14 +211,14 @@ def _save_gathered(trainer: Trainer, whole: Path) -> None:
     trainer._save(str(whole), state_dict=weights)
 
 
-def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path, facts: dict[str, Any]) -> None:
+def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path, metadata: dict[str, Any]) -> None:
     """Complete the whole checkpoint with its facts and put it in its place."""
     whole = work / "whole"
     (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and recipe.yaml says it all
     for name in ("recipe.yaml", "metrics.jsonl"):
         shutil.copy2(work / name, whole / name)
-    write_json(whole / "report.json", facts)
-    seal(whole, _provenance(loaded, parent, whole, facts))
+    write_json(whole / "report.json", metadata)
+    write_manifest(whole, _provenance(loaded, parent, whole, metadata))
     if (work / "runs").is_dir():  # TensorBoard's events, unsealed: their names hold the host's
         shutil.copytree(work / "runs", whole / "tensorboard")
     whole.replace(folder)
@@ -340,8 +348,8 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    recipe, sources, data = loaded.recipe, facts["data"]["sources"], []
+def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    recipe, sources, data = loaded.recipe, metadata["data"]["sources"], []
     for spec, source in zip(recipe.data, sources or [{}] * len(recipe.data), strict=True):
         named = spec.model_dump(mode="json", exclude_none=True)
         # Of a folder on this machine the name is enough; a name on the Hub stays whole.
@@ -367,8 +375,8 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, facts: d
         "data": data,
         "cost": {
             # Of a run that was stopped in between, only its last part was timed.
-            "duration_s": None if facts["resumed"] else facts["duration_s"],
-            "processes": facts["processes"],
+            "duration_s": None if metadata["resumed"] else metadata["duration_s"],
+            "processes": metadata["processes"],
             "energy_kwh": None,  # nothing here measures it yet
         },
         "weights_sha256": weights_sha256(whole),
@@ -395,8 +403,8 @@ def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
     return made
 
 
-def run_lineage(recipe: str | Path, runs: str | Path, say: Callable[[str], None] = print) -> Path:
+def run_lineage(recipe: str | Path, runs: str | Path, log: Callable[[str], None] = print) -> Path:
     """Run a recipe after whichever of its ancestors are not finished yet."""
     for loaded in load_recipe(recipe).lineage():
-        folder = run_stage(loaded, runs, say=say)
+        folder = run_stage(loaded, runs, log=log)
     return folder

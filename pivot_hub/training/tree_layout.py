@@ -313,8 +313,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def image_key(image: Any) -> str:
     """What tells a decoded image from others: its mode, size and pixels."""
-    facts = f"{image.mode}{image.size}".encode()
-    return hashlib.blake2b(facts + image.tobytes(), digest_size=16).hexdigest()
+    metadata = f"{image.mode}{image.size}".encode()
+    return hashlib.blake2b(metadata + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _images(example: dict[str, Any]) -> list[Any]:

@@ -101,9 +101,9 @@ def build_trainer(
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{loaded.path}: `architecture` does not make a SigLIP encoder: {error}") from error
     sources = [ShapesSource(spec) for spec in recipe.data if isinstance(spec, ShapesData)]
-    if wrong := [s for s in sources if s.world.image_px != config.image_size]:
+    if wrong := [s for s in sources if s.dataset.image_px != config.image_size]:
         raise RecipeError(
-            f"{loaded.path}: images of {wrong[0].world.image_px} px for an encoder of {config.image_size}: "
+            f"{loaded.path}: images of {wrong[0].dataset.image_px} px for an encoder of {config.image_size}: "
             "set `architecture.image_size` and `data.world.image_px` alike."
         )
     side = cast(int, config.image_size) // cast(int, config.patch_size)
@@ -114,7 +114,7 @@ def build_trainer(
         made = []
         for index in batch["row"]:
             source = sources[where[index][0]]
-            scene = source.world.scene(source.spec.split, source.spec.start + where[index][1])
+            scene = source.dataset.scene(source.spec.split, source.spec.start + where[index][1])
             made.append(labelled(scene, scene.render(), side))
         return {key: [m[key] for m in made] for key in made[0]}
 
@@ -131,9 +131,9 @@ def labelled(scene: Scene, picture: Picture, side: int) -> dict[str, Tensor]:
     pixels = np.asarray(picture.image, np.float32).transpose(2, 0, 1) / 127.5 - 1
     regions = np.zeros((side, side, len(SLOTS)), np.int64)
     words = np.zeros(len(WORDS) - 1 + COUNTS, np.float32)
-    words[len(WORDS) - 2 + len(scene.things)] = 1
+    words[len(WORDS) - 2 + len(scene.objects)] = 1
     patch = picture.image.width // side
-    for thing, mask in zip(scene.things, picture.masks, strict=True):
+    for thing, mask in zip(scene.objects, picture.masks, strict=True):
         said = [WORDS.index(w) for w in (thing.size, thing.colour, thing.shape)]
         words[np.array([*said, WORDS.index(POSITIONS[thing.position])]) - 1] = 1
         regions[mask.reshape(side, patch, side, patch).mean((1, 3)) > COVERED] = said

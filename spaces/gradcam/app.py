@@ -30,12 +30,12 @@ import gradio as gr  # noqa: E402
 from gradio.utils import get_upload_folder  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pivot_hub.data.synthetic import DESCRIBE, KINDS, Kind, World  # noqa: E402
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, Kind, ShapesDataset  # noqa: E402
 from pivot_hub.demo.comparison import scene_subject  # noqa: E402
 from pivot_hub.demo.html import Panels  # noqa: E402
-from pivot_hub.demo.model_bundle import PairNames, PairShelf  # noqa: E402
+from pivot_hub.demo.model_bundle import BundleCache, BundleNames  # noqa: E402
 from pivot_hub.demo.service import Seen, Viewer  # noqa: E402
-from pivot_hub.demo.view_state import CLOSER, Look, read_look  # noqa: E402
+from pivot_hub.demo.view_state import CLOSER, ViewState, read_view_state  # noqa: E402
 from pivot_hub.errors import DataError, PivotError  # noqa: E402
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method  # noqa: E402
 from pivot_hub.explain.heatmaps import COLOURS, data_uri  # noqa: E402
@@ -121,7 +121,7 @@ def path_of(file: Any) -> Path | None:
     return Path(path)
 
 
-def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Blocks:
+def build_app(names: BundleNames = BundleNames(), runs: Path | None = None) -> gr.Blocks:
     """Build the app; models are loaded here, once for all visitors.
 
     Args:
@@ -131,10 +131,10 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
     Raises:
         CheckpointError: the pair cannot be loaded.
     """
-    viewer = Viewer(PairShelf(names, runs), Panels(HERE), on_gpu)
-    examples = [Look(**chosen) for chosen in json.loads((HERE / "examples.json").read_text())]
-    world = World(image_px=viewer.start.image_px)
-    pictures = [(scene_subject(world, e.scene, e.ask), e.query()) for e in examples]
+    viewer = Viewer(BundleCache(names, runs), Panels(HERE), on_gpu)
+    examples = [ViewState(**chosen) for chosen in json.loads((HERE / "examples.json").read_text())]
+    dataset = ShapesDataset(image_px=viewer.start.image_px)
+    pictures = [(scene_subject(dataset, e.scene, e.ask), e.query()) for e in examples]
     script = (HERE / "panels.js").read_text()
 
     with gr.Blocks(title="What did DPO change?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
@@ -209,7 +209,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
                     opacity = gr.Slider(
                         0,
                         100,
-                        value=Look.opacity,
+                        value=ViewState.opacity,
                         step=5,
                         label="Opacity",
                         info="How much of the map covers the picture, percent.",
@@ -262,7 +262,7 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             gr.Markdown(ABOUT)
 
         # One visitor's own: what was chosen, and what it shows. Models are everybody's.
-        chosen, seen = gr.State(Look()), gr.State()
+        chosen, seen = gr.State(ViewState()), gr.State()
         query = gr.Textbox(visible="hidden", elem_id="query")
         file_uri = gr.Textbox(visible="hidden")
 
@@ -281,29 +281,29 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
         }
         given = [chosen, upload, *controls.values()]
 
-        def take(look: Look, values: tuple[Any, ...]) -> Look:
+        def take(view_state: ViewState, values: tuple[Any, ...]) -> ViewState:
             """The visitor's look with what the controls say now."""
             said = dict(zip(controls, values, strict=True))
-            top = viewer.pair(look).layers
+            top = viewer.pair(view_state).layers
             said |= {name: int(said[name] or 0) for name in ("scene", "layer", "opacity")}  # sliders send floats
             said["layer"] %= top  # the last one is each encoder's own, which a look calls 0
-            return replace(look, **said)
+            return replace(view_state, **said)
 
-        def show(look: Look, file: Any) -> dict[Any, Any]:
+        def show(view_state: ViewState, file: Any) -> dict[Any, Any]:
             """Compare anew, and show all of it."""
-            made = viewer.see(look, path_of(file))
-            texts = {question: made.look.question, right: made.look.right, wrong: made.look.wrong}
-            return {**redraw(made), **texts, scene: made.look.scene, ask: made.look.ask}
+            made = viewer.see(view_state, path_of(file))
+            texts = {question: made.view_state.question, right: made.view_state.right, wrong: made.view_state.wrong}
+            return {**redraw(made), **texts, scene: made.view_state.scene, ask: made.view_state.ask}
 
         def redraw(made: Seen) -> dict[Any, Any]:
             """Show what was compared before in other colours, by the other method, or closer."""
             return {
-                chosen: made.look,
+                chosen: made.view_state,
                 seen: made,
                 stage: viewer.stage(made),
                 close: viewer.closer(made),
                 message: "",
-                query: made.look.query(),
+                query: made.view_state.query(),
             }
 
         def told(step: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
@@ -319,71 +319,73 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             return run
 
         @told
-        def look_now(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
-            return show(take(look, values), file)
+        def look_now(view_state: ViewState, file: Any, *values: Any) -> dict[Any, Any]:
+            return show(take(view_state, values), file)
 
         @told
-        def look_at_scene(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
-            fresh = replace(take(look, values), question="", right="", wrong="", picture="")
+        def look_at_scene(view_state: ViewState, file: Any, *values: Any) -> dict[Any, Any]:
+            fresh = replace(take(view_state, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(fresh, None)}
 
         @told
-        def look_at_another(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
-            fresh = replace(take(look, values), question="", right="", wrong="", picture="")
+        def look_at_another(view_state: ViewState, file: Any, *values: Any) -> dict[Any, Any]:
+            fresh = replace(take(view_state, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=random.randrange(100_000)), None)}
 
         @told
-        def look_at_example(event: gr.EventData, look: Look, file: Any, *values: Any) -> dict[Any, Any]:
+        def look_at_example(event: gr.EventData, view_state: ViewState, file: Any, *values: Any) -> dict[Any, Any]:
             example = examples[int(event.index) % len(examples)]
-            fresh = replace(take(look, values), question="", right="", wrong="", picture="")
+            fresh = replace(take(view_state, values), question="", right="", wrong="", picture="")
             return {upload: None, **show(replace(fresh, scene=example.scene, ask=example.ask), None)}
 
-        def look_at_own(look: Look, file: Any, *values: Any) -> dict[Any, Any]:
+        def look_at_own(view_state: ViewState, file: Any, *values: Any) -> dict[Any, Any]:
             """A picture was given, or taken away: by the visitor, or with a scene that is shown already."""
-            if file is None and not look.picture:
-                return {chosen: look}
-            fresh = replace(take(look, values), question=DESCRIBE if file else "", right="", wrong="", picture="")
+            if file is None and not view_state.picture:
+                return {chosen: view_state}
+            fresh = replace(take(view_state, values), question=DESCRIBE if file else "", right="", wrong="", picture="")
             fresh = replace(fresh, explain="answer")  # without a right answer there is no loss to explain
             try:
                 return {explain: "answer", **show(fresh, file)}
             except PivotError as error:
                 text = viewer.panels.message(str(error))
-                return {message: text, upload: None, chosen: replace(look, picture="")}
+                return {message: text, upload: None, chosen: replace(view_state, picture="")}
 
         @told
         def draw_again(made: Seen | None, *values: Any) -> dict[Any, Any]:
             if made is None:
                 return {seen: None}
             how = dict(zip(("method", "colours", "opacity", "closer"), values, strict=True))
-            return redraw(Seen(replace(made.look, **how | {"opacity": int(how["opacity"])}), made.comparison))
+            return redraw(Seen(replace(made.view_state, **how | {"opacity": int(how["opacity"])}), made.comparison))
 
         def remember_opacity(made: Seen | None, percent: float) -> dict[Any, Any]:
             """The page has set it already: only the link has to know."""
             if made is None:
                 return {seen: None}
-            made = Seen(replace(made.look, opacity=int(percent)), made.comparison)
-            return {chosen: made.look, seen: made, query: made.look.query()}
+            made = Seen(replace(made.view_state, opacity=int(percent)), made.comparison)
+            return {chosen: made.view_state, seen: made, query: made.view_state.query()}
 
         @told
         def pick_patch(event: gr.EventData, made: Seen | None) -> dict[Any, Any]:
             if made is None:
                 return {seen: None}
-            made = Seen(replace(made.look, row=int(event.row), column=int(event.column)), made.comparison)
-            return {chosen: made.look, seen: made, close: viewer.closer(made), query: made.look.query()}
+            made = Seen(replace(made.view_state, row=int(event.row), column=int(event.column)), made.comparison)
+            return {chosen: made.view_state, seen: made, close: viewer.closer(made), query: made.view_state.query()}
 
-        def load_pair(look: Look, file: Any, *values: Any, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:
+        def load_pair(
+            view_state: ViewState, file: Any, *values: Any, progress: gr.Progress = gr.Progress()
+        ) -> dict[Any, Any]:
             *values_of_controls, one, other, of_both = values
-            wanted = PairNames(one.strip(), other.strip(), of_both.strip())
+            wanted = BundleNames(one.strip(), other.strip(), of_both.strip())
             try:
                 pair = viewer.shelf.get(wanted, progress)
-                look = replace(
-                    take(look, tuple(values_of_controls)),
+                view_state = replace(
+                    take(view_state, tuple(values_of_controls)),
                     first=wanted.first,
                     second=wanted.second,
                     parent=wanted.parent,
                     layer=0,
                 )
-                shown = show(look, file)
+                shown = show(view_state, file)
             except PivotError as error:
                 return {loading: viewer.panels.message(f"{error} The pair that was shown stays.")}
             text = f"Shown: {pair.first.name} and {pair.second.name}."
@@ -401,15 +403,15 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
             """Restore what a link says; what it says wrong is told, and the rest of the page is as at the start."""
             problem = ""
             try:
-                look = read_look(dict(request.query_params))
-                shown = show(look, None)
+                view_state = read_view_state(dict(request.query_params))
+                shown = show(view_state, None)
             except PivotError as error:
-                problem, look = str(error), Look()
-                shown = show(look, None)
-            pair = viewer.pair(look)
-            top = gr.Slider(maximum=pair.layers, value=look.layer or pair.layers)
-            others = {c: getattr(look, n) for n, c in controls.items() if c not in shown and c is not layer}
-            named = {first: look.first, second: look.second, parent: look.parent}
+                problem, view_state = str(error), ViewState()
+                shown = show(view_state, None)
+            pair = viewer.pair(view_state)
+            top = gr.Slider(maximum=pair.layers, value=view_state.layer or pair.layers)
+            others = {c: getattr(view_state, n) for n, c in controls.items() if c not in shown and c is not layer}
+            named = {first: view_state.first, second: view_state.second, parent: view_state.parent}
             told_ = {message: viewer.panels.message(problem)}
             return {**shown, **others, **named, layer: top, **told_}
 
@@ -455,20 +457,22 @@ def build_app(names: PairNames = PairNames(), runs: Path | None = None) -> gr.Bl
 def add_endpoints(viewer: Viewer) -> None:
     """Offer the page's work to programs: `gradio_client`, HTTP, and MCP where it is installed."""
     picture = gr.Image(visible=False, type="filepath", label="Picture: empty for a scene of the built-in world")
-    scene = gr.Number(Look.scene, visible=False, label="Scene: any whole number draws its own", precision=0, minimum=0)
-    ask = gr.Dropdown(list(KINDS), value=Look.ask, visible=False, label="Kind of the scene's own question")
+    scene = gr.Number(
+        ViewState.scene, visible=False, label="Scene: any whole number draws its own", precision=0, minimum=0
+    )
+    ask = gr.Dropdown(list(KINDS), value=ViewState.ask, visible=False, label="Kind of the scene's own question")
     question = gr.Textbox("", visible=False, label="Question: empty for the scene's own, with its answers")
     right = gr.Textbox("", visible=False, label="Right answer: empty to explain what each model says")
     wrong = gr.Textbox("", visible=False, label="Wrong answer")
-    explain = gr.Radio(list(EXPLAINS), value=Look.explain, visible=False, label="What to explain")
-    method = gr.Radio(list(METHODS), value=Look.method, visible=False, label="Map")
+    explain = gr.Radio(list(EXPLAINS), value=ViewState.explain, visible=False, label="What to explain")
+    method = gr.Radio(list(METHODS), value=ViewState.method, visible=False, label="Map")
     layer = gr.Number(0, visible=False, label="Layer for Grad-CAM: 0 for the one the MLLM sees", precision=0, minimum=0)
-    colours = gr.Dropdown(list(COLOURS), value=Look.colours, visible=False, label="Colours of the maps")
+    colours = gr.Dropdown(list(COLOURS), value=ViewState.colours, visible=False, label="Colours of the maps")
     first = gr.Textbox("", visible=False, label="First MLLM by Hub name: empty for the built-in pair")
     second = gr.Textbox("", visible=False, label="Second MLLM")
     parent = gr.Textbox("", visible=False, label="Parent of both, for the DPO loss")
-    row = gr.Number(Look.row, visible=False, label="Row of the patch, from 0 at the top", precision=0, minimum=0)
-    column = gr.Number(Look.column, visible=False, label="Column, from 0 at the left", precision=0, minimum=0)
+    row = gr.Number(ViewState.row, visible=False, label="Row of the patch, from 0 at the top", precision=0, minimum=0)
+    column = gr.Number(ViewState.column, visible=False, label="Column, from 0 at the left", precision=0, minimum=0)
     what = [picture, scene, ask, question, right, wrong]
     pair = [first, second, parent]
     figure, numbers = gr.Image(visible=False, label="Figure", format="png"), gr.JSON(visible=False, label="Numbers")
@@ -478,21 +482,21 @@ def add_endpoints(viewer: Viewer) -> None:
         whole = ("scene", "layer", "row", "column")
         try:
             chosen |= {name: int(chosen[name]) for name in whole if chosen.get(name) is not None}  # JSON has one number
-            return viewer.see(Look(**chosen), path_of(picture))
+            return viewer.see(ViewState(**chosen), path_of(picture))
         except PivotError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def look(
+    def view_state(
         picture: dict[str, Any] | None = None,
-        scene: int = Look.scene,
-        ask: Kind = Look.ask,
+        scene: int = ViewState.scene,
+        ask: Kind = ViewState.ask,
         question: str = "",
         right: str = "",
         wrong: str = "",
-        explain: Explain = Look.explain,
-        method: Method = Look.method,
+        explain: Explain = ViewState.explain,
+        method: Method = ViewState.method,
         layer: int = 0,
-        colours: str = Look.colours,
+        colours: str = ViewState.colours,
         first: str = "",
         second: str = "",
         parent: str = "",
@@ -536,9 +540,9 @@ def add_endpoints(viewer: Viewer) -> None:
 
     def patches(
         picture: dict[str, Any] | None = None,
-        scene: int = Look.scene,
-        row: int = Look.row,
-        column: int = Look.column,
+        scene: int = ViewState.scene,
+        row: int = ViewState.row,
+        column: int = ViewState.column,
         first: str = "",
         second: str = "",
         parent: str = "",
@@ -562,12 +566,12 @@ def add_endpoints(viewer: Viewer) -> None:
 
     def words(
         picture: dict[str, Any] | None = None,
-        scene: int = Look.scene,
-        ask: Kind = Look.ask,
+        scene: int = ViewState.scene,
+        ask: Kind = ViewState.ask,
         question: str = "",
         right: str = "",
         wrong: str = "",
-        method: Method = Look.method,
+        method: Method = ViewState.method,
         first: str = "",
         second: str = "",
         parent: str = "",
@@ -593,19 +597,21 @@ def add_endpoints(viewer: Viewer) -> None:
         names = {"first": first, "second": second, "parent": parent}
         return viewer.word_numbers(see(picture, scene=scene, ask=ask, method=method, **texts, **names))
 
-    button.click(look, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **PROGRAMS)
+    button.click(
+        view_state, [*what, explain, method, layer, colours, *pair], [figure, numbers], api_name="look", **PROGRAMS
+    )
     button.click(patches, [picture, scene, row, column, *pair], numbers, api_name="patches", **PROGRAMS)
     button.click(words, [*what, method, *pair], numbers, api_name="words", **PROGRAMS)
 
 
-def names_from_environment() -> tuple[PairNames, Path | None]:
+def names_from_environment() -> tuple[BundleNames, Path | None]:
     """What to start with: PIVOT_FIRST, PIVOT_SECOND and PIVOT_PARENT, or what `pivot push --space` left; PIVOT_RUNS."""
     file = Path(__file__).with_name("pair.json")
     pushed = json.loads(file.read_text()) if file.is_file() else {}
     names = ("first", "second", "parent")
     first, second, parent = (os.environ.get(f"PIVOT_{name.upper()}", pushed.get(name, "")) for name in names)
     runs = os.environ.get("PIVOT_RUNS")
-    return PairNames(first, second, parent), Path(runs) if runs else None
+    return BundleNames(first, second, parent), Path(runs) if runs else None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pivot_hub.training.dpo import SWITCHES
 def test_every_form_is_timed_against_native(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_peak_memory", lambda form, *rest: len(form))  # seven processes: see the next test
     lines: list[str] = []
-    report = bench_encoder(str(parts / "vision"), batch=2, rounds=2, say=lines.append)
+    report = bench_encoder(str(parts / "vision"), batch=2, rounds=2, log=lines.append)
     assert tuple(report["forms"]) == FORMS
     assert len(lines) == len(FORMS)
     assert report["forms"]["native"]["ratio_to_native"] == 1
@@ -38,7 +38,7 @@ def test_every_form_is_timed_against_native(parts: Path, monkeypatch: pytest.Mon
 def test_memory_is_that_of_a_process_of_its_own(parts: Path) -> None:
     ballast = bytearray(1_500_000_000)  # what this process holds must not be counted
     ballast[::4096] = b"x" * len(ballast[::4096])
-    report = bench_encoder(str(parts / "vision"), batch=1, rounds=1, forms=("native",), say=lambda line: None)
+    report = bench_encoder(str(parts / "vision"), batch=1, rounds=1, forms=("native",), log=lambda line: None)
     assert 100 < report["forms"]["native"]["peak_memory_mb"] < 1400
 
 
@@ -74,7 +74,7 @@ SMALL = Size((32, 3, 2, 64), 32, 8, (32, 2, 2, 1, 64), 60, 5, 8, 16)
 
 def test_a_dpo_step_is_timed_in_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dpo_step.SIZES, "small", SMALL)
-    report = bench_dpo_step("small", batch=3, rounds=2, say=lambda line: None)
+    report = bench_dpo_step("small", batch=3, rounds=2, log=lambda line: None)
     for lengths in ("equal", "lognormal"):
         made = report["variants"][lengths]
         assert list(made) == ["stock", *SWITCHES, "all"]
@@ -119,7 +119,7 @@ def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
 def test_a_recipes_step_is_timed_beside_its_plan(recipes: Path, stage: str) -> None:
     loaded = load_recipe(recipes / f"{stage}.yaml")
     lines: list[str] = []
-    made = bench_train_step(loaded, steps=2, say=lines.append)
+    made = bench_train_step(loaded, steps=2, log=lines.append)
     assert (made["batch"], made["steps"], made["recipe"]) == (4, 2, f"tiny/{stage}")
     assert made["rows_per_s"] == pytest.approx(4 / made["step_s"], rel=0.01)
     assert made["planned_bytes"] > 0
@@ -133,7 +133,7 @@ def test_an_align_stage_has_no_step_to_time(recipes: Path) -> None:
 
 
 def test_reading_is_timed_against_the_gpus_need(recipes: Path) -> None:
-    made = bench_loader(str(recipes / "2-instruct.yaml"), rows=12, batch=4, rounds=2, say=lambda line: None)
+    made = bench_loader(str(recipes / "2-instruct.yaml"), rows=12, batch=4, rounds=2, log=lambda line: None)
     assert set(made["rows_per_s_per_core"]) == {"zip", "parquet"}
     slowest = min(made["rows_per_s_per_core"].values())
     for gpu in made["gpus"].values():
@@ -151,7 +151,7 @@ def test_the_readmes_loader_speed_is_that_of_the_record() -> None:
 
 @pytest.mark.slow
 def test_space_serves_its_visitors() -> None:
-    report = bench_space(visitors=4, clicks=2, say=lambda line: None)
+    report = bench_space(visitors=4, clicks=2, log=lambda line: None)
     assert 0 < report["ready_cpu_s"] <= report["ready_s"] + 0.1
     assert len(report["click_s"]["all"]) == 2
     assert report["visitors"]["errors"] == []

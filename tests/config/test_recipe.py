@@ -31,7 +31,7 @@ def test_shipped_recipes_are_found() -> None:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_recipes_load_and_open_with_their_facts(path: Path) -> None:
+def test_shipped_recipes_load_and_open_with_their_metadata(path: Path) -> None:
     loaded = load_recipe(path)
     assert loaded.lineage()[-1] is loaded
     head = path.read_text().split("stage:")[0].lower()

@@ -62,6 +62,6 @@ def record() -> Iterator[dict[str, Any]]:
     """What the suite found; kept for the README's table when all of it was run."""
     found: dict[str, Any] = {}
     yield found
-    print(f"\nconformance: {json.dumps({name: facts['versions'] for name, facts in found.items()})}")
+    print(f"\nconformance: {json.dumps({name: metadata['versions'] for name, metadata in found.items()})}")
     if len(found) == RESULTS:
         write_results(found)

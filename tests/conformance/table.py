@@ -27,11 +27,11 @@ def write_results(found: dict[str, Any]) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """Markdown: a row a backbone, a column a door; in a cell, the versions it opens in or why it does not."""
-    transformers = {name: facts for name, facts in results.items() if name.startswith("transformers-")}
-    others = {name: facts for name, facts in results.items() if name not in transformers}
-    versions = [facts["versions"]["transformers"] for facts in transformers.values()]
+    transformers = {name: metadata for name, metadata in results.items() if name.startswith("transformers-")}
+    others = {name: metadata for name, metadata in results.items() if name not in transformers}
+    versions = [metadata["versions"]["transformers"] for metadata in transformers.values()]
     versions.sort(key=lambda version: [int(part) for part in version.split(".")])
-    head = ["backbone", *DOORS.values(), *(_title(facts) for facts in others.values())]
+    head = ["backbone", *DOORS.values(), *(_title(metadata) for metadata in others.values())]
     lines = [
         f"In transformers {', '.join(versions)}, each in an environment of its own (largest difference of a feature "
         f"{_worst(transformers):.1g}):",
@@ -40,21 +40,21 @@ def render(results: dict[str, Any]) -> str:
         "|---" * len(head) + "|",
     ]
     for kind in (*ORIGINALS, "timm"):
-        cells = [_cell([facts["results"][kind].get(door) for facts in transformers.values()]) for door in DOORS]
-        cells += [_cell([facts["results"].get(kind)]) for facts in others.values()]
+        cells = [_cell([metadata["results"][kind].get(door) for metadata in transformers.values()]) for door in DOORS]
+        cells += [_cell([metadata["results"].get(kind)]) for metadata in others.values()]
         lines.append("| " + " | ".join([kind, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _title(facts: dict[str, Any]) -> str:
-    return " ".join(f"{name} {version}" for name, version in facts["versions"].items())
+def _title(metadata: dict[str, Any]) -> str:
+    return " ".join(f"{name} {version}" for name, version in metadata["versions"].items())
 
 
 def _worst(results: dict[str, Any]) -> float:
     return max(
         door["difference"]
-        for facts in results.values()
-        for doors in facts["results"].values()
+        for metadata in results.values()
+        for doors in metadata["results"].values()
         for door in doors.values()
         if "difference" in door
     )

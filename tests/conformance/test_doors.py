@@ -58,11 +58,11 @@ def test_every_door_opens_onto_the_same_features(
     record[name] = found
     for kind, doors in found["results"].items():
         assert list(doors) == ["native", "remote", "llava", *(["package"] if package else [])]
-        for door, facts in doors.items():
-            if "reason" in facts:
+        for door, metadata in doors.items():
+            if "reason" in metadata:
                 continue
-            assert "error" not in facts, f"{kind}, {door}: {facts['error']}"
-            assert facts["difference"] < 1e-5, f"{kind}, {door}"
+            assert "error" not in metadata, f"{kind}, {door}: {metadata['error']}"
+            assert metadata["difference"] < 1e-5, f"{kind}, {door}"
         wanted = ORIGINALS[kind].native if kind in ORIGINALS else "TimmWrapperModel"
         assert doors["native"]["class"] == wanted
         assert doors["remote"]["class"] == "PivotVisionModel"
@@ -123,7 +123,7 @@ def test_node_reads_the_export(originals: Path, record: dict[str, Any], tmp_path
     picture.save(tmp_path / "picture.png")
     results: dict[str, Any] = {}
     for kind in ORIGINALS:
-        export_encoder(originals / kind, tmp_path / kind, int8=kind == "siglip", say=lambda line: None)
+        export_encoder(originals / kind, tmp_path / kind, int8=kind == "siglip", log=lambda line: None)
         encoder, _ = read_encoder(originals / kind)
         own = encoder.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
         for dtype in ("fp32", "q8") if kind == "siglip" else ("fp32",):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.mllm.load import image_px, load_mllm
 from pivot_hub.probes.run import probe_questions
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS
@@ -52,7 +52,7 @@ def mllm(recipes: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("talking") / "mllm"
     rates = ["learning_rate.language=1e-2", "learning_rate.vision=1e-3"]
     loaded = load_recipe(str(recipes / "2-instruct.yaml"), ["data.0.rows=16", "args.num_train_epochs=40", *rates])
-    return run_stage(loaded, folder.parent, folder, trained / "1-align", say=lambda line: None)
+    return run_stage(loaded, folder.parent, folder, trained / "1-align", log=lambda line: None)
 
 
 def write_task(
@@ -99,7 +99,7 @@ def test_the_16_tasks_of_lmms_eval_are_read_as_recorded(python: Path, tmp_path: 
 @pytest.mark.conformance
 def test_an_mllm_answers_in_lmms_eval_as_it_does_here(python: Path, mllm: Path, tmp_path: Path) -> None:
     model, processor = load_mllm(mllm)
-    images, questions = probe_questions(World(image_px=image_px(model)), "test", 40)
+    images, questions = probe_questions(ShapesDataset(image_px=image_px(model)), "test", 40)
     said = generate_answers(model, processor, [q.text for q in questions], images, batch=8)
     assert len(set(said)) > 5
     rows = [{"question": q.text, "answer": q.answer} for q in questions]

@@ -48,8 +48,8 @@ def mmbench(i: int) -> dict[str, Any]:
     turned = options[i % 2 :] + options[: i % 2]
     index = i // 2 + 1_000_000 * (i % 2)
     row = {"index": index, "question": "Which colour?", "hint": "nan", "answer": ABCD[turned.index("red")]}
-    facts = {"category": "attribute", "L2-category": "fine", "source": "s", "split": "dev", "image": picture(i)}
-    return row | dict(zip(ABCD, turned, strict=True)) | {"E": "nan"} | facts
+    metadata = {"category": "attribute", "L2-category": "fine", "source": "s", "split": "dev", "image": picture(i)}
+    return row | dict(zip(ABCD, turned, strict=True)) | {"E": "nan"} | metadata
 
 
 def seedbench(i: int) -> dict[str, Any]:

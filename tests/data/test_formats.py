@@ -271,14 +271,14 @@ def test_a_stopped_run_on_parquet_goes_on_at_the_exact_row(
 
     monkeypatch.setattr(PivotSFTTrainer, "compute_loss", compute_loss)
     loaded = load_recipe(path, ["args.num_train_epochs=2", "args.save_steps=5", "args.per_device_train_batch_size=4"])
-    whole = run_stage(loaded, trained.parent, tmp_path / "whole", say=lambda line: None)
+    whole = run_stage(loaded, trained.parent, tmp_path / "whole", log=lambda line: None)
     straight, seen[:] = list(seen), []
     assert len(straight) == 18
     stop[0] = 13
     with pytest.raises(KeyboardInterrupt):
-        run_stage(loaded, trained.parent, tmp_path / "cut", say=lambda line: None)
+        run_stage(loaded, trained.parent, tmp_path / "cut", log=lambda line: None)
     stop[0] = 0
-    cut = run_stage(loaded, trained.parent, tmp_path / "cut", say=lambda line: None)
+    cut = run_stage(loaded, trained.parent, tmp_path / "cut", log=lambda line: None)
     assert seen == straight[:13] + straight[10:]
     for epoch in (straight[:9], straight[9:]):
         assert sorted(row for batch in epoch for row in batch) == sorted([*range(12), *range(12, 24), *range(12, 24)])

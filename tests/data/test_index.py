@@ -30,7 +30,7 @@ class Counting:
     def __init__(self) -> None:
         self.seen = 0
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {"counting": True}
 
     def __call__(self, rows: Sequence[Row]) -> list[Measured]:
@@ -201,7 +201,7 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
     with monkeypatch.context() as patch:
         patch.setattr(index, "_build", lambda *args: built.append(args[0]))
         skip = load_recipe(path, ["on_bad_row=skip"])
-        folder = run_stage(skip, trained.parent, tmp_path / "out", say=lambda line: None)
+        folder = run_stage(skip, trained.parent, tmp_path / "out", log=lambda line: None)
     assert not built
     report = json.loads((folder / "report.json").read_text())["data"]
     assert {k: checked[k] for k in report} == report
@@ -209,7 +209,7 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
     assert provenance["ids_sha256"] == checked["sources"][0]["ids_sha256"]
     assert len(provenance["files_sha256"]) == 64
     with pytest.raises(DataError, match=r"pairs.jsonl:6: image c.png does not exist"):
-        run_stage(load_recipe(path), trained.parent, tmp_path / "stop", say=lambda line: None)
+        run_stage(load_recipe(path), trained.parent, tmp_path / "stop", log=lambda line: None)
 
 
 def test_a_mended_image_is_looked_at_again(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pivot_hub.errors import DataError
 class Unchecked:
     """A check that finds nothing wrong."""
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {}
 
     def __call__(self, rows: Sequence[Row]) -> list[Measured]:
@@ -86,7 +86,7 @@ def test_a_bad_row_stops_the_run_naming_file_and_row(
     _images(own_recipes / "images")
     loaded = load_recipe(_recipe(own_recipes, [GOOD[0], row]))
     with pytest.raises(DataError) as caught:
-        run_stage(loaded, trained.parent, tmp_path / "out", say=lambda line: None)
+        run_stage(loaded, trained.parent, tmp_path / "out", log=lambda line: None)
     message = str(caught.value)
     assert message.startswith("pairs.jsonl:2")
     assert said in message
@@ -103,7 +103,7 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(
     _images(own_recipes / "images")
     loaded = load_recipe(_recipe(own_recipes, [*GOOD, *(r for r, _ in BAD)], "skip"))
     said: list[str] = []
-    folder = run_stage(loaded, trained.parent, tmp_path / "out", say=said.append)
+    folder = run_stage(loaded, trained.parent, tmp_path / "out", log=said.append)
     data = json.loads((folder / "report.json").read_text())["data"]
     assert data["rows"] == len(MODES)
     assert data["skipped_rows"] == len(BAD)
@@ -209,8 +209,8 @@ def _meta(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
         Image.new("RGB", (8, 8), "red").save(images / "a.png")
         row = {"image": "a.png", "question": "What?", "rejected": "no"}
         annotation.write_text("".join(json.dumps({**row, "chosen": f"{name} {i}"}) + "\n" for i in range(count)))
-        facts = {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "length": count}
-        entries.append(f'"{name}": {json.dumps({**facts, "data_augment": False, "repeat_time": 1, **changes})}')
+        metadata = {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "length": count}
+        entries.append(f'"{name}": {json.dumps({**metadata, "data_augment": False, "repeat_time": 1, **changes})}')
     meta = folder / "MMPR" / "meta.json"
     meta.write_text("{\n" + ",\n".join(entries) + ",\n}")
     return meta

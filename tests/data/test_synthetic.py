@@ -19,21 +19,21 @@ from pivot_hub.data.synthetic import (
     SLIPS,
     SPLITS,
     Scene,
-    World,
+    ShapesDataset,
     draw_fact,
     is_unseen,
 )
 
-WORLD = World()
+WORLD = ShapesDataset()
 DIGEST = """
 import hashlib
-from pivot_hub.data.synthetic import World, KINDS
-world, digest = World(), hashlib.sha256()
+from pivot_hub.data.synthetic import ShapesDataset, KINDS
+dataset, digest = ShapesDataset(), hashlib.sha256()
 for i in range(20):
-    scene = world.scene("train", i)
+    scene = dataset.scene("train", i)
     picture = scene.render()
     digest.update(picture.image.tobytes() + picture.masks.tobytes() + scene.caption().encode())
-    digest.update(repr(scene.pair(KINDS[i % 5], "describe", world.scene_rng("train", i, 1))).encode())
+    digest.update(repr(scene.pair(KINDS[i % 5], "describe", dataset.scene_rng("train", i, 1))).encode())
 print(digest.hexdigest())
 """
 
@@ -46,8 +46,8 @@ def test_same_seed_gives_same_bytes_in_another_process() -> None:
 
 def test_seed_and_index_change_the_scene() -> None:
     pictures = {
-        hashlib.sha256(world.scene("train", i).render().image.tobytes()).hexdigest()
-        for world in (World(seed=0), World(seed=1))
+        hashlib.sha256(dataset.scene("train", i).render().image.tobytes()).hexdigest()
+        for dataset in (ShapesDataset(seed=0), ShapesDataset(seed=1))
         for i in range(20)
     }
     assert len(pictures) == 40
@@ -67,7 +67,7 @@ def test_things_stay_visible_though_they_overlap() -> None:
         scene = WORLD.scene("train", i)
         picture = scene.render()
         assert (picture.masks.sum(0) <= 1).all()  # a pixel shows one thing
-        for k, thing in enumerate(scene.things):
+        for k, thing in enumerate(scene.objects):
             alone = Scene(WORLD, (thing,), (0,), 0).render().masks[0]
             shares.append(picture.masks[k].sum() / alone.sum())
             overlaps += shares[-1] < 1
@@ -84,12 +84,12 @@ def test_boxes_are_tight() -> None:
 
 
 def test_mask_covers_the_colour_it_names() -> None:
-    plain = World(noise=0, jitter=0, tint=0)
+    plain = ShapesDataset(noise=0, jitter=0, tint=0)
     for i in range(20):
         scene = plain.scene("train", i)
         picture = scene.render()
         pixels = np.asarray(picture.image)
-        for thing, mask in zip(scene.things, picture.masks, strict=True):
+        for thing, mask in zip(scene.objects, picture.masks, strict=True):
             assert np.abs(np.median(pixels[mask], axis=0) - np.array(thing.rgb)).max() <= 2
 
 
@@ -107,8 +107,8 @@ def test_captions_say_what_is_there() -> None:
     for i in range(100):
         scene = WORLD.scene("train", i)
         number, phrases = _parse(scene.caption())
-        assert NUMBERS.index(number) == len(scene.things) == len(phrases)
-        assert phrases == [(t.size, t.colour, t.shape, t.place) for t in scene.things]
+        assert NUMBERS.index(number) == len(scene.objects) == len(phrases)
+        assert phrases == [(t.size, t.colour, t.shape, t.place) for t in scene.objects]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_rejected_description_holds_one_error_of_its_kind(kind: str) -> None:
 
 def _answer(scene: Scene, text: str) -> str:
     """Answer a question from the layout alone, by rules of its own."""
-    things = scene.things
+    things = scene.objects
     if found := re.fullmatch(r"Is there an? (\w+) (\w+)\?", text):
         there = any((t.colour, t.shape) == found.groups() for t in things)
         return "yes" if there else "no"
@@ -175,7 +175,7 @@ def test_answers_are_true_and_wrong_ones_false(kind: str) -> None:
 
 
 def test_every_number_of_things_is_drawn() -> None:
-    counts = {len(WORLD.scene("train", i).things) for i in range(100)}
+    counts = {len(WORLD.scene("train", i).objects) for i in range(100)}
     assert counts == set(range(WORLD.things[0], WORLD.things[1] + 1))
 
 
@@ -191,36 +191,38 @@ def test_a_scan_names_what_lies_at_each_cell() -> None:
             if word == "nothing":
                 assert covering.max() < 0.8
             else:
-                near = [t for t in scene.things if word in (t.colour, t.shape, t.size)]
+                near = [t for t in scene.objects if word in (t.colour, t.shape, t.size)]
                 assert near, f"{word} is not in the scene"
-        assert {t.colour for t in scene.things} & set(words) or {t.shape for t in scene.things} & set(words)
+        assert {t.colour for t in scene.objects} & set(words) or {t.shape for t in scene.objects} & set(words)
 
 
 def test_settings_left_open_change_no_fact_and_no_scene() -> None:
     """Hashes of data and recipes that are on record name a world by its facts."""
-    assert set(WORLD.facts()) == {"image_px", "things", "noise", "jitter", "tint", "tilt", "seed"}
-    assert World(gap=0.74, scale=1.0).scene("train", 3).things == WORLD.scene("train", 3).things
-    assert World(gap=0.45).facts()["gap"] == 0.45
+    assert set(WORLD.to_dict()) == {"image_px", "things", "noise", "jitter", "tint", "tilt", "seed"}
+    assert ShapesDataset(gap=0.74, scale=1.0).scene("train", 3).objects == WORLD.scene("train", 3).objects
+    assert ShapesDataset(gap=0.45).to_dict()["gap"] == 0.45
 
 
 def test_larger_things_with_a_smaller_gap_hide_more_of_each_other() -> None:
-    def shown(world: World) -> float:
+    def shown(dataset: ShapesDataset) -> float:
         shares = []
         for i in range(60):
-            scene = world.scene("train", i)
+            scene = dataset.scene("train", i)
             masks = scene.render().masks
             shares += [
-                masks[k].sum() / Scene(world, (thing,), (0,), 0).render().masks[0].sum()
-                for k, thing in enumerate(scene.things)
+                masks[k].sum() / Scene(dataset, (thing,), (0,), 0).render().masks[0].sum()
+                for k, thing in enumerate(scene.objects)
             ]
         return float(np.quantile(shares, 0.05))
 
-    assert shown(World(things=(4, 5), gap=0.45, scale=1.3)) < shown(World(things=(4, 5))) - 0.2
+    assert shown(ShapesDataset(things=(4, 5), gap=0.45, scale=1.3)) < shown(ShapesDataset(things=(4, 5))) - 0.2
 
 
 def test_seen_and_unseen_combinations_share_none_and_miss_no_value() -> None:
     met = {
-        which: {(t.colour, t.shape) for i in range(400) for t in World(combinations=which).scene("train", i).things}
+        which: {
+            (t.colour, t.shape) for i in range(400) for t in ShapesDataset(combinations=which).scene("train", i).objects
+        }
         for which in ("seen", "unseen")
     }
     assert not met["seen"] & met["unseen"]

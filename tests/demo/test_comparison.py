@@ -18,12 +18,12 @@ from PIL import Image
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.image import read_upload
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo import model_bundle as mllm_pair
 from pivot_hub.demo.comparison import Subject, compare, compare_patches, compare_tokens, fit_picture, scene_subject
 from pivot_hub.demo.comparison_figure import draw_comparison
-from pivot_hub.demo.model_bundle import SHIPPED, MllmPair, PairNames, PairShelf, pack_pair, shipped_pair
-from pivot_hub.demo.view_state import Look, read_look
+from pivot_hub.demo.model_bundle import SHIPPED, BundleCache, BundleNames, ModelBundle, pack_bundle, shipped_bundle
+from pivot_hub.demo.view_state import ViewState, read_view_state
 from pivot_hub.errors import CheckpointError, DataError
 from pivot_hub.explain.gradcam import answer_batch, answer_log_probs, gradient_map
 from pivot_hub.explain.heatmaps import colour, densities, overlap, stretch, translucent
@@ -36,13 +36,13 @@ from tests.publish.hub_server import hub_server
 
 
 @pytest.fixture(scope="module")
-def pair() -> MllmPair:
-    return shipped_pair()
+def pair() -> ModelBundle:
+    return shipped_bundle()
 
 
 @pytest.fixture(scope="module")
-def scene(pair: MllmPair) -> Subject:
-    return scene_subject(World(image_px=pair.image_px), 17, "position")
+def scene(pair: ModelBundle) -> Subject:
+    return scene_subject(ShapesDataset(image_px=pair.image_px), 17, "position")
 
 
 # ---------------------------------------------------------------------- the shipped pair
@@ -60,8 +60,8 @@ def test_shipped_pair_is_small_sealed_and_from_our_recipes() -> None:
 
 
 def test_packing_keeps_what_the_branches_differ_by(trained: Path, tmp_path: Path) -> None:
-    pack_pair(trained, tmp_path / "pair")
-    made = shipped_pair(tmp_path / "pair")
+    pack_bundle(trained, tmp_path / "pair")
+    made = shipped_bundle(tmp_path / "pair")
     assert made.parent is not None
     parent = load_mllm(trained / "2-instruct")[0].state_dict()
     for mllm, stage in ((made.first, "3-sft"), (made.second, "3-dpo"), (made.parent, "2-instruct")):
@@ -83,38 +83,38 @@ def test_packing_refuses_branches_of_another_parent(trained: Path, tmp_path: Pat
     provenance["parent"]["weights_sha256"] = "0" * 64
     (runs / "3-dpo" / "provenance.json").write_text(json.dumps(provenance))
     with pytest.raises(CheckpointError, match="was not trained from"):
-        pack_pair(runs, tmp_path / "pair")
+        pack_bundle(runs, tmp_path / "pair")
     assert not (tmp_path / "pair").exists()
     with pytest.raises(CheckpointError, match="is no finished stage"):
-        pack_pair(tmp_path, tmp_path / "pair")
+        pack_bundle(tmp_path, tmp_path / "pair")
 
 
 def test_a_pack_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="make one with `pivot pair RUNS OUTPUT`"):
-        shipped_pair(tmp_path)
+        shipped_bundle(tmp_path)
 
 
 # ---------------------------------------------------------------------- any pair
 def test_names_below_runs_are_read_and_no_other_path(trained: Path, tmp_path: Path) -> None:
-    shelf = PairShelf(runs=trained)
+    shelf = BundleCache(runs=trained)
     steps: list[str] = []
-    made = shelf.get(PairNames("3-sft", "3-dpo", "2-instruct"), lambda share, what: steps.append(what))
+    made = shelf.get(BundleNames("3-sft", "3-dpo", "2-instruct"), lambda share, what: steps.append(what))
     assert [made.first.name, made.second.name] == ["3-sft", "3-dpo"]
     assert steps[-1] == "loading 2-instruct"
-    assert shelf.get(PairNames("3-sft", "3-dpo", "2-instruct")) is made
+    assert shelf.get(BundleNames("3-sft", "3-dpo", "2-instruct")) is made
     for name in (str(trained / "3-sft"), "../tiny/3-sft", "3-sft/../3-dpo", "/etc", ".", "a/b@../../c", "x" * 300):
         with pytest.raises(CheckpointError, match="names no MLLM") as told:
-            shelf.get(PairNames(name, "3-dpo"))
+            shelf.get(BundleNames(name, "3-dpo"))
         assert str(trained.parent) not in str(told.value).replace(name[:80], "")
     with pytest.raises(CheckpointError, match="give both names"):
-        shelf.get(PairNames("3-sft", ""))
+        shelf.get(BundleNames("3-sft", ""))
 
 
 def test_only_the_latest_pairs_stay(trained: Path) -> None:
-    shelf = PairShelf(runs=trained, keep=1)
-    first = shelf.get(PairNames("3-sft", "3-dpo"))
-    shelf.get(PairNames("3-dpo", "3-sft"))
-    assert shelf.get(PairNames("3-sft", "3-dpo")) is not first
+    shelf = BundleCache(runs=trained, keep=1)
+    first = shelf.get(BundleNames("3-sft", "3-dpo"))
+    shelf.get(BundleNames("3-dpo", "3-sft"))
+    assert shelf.get(BundleNames("3-sft", "3-dpo")) is not first
     assert shelf.start() is shelf.start()
 
 
@@ -132,16 +132,16 @@ def test_a_repository_of_the_hub(trained: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(mllm_pair, "hf_hub_download", one)
     monkeypatch.setattr(mllm_pair, "snapshot_download", all_of)
-    made = PairShelf().get(PairNames("owner/3-sft@v1", "owner/3-dpo"))
+    made = BundleCache().get(BundleNames("owner/3-sft@v1", "owner/3-dpo"))
     assert made.second.name == "3-dpo"
     assert asked[0] == ("owner/3-sft", "config.json", "v1")
     assert not any(p.endswith((".bin", ".py", ".pt", ".pkl")) for p in asked[1][2])
     with pytest.raises(CheckpointError, match="billion parameters are more than"):
-        PairShelf(most=1000).get(PairNames("owner/3-sft", "owner/3-dpo"))
+        BundleCache(most=1000).get(BundleNames("owner/3-sft", "owner/3-dpo"))
     (trained / "other").mkdir(exist_ok=True)
     (trained / "other" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="not an MLLM in transformers' LLaVA format"):
-        PairShelf().get(PairNames("owner/other", "owner/3-dpo"))
+        BundleCache().get(BundleNames("owner/other", "owner/3-dpo"))
     shutil.rmtree(trained / "other")
 
 
@@ -149,7 +149,7 @@ VISIT = """
 import sys
 from huggingface_hub import HfApi
 from pivot_hub.errors import CheckpointError
-from pivot_hub.demo.model_bundle import PairNames, PairShelf
+from pivot_hub.demo.model_bundle import BundleNames, BundleCache
 runs, shelf = sys.argv[1], PairShelf()
 for stage in ("2-instruct", "3-sft", "3-dpo"):
     HfApi().create_repo(f"pivot/{stage}")
@@ -185,21 +185,21 @@ def test_repositories_of_a_real_hub(trained: Path, tmp_path: Path) -> None:
 
 def test_a_hub_out_of_reach_is_told_without_a_path() -> None:
     with pytest.raises(CheckpointError, match="could not be fetched") as told:
-        PairShelf().get(PairNames("no-such-owner/no-such-model", "a/b"))
+        BundleCache().get(BundleNames("no-such-owner/no-such-model", "a/b"))
     assert "/root" not in str(told.value)
     assert "cache" not in str(told.value)
 
 
 def test_starting_with_folders(trained: Path) -> None:
-    names = PairNames(str(trained / "3-sft"), str(trained / "3-dpo"))
-    made = PairShelf(names).start()
+    names = BundleNames(str(trained / "3-sft"), str(trained / "3-dpo"))
+    made = BundleCache(names).start()
     assert (made.first.name, made.second.name, made.parent) == ("3-sft", "3-dpo", None)
     with pytest.raises(DataError, match="needs the parent"):
-        compare(made, scene_subject(World(image_px=made.image_px), 1, "shape"), "dpo")
+        compare(made, scene_subject(ShapesDataset(image_px=made.image_px), 1, "shape"), "dpo")
 
 
 # ---------------------------------------------------------------------- comparison
-def test_a_comparison_holds_the_maps_and_probabilities_of_each_model(pair: MllmPair, scene: Subject) -> None:
+def test_a_comparison_holds_the_maps_and_probabilities_of_each_model(pair: ModelBundle, scene: Subject) -> None:
     made = compare(pair, scene, "dpo", layer=2)
     assert pair.parent is not None
     for mllm, view in ((pair.first, made.first), (pair.second, made.second)):
@@ -224,12 +224,12 @@ def test_a_comparison_holds_the_maps_and_probabilities_of_each_model(pair: MllmP
         assert view.scores is not None
         assert view.scores["gradcam"] == score_map(view.maps["gradcam"], scene.mask)
     assert made.first.maps["gradcam"].tolist() != made.second.maps["gradcam"].tolist()
-    facts = json.loads(json.dumps(made.facts()))
-    assert [m["name"] for m in facts["models"]] == ["SFT", "DPO"]
-    assert np.allclose(facts["models"][1]["maps"]["gradient"], made.second.maps["gradient"], atol=1e-6)
+    metadata = json.loads(json.dumps(made.to_dict()))
+    assert [m["name"] for m in metadata["models"]] == ["SFT", "DPO"]
+    assert np.allclose(metadata["models"][1]["maps"]["gradient"], made.second.maps["gradient"], atol=1e-6)
 
 
-def test_without_a_right_answer_each_explains_its_own(pair: MllmPair, scene: Subject) -> None:
+def test_without_a_right_answer_each_explains_its_own(pair: ModelBundle, scene: Subject) -> None:
     made = compare(pair, replace(scene, right="", wrong="", mask=None))
     for view in (made.first, made.second):
         assert view.explained == view.answer != ""
@@ -242,7 +242,7 @@ def test_without_a_right_answer_each_explains_its_own(pair: MllmPair, scene: Sub
         compare(pair, replace(scene, question="why " * 2500))
 
 
-def test_sentences_say_what_the_maps_show(pair: MllmPair, scene: Subject) -> None:
+def test_sentences_say_what_the_maps_show(pair: ModelBundle, scene: Subject) -> None:
     made = compare(pair, scene)
     mask = np.zeros((64, 64), bool)
     mask[:16, :16] = True
@@ -279,7 +279,7 @@ def test_scores_of_one_map() -> None:
     assert not score_map(np.zeros((8, 8)), mask).peak_inside
 
 
-def test_tokens_and_patches_of_both(pair: MllmPair, scene: Subject) -> None:
+def test_tokens_and_patches_of_both(pair: ModelBundle, scene: Subject) -> None:
     made = compare(pair, scene)
     one, other = compare_tokens(pair, made)
     assert [t.text for t in one] == [t.text for t in other]
@@ -289,7 +289,7 @@ def test_tokens_and_patches_of_both(pair: MllmPair, scene: Subject) -> None:
     assert np.abs(tokens[0] - tokens[1]).max() > 0
 
 
-def test_patches_are_what_enters_the_projector(pair: MllmPair, scene: Subject) -> None:
+def test_patches_are_what_enters_the_projector(pair: ModelBundle, scene: Subject) -> None:
     caught: dict[str, torch.Tensor] = {}
     projector = pair.first.model.model.multi_modal_projector
     hook = projector.register_forward_pre_hook(lambda module, inputs: caught.update(tokens=inputs[0]))
@@ -318,7 +318,7 @@ def test_similarity_and_main_axes() -> None:
     assert not principal_colours([tokens, rng.normal(size=(4, 4, 5))])[2]
 
 
-def test_a_cropping_encoder_is_shown_what_it_sees(pair: MllmPair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cropping_encoder_is_shown_what_it_sees(pair: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Image.new("RGB", (100, 40))
     assert fit_picture(pair, wide).size == (100, 40)
     monkeypatch.setattr(pair.second.processor.image_processor, "do_center_crop", True, raising=False)
@@ -347,7 +347,7 @@ def test_colours_and_opacity_follow_the_values() -> None:
     assert stretch(values, (8, 4)).shape == (4, 8)
 
 
-def test_the_figure_shows_both_on_one_scale(pair: MllmPair, scene: Subject, tmp_path: Path) -> None:
+def test_the_figure_shows_both_on_one_scale(pair: ModelBundle, scene: Subject, tmp_path: Path) -> None:
     draw_comparison(compare(pair, scene), tmp_path / "a.png", "gradcam", "cividis")
     draw_comparison(compare(pair, replace(scene, question="$\\frac{", mask=None)), tmp_path / "b.png", "gradient")
     for name in ("a.png", "b.png"):
@@ -357,15 +357,15 @@ def test_the_figure_shows_both_on_one_scale(pair: MllmPair, scene: Subject, tmp_
 
 # ---------------------------------------------------------------------- looks
 def test_a_look_and_its_link_are_one() -> None:
-    assert Look().query() == "scene=27&ask=colour"
-    look = Look(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma")
-    look = replace(look, first="a/b", second="c/d")
+    assert ViewState().query() == "scene=27&ask=colour"
+    view_state = ViewState(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma")
+    view_state = replace(view_state, first="a/b", second="c/d")
 
-    query = dict(p.split("=") for p in look.query().split("&"))
+    query = dict(p.split("=") for p in view_state.query().split("&"))
     assert set(query) == {"scene", "ask", "question", "explain", "layer", "colours", "first", "second"}
     from urllib.parse import parse_qsl
 
-    assert read_look(dict(parse_qsl(look.query())) | {"__theme": "dark"}) == look
+    assert read_view_state(dict(parse_qsl(view_state.query())) | {"__theme": "dark"}) == view_state
 
 
 @pytest.mark.parametrize(
@@ -380,27 +380,27 @@ def test_a_look_and_its_link_are_one() -> None:
 )
 def test_a_link_that_says_nonsense_is_told(query: dict[str, str], said: str) -> None:
     with pytest.raises(DataError, match=said.replace("(", r"\(")):
-        read_look(query)
+        read_view_state(query)
 
 
 def test_looks_of_programs_are_judged_too() -> None:
     with pytest.raises(DataError, match="scene is -3: it lies between 0"):
-        Look(scene=-3)
+        ViewState(scene=-3)
     with pytest.raises(DataError, match="question is '5': it has to be a text"):
-        Look(question=5)  # type: ignore[arg-type]
+        ViewState(question=5)  # type: ignore[arg-type]
 
 
 def test_a_picture_fits_into_a_link() -> None:
     noise = Image.effect_noise((1200, 800), 90).convert("RGB")
-    look = Look().with_picture(noise)
-    assert len(look.query()) < 7000
-    back = look.image()
+    view_state = ViewState().with_picture(noise)
+    assert len(view_state.query()) < 7000
+    back = view_state.image()
     assert back is not None
     assert back.width / back.height == pytest.approx(1.5, rel=0.02)
     with pytest.raises(DataError):
-        replace(look, picture=look.picture[:200]).image()
+        replace(view_state, picture=view_state.picture[:200]).image()
     with pytest.raises(DataError):
-        Look(picture="not base64!").image()
+        ViewState(picture="not base64!").image()
 
 
 # ---------------------------------------------------------------------- uploads

@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.comparison import compare, scene_subject
 from pivot_hub.demo.launch import load_module, names_of_runs
-from pivot_hub.demo.model_bundle import PairNames, shipped_pair
-from pivot_hub.demo.view_state import Look
+from pivot_hub.demo.model_bundle import BundleNames, shipped_bundle
+from pivot_hub.demo.view_state import ViewState
 from pivot_hub.errors import CheckpointError
 
 
@@ -59,8 +59,8 @@ def test_endpoints_are_typed_and_documented(client: Any) -> None:
 
 def test_look_gives_the_numbers_of_the_package(client: Any) -> None:
     figure, numbers = client.predict(scene=11, ask="position", explain="dpo", layer=2, api_name="/look")
-    pair = shipped_pair()
-    made = compare(pair, scene_subject(World(image_px=64), 11, "position"), "dpo", 2)
+    pair = shipped_bundle()
+    made = compare(pair, scene_subject(ShapesDataset(image_px=64), 11, "position"), "dpo", 2)
     for model, view in zip(numbers["models"], (made.first, made.second), strict=True):
         assert model["answer"] == view.answer
         for method, grid in view.maps.items():
@@ -207,8 +207,8 @@ def test_zero_gpu_lends_its_gpu_to_what_computes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "spaces", fake)
     module = load_module()
     assert module.on_gpu is gpu
-    viewer = module.Viewer(module.PairShelf(), module.Panels(module.HERE), module.on_gpu)
-    seen = viewer.see(Look(closer="words"))
+    viewer = module.Viewer(module.BundleCache(), module.Panels(module.HERE), module.on_gpu)
+    seen = viewer.see(ViewState(closer="words"))
     viewer.closer(seen)
     viewer.patch_numbers(seen)
     assert lent == ["compare_named", "tokens_named", "patches_named"]
@@ -219,7 +219,7 @@ def test_zero_gpu_lends_its_gpu_to_what_computes(monkeypatch: pytest.MonkeyPatch
 def test_missing_stages_are_named(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no finished 2-instruct: run `pivot quickstart` first"):
         names_of_runs(tmp_path)
-    assert names_of_runs(trained) == PairNames(*(str(trained / s) for s in ("3-sft", "3-dpo", "2-instruct")))
+    assert names_of_runs(trained) == BundleNames(*(str(trained / s) for s in ("3-sft", "3-dpo", "2-instruct")))
 
 
 def test_app_over_trained_stages(trained: Path) -> None:

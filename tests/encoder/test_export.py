@@ -32,7 +32,7 @@ def quiet(line: str) -> None: ...
 @torch.no_grad()
 def test_onnx_gives_the_features_of_torch_for_any_batch(kind: str, tmp_path: Path) -> None:
     source = make_vision(tmp_path / "original", kind)
-    report = export_encoder(source, tmp_path / "out", say=quiet)
+    report = export_encoder(source, tmp_path / "out", log=quiet)
     assert max(report["files"]["onnx/model.onnx"]["relative_error"].values()) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "onnx" / "model.onnx"))
     assert [o.name for o in session.get_outputs()] == ["last_hidden_state", "pooler_output"]
@@ -50,7 +50,7 @@ def test_int8_and_fp16_are_measured_against_float32(tmp_path: Path) -> None:
     base = RECIPES / "shapes" / "base" / "vision"
     probe = partial(probe_shapes, sizes=Sizes(train=200, validation=60, test=100))
     picture = Image.effect_noise((99, 70), 50)
-    report = export_encoder(base, tmp_path / "out", fp16=True, int8=True, images=[picture], probe=probe, say=quiet)
+    report = export_encoder(base, tmp_path / "out", fp16=True, int8=True, images=[picture], probe=probe, log=quiet)
     assert json.loads(json.dumps(report)) == json.loads((tmp_path / "out" / "export.json").read_text())
     assert report["pictures"] == 6
     files = report["files"]
@@ -82,7 +82,7 @@ def test_int8_and_fp16_are_measured_against_float32(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_exports_load_as_the_encoder(tmp_path: Path) -> None:
     source = make_vision(tmp_path / "original", "dinov2-registers")
-    export_encoder(source, tmp_path / "out", int8=True, say=quiet)
+    export_encoder(source, tmp_path / "out", int8=True, log=quiet)
     encoder, _ = read_encoder(source)
     pixels = torch.randn(2, 3, IMAGE_PX, IMAGE_PX)
     wanted = encoder(pixels).last_hidden_state
@@ -97,7 +97,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
     """Protobuf holds 2 GB; transformers.js looks for NAME_data."""
     monkeypatch.setattr(export, "PROTOBUF_LIMIT", 1000)
     source = make_vision(tmp_path / "original", hidden_size=64)
-    report = export_encoder(source, tmp_path / "out", say=quiet)
+    report = export_encoder(source, tmp_path / "out", log=quiet)
     assert (tmp_path / "out" / "onnx" / "model.onnx_data").stat().st_size > 100_000
     assert report["files"]["onnx/model.onnx"]["bytes"] > 100_000
 
@@ -113,7 +113,7 @@ def test_an_export_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(export, "_write_onnx", wrong)
     with pytest.raises(ExportError, match="features differ from torch's by"):
-        export_encoder(source, tmp_path / "out", say=quiet)
+        export_encoder(source, tmp_path / "out", log=quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["original"]
 
 

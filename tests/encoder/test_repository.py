@@ -18,7 +18,7 @@ from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
 from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.provenance import seal
+from pivot_hub.provenance import write_manifest
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, SIZES, make_vision
 
 
@@ -193,7 +193,7 @@ def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_
     name = next(k for k in weights if k.endswith("layers.0.mlp.fc1.weight"))
     weights[name] = weights[name] * 2
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    seal(copy, {k: v for k, v in provenance.items() if k not in ("files", "sha256")})
+    write_manifest(copy, {k: v for k, v in provenance.items() if k not in ("files", "sha256")})
     assert any("golden vectors" in p for p in verify_repository(copy))
 
 

@@ -122,14 +122,14 @@ def test_command(trained: Path, tmp_path: Path, image: Image.Image, mask: np.nda
     done = CliRunner().invoke(app, ["--debug", *command, *outputs, str(tmp_path / "mask.png")])
     assert done.exit_code == 0, done.output
     assert "dpo loss 0.6931 -> " in done.output
-    facts = json.loads((tmp_path / "o.json").read_text())
-    assert (facts["parent"], facts["sft"]["learning_rate"], facts["dpo"]["learning_rate"]) == (
+    metadata = json.loads((tmp_path / "o.json").read_text())
+    assert (metadata["parent"], metadata["sft"]["learning_rate"], metadata["dpo"]["learning_rate"]) == (
         "tiny/2-instruct",
         1e-3,
         2e-3,
     )
-    assert facts["target_area"] == pytest.approx(0.5, abs=0.05)
-    assert [m["step"] for m in facts["dpo"]["moments"]] == [1, 2]
+    assert metadata["target_area"] == pytest.approx(0.5, abs=0.05)
+    assert [m["step"] for m in metadata["dpo"]["moments"]] == [1, 2]
     assert str(tmp_path) not in (tmp_path / "o.json").read_text()
     with Image.open(tmp_path / "o.png") as figure:
         assert figure.width > 3 * 2.4 * 130 * 0.9

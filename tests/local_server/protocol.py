@@ -200,8 +200,8 @@ async def _whoami(call: Call) -> Response:
         raise HubError(401, "Unauthorized")
     organisations = [{"type": "org", "name": o, "roleInOrg": "write"} for o in account.organisations]
     token = {"type": "access_token", "accessToken": {"displayName": "local", "role": account.role}}
-    facts = {"type": "user", "id": account.name, "name": account.name, "fullname": account.name}
-    return JSONResponse({**facts, "orgs": organisations, "auth": token})
+    metadata = {"type": "user", "id": account.name, "name": account.name, "fullname": account.name}
+    return JSONResponse({**metadata, "orgs": organisations, "auth": token})
 
 
 async def _validate_yaml(call: Call) -> Response:
@@ -241,8 +241,8 @@ async def _info(call: Call) -> Response:
     commit = repo.commit_at(call.part("revision") if "revision" in call.request.path_params else "main")
     with_blobs = "blobs" in call.request.query_params
     card = _card_data(call.hub, repo, commit)
-    siblings = [{"rfilename": p} | (_blob_facts(e) if with_blobs else {}) for p, e in commit.tree.items()]
-    facts = {
+    siblings = [{"rfilename": p} | (_blob_metadata(e) if with_blobs else {}) for p, e in commit.tree.items()]
+    metadata = {
         "_id": hashlib.sha1(repo.name.encode()).hexdigest()[:24],
         "id": repo.name,
         "modelId": repo.name,
@@ -259,8 +259,12 @@ async def _info(call: Call) -> Response:
         "siblings": siblings,
     }
     if card:
-        facts |= {"cardData": card, "pipeline_tag": card.get("pipeline_tag"), "library_name": card.get("library_name")}
-    return JSONResponse(facts | ({"sdk": repo.sdk} if repo.sdk else {}))
+        metadata |= {
+            "cardData": card,
+            "pipeline_tag": card.get("pipeline_tag"),
+            "library_name": card.get("library_name"),
+        }
+    return JSONResponse(metadata | ({"sdk": repo.sdk} if repo.sdk else {}))
 
 
 async def _tree(call: Call) -> Response:
@@ -278,7 +282,7 @@ async def _tree(call: Call) -> Response:
                 oid = hashlib.sha1(f"{commit.oid}{folder}".encode()).hexdigest()
                 found[folder] = {"type": "directory", "oid": oid, "size": 0, "path": folder}
         if len(parts) == 1 or recursive:
-            found[path] = _tree_facts(path, entry)
+            found[path] = _tree_metadata(path, entry)
     if below and not found:
         raise HubError(404, f"{below} does not exist", "EntryNotFound", headers={"X-Repo-Commit": commit.oid})
     return JSONResponse(list(found.values()))
@@ -287,7 +291,7 @@ async def _tree(call: Call) -> Response:
 async def _paths_info(call: Call) -> Response:
     commit = call.repo().commit_at(call.part("revision"))
     wanted = parse_qs((await call.request.body()).decode())["paths"]  # the client sends a form here
-    return JSONResponse([_tree_facts(p, commit.tree[p]) for p in wanted if p in commit.tree])
+    return JSONResponse([_tree_metadata(p, commit.tree[p]) for p in wanted if p in commit.tree])
 
 
 async def _refs(call: Call) -> Response:
@@ -309,8 +313,8 @@ async def _commits(call: Call) -> Response:
     commit: Commit | None = repo.commit_at(call.part("revision"))
     listed = []
     while commit is not None:
-        facts = {"id": commit.oid, "title": commit.title, "message": commit.description, "date": commit.date}
-        listed.append({**facts, "authors": [{"user": commit.author}]})
+        metadata = {"id": commit.oid, "title": commit.title, "message": commit.description, "date": commit.date}
+        listed.append({**metadata, "authors": [{"user": commit.author}]})
         commit = repo.commits[commit.parent] if commit.parent else None
     return JSONResponse(listed)
 
@@ -322,8 +326,8 @@ async def _preupload(call: Call) -> Response:
     for file in (await call.json())["files"]:
         path = file["path"]
         mode = "lfs" if is_large(path, file["size"], base64.b64decode(file["sample"])) else "regular"
-        facts = {"path": path, "uploadMode": mode, "shouldIgnore": False}
-        files.append(facts | ({"oid": known[path].etag} if path in known else {}))
+        metadata = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+        files.append(metadata | ({"oid": known[path].etag} if path in known else {}))
     return JSONResponse({"files": files})
 
 
@@ -356,15 +360,15 @@ async def _commit(call: Call) -> Response:
     if not proposed:
         ref = next(r for r in (f"refs/heads/{call.part('revision')}", call.part("revision")) if r in repo.refs)
         done = store.commit(repo, ref, base.oid, *about, made)
-        return JSONResponse(_commit_facts(call, repo, done))
+        return JSONResponse(_commit_metadata(call, repo, done))
     with store.lock:
         number = len(repo.pulls) + 1
         repo.refs[f"refs/pr/{number}"] = base.oid
         pull = {"num": number, "title": about[0], "author": account.name, "status": "open"}
         repo.pulls.append({**pull, "base": base.oid, "createdAt": now()})
         done = store.commit(repo, f"refs/pr/{number}", base.oid, *about, made)
-    facts = {"pullRequestUrl": call.url(f"{_page(repo)}/discussions/{number}")}
-    return JSONResponse(_commit_facts(call, repo, done) | facts)
+    metadata = {"pullRequestUrl": call.url(f"{_page(repo)}/discussions/{number}")}
+    return JSONResponse(_commit_metadata(call, repo, done) | metadata)
 
 
 def _apply(store: Store, repo: Repo, files: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
@@ -426,7 +430,7 @@ async def _discussions(call: Call) -> Response:
     if asked.get("type") == "discussion":
         found = []
     page = found[int(asked.get("p", 0)) * 50 :][:50]
-    listed = [_pull_facts(repo, p) for p in page]
+    listed = [_pull_metadata(repo, p) for p in page]
     return JSONResponse({"discussions": listed, "count": len(found), "start": int(asked.get("p", 0)) * 50})
 
 
@@ -444,8 +448,8 @@ async def _discussion(call: Call) -> Response:
         }
         for commit in [repo.commit_at(f"refs/pr/{pull['num']}")]
     ]
-    facts = {"events": events, "changes": {"base": MAIN}, "filesWithConflicts": True if conflicts else []}
-    return JSONResponse(_pull_facts(repo, pull) | facts | {"diff": ""})
+    metadata = {"events": events, "changes": {"base": MAIN}, "filesWithConflicts": True if conflicts else []}
+    return JSONResponse(_pull_metadata(repo, pull) | metadata | {"diff": ""})
 
 
 async def _merge(call: Call) -> Response:
@@ -654,17 +658,17 @@ def _pull(repo: Repo, number: str) -> dict[str, Any]:
     raise HubError(404, f"no pull request {number}")
 
 
-def _pull_facts(repo: Repo, pull: dict[str, Any]) -> dict[str, Any]:
-    facts = {key: pull[key] for key in ("num", "title", "status", "createdAt")}
+def _pull_metadata(repo: Repo, pull: dict[str, Any]) -> dict[str, Any]:
+    metadata = {key: pull[key] for key in ("num", "title", "status", "createdAt")}
     about = {"author": {"name": pull["author"]}, "repo": {"name": repo.name, "type": repo.type}}
-    return {**facts, **about, "isPullRequest": True}
+    return {**metadata, **about, "isPullRequest": True}
 
 
 def _page(repo: Repo) -> str:
     return f"/{repo.name}" if repo.type == "model" else f"/{repo.type}s/{repo.name}"
 
 
-def _commit_facts(call: Call, repo: Repo, made: Commit) -> dict[str, Any]:
+def _commit_metadata(call: Call, repo: Repo, made: Commit) -> dict[str, Any]:
     return {
         "success": True,
         "commitOid": made.oid,
@@ -673,18 +677,18 @@ def _commit_facts(call: Call, repo: Repo, made: Commit) -> dict[str, Any]:
     }
 
 
-def _blob_facts(entry: Entry) -> dict[str, Any]:
-    facts: dict[str, Any] = {"size": entry.size, "blobId": entry.blob}
+def _blob_metadata(entry: Entry) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"size": entry.size, "blobId": entry.blob}
     if entry.sha256:
-        facts["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}
-    return facts
+        metadata["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": 134}
+    return metadata
 
 
-def _tree_facts(path: str, entry: Entry) -> dict[str, Any]:
-    facts: dict[str, Any] = {"type": "file", "oid": entry.blob, "size": entry.size, "path": path}
+def _tree_metadata(path: str, entry: Entry) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"type": "file", "oid": entry.blob, "size": entry.size, "path": path}
     if entry.sha256:
-        facts["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
-    return facts
+        metadata["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 134}
+    return metadata
 
 
 def _card_data(hub: Hub, repo: Repo, commit: Commit) -> dict[str, Any]:

@@ -247,9 +247,9 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
 
 
-def _read_repo(facts: dict[str, Any]) -> Repo:
+def _read_repo(metadata: dict[str, Any]) -> Repo:
     commits = {
         oid: Commit(**{**c, "tree": {path: Entry(**e) for path, e in c["tree"].items()}})
-        for oid, c in facts["commits"].items()
+        for oid, c in metadata["commits"].items()
     }
-    return Repo(**{**facts, "commits": commits})
+    return Repo(**{**metadata, "commits": commits})

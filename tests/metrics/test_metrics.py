@@ -167,12 +167,12 @@ def test_a_difference_of_mean_iou_takes_its_tallies() -> None:
 
 
 def test_resamples_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    tallies = np.random.default_rng(0).random((2_600_000, 1))  # 3 draws a block
-    drawn = resample(tallies, 5, 4)
+    example_scores = np.random.default_rng(0).random((2_600_000, 1))  # 3 draws a block
+    drawn = resample(example_scores, 5, 4)
     rng = np.random.default_rng(5)
-    counts = rng.multinomial(len(tallies), np.full(len(tallies), 1 / len(tallies)), size=4)
-    assert np.allclose(drawn, counts @ tallies)
-    value, (low, high) = bootstrap(_scored(tallies[:500, 0]), mean, 0)
+    counts = rng.multinomial(len(example_scores), np.full(len(example_scores), 1 / len(example_scores)), size=4)
+    assert np.allclose(drawn, counts @ example_scores)
+    value, (low, high) = bootstrap(_scored(example_scores[:500, 0]), mean, 0)
     assert low < value < high
 
 

@@ -50,7 +50,7 @@ def test_a_stage_with_lora_trains_the_encoder_and_writes_a_plain_model(
     recipes: Path, trained: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_recipe(recipes / f"{stage}.yaml", LORA)
-    folder = run_stage(loaded, trained.parent, tmp_path / "whole", say=quiet)
+    folder = run_stage(loaded, trained.parent, tmp_path / "whole", log=quiet)
     changed = moved(trained / "2-instruct", folder)
     assert {part(name) for name in changed} == {"vision", "projector", "language"}
     language = {name for name in changed if part(name) == "language"}
@@ -66,10 +66,10 @@ def test_a_stage_with_lora_trains_the_encoder_and_writes_a_plain_model(
 
     monkeypatch.setattr(PartTrainer, "compute_loss", stop)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(loaded, trained.parent, tmp_path / "cut", say=quiet)
+        run_stage(loaded, trained.parent, tmp_path / "cut", log=quiet)
     monkeypatch.undo()
     said: list[str] = []
-    assert not moved(folder, run_stage(loaded, trained.parent, tmp_path / "cut", say=said.append))
+    assert not moved(folder, run_stage(loaded, trained.parent, tmp_path / "cut", log=said.append))
     assert any("resuming from step 4" in line for line in said)
 
 

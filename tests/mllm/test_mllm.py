@@ -189,7 +189,7 @@ def test_other_heads_speak_their_own_format_and_train(
     assert model.generation_config.eos_token_id == end
     overrides = [f"model.language={head}"]
     for stage in ("1-align", "2-instruct"):
-        folder = run_stage(load_recipe(own_recipes / f"{stage}.yaml", overrides), tmp_path, say=lambda line: None)
+        folder = run_stage(load_recipe(own_recipes / f"{stage}.yaml", overrides), tmp_path, log=lambda line: None)
     again, reloaded = load_mllm(folder)
     assert reloaded.chat_template == chat.template
     assert type(again.model.language_model).__name__ == f"{'Llama' if chat is LLAMA3 else 'Gemma2'}Model"
@@ -204,7 +204,7 @@ def test_a_processor_needs_no_weights(parts: Path, tmp_path: Path) -> None:
         shutil.copytree(parts / part, tmp_path / part)
         (tmp_path / part / "model.safetensors").unlink()
     light = read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))
-    checks = [RowCheck(processor, 64, "conversation", pairs=False).facts() for processor in (whole, light)]
+    checks = [RowCheck(processor, 64, "conversation", pairs=False).to_dict() for processor in (whole, light)]
     assert checks[0] == checks[1]
     (tmp_path / "vision" / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):

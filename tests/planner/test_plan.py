@@ -333,8 +333,8 @@ def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; weights would be 32 GB
-    facts = json.loads(json.dumps(plan.facts()))
-    values = list(numbers(facts))
+    metadata = json.loads(json.dumps(plan.to_dict()))
+    values = list(numbers(metadata))
     assert len(values) > 60
     assert all(math.isfinite(v) and v >= 0 for v in values)
     assert plan.parameters["language"] == {"trained": 7_615_616_512, "frozen": 0}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pivot_hub.data.synthetic import SPLITS, Split, World
+from pivot_hub.data.synthetic import SPLITS, ShapesDataset, Split
 from pivot_hub.errors import CheckpointError
 from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap
@@ -23,7 +23,7 @@ from pivot_hub.probes.segmentation.synthetic import CLASSES, class_masks, segmen
 
 CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
 COUNTS: dict[Split, int] = {"train": 400, "validation": 150, "test": 300}
-WORLD = World()
+WORLD = ShapesDataset()
 FACTS = {
     *("task", "metric", "value", "unit", "n", "split", "seed", "protocol", "feature_layer", "encoder"),
     *("encoder_sha256", "partner", "ci95", "duration_s", "versions", "data_sha256"),
@@ -53,7 +53,7 @@ def test_features_that_know_the_answer_score_full_marks_and_noise_scores_chance(
         expected = 50 if task != "count" else float(chance["shapes/count"].protocol.split("chance ")[1])
         low, high = chance[f"shapes/{task}"].ci95
         assert low - 4 < expected < high + 4
-    assert set(full["shapes/colour"].facts()) == FACTS
+    assert set(full["shapes/colour"].to_dict()) == FACTS
 
 
 def test_settings_are_chosen_on_validation_not_on_test() -> None:
@@ -91,7 +91,7 @@ def test_class_masks_agree_with_the_scene() -> None:
     scene = WORLD.scene("train", 5)
     picture = scene.render()
     ids = class_masks([scene], [picture])[0]
-    for thing, mask in zip(scene.things, picture.masks, strict=True):
+    for thing, mask in zip(scene.objects, picture.masks, strict=True):
         assert {CLASSES[i] for i in np.unique(ids[mask])} == {thing.shape}
     assert set(np.unique(ids[~picture.masks.any(0)])) == {0}
 

@@ -103,7 +103,7 @@ def test_what_is_no_pair_is_refused() -> None:
     with pytest.raises(ProbeError, match="differ in n"):
         compare_results({"sft": [one], "dpo": [result("dpo", "a", hits(0.5, 1)[1:])]})
     with pytest.raises(ProbeError, match="has no tallies"):
-        compare_results({"sft": [one], "dpo": [replace(one, tallies=None)]})
+        compare_results({"sft": [one], "dpo": [replace(one, example_scores=None)]})
 
 
 def test_results_of_files_make_table_markdown_json_and_figure(tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_results_of_files_make_table_markdown_json_and_figure(tmp_path: Path) ->
     row = next(line for line in made.markdown().splitlines() if line.startswith("| a |"))
     assert "| dpo better |" in row
     assert f"{made.rows[0].difference:+.1f}" in row
-    facts = json.loads(json.dumps(made.facts()))
-    assert facts["rows"][0]["p_holm"] < 0.05
-    assert "1000 paired bootstrap draws" in facts["method"]
+    metadata = json.loads(json.dumps(made.to_dict()))
+    assert metadata["rows"][0]["p_holm"] < 0.05
+    assert "1000 paired bootstrap draws" in metadata["method"]
     draw_comparisons(made, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert min(figure.size) > 100

@@ -12,19 +12,19 @@ from pathlib import Path
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.files import whole_folder, write_whole
-from pivot_hub.publish.card_facts import CARDS, Facts, read_facts, read_prose
+from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata, read_prose
 from pivot_hub.publish.card_render import FIGURE, card_files, render_plan
 
 FACTS = CARDS / "facts"
 TRAINED = ("shapes-base", "shapes-sft", "shapes-dpo")
 
 
-def facts_of(name: str) -> Facts:
+def facts_of(name: str) -> EncoderMetadata:
     """Of an encoder of the built-in world; the base part's own files ship with the recipes."""
     if name != "shapes-base":
-        return read_facts(FACTS / name)
-    results = [r for r in read_facts(FACTS / "shapes-dpo").results if r.encoder == "base"]
-    return Facts(**{**vars(read_facts(RECIPES / "shapes" / "base" / "vision")), "results": results})
+        return read_metadata(FACTS / name)
+    results = [r for r in read_metadata(FACTS / "shapes-dpo").results if r.encoder == "base"]
+    return EncoderMetadata(**{**vars(read_metadata(RECIPES / "shapes" / "base" / "vision")), "results": results})
 
 
 def rendered() -> dict[str, bytes]:
@@ -41,7 +41,7 @@ def rendered() -> dict[str, bytes]:
     return made
 
 
-def take_facts(quickstart: Path) -> None:
+def take_metadata(quickstart: Path) -> None:
     """Copy what the cards are made of, without weights, from a finished quickstart."""
     for name in TRAINED[1:]:
         with whole_folder(FACTS / name) as folder:
@@ -53,6 +53,6 @@ def take_facts(quickstart: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        take_facts(Path(sys.argv[1]))
+        take_metadata(Path(sys.argv[1]))
     for name, content in rendered().items():
         write_whole(CARDS / name, content)

@@ -13,7 +13,7 @@ from typing import Any
 from pivot_hub.errors import PivotError
 from pivot_hub.publish.pull import pull
 from pivot_hub.publish.push import plan_push, push
-from pivot_hub.publish.retry import Patience
+from pivot_hub.publish.retry import RetryPolicy
 from pivot_hub.publish.staging import Publication, stage_encoder
 from tests.publish.publishable import make_prose
 
@@ -31,14 +31,14 @@ def staged(encoder: str, version: str, stack: ExitStack) -> Publication:
 
 
 def act(told: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
-    patience = Patience(**told["patience"])
+    retry_policy = RetryPolicy(**told["patience"])
     try:
         if told["do"] == "pull":
-            pull(told["repo"], told["output"], patience=patience, say=lambda line: None)
+            pull(told["repo"], told["output"], retry_policy=retry_policy, log=lambda line: None)
             return {"kind": "pulled", "said": ""}
         publication = replace(staged(told["encoder"], told["version"], stack), repo=told["repo"])
-        plan = plan_push(publication, patience=patience)
-        return {"kind": push(plan, patience, say=lambda line: None).kind, "said": ""}
+        plan = plan_push(publication, retry_policy=retry_policy)
+        return {"kind": push(plan, retry_policy, log=lambda line: None).kind, "said": ""}
     except PivotError as error:
         return {"kind": "refused", "said": str(error)}
     except Exception as error:  # reported, and judged by the test

@@ -61,12 +61,12 @@ class Scenario:
     remote: str = "as before"
     again: str = "commit"
     action: str = "push"
-    patience: dict[str, Any] = field(default_factory=lambda: QUICK)
+    retry_policy: dict[str, Any] = field(default_factory=lambda: QUICK)
 
     @property
     def alone(self) -> bool:
         """Whether it would meet the others: they share the client's time-out, and a path that names no repository."""
-        return self.patience != QUICK or "{repo}" not in self.fault["path"]
+        return self.retry_policy != QUICK or "{repo}" not in self.fault["path"]
 
 
 def at_commit(**fault: Any) -> dict[str, Any]:
@@ -128,9 +128,9 @@ SCENARIOS = [
         at_commit(slow_s=3.0, times=1),
         2,
         **DONE,
-        patience=HASTY,
+        retry_policy=HASTY,
     ),
-    Scenario("no answer, for ever", at_look(slow_s=3.0), 3, patience={**HASTY, "tries": 3}),
+    Scenario("no answer, for ever", at_look(slow_s=3.0), 3, retry_policy={**HASTY, "tries": 3}),
     Scenario(
         "pull: 500, twice",
         at_look(status=500, times=2),
@@ -139,7 +139,7 @@ SCENARIOS = [
         **PULL,
     ),
     Scenario("pull: connection cut at byte 20,000", at_download(cut_answer=20_000, times=1), 2, "pulled", **PULL),
-    Scenario("pull: no answer, for ever", at_look(slow_s=3.0), 3, **PULL, patience={**HASTY, "tries": 3}),
+    Scenario("pull: no answer, for ever", at_look(slow_s=3.0), 3, **PULL, retry_policy={**HASTY, "tries": 3}),
     Scenario("pull: 403", at_download(status=403), 1, **PULL),
     Scenario("pull: this machine's disk takes no more", at_download(times=0), 1, action="full", again="pulled"),
 ]
@@ -221,7 +221,7 @@ class _Trial:
         if scenario.action == "race":
             fault = Fault(fault.method, path, times=1, before=lambda s: s.write(self.repo, "notes.txt", "mine"))
         server.faults.append(fault)
-        ended = self.act(scenario.patience)
+        ended = self.act(scenario.retry_policy)
         fault.times = 0
         asked = Counter(p for m, p, _ in server.log[mark:] if m == fault.method and re.search(fault.path, p))
         row = {
@@ -239,20 +239,20 @@ class _Trial:
         row["uploaded_again"] = sum(count > 1 for count in uploads.values())
         return row
 
-    def act(self, patience: dict[str, Any], hindered: bool = True) -> dict[str, Any]:
+    def act(self, retry_policy: dict[str, Any], hindered: bool = True) -> dict[str, Any]:
         action = self.scenario.action
         if action == "pull" or (action == "full" and not hindered):
-            return self.client.tell(do="pull", repo=self.repo, output=str(self.output), patience=patience)
+            return self.client.tell(do="pull", repo=self.repo, output=str(self.output), retry_policy=retry_policy)
         if action == "full":
             return self.command("pull", self.repo, str(self.output), limit=30_000)
         if action == "kill" and hindered:
             prose = self.folder / "killed.yaml"
             prose.write_text(yaml.safe_dump({**PROSE, "version": "0.1.1"}))
             return self.command("push", str(self.new), self.repo, "--yes", "--prose", str(prose), kill=True)
-        return self.push(self.new, "0.1.1", patience)
+        return self.push(self.new, "0.1.1", retry_policy)
 
-    def push(self, encoder: Path, version: str, patience: dict[str, Any]) -> dict[str, Any]:
-        told = {"encoder": str(encoder), "repo": self.repo, "version": version, "patience": patience}
+    def push(self, encoder: Path, version: str, retry_policy: dict[str, Any]) -> dict[str, Any]:
+        told = {"encoder": str(encoder), "repo": self.repo, "version": version, "patience": retry_policy}
         return self.client.tell(do="push", **told)
 
     def command(self, *arguments: str, kill: bool = False, limit: int | None = None) -> dict[str, Any]:

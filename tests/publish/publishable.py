@@ -11,8 +11,8 @@ import yaml
 from pivot_hub.encoder.repository import read_encoder, write_repository
 from pivot_hub.files import write_whole
 from pivot_hub.probes.result import ProbeResult, results_text
-from pivot_hub.provenance import machine, seal, versions
-from pivot_hub.publish.card_facts import Prose, read_facts
+from pivot_hub.provenance import machine, versions, write_manifest
+from pivot_hub.publish.card_inputs import Prose, read_metadata
 from tests.encoder.originals import make_vision
 
 PROSE: dict[str, Any] = {
@@ -49,12 +49,12 @@ def make_publishable(folder: Path, seed: int = 0) -> Path:
     cost = {"duration_s": 36.0, "processes": 1, "energy_kwh": None}
     step: dict[str, Any] = {"stage": "dpo", "recipe": "tiny/3-dpo", "data": data, "cost": cost, "parent": None}
     step |= {"machine": machine(), "weights_sha256": "1" * 64, "commit": None, "versions": versions()}
-    facts = {"mllm": step, "commands": ["pivot train tiny/3-dpo"]}
-    write_repository(folder, model, facts, files={"recipe.yaml": recipe})
-    own = read_facts(folder).encoder_sha256
+    metadata = {"mllm": step, "commands": ["pivot train tiny/3-dpo"]}
+    write_repository(folder, model, metadata, files={"recipe.yaml": recipe})
+    own = read_metadata(folder).encoder_sha256
     for number, (name, sha) in enumerate({"base": "b" * 64, "sft": "c" * 64, "dpo": own}.items()):
         write_whole(folder / "results" / f"{name}.json", results_text(make_results(name, sha, 50.0 + 10 * number)))
-    seal(folder, facts)
+    write_manifest(folder, metadata)
     return folder
 
 

@@ -24,7 +24,7 @@ from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CardError
 from pivot_hub.probes.result import write_results
 from pivot_hub.publish.card_check import card_problems
-from pivot_hub.publish.card_facts import CARDS, Facts, read_facts, read_prose
+from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata, read_prose
 from pivot_hub.publish.card_metadata import METADATA_KEYS
 from pivot_hub.publish.card_render import FIGURE, NOT_TRAINED, card_files, render_card
 from pivot_hub.publish.staging import write_card
@@ -83,7 +83,7 @@ def test_every_recipe_that_makes_a_published_encoder_has_prose() -> None:
 
 
 def test_a_card_says_what_it_must(encoder: Path) -> None:
-    text = str(render_card(read_facts(encoder), make_prose()))
+    text = str(render_card(read_metadata(encoder), make_prose()))
     for said in (
         "base_model: pivot/tiny-base",
         "base_model_relation: finetune",
@@ -104,7 +104,7 @@ def test_a_card_says_what_it_must(encoder: Path) -> None:
 
 def test_the_snippet_opens_all_three_doors(encoder: Path) -> None:
     """The card's own code, with the repository's folder in place of its name."""
-    text = str(render_card(read_facts(encoder), make_prose()))
+    text = str(render_card(read_metadata(encoder), make_prose()))
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert code.count('"pivot/tiny-dpo"') == 3
     made: dict[str, Any] = {}
@@ -117,17 +117,17 @@ def test_the_snippet_opens_all_three_doors(encoder: Path) -> None:
     assert str(tuple(made["features"].last_hidden_state.shape)) == said[1]
 
 
-def _without(path: str) -> Callable[[Facts], Facts]:
+def _without(path: str) -> Callable[[EncoderMetadata], EncoderMetadata]:
     file, _, key = path.partition(".")
 
-    def remove(facts: Facts) -> Facts:
-        content: Any = json.loads(json.dumps(getattr(facts, file)))
+    def remove(metadata: EncoderMetadata) -> EncoderMetadata:
+        content: Any = json.loads(json.dumps(getattr(metadata, file)))
         inside = content
         *parents, last = key.split(".")
         for part in parents:
             inside = inside[part]
         del inside[last]
-        return Facts(**{**vars(facts), file: content})
+        return EncoderMetadata(**{**vars(metadata), file: content})
 
     return remove
 
@@ -145,14 +145,22 @@ def _without(path: str) -> Callable[[Facts], Facts]:
         (_without("provenance.mllm.commit"), "provenance.commit is missing"),
         (_without("provenance.commands"), "prose.commands is missing"),
         (_without("provenance.files"), "provenance.files is missing"),
-        (lambda f: Facts(**{**vars(f), "results": []}), "results/*.json are missing"),
-        (lambda f: Facts(**{**vars(f), "results": [r for r in f.results if r.encoder != "sft"]}), "of the sft encoder"),
-        (lambda f: Facts(**{**vars(f), "results": [r for r in f.results if r.encoder != "dpo"]}), "for these weights"),
+        (lambda f: EncoderMetadata(**{**vars(f), "results": []}), "results/*.json are missing"),
+        (
+            lambda f: EncoderMetadata(**{**vars(f), "results": [r for r in f.results if r.encoder != "sft"]}),
+            "of the sft encoder",
+        ),
+        (
+            lambda f: EncoderMetadata(**{**vars(f), "results": [r for r in f.results if r.encoder != "dpo"]}),
+            "for these weights",
+        ),
     ],
 )
-def test_a_missing_fact_is_named(encoder: Path, change: Callable[[Facts], Facts], named: str) -> None:
+def test_a_missing_fact_is_named(
+    encoder: Path, change: Callable[[EncoderMetadata], EncoderMetadata], named: str
+) -> None:
     with pytest.raises(CardError, match=re.escape(named)):
-        render_card(change(read_facts(encoder)), make_prose())
+        render_card(change(read_metadata(encoder)), make_prose())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_a_missing_fact_is_named(encoder: Path, change: Callable[[Facts], Facts]
 )
 def test_prose_that_lacks_what_the_facts_need_is_named(encoder: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(CardError, match=re.escape(named)):
-        render_card(read_facts(encoder), make_prose(**changes))
+        render_card(read_metadata(encoder), make_prose(**changes))
 
 
 def test_data_and_names_on_the_hub_reach_the_metadata(encoder: Path) -> None:
@@ -174,7 +182,7 @@ def test_data_and_names_on_the_hub_reach_the_metadata(encoder: Path) -> None:
         license_name="as the base's",
         names={"base/vision": "google/siglip2-base-patch16-384"},
     )
-    written = render_card(read_facts(encoder), prose).data.to_dict()
+    written = render_card(read_metadata(encoder), prose).data.to_dict()
     assert written["datasets"] == ["pivot/shapes-world"]
     assert written["base_model"] == "google/siglip2-base-patch16-384"
     assert (written["license"], written["license_name"]) == ("other", "as the base's")
@@ -204,7 +212,7 @@ def test_prose_holds_no_number_of_a_result_and_no_unknown_key(tmp_path: Path) ->
 def test_an_unknown_metadata_key_is_refused(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pivot_hub.publish.card_metadata.METADATA_KEYS", METADATA_KEYS - {"tags"})
     with pytest.raises(CardError, match="metadata key 'tags'"):
-        render_card(read_facts(encoder), make_prose())
+        render_card(read_metadata(encoder), make_prose())
 
 
 def test_paper_numbers_stay_out_of_the_metadata() -> None:
@@ -259,7 +267,7 @@ def test_the_command_puts_results_and_card_into_a_repository(encoder: Path, tmp_
     prose = tmp_path / "tiny.yaml"
     prose.write_text(yaml.safe_dump(make_prose().model_dump(exclude_none=True)))
     command = [sys.executable, "-m", "pivot_hub", "card", str(folder), "--prose", str(prose)]
-    for name, sha in (("sft", "c" * 64), ("dpo", read_facts(folder).encoder_sha256)):
+    for name, sha in (("sft", "c" * 64), ("dpo", read_metadata(folder).encoder_sha256)):
         write_results(tmp_path / f"{name}.json", make_results(f"tiny-{name}", sha, 60.0))
         command += ["--results", str(tmp_path / f"{name}.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ def test_every_candidate_is_recorded_and_the_best_chosen(recipes: Path, trained:
         trained.parent,
         tmp_path / "search.json",
         questions=10,
-        say=lambda line: None,
+        log=lambda line: None,
     )
     assert json.loads((tmp_path / "search.json").read_text())["candidates"] == json.loads(
         json.dumps(record["candidates"])

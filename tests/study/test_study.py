@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from pivot_hub.cli import app
 from pivot_hub.config.recipe import RECIPES
-from pivot_hub.data.synthetic import World
-from pivot_hub.demo.model_bundle import shipped_pair
+from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.demo.model_bundle import shipped_bundle
 from pivot_hub.errors import ProbeError, RecipeError, TrainingError
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
@@ -99,7 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A finished miniature: the study's file, and its output."""
     folder = tmp_path_factory.mktemp("study")
     study = miniature(folder, {"base", "sft", "dpo", "new-dpo", "dpo-fact", "dpo-frozen"})
-    run_study(study, folder / "out", jobs=1, say=lambda line: None)
+    run_study(study, folder / "out", jobs=1, log=lambda line: None)
     return study, folder / "out"
 
 
@@ -107,7 +107,7 @@ def test_the_table_holds_every_run_with_its_conditions(made: tuple[Path, Path], 
     study = load_study(made[0])
     write_table(collect_table(study, made[1]), tmp_path / "study.parquet")
     table = read_table(tmp_path / "study.parquet")
-    assert table.facts["study_sha256"] == study.sha256
+    assert table.metadata["study_sha256"] == study.sha256
     in_table = {(r["run"], r["seed"], r["candidate"]) for r in table.rows}
     assert in_table == {(c.run, c.seed, c.rate) for c in study.cells()}
     assert {r["status"] for r in table.rows} == {"done"}
@@ -124,9 +124,11 @@ def test_the_table_holds_every_run_with_its_conditions(made: tuple[Path, Path], 
     # What is kept of the items gives the interval that the tallies give.
     result = next(r for r in read_results(made[1] / "results" / "dpo" / "seed-1.json") if r.task == "shapes/vqa/all")
     row = next(r for r in measured if r["task"] == "shapes/vqa/all")
-    assert result.tallies is not None
+    assert result.example_scores is not None
     spread = np.std(np.array(row["draws"]) * STEP)
-    assert spread == pytest.approx(100 * np.std(result.tallies[:, 0]) / len(result.tallies) ** 0.5, rel=0.25)
+    assert spread == pytest.approx(
+        100 * np.std(result.example_scores[:, 0]) / len(result.example_scores) ** 0.5, rel=0.25
+    )
 
 
 def test_rates_are_the_candidates_that_rank_best(made: tuple[Path, Path]) -> None:
@@ -138,8 +140,8 @@ def test_rates_are_the_candidates_that_rank_best(made: tuple[Path, Path]) -> Non
         best = chosen_rate(study, Cell(run, 0), out)
         assert scored[best].value == max(r.value for r in scored.values())
         for seed in (0, 1):
-            facts = json.loads((out / "cells" / run / f"seed-{seed}.json").read_text())
-            assert facts["rate"] == best
+            metadata = json.loads((out / "cells" / run / f"seed-{seed}.json").read_text())
+            assert metadata["rate"] == best
     shared = json.loads((out / "cells" / "dpo-fact" / "seed-0.json").read_text())
     assert shared["rate"] == chosen_rate(study, Cell("dpo", 0), out)
     assert chosen_rate(study, Cell("instruct", 0), out) is None
@@ -187,7 +189,7 @@ def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(mad
     weights = (own / "model.safetensors").read_bytes()
     shutil.rmtree(own)
     shutil.copytree(out / "encoders" / "sft" / "seed-1", own)
-    run_study(study, out, jobs=1, say=said.append)
+    run_study(study, out, jobs=1, log=said.append)
     changed = {f for f, at in before.items() if f.stat().st_mtime_ns != at}
     assert changed == {lost, out / "cells" / "dpo" / "seed-1.json"}
     assert [(r.task, r.metric, r.value) for r in read_results(lost)] == kept
@@ -220,7 +222,7 @@ def test_the_report_follows_from_the_table_to_the_byte(made: tuple[Path, Path], 
             f"Held against SFT, DPO is {said} it on colour; not shown to differ on 11 of 12 measures (2 seeds)."
             in report
         )
-    changed = replace(table, facts=table.facts | {"study_sha256": "0"})
+    changed = replace(table, metadata=table.metadata | {"study_sha256": "0"})
     assert "another version" in written(changed, study, tmp_path / "e")
 
 
@@ -236,9 +238,9 @@ def test_the_command_reports_and_seeds_are_compared(made: tuple[Path, Path], tmp
     both = [str(out / "results" / name) for name in ("sft", "dpo")]
     run = CliRunner().invoke(app, ["compare", *both, "--draws", "200", "--json", str(tmp_path / "c.json")])
     assert run.exit_code == 0, run.output
-    facts = json.loads((tmp_path / "c.json").read_text())
-    assert facts["seeds"] == 2
-    colour = next(r for r in facts["rows"] if r["task"] == "shapes/colour")
+    metadata = json.loads((tmp_path / "c.json").read_text())
+    assert metadata["seeds"] == 2
+    colour = next(r for r in metadata["rows"] if r["task"] == "shapes/colour")
     means = [np.mean([read_results(Path(b) / f"seed-{s}.json")[0].value for s in (0, 1)]) for b in both]
     assert colour["difference"] == pytest.approx(means[1] - means[0])
     run = CliRunner().invoke(app, ["compare", both[0], str(tmp_path)])
@@ -261,7 +263,7 @@ def test_a_killed_process_is_a_sentence_and_the_environment_stays_as_it_was(tmp_
     before = dict(os.environ)
     study = miniature(tmp_path, {"base", "sft"})
     with pytest.raises(TrainingError, match=r"killed from outside.*run the same command again, with fewer --jobs"):
-        run_study(study, tmp_path / "out", say=kill)
+        run_study(study, tmp_path / "out", log=kill)
     assert dict(os.environ) == before
 
 
@@ -273,7 +275,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
     said: list[str] = []
     with pytest.raises(TrainingError, match=r"2 of \d+ runs failed, dpo@1e-05/seed-100 first: pack_tokens counts"):
-        run_study(study, tmp_path / "out", say=said.append)
+        run_study(study, tmp_path / "out", log=said.append)
     table = collect_table(load_study(study), tmp_path / "out")
     states = {(r["run"], r["seed"], r["candidate"]): (r["status"], r["reason"]) for r in table.rows}
     assert len(states) == len(load_study(study).cells())
@@ -349,7 +351,7 @@ def test_shipped_studies_are_right(name: str) -> None:
 def test_the_committed_report_is_that_of_the_committed_table(tmp_path: Path) -> None:
     study = load_study("shapes/study")
     table = read_table(SHAPES / "study.parquet")
-    assert table.facts["study_sha256"] == study.sha256
+    assert table.metadata["study_sha256"] == study.sha256
     assert written(table, study.path, tmp_path) == (SHAPES / "STUDY.md").read_text()
     assert {f.name for f in (tmp_path / "study").iterdir()} == {f.name for f in (SHAPES / "study").iterdir()}
     assert sum(f.stat().st_size for f in [SHAPES / "study.parquet", *(SHAPES / "study").iterdir()]) < 3_000_000
@@ -368,22 +370,22 @@ def test_words_are_told_apart() -> None:
 
 def test_gradients_of_pairs_are_those_of_what_differs() -> None:
     """The mean token is 100, whichever words have more."""
-    pair = shipped_pair()
+    pair = shipped_bundle()
     conditions = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
-    made = {r.task: r for r in word_gradients(pair.first.model, pair.first.processor, World(), 6, conditions)}
+    made = {r.task: r for r in word_gradients(pair.first.model, pair.first.processor, ShapesDataset(), 6, conditions)}
     assert set(made) == {
         *(f"shapes/gradient/{kind} words" for kind in ("seen", "known", "other")),
         *(f"shapes/gradient/{slip} pairs" for slip in ("fact", "format")),
     }
     assert all(np.isfinite(r.value) and r.value > 0 for r in made.values())
-    tokens = {r.task: r.tallies for r in made.values() if "words" in r.task}
+    tokens = {r.task: r.example_scores for r in made.values() if "words" in r.task}
     sums = sum(t.sum(0) for t in tokens.values() if t is not None)
     assert 100 * sums[0] / sums[1] == pytest.approx(100)
 
 
 def test_ranking_turns_with_the_pair() -> None:
-    pair, world = shipped_pair(), World()
-    images, pairs = probe_pairs(world, "validation", 40)
+    pair, dataset = shipped_bundle(), ShapesDataset()
+    images, pairs = probe_pairs(dataset, "validation", 40)
     conditions = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
     straight = rank_pairs(pair.first.model, pair.first.processor, pairs, images, conditions)
     turned = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs]
@@ -428,7 +430,7 @@ def _wait_for(what: Callable[[], bool], seconds: float) -> None:
 def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
     """Of the one for a GPU the primary comparison, base parts first."""
     study = miniature(tmp_path, runs, of=RECIPES / name)
-    run_study(study, tmp_path / "out", jobs=2, say=print)
+    run_study(study, tmp_path / "out", jobs=2, log=print)
     table = collect_table(load_study(study), tmp_path / "out")
     assert {r["status"] for r in table.rows} == {"done"}
     text = written(table, study, tmp_path)

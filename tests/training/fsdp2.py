@@ -40,8 +40,8 @@ def main() -> None:
         off = max(off, ((whole.full_tensor() - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6)).item())
     if dist.get_rank() == 0:
         kinds = sorted({type(p).__name__ for p in model.parameters()})
-        facts = {"loss": loss, "sharded_loss": sharded_loss, "off": off, "kinds": kinds}
-        (folder / "fsdp2.json").write_text(json.dumps(facts))
+        metadata = {"loss": loss, "sharded_loss": sharded_loss, "off": off, "kinds": kinds}
+        (folder / "fsdp2.json").write_text(json.dumps(metadata))
 
 
 if __name__ == "__main__":

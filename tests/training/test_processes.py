@@ -89,13 +89,13 @@ def test_two_processes_take_the_steps_of_one(
     recipes: Path, trained: Path, tmp_path: Path, stage: str, how: str, checkpointing: str
 ) -> None:
     recipe = recipes / f"{stage}.yaml"
-    one = run_stage(load_recipe(recipe, STEPS), trained.parent, tmp_path / "one", say=quiet)
+    one = run_stage(load_recipe(recipe, STEPS), trained.parent, tmp_path / "one", log=quiet)
     overrides = [*STEPS, f"args.gradient_checkpointing={checkpointing}"]
     if stage == "3-dpo":
         overrides.append(f"args.reference_cache={tmp_path}/references")
         # Of what is left to compute, the second process has a batch more.
         some = load_recipe(recipe, [*overrides, "data.0.rows=15", "global_batch=2", "args.max_steps=1"])
-        run_stage(some, trained.parent, tmp_path / "some", say=quiet)
+        run_stage(some, trained.parent, tmp_path / "some", log=quiet)
     two = tmp_path / "two"
     said = finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
     assert said.count("step 4/4") == 1  # one process speaks
@@ -119,7 +119,7 @@ def test_pairs_with_and_without_images_fit_together(recipes: Path, trained: Path
     overrides = [data, "global_batch=4", "args.per_device_train_batch_size=1"]
     for stage, how in (("3-sft", "ddp"), ("3-dpo", "fsdp2")):
         recipe, folder = recipes / f"{stage}.yaml", tmp_path / f"{stage}-{how}"
-        one = run_stage(load_recipe(recipe, overrides), trained.parent, folder / "one", say=quiet)
+        one = run_stage(load_recipe(recipe, overrides), trained.parent, folder / "one", log=quiet)
         two = folder / "two"
         finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
         assert_same_run(one, two)
@@ -182,7 +182,7 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one_or_two(
 ) -> None:
     recipe = str(recipes / "3-sft.yaml")
     overrides = [*STEPS, "data.0.rows=120", "args.save_steps=500"]
-    one = run_stage(load_recipe(recipe, overrides), trained.parent, tmp_path / "one", say=quiet)
+    one = run_stage(load_recipe(recipe, overrides), trained.parent, tmp_path / "one", log=quiet)
     output = tmp_path / "out"
     command = [recipe, *overrides, "--runs", str(trained.parent), "--output", str(output)]
     process = start(how, *command)
@@ -254,21 +254,21 @@ def test_a_parent_of_another_model_is_refused_before_it_is_loaded(
     parent = tmp_path / "parent"
     parent.mkdir()  # with no weights: nothing reads them
     for name in ("config.json", "provenance.json"):
-        facts = json.loads((trained / "2-instruct" / name).read_text())
+        metadata = json.loads((trained / "2-instruct" / name).read_text())
         for key, value in change.items():
-            owner = facts.get("model", {}) if key in ("vision", "language") else facts
+            owner = metadata.get("model", {}) if key in ("vision", "language") else metadata
             if key in owner:
                 owner[key] = value
-        (parent / name).write_text(json.dumps(facts))
+        (parent / name).write_text(json.dumps(metadata))
     with pytest.raises(CheckpointError, match=message):
-        run_stage(load_recipe(recipes / "3-dpo.yaml"), tmp_path, tmp_path / "out", parent, say=quiet)
+        run_stage(load_recipe(recipes / "3-dpo.yaml"), tmp_path, tmp_path / "out", parent, log=quiet)
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_parent_from_another_checkout_is_taken(own_recipes: Path, trained: Path, tmp_path: Path) -> None:
     parent = tmp_path / "elsewhere"
     shutil.copytree(trained / "2-instruct", parent)
-    folder = run_stage(load_recipe(own_recipes / "3-sft.yaml"), tmp_path, tmp_path / "out", parent, say=quiet)
+    folder = run_stage(load_recipe(own_recipes / "3-sft.yaml"), tmp_path, tmp_path / "out", parent, log=quiet)
     assert (folder / "report.json").is_file()
 
 
@@ -311,7 +311,7 @@ def test_fsdp_settings_reach_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_bfloat16_trains_on_a_cpu(recipes: Path, trained: Path, tmp_path: Path) -> None:
     folder = run_stage(
-        load_recipe(recipes / "3-sft.yaml", ["args.bf16=true"]), trained.parent, tmp_path / "out", say=quiet
+        load_recipe(recipes / "3-sft.yaml", ["args.bf16=true"]), trained.parent, tmp_path / "out", log=quiet
     )
     expected, found = losses(trained / "3-sft"), losses(folder)
     assert found[0] == pytest.approx(expected[0], rel=0.01)
@@ -327,7 +327,7 @@ def test_an_8_bit_optimizer_without_its_package_is_refused(
     monkeypatch.setattr("pivot_hub.training.stage.find_spec", find)
     loaded = load_recipe(recipes / "3-sft.yaml", ["args.optim=adamw_bnb_8bit"])
     with pytest.raises(RecipeError, match="`pip install bitsandbytes`"):
-        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+        run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -360,13 +360,13 @@ def test_a_loss_that_goes_astray_names_its_rows(
     overrides = ["data.0.rows=32", "args.per_device_train_batch_size=2", "args.save_steps=5"]
     loaded = load_recipe(recipes / "3-sft.yaml", overrides)
     with pytest.raises(TrainingError, match=r"of the rows in .*out\.stopped\.json: look at them"):
-        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
-    facts = json.loads((tmp_path / "out.stopped.json").read_text())
-    assert facts["step"] == 13
-    assert facts["rows"] == (["train/24", "train/25"] if named else [24, 25])
-    assert facts["loss"] == "nan" if value != value else facts["loss"] > 1e4
+        run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
+    metadata = json.loads((tmp_path / "out.stopped.json").read_text())
+    assert metadata["step"] == 13
+    assert metadata["rows"] == (["train/24", "train/25"] if named else [24, 25])
+    assert metadata["loss"] == "nan" if value != value else metadata["loss"] > 1e4
     monkeypatch.undo()
-    run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+    run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out.stopped.json").exists()
 
 

@@ -72,7 +72,7 @@ def test_later_stages_move_all_parts_but_not_above_the_feature_layer(trained: Pa
 
 def test_a_part_without_a_rate_is_frozen(recipes: Path, trained: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipes / "3-dpo.yaml", ["learning_rate.vision=null"])
-    folder = run_stage(loaded, trained.parent, tmp_path / "frozen", say=quiet)
+    folder = run_stage(loaded, trained.parent, tmp_path / "frozen", log=quiet)
     assert {part(k) for k in moved(trained / "2-instruct", folder)} == {"projector", "language"}
 
 
@@ -97,10 +97,10 @@ def test_a_finished_stage_holds_its_facts_and_no_pickle(trained: Path) -> None:
 
 def test_a_finished_stage_is_reused_and_another_recipe_refused(recipes: Path, trained: Path) -> None:
     before = (trained / "3-dpo" / "model.safetensors").stat().st_mtime_ns
-    run_stage(load_recipe(recipes / "3-dpo.yaml"), trained.parent, say=quiet)
+    run_stage(load_recipe(recipes / "3-dpo.yaml"), trained.parent, log=quiet)
     assert (trained / "3-dpo" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(RecipeError, match="another version of this recipe"):
-        run_stage(load_recipe(recipes / "3-dpo.yaml", ["seed=1"]), trained.parent, say=quiet)
+        run_stage(load_recipe(recipes / "3-dpo.yaml", ["seed=1"]), trained.parent, log=quiet)
 
 
 # A kill may come at any moment, between checkpoints; SIGTERM makes one of its own, so none is made before it.
@@ -116,7 +116,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
     recipes: Path, trained: Path, tmp_path: Path, stage: str, salt: str, number: signal.Signals, saving: str
 ) -> None:
     overrides = ["data.0.rows=40", saving, "args.per_device_train_batch_size=2", f"seed={salt}"]
-    whole = run_stage(load_recipe(recipes / f"{stage}.yaml", overrides), trained.parent, tmp_path / "whole", say=quiet)
+    whole = run_stage(load_recipe(recipes / f"{stage}.yaml", overrides), trained.parent, tmp_path / "whole", log=quiet)
 
     output = tmp_path / "killed"
     command = [sys.executable, "-m", "pivot_hub", "train", str(recipes / f"{stage}.yaml"), *overrides]
@@ -165,14 +165,14 @@ def test_a_checkpoint_cut_off_while_written_is_not_resumed(tmp_path: Path) -> No
 
 def test_a_parent_without_a_checkpoint_is_named(recipes: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"run `pivot train tiny/2-instruct` first"):
-        run_stage(load_recipe(recipes / "3-dpo.yaml"), tmp_path / "runs", say=quiet)
+        run_stage(load_recipe(recipes / "3-dpo.yaml"), tmp_path / "runs", log=quiet)
     assert not (tmp_path / "runs").exists()
 
 
 def test_image_tokens_cut_by_max_length_are_refused(recipes: Path, trained: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipes / "3-dpo.yaml", ["args.max_length=20"])
     with pytest.raises(DataError, match=r"\(16 of the image\).*raise `args.max_length`"):
-        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+        run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(recipes: Path, trained: Path, t
     ]
     loaded = load_recipe(recipes / "3-sft.yaml", ["data.0.rows=24", *wild])
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf).*lower the learning rates"):
-        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+        run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()
 
 
@@ -204,11 +204,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.setattr(PivotSFTTrainer, "_save_checkpoint", full)
     loaded = load_recipe(recipes / "3-sft.yaml", overrides)
     with pytest.raises(TrainingError, match="the disk is full: free some space"):
-        run_stage(loaded, trained.parent, tmp_path / "out", say=quiet)
+        run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     said: list[str] = []
-    run_stage(loaded, trained.parent, tmp_path / "out", say=said.append)
+    run_stage(loaded, trained.parent, tmp_path / "out", log=said.append)
     assert any("resuming from step 2" in line for line in said)
 
 
@@ -216,7 +216,7 @@ def test_base_parts_can_be_remade(tmp_path: Path) -> None:
     """Both base recipes run, in few steps, and give parts that join into an MLLM."""
     few = ["data.0.rows=8", "args.per_device_train_batch_size=4"]
     for name in ("vision", "language"):
-        run_stage(load_recipe(f"shapes/0-{name}", few), output=tmp_path / name, say=quiet)
+        run_stage(load_recipe(f"shapes/0-{name}", few), output=tmp_path / name, log=quiet)
     model: Any = build_mllm(str(tmp_path / "vision"), str(tmp_path / "language"))[0]
     assert model.config.vision_config.model_type == "siglip_vision_model"
     assert model.config.text_config.model_type == "qwen2"
@@ -227,7 +227,7 @@ def test_a_base_part_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(stage, "_processes", lambda recipe: SimpleNamespace(num_processes=2, is_main_process=True))
     with pytest.raises(RecipeError, match="a base part is made by one process: run `pivot train` without a launcher"):
-        run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", say=quiet)
+        run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", log=quiet)
     assert not list(tmp_path.iterdir())
 
 
@@ -240,9 +240,9 @@ def test_an_encoder_is_scored_frozen_in_a_new_mllm(recipes: Path, trained: Path,
     assert frozen.parent is not None
     assert frozen.parent.recipe == align.recipe
     with pytest.raises(CheckpointError, match="vision"):  # a parent of another encoder
-        run_stage(frozen, trained.parent, tmp_path / "wrong", say=quiet)
+        run_stage(frozen, trained.parent, tmp_path / "wrong", log=quiet)
     for loaded in (align, frozen):
-        folder = run_stage(loaded, tmp_path / "runs", say=quiet)
+        folder = run_stage(loaded, tmp_path / "runs", log=quiet)
     published = PivotVisionModel.from_pretrained(repository).backbone.state_dict()
     tower = cast(torch.nn.Module, load_mllm(folder)[0].model.vision_tower).state_dict()
     assert all(torch.equal(tower[name], value) for name, value in published.items())
@@ -258,6 +258,6 @@ def test_parts_of_the_hub_are_told_by_their_commit(recipes: Path, parts: Path, t
         (repo / "refs" / "main").write_text(f"{part}commit")
         shutil.copytree(parts / part, repo / "snapshots" / f"{part}commit")
     loaded = load_recipe(recipes / "1-align.yaml", ["model.vision=lab/vision", "model.language=lab/language"])
-    folder = run_stage(loaded, tmp_path / "runs", say=quiet)
+    folder = run_stage(loaded, tmp_path / "runs", log=quiet)
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["parts"] == {"vision": "visioncommit", "language": "languagecommit"}

@@ -445,10 +445,10 @@ def in_two_processes(module: str, models: Models, folder: Path) -> None:
 
 def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.training.fsdp2", models, tmp_path)
-    facts = json.loads((tmp_path / "fsdp2.json").read_text())
-    assert facts["kinds"] == ["DTensor"]
-    assert facts["sharded_loss"] == pytest.approx(facts["loss"], rel=1e-5)
-    assert facts["off"] < 1e-4
+    metadata = json.loads((tmp_path / "fsdp2.json").read_text())
+    assert metadata["kinds"] == ["DTensor"]
+    assert metadata["sharded_loss"] == pytest.approx(metadata["loss"], rel=1e-5)
+    assert metadata["off"] < 1e-4
 
 
 def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:

@@ -100,8 +100,8 @@ class MeanIou(evaluate.Metric):
             found = np.unique([i for ids in (*predicted, *true) for i in np.unique(ids) if i != ignore_index])
             num_classes = 1 + int(found.max(initial=0))
         pairs = zip(predicted, true, strict=True)
-        tallies = [pixel_tallies(p, t, num_classes, ignore_index) for p, t in pairs]
-        sums = np.sum(tallies, axis=0)[None]
+        example_scores = [pixel_tallies(p, t, num_classes, ignore_index) for p, t in pairs]
+        sums = np.sum(example_scores, axis=0)[None]
         if not sums[:, 2].any():
             raise ValueError("no pixel is left to score: every reference is ignore_index, or there is none.")
         return {

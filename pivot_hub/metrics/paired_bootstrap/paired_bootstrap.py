@@ -29,7 +29,7 @@ class Difference:
 
 
 def bootstrap(
-    tallies: np.ndarray, statistic: Statistic, seed: int, draws: int = 1000
+    example_scores: np.ndarray, statistic: Statistic, seed: int, draws: int = 1000
 ) -> tuple[float, tuple[float, float]]:
     """A statistic of per-item tallies with its percentile interval over resampled items.
 
@@ -42,8 +42,8 @@ def bootstrap(
     Returns:
         The value over all items, and the 2.5 and 97.5 percentiles over resamples.
     """
-    low, high = np.nanpercentile(statistic(resample(tallies, seed, draws)), [2.5, 97.5])
-    return float(statistic(tallies.sum(0, dtype=np.float64)[None])[0]), (float(low), float(high))
+    low, high = np.nanpercentile(statistic(resample(example_scores, seed, draws)), [2.5, 97.5])
+    return float(statistic(example_scores.sum(0, dtype=np.float64)[None])[0]), (float(low), float(high))
 
 
 def paired_difference(
@@ -82,10 +82,10 @@ def paired_difference(
     return Difference(value, (float(low), float(high)), float((1 + strayed.sum()) / (len(drawn) + 1)))
 
 
-def resample(tallies: np.ndarray, seed: int, draws: int) -> np.ndarray:
+def resample(example_scores: np.ndarray, seed: int, draws: int) -> np.ndarray:
     """Sums (draws, ...) of tallies (n, ...) over n items drawn with replacement; one seed draws the same items."""
-    n, shape, rng = len(tallies), tallies.shape[1:], np.random.default_rng(seed)
-    flat, even = tallies.reshape(n, -1).astype(np.float64), np.full(n, 1 / n)
+    n, shape, rng = len(example_scores), example_scores.shape[1:], np.random.default_rng(seed)
+    flat, even = example_scores.reshape(n, -1).astype(np.float64), np.full(n, 1 / n)
     block = max(1, 10_000_000 // n)  # 80 MB of counts at a time
     sizes = [min(block, draws - start) for start in range(0, draws, block)]
     return np.concatenate([rng.multinomial(n, even, size) @ flat for size in sizes]).reshape(draws, *shape)
@@ -116,6 +116,6 @@ class PairedBootstrap(evaluate.Metric):
         if not (np.isfinite(first).all() and np.isfinite(second).all()):
             raise ValueError("a score is not finite: leave the item out of both lists.")
         ones = np.ones(len(first))
-        tallies = [np.stack([scores, ones], axis=1) for scores in (first, second)]
-        made = paired_difference(tallies[0], tallies[1], mean, seed, draws)
+        example_scores = [np.stack([scores, ones], axis=1) for scores in (first, second)]
+        made = paired_difference(example_scores[0], example_scores[1], mean, seed, draws)
         return {"difference": made.value, "ci95": list(made.ci95), "p_value": made.p_value, "n": len(first)}

@@ -93,8 +93,8 @@ class StoredImages:
     def stamp(self) -> str:
         root = self.store.root
         files = [root] if root.is_file() else [root / name for name in self.names]
-        facts = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(repr([list(self.names), facts]).encode("utf-8", "surrogateescape")).hexdigest()
+        metadata = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return hashlib.sha256(repr([list(self.names), metadata]).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class ClassFolders:

@@ -32,10 +32,10 @@ PROTOCOLS = ("prototypes", "fast", "full", "knn", "attention")
 def shapes_labels(scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """What is in each scene: colours (N, 14), shapes (N, 6) and positions (N, 9) present, as bool; count (N,)."""
     return {
-        "colour": np.array([[any(t.colour == c for t in s.things) for c in COLOUR_NAMES] for s in scenes]),
-        "shape": np.array([[any(t.shape == c for t in s.things) for c in SHAPES] for s in scenes]),
-        "position": np.array([[any(t.position == c for t in s.things) for c in range(9)] for s in scenes]),
-        "count": np.array([len(s.things) for s in scenes]),
+        "colour": np.array([[any(t.colour == c for t in s.objects) for c in COLOUR_NAMES] for s in scenes]),
+        "shape": np.array([[any(t.shape == c for t in s.objects) for c in SHAPES] for s in scenes]),
+        "position": np.array([[any(t.position == c for t in s.objects) for c in range(9)] for s in scenes]),
+        "count": np.array([len(s.objects) for s in scenes]),
     }
 
 
@@ -70,7 +70,7 @@ def classify_shapes(
             measure(
                 f"shapes/{task}" if part == "test" else f"shapes/{part}/{task}",
                 "balanced_accuracy",
-                _tallies(y[part][task], _predict_each(fits[best], x[part])),
+                _example_scores(y[part][task], _predict_each(fits[best], x[part])),
                 protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
                 seed=seed,
                 duration_s=duration,
@@ -110,7 +110,7 @@ def classify_images(
     model: Any,
     image_processor: Any,
     data: ClassData,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     protocols: Sequence[str] = PROTOCOLS,
     seed: int = 0,
     dtype: str = "float32",
@@ -156,7 +156,7 @@ def classify_images(
             model,
             image_processor,
             data.part(part),
-            facts,
+            metadata,
             on_bad_row,
             tokens=tokens,
             dtype=dtype,
@@ -180,7 +180,7 @@ def classify_images(
         skipped += train.skipped
         fitted["attention"] = _attention(train, Pools.draw(train.labels, seed), classes, device, seed)
     # Everything is chosen: only now is the reported part read.
-    results, conditions = [], {**facts, "feature_layer": model.config.pivot["feature_layer"]}
+    results, conditions = [], {**metadata, "feature_layer": model.config.pivot["feature_layer"]}
     sha256 = data_sha256(data)
     for protocol in protocols:
         test = read("test", protocol == "attention")
@@ -356,10 +356,10 @@ def _predict_each(fits: Sequence[LogisticRegression], x: np.ndarray) -> np.ndarr
     return np.stack([fit.predict(x) for fit in fits], axis=1)
 
 
-def _tallies(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def _example_scores(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """(N, 4, values): true positives, positives, true negatives, negatives of each item."""
     return np.stack([truth & predicted, truth, ~truth & ~predicted, ~truth], axis=1)
 
 
 def _balanced(truth: np.ndarray, predicted: np.ndarray) -> float:
-    return float(balanced_accuracy(_tallies(truth, predicted).sum(0, keepdims=True))[0])
+    return float(balanced_accuracy(_example_scores(truth, predicted).sum(0, keepdims=True))[0])

@@ -146,8 +146,8 @@ def localize(
     validation, test = np.stack(rows["validation"]), np.stack(rows["test"])
     area = 100 * float(np.mean(areas))
     about = about and f"; {len(test)} targets, {about}"
-    facts = {**conditions, "data_sha256": digest.hexdigest()}
-    facts |= {"seed": seed, "duration_s": (time.monotonic() - started) / len(kinds)}
+    metadata = {**conditions, "data_sha256": digest.hexdigest()}
+    metadata |= {"seed": seed, "duration_s": (time.monotonic() - started) / len(kinds)}
     results = []
     for i, (explain, method) in enumerate(kinds):
         best = int(validation[:, i, 2:].mean(0).argmax())
@@ -157,9 +157,9 @@ def localize(
             ("energy_inside", 1, f"share on the target; uniform map {area:.1f}"),
             ("iou", 2 + best, chosen),
         ):
-            tallies = _by_image(test[:, i, column], images["test"])
+            example_scores = _by_image(test[:, i, column], images["test"])
             name = f"{task}/localisation/{method} of {explain}"
-            results.append(measure(name, metric, tallies, protocol=protocol + about, **facts))
+            results.append(measure(name, metric, example_scores, protocol=protocol + about, **metadata))
     return results
 
 
@@ -217,7 +217,7 @@ def localize_folder(
     parent = None if reference is None else load_mllm(reference)[0].eval()
     if random_vision:
         randomise_vision(model, seed)
-    facts = {
+    metadata = {
         "feature_layer": model.config.vision_feature_layer,
         "encoder": name or checkpoint.absolute().name,
         "encoder_sha256": state_sha256(model.model.vision_tower),
@@ -231,7 +231,7 @@ def localize_folder(
     about = f"{'masks' if masks else 'boxes'}, {wording.question!r}, {held} photos for validation"
     task = folder.absolute().name
     found = [e for e in EXPLAINS if e in explains]
-    return localize(model.eval(), processor, parent, parts, facts, seed, task, found, about), left_out
+    return localize(model.eval(), processor, parent, parts, metadata, seed, task, found, about), left_out
 
 
 def photo_targets(

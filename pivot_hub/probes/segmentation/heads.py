@@ -124,7 +124,7 @@ def fit_heads(
     seed: int = 0,
     device: torch.device | str = "cpu",
     steps: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Head]:
     """Fit a head for each setting, all on the same batches, so that tokens are read once for all of them.
 
@@ -182,7 +182,7 @@ def fit_heads(
         if time.monotonic() - said > 10:
             said = time.monotonic()
             rate = step / (said - began)
-            say(f"heads: step {step}/{steps}, {rate:.1f} steps/s, {(steps - step) / rate:.0f} s left")
+            log(f"heads: step {step}/{steps}, {rate:.1f} steps/s, {(steps - step) / rate:.0f} s left")
     return [head.eval() for head in heads]
 
 

@@ -85,7 +85,7 @@ def segment_masks(
     on_bad_row: str = "stop",
     encode: Encode | None = None,
     steps: int | None = None,
-    say: Say = lambda line: None,
+    log: Say = lambda line: None,
 ) -> tuple[list[ProbeResult], list[str]]:
     """Fit heads on frozen patch tokens and score them on the part that is reported.
 
@@ -135,7 +135,7 @@ def segment_masks(
     rows = range(len(parts["train"].pairs)), range(len(parts["train"].pairs), len(pairs))
 
     def tokens_of(some: Sequence[Pair], px: int, folder: str) -> Rows:
-        return encode(some, px) if encode else encode_pairs(model, image_processor, some, px, folder, say)
+        return encode(some, px) if encode else encode_pairs(model, image_processor, some, px, folder, log)
 
     fitted: dict[int, list[tuple[Setting, Head]]] = {}
     durations: dict[int, float] = {}
@@ -145,7 +145,7 @@ def segment_masks(
         with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
             tokens = tokens_of(pairs, px, scratch)
             labels, counts = _labels(pairs, px, classes, ignored, scratch)
-            fitted[px] = _choose(heads, tokens, labels, rows, classes, seed, model.device, steps, say)
+            fitted[px] = _choose(heads, tokens, labels, rows, classes, seed, model.device, steps, log)
             commonest = int(counts.argmax())
             del tokens, labels
         durations[px] = time.monotonic() - started
@@ -158,12 +158,12 @@ def segment_masks(
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
             tokens = tokens_of(test.pairs, px, scratch)
-            tallies = _score([head for _, head in chosen], tokens, test.pairs, classes, ignored)
+            example_scores = _score([head for _, head in chosen], tokens, test.pairs, classes, ignored)
             del tokens
-        if not tallies[0][:, 2].any():
+        if not example_scores[0][:, 2].any():
             raise ProbeError(f"{data.name}: no pixel of {data.reported} counts; are its masks empty, or all ignored?")
         duration = durations[px] + time.monotonic() - started
-        for (setting, _), tallied in zip(chosen, tallies, strict=True):
+        for (setting, _), tallied in zip(chosen, example_scores, strict=True):
             for metric in METRICS:
                 results.append(
                     measure(
@@ -181,7 +181,7 @@ def segment_masks(
     return results, skipped
 
 
-def per_class(tallies: np.ndarray, names: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
+def per_class(example_scores: np.ndarray, names: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
     """What each class adds to the means: its id, name, true pixels, IoU and recall in percent.
 
     Args:
@@ -191,7 +191,7 @@ def per_class(tallies: np.ndarray, names: Mapping[int, str] | None = None) -> li
     Returns:
         One entry for each class that is in the masks or was predicted; recall is None where no pixel is of it.
     """
-    hit, predicted, true = tallies.sum(0, dtype=np.int64)
+    hit, predicted, true = example_scores.sum(0, dtype=np.int64)
     return [
         {
             "id": int(i),
@@ -210,7 +210,7 @@ def encode_pairs(
     pairs: Sequence[Pair],
     image_px: int,
     folder: str | Path,
-    say: Say = lambda line: None,
+    log: Say = lambda line: None,
 ) -> np.ndarray:
     """Patch tokens of images squashed to a square: (N, H*W, D) float32, in a file that is mapped, not held.
 
@@ -242,11 +242,13 @@ def encode_pairs(
             done = start + len(some)
             rate = done / (said - began)
             left = (len(pairs) - done) / rate
-            say(f"features at {image_px} px: {done}/{len(pairs)} images, {rate:.1f}/s, {left:.0f} s left")
+            log(f"features at {image_px} px: {done}/{len(pairs)} images, {rate:.1f}/s, {left:.0f} s left")
     return made
 
 
-def cached_encode(model: Any, image_processor: Any, facts: dict[str, Any], cache: Path, progress: Progress) -> Encode:
+def cached_encode(
+    model: Any, image_processor: Any, metadata: dict[str, Any], cache: Path, progress: Progress
+) -> Encode:
     """Tokens that are kept on disk, for `segment_masks`: computed once, and a stopped run goes on.
 
     Args:
@@ -259,7 +261,7 @@ def cached_encode(model: Any, image_processor: Any, facts: dict[str, Any], cache
     def encode(pairs: Sequence[Pair], px: int) -> Rows:
         sized = _AtSize(model, px), _Squashed(image_processor, px)
         values, _, bad = cached_values(
-            *sized, _PairImages(pairs), facts, tokens=True, cache=cache, batch=ENCODE_BATCH, progress=progress
+            *sized, _PairImages(pairs), metadata, tokens=True, cache=cache, batch=ENCODE_BATCH, progress=progress
         )
         if bad:
             raise DataError(bad[0])
@@ -412,22 +414,22 @@ def _choose(
     seed: int,
     device: torch.device,
     steps: int | None,
-    say: Say,
+    log: Say,
 ) -> list[tuple[Setting, Head]]:
     """The best setting of each kind on validation, and its head fitted on train and validation."""
     train, validation = rows
     candidates = [Setting(k, rate, decay) for k in kinds for rate in RATES for decay in DECAYS]
     scale = scale_of(tokens, train)
-    say(f"heads: {len(candidates)} candidates on {len(train)} images")
-    made = fit_heads(candidates, tokens, labels, train, scale, seed, device, steps, say)
+    log(f"heads: {len(candidates)} candidates on {len(train)} images")
+    made = fit_heads(candidates, tokens, labels, train, scale, seed, device, steps, log)
     score = {
         setting: float(mean_iou(label_tallies(head, tokens, labels, validation, classes).sum(0)[None])[0])
         for setting, head in zip(candidates, made, strict=True)
     }
     best = [max((s for s in candidates if s.kind == kind), key=lambda s: score[s]) for kind in kinds]
-    say("heads: chosen " + ", ".join(f"{s.kind} rate {s.rate:g}, decay {s.decay:g}" for s in best))
+    log("heads: chosen " + ", ".join(f"{s.kind} rate {s.rate:g}, decay {s.decay:g}" for s in best))
     both = [*train, *validation]
-    again = fit_heads(best, tokens, labels, both, scale_of(tokens, both), seed, device, steps, say)
+    again = fit_heads(best, tokens, labels, both, scale_of(tokens, both), seed, device, steps, log)
     return list(zip(best, again, strict=True))
 
 
@@ -435,20 +437,26 @@ def _score(
     heads: Sequence[Head], tokens: Rows, pairs: Sequence[Pair], classes: int, ignored: Iterable[int]
 ) -> list[np.ndarray]:
     """Tallies (n, 3, classes) of each head at the masks' own pixels."""
-    tallies: list[list[np.ndarray]] = [[] for _ in heads]
+    example_scores: list[list[np.ndarray]] = [[] for _ in heads]
     for i, pair in enumerate(pairs):
         truth = ids_within(pair.open_ids(), classes, ignored, pair.name)
         shown = np.ascontiguousarray(tokens[np.array([i])])
-        for made, head in zip(tallies, heads, strict=True):
+        for made, head in zip(example_scores, heads, strict=True):
             made.append(tally(head.predict(shown, (truth.shape[0], truth.shape[1]))[0], truth, classes))
-    return [np.stack(made) for made in tallies]
+    return [np.stack(made) for made in example_scores]
 
 
 def _protocol(
-    setting: Setting, px: int, side: int, ignored: Iterable[int], metric: str, tallies: np.ndarray, commonest: int
+    setting: Setting,
+    px: int,
+    side: int,
+    ignored: Iterable[int],
+    metric: str,
+    example_scores: np.ndarray,
+    commonest: int,
 ) -> str:
     """How, in one line, with what naming one class everywhere would score: the class most of the fitted pixels are."""
-    hit, predicted, true = tallies.sum(0, dtype=np.float64)
+    hit, predicted, true = example_scores.sum(0, dtype=np.float64)
     hit, predicted = np.zeros_like(hit), np.zeros_like(predicted)
     hit[commonest], predicted[commonest] = true[commonest], true.sum()
     alone = 100 * float(statistic_of(metric)(np.stack([hit, predicted, true])[None])[0])

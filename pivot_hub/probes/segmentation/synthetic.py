@@ -25,7 +25,7 @@ def class_masks(scenes: Sequence[Scene], pictures: Sequence[Picture]) -> np.ndar
     masks = []
     for scene, picture in zip(scenes, pictures, strict=True):
         ids = np.zeros(picture.masks.shape[1:], np.int64)
-        for thing, mask in zip(scene.things, picture.masks, strict=True):
+        for thing, mask in zip(scene.objects, picture.masks, strict=True):
             ids[mask] = 1 + SHAPES.index(thing.shape)
         masks.append(ids)
     return np.stack(masks)
@@ -53,7 +53,7 @@ def segment_patches(
     heads = {decay: _fit(scale(flat), shares, decay) for decay in DECAYS}
 
     def tallied(decay: float, part: str) -> np.ndarray:
-        return _tallies(heads[decay], scaled[part], masks[part])
+        return _example_scores(heads[decay], scaled[part], masks[part])
 
     scaled = {part: scale(t) for part, t in tokens.items() if part != "train"}
     best = max(DECAYS, key=lambda d: mean_iou(tallied(d, "validation").sum(0)[None])[0])
@@ -63,13 +63,13 @@ def segment_patches(
         measure(
             "shapes/segmentation" if part == "test" else f"shapes/{part}/segmentation",
             metric,
-            tallies,
+            example_scores,
             protocol=f"linear head on patch tokens, logits upsampled; decay {best:g} chosen on validation",
             seed=seed,
             duration_s=duration,
             **conditions,
         )
-        for part, tallies in scored.items()
+        for part, example_scores in scored.items()
         for metric in ("mean_iou", "pixel_accuracy", "mean_recall")
     ]
 
@@ -102,7 +102,7 @@ def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
 
 
 @torch.no_grad()
-def _tallies(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def _example_scores(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Pixels hit, predicted and true of each class in each image: (N, 3, classes)."""
     n, patches, _ = tokens.shape
     side, k = round(patches**0.5), len(CLASSES)

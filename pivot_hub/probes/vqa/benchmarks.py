@@ -38,7 +38,7 @@ class Scored:
         figure: what lmms-eval must have made of them.
     """
 
-    tallies: np.ndarray
+    example_scores: np.ndarray
     figure: float
 
 
@@ -73,13 +73,13 @@ def _field(name: str) -> Callable[[Sequence[Sample], str], Scored]:
 
 
 def _mean(values: Iterable[float]) -> Scored:
-    tallies = np.array(list(values))
-    return Scored(tallies, float(tallies.mean()) if len(tallies) else float("nan"))
+    example_scores = np.array(list(values))
+    return Scored(example_scores, float(example_scores.mean()) if len(example_scores) else float("nan"))
 
 
 def _of_1000(samples: Sequence[Sample], key: str) -> Scored:
-    tallies = np.array([float(s[key]["score"]) for s in samples])
-    return Scored(tallies, tallies.sum() / 1000)
+    example_scores = np.array([float(s[key]["score"]) for s in samples])
+    return Scored(example_scores, example_scores.sum() / 1000)
 
 
 def _seed_image(samples: Sequence[Sample], key: str) -> Scored:
@@ -93,9 +93,11 @@ def _mme(samples: Sequence[Sample], key: str) -> Scored:
         images.setdefault((item["category"], str(item["question_id"])), []).append(item["score"])
     # Accuracy and accuracy+ of an image, each half of its category's points.
     values = [(sum(scores) / len(scores) + (sum(scores) == 2)) / 2 for scores in images.values()]
-    tallies = _in_parts(values, [[MME_PERCEPTION.index(category)] for category, _ in images], len(MME_PERCEPTION))
-    value, count = tallies.sum(0).T
-    return Scored(tallies, float(200 * (value[count > 0] / count[count > 0]).sum()))
+    example_scores = _in_parts(
+        values, [[MME_PERCEPTION.index(category)] for category, _ in images], len(MME_PERCEPTION)
+    )
+    value, count = example_scores.sum(0).T
+    return Scored(example_scores, float(200 * (value[count > 0] / count[count > 0]).sum()))
 
 
 def _cv_bench(samples: Sequence[Sample], key: str) -> Scored:
@@ -107,10 +109,10 @@ def _cv_bench(samples: Sequence[Sample], key: str) -> Scored:
 
 def _in_parts(values: Sequence[float], parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
     """Tallies (n, count, 2) of values in the parts they belong to."""
-    tallies = np.zeros((len(values), count, 2))
-    for row, value, belongs in zip(tallies, values, parts, strict=True):
+    example_scores = np.zeros((len(values), count, 2))
+    for row, value, belongs in zip(example_scores, values, parts, strict=True):
         row[list(belongs)] = value, 1
-    return tallies
+    return example_scores
 
 
 def _mmbench(samples: Sequence[Sample], key: str) -> Scored:

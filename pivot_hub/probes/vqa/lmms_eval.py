@@ -68,10 +68,10 @@ class Evaluation:
             table.add_row(name, group, r.metric, shown, str(r.n))
         return table
 
-    def facts(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "results": [r.facts() for r in self.results],
-            "averages": [r.facts() for r in self.averages],
+            "results": [r.to_dict() for r in self.results],
+            "averages": [r.to_dict() for r in self.averages],
             "refused": self.refused,
         }
 
@@ -85,7 +85,7 @@ def evaluate_vqa(
     dtype: str = "float32",
     include: Path | None = None,
     python: str | Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Evaluation:
     """Run benchmarks through lmms-eval, each alone; those that are finished in the output are read, not run again.
 
@@ -119,7 +119,7 @@ def evaluate_vqa(
     program = Path(python or os.environ.get(PYTHON) or sys.executable)
     software = lmms_versions(program)
     base = {"mllm_sha256": weights_sha256(source), "dtype": dtype, "lmms_eval": software["lmms_eval"]}
-    facts = {**tower_facts(source), "partner": source.resolve().name}
+    metadata = {**tower_metadata(source), "partner": source.resolve().name}
     found: dict[str, list[ProbeResult]] = {}
     for number, name in enumerate(names):
         job = {**base, "task": _task(name), "limit": limit, "files_sha256": _files_sha256(name, include)}
@@ -130,14 +130,14 @@ def evaluate_vqa(
         if earlier and earlier["mllm_sha256"] != job["mllm_sha256"]:
             raise ProbeError(f"{folder} holds the result of another MLLM; choose another --output.")
         if earlier and earlier.items() >= job.items():
-            say(f"{name}: finished before")
+            log(f"{name}: finished before")
         else:
-            log = target / f"{name}.log"
-            say(f"{name}: task {number + 1} of {len(names)}, {limit or 'all'} questions; log: {log}")
-            _run(program, source, folder, {**job, "versions": software}, batch, include, log)
-        found[name] = read_task(folder, name, facts)
+            log_file = target / f"{name}.log"
+            log(f"{name}: task {number + 1} of {len(names)}, {limit or 'all'} questions; log: {log_file}")
+            _run(program, source, folder, {**job, "versions": software}, batch, include, log_file)
+        found[name] = read_task(folder, name, metadata)
     run = [name for name in BENCHMARKS if _job(target / name).items() >= base.items()]
-    done = {name: (found.get(name) or read_task(target / name, name, facts))[0] for name in run}
+    done = {name: (found.get(name) or read_task(target / name, name, metadata))[0] for name in run}
     limited = [name for name in run if _job(target / name)["limit"] is not None]
     averages, refused = [], []
     for group in (*GROUPS, OVERALL) if run else ():
@@ -174,7 +174,7 @@ def lmms_versions(python: Path) -> dict[str, str]:
     return found
 
 
-def tower_facts(mllm: Path) -> dict[str, Any]:
+def tower_metadata(mllm: Path) -> dict[str, Any]:
     """What a result says of the encoder inside an MLLM: its layer, and the hash of its weights by name and content."""
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, str]] = {}
@@ -191,7 +191,7 @@ def tower_facts(mllm: Path) -> dict[str, Any]:
     return {"feature_layer": layer, "encoder": name, "encoder_sha256": digest.hexdigest()}
 
 
-def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeResult]:
+def read_task(folder: Path, name: str, metadata: Mapping[str, Any]) -> list[ProbeResult]:
     """The results of a finished task: one of a benchmark, one for each metric of another task.
 
     Args:
@@ -209,7 +209,7 @@ def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeRe
     made = []
     for b in read:
         scored = b.read(samples, b.key)
-        if b.key not in figures or not len(scored.tallies):
+        if b.key not in figures or not len(scored.example_scores):
             raise ProbeError(f"{name}: none of its questions counts for {b.metric}; give a larger --limit, or none.")
         if not np.isclose(scored.figure, figures[b.key], atol=1e-4):
             raise ProbeError(
@@ -221,14 +221,14 @@ def read_task(folder: Path, name: str, facts: Mapping[str, Any]) -> list[ProbeRe
             measure(
                 f"vqa/{name}",
                 b.metric,
-                scored.tallies,
+                scored.example_scores,
                 protocol=f"lmms-eval {job['lmms_eval']}, {job['task']}, {b.key}, greedy, {job['dtype']}{limited}",
                 split=b.split,
                 seed=0,
                 duration_s=job["duration_s"],
                 data_sha256=_questions_sha256(samples),
                 versions={**versions(), **job["versions"]},
-                **facts,
+                **metadata,
             )
         )
     return made
@@ -291,7 +291,7 @@ def average(group: str, results: Mapping[str, ProbeResult], limited: Sequence[st
 
 
 def _run(
-    python: Path, mllm: Path, folder: Path, job: dict[str, Any], batch: int, include: Path | None, log: Path
+    python: Path, mllm: Path, folder: Path, job: dict[str, Any], batch: int, include: Path | None, log_file: Path
 ) -> None:
     """Run one task of lmms-eval into its folder, which appears when it is finished."""
     started = time.monotonic()
@@ -300,16 +300,16 @@ def _run(
     command += ["--log_samples", *(["--limit", str(job["limit"])] if job["limit"] else [])]
     command += ["--include_path", str(include.resolve())] if include else []
     with whole_folder(folder) as beside:
-        with log.open("w") as file:
+        with log_file.open("w") as file:
             command += ["--output_path", str(beside)]
             # It leaves when its input ends: a killed command must not go on computing.
             variables = {**os.environ, WATCHED: "1"}
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=variables) as child:
                 failed = child.wait()
         if failed:
-            lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = log_file.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             reason = lines[-1].strip()[:300].rstrip(".")
-            raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log}.")
+            raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log_file}.")
         read_lmms(beside, job["task"])  # without a result it is not finished
         split = _split(beside, job["task"])
         write_json(beside / _JOB, {**job, "split": split, "duration_s": round(time.monotonic() - started, 2)})

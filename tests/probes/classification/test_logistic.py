@@ -85,7 +85,7 @@ def test_a_fit_that_does_not_converge_says_so() -> None:
 
 def test_the_benchmark_compares_both_on_the_same_features() -> None:
     lines: list[str] = []
-    report = bench_probe(600, 12, 6, cs=(0.1, 1.0), kinds=("correlated",), say=lines.append)
+    report = bench_probe(600, 12, 6, cs=(0.1, 1.0), kinds=("correlated",), log=lines.append)
     measured = report["features"]["correlated"]
     assert measured["times_faster"] == pytest.approx(measured["sklearn_s"] / measured["pivot_s"], rel=0.2)
     assert set(measured["cs"]) == {"0.1", "1"}

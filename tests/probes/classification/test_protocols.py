@@ -89,7 +89,7 @@ def test_every_protocol_tells_classes_apart(parts: Path, tmp_path: Path) -> None
     for result in results:
         assert result.n == 6  # two of twelve a class
         assert result.value > 80, result.task
-        assert result.tallies is not None
+        assert result.example_scores is not None
         assert "chance 33.3" in result.protocol
 
 
@@ -213,7 +213,7 @@ def test_features_are_computed_once_for_encoder_processor_data_and_layer(
         return len(runs)
 
     assert (count(), count()) == (1, 1)
-    assert count(facts={"encoder": "test", "encoder_sha256": "1"}) == 2
+    assert count(metadata={"encoder": "test", "encoder_sha256": "1"}) == 2
     assert count(tokens=True) == 3
     darker = read_encoder(parts / "vision")[1]
     darker.image_mean = [0.1, 0.2, 0.3]

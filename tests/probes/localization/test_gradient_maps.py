@@ -208,8 +208,8 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
     assert {r.n for r in results} == {9}  # twelve photos, a quarter for validation
     assert {r.partner for r in results} == {"tiny/3-sft"}
     assert all(r.ci95[0] <= r.value <= r.ci95[1] for r in results)
-    assert results[0].tallies is not None
-    targets = int(results[0].tallies[:, 1].sum())
+    assert results[0].example_scores is not None
+    targets = int(results[0].example_scores[:, 1].sum())
     assert f"; {targets} targets, boxes, 'Is there {{article}} {{name}}?', 3 photos" in results[0].protocol
     again, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
     assert [r.value for r in again] == [r.value for r in results]
@@ -225,16 +225,18 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
 
 def test_values_are_means_over_targets_and_intervals_over_images(trained: Path) -> None:
     """Two targets a picture: as many tallies as pictures, the mean over all targets."""
-    from pivot_hub.data.synthetic import World
+    from pivot_hub.data.synthetic import ShapesDataset
     from pivot_hub.probes.run import probe_targets
 
     model, processor = load_mllm(trained / "3-sft")
-    some = probe_targets(World(image_px=IMAGE_PX), "test", 6)
-    facts = {"encoder": "x", "encoder_sha256": "0", "feature_layer": -2}
-    alone = localize(model.eval(), processor, None, {"validation": some[:2], "test": some}, facts, explains=["answer"])
+    some = probe_targets(ShapesDataset(image_px=IMAGE_PX), "test", 6)
+    metadata = {"encoder": "x", "encoder_sha256": "0", "feature_layer": -2}
+    alone = localize(
+        model.eval(), processor, None, {"validation": some[:2], "test": some}, metadata, explains=["answer"]
+    )
     paired = [Target(t.pair, t.picture, str(i // 2)) for i, t in enumerate(some)]
     joined = localize(
-        model.eval(), processor, None, {"validation": some[:2], "test": paired}, facts, explains=["answer"]
+        model.eval(), processor, None, {"validation": some[:2], "test": paired}, metadata, explains=["answer"]
     )
     assert [r.value for r in joined] == pytest.approx([r.value for r in alone])
     assert ({r.n for r in alone}, {r.n for r in joined}) == ({6}, {3})
@@ -272,7 +274,7 @@ def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_pa
     assert done.exit_code == 0, done.output
     results = read_results(tmp_path / "r.json")
     assert len(results) == 12
-    assert all(r.tallies is not None for r in results)
+    assert all(r.example_scores is not None for r in results)
     assert "fruit/localisation/gradient of dpo" in done.output
     assert str(tmp_path) not in (tmp_path / "r.json").read_text()
     (folder / "labels" / "train" / "a0.txt").write_text("5 0.5 0.5 1 1\n")
@@ -296,7 +298,7 @@ def test_the_page_shows_the_recorded_results() -> None:
         cells = [f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in row]
         assert f"| {' | '.join([row[0].task.split('/')[-1], row[0].metric, *cells])} |" in page
         assert f"{row[0].n} photos" in page
-        assert all(r.tallies is not None and len(r.tallies) == r.n for r in row)
+        assert all(r.example_scores is not None and len(r.example_scores) == r.n for r in row)
         assert all(r.ci95[0] < 18.2 for r in row)
     p_values = {
         other: [_p_value(a, b) for a, b in zip(kept["dpo"], kept[other], strict=True)] for other in ("sft", "random")
@@ -306,6 +308,6 @@ def test_the_page_shows_the_recorded_results() -> None:
 
 
 def _p_value(first: ProbeResult, second: ProbeResult) -> float:
-    assert first.tallies is not None
-    assert second.tallies is not None
-    return paired_difference(first.tallies, second.tallies, statistic_of(first.metric), seed=0).p_value
+    assert first.example_scores is not None
+    assert second.example_scores is not None
+    return paired_difference(first.example_scores, second.example_scores, statistic_of(first.metric), seed=0).p_value

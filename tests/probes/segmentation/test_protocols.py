@@ -130,12 +130,12 @@ def test_reported_part_is_opened_after_everything_is_chosen(encoder: tuple[Any, 
     data, reads = make_data((6, 2, 3))
     said: list[str] = []
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         said.append(line)
         if "chosen" in line:
             reads.append("chosen")
 
-    probe(encoder, data, image_px=[PX, 2 * PX], steps=3, say=say)
+    probe(encoder, data, image_px=[PX, 2 * PX], steps=3, log=log)
     first = next(i for i, name in enumerate(reads) if name.startswith("test"))
     assert reads.count("chosen") == 2
     assert {name.split("/")[0] for name in reads[:first]} == {"train", "validation", "chosen"}
@@ -147,7 +147,7 @@ def test_reported_masks_change_no_setting(encoder: tuple[Any, Any]) -> None:
     other, _ = make_data(seed=1)
     mixed = MaskData("made", {**data.parts, "test": other.parts["test"]}, "val", data.ignored)
     said: list[list[str]] = [[], []]
-    one, two = (probe(encoder, d, encode=noise, say=s.append) for d, s in zip((data, mixed), said, strict=True))
+    one, two = (probe(encoder, d, encode=noise, log=s.append) for d, s in zip((data, mixed), said, strict=True))
     assert said[0] == said[1]
     key = f"mlp/{PX}px mean_iou"
     assert one[key].value != two[key].value
@@ -196,8 +196,8 @@ def test_scores_are_those_of_scikit_learn() -> None:
 
 
 def test_scores_of_single_classes() -> None:
-    tallies = np.array([[[3, 0, 0, 0], [4, 0, 2, 0], [5, 1, 0, 0]]])  # hit, predicted, true
-    assert per_class(tallies, {0: "sky"}) == [
+    example_scores = np.array([[[3, 0, 0, 0], [4, 0, 2, 0], [5, 1, 0, 0]]])  # hit, predicted, true
+    assert per_class(example_scores, {0: "sky"}) == [
         {"id": 0, "name": "sky", "pixels": 5, "iou": 50.0, "recall": 60.0},
         {"id": 1, "name": "1", "pixels": 1, "iou": 0.0, "recall": 0.0},
         {"id": 2, "name": "2", "pixels": 0, "iou": 0.0, "recall": None},
@@ -363,14 +363,14 @@ def test_layouts_are_found(layout: str, encoder: tuple[Any, Any], tmp_path: Path
     assert results[0].value > 40
     if layout in ("scene-parse", "zip", "tar"):
         assert (found.classes, found.ignored, dict(found.names)) == (151, frozenset({0, 255}), {1: "wall", 150: "flag"})
-        assert [c["id"] for c in per_class(_tallies(results[0]))] == [1, 2, 150]
+        assert [c["id"] for c in per_class(_example_scores(results[0]))] == [1, 2, 150]
     else:
-        assert [c["id"] for c in per_class(_tallies(results[0]))] == [0, 1, 2]
+        assert [c["id"] for c in per_class(_example_scores(results[0]))] == [0, 1, 2]
 
 
-def _tallies(result: ProbeResult) -> np.ndarray:
-    assert result.tallies is not None
-    return result.tallies
+def _example_scores(result: ProbeResult) -> np.ndarray:
+    assert result.example_scores is not None
+    return result.example_scores
 
 
 def test_packed_and_unpacked_data_are_one(tmp_path: Path, encoder: tuple[Any, Any]) -> None:
@@ -610,7 +610,7 @@ def test_command_writes_results_tallies_and_classes(command: Any, folder: Path, 
     assert done.exit_code == 0, done.output
     results = read_results(tmp_path / "out" / "r.json")
     assert {r.task for r in results} == {f"segmentation/set/{h}/{px}px" for h in ("linear", "mlp") for px in (32, 64)}
-    assert all(_tallies(r).shape == (4, 3, 3) for r in results)
+    assert all(_example_scores(r).shape == (4, 3, 3) for r in results)
     extra = json.loads((tmp_path / "out" / "r.classes.json").read_text())
     assert extra["skipped"] == ["image images/train/3.jpg has no mask"]
     assert [c["name"] for c in extra["classes"]["segmentation/set/mlp/64px"]] == ["sky", "road", "tree"]
@@ -642,7 +642,7 @@ def test_camvid_and_coco_masks(encoder: tuple[Any, Any]) -> None:
     options: dict[str, Any] = {"conditions": CONDITIONS, "steps": 20, "heads": ["linear"]}
     camvid, skipped = segment_folder(*encoder, REAL / "segmentation" / "camvid", ignore_ids=(11,), **options)
     assert not skipped
-    assert (camvid[0].n, _tallies(camvid[0]).shape) == (20, (20, 3, 11))
+    assert (camvid[0].n, _example_scores(camvid[0]).shape) == (20, (20, 3, 11))
     coco = REAL / "coco128"
     names = read_names(coco / "semantic_segmentation" / "config.yaml")
     masks: dict[str, Any] = {"masks": coco / "semantic_segmentation" / "masks", "names": names, "ignore_ids": (0,)}
@@ -690,7 +690,7 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
     counts = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), size=2000)
 
     def drawn(result: ProbeResult) -> np.ndarray:
-        return 100 * mean_iou(np.einsum("dn,nck->dck", counts, _tallies(result)))
+        return 100 * mean_iou(np.einsum("dn,nck->dck", counts, _example_scores(result)))
 
     for data, above in (("camvid", True), ("coco128", False)):
         for encoder in ("base", "sft", "dpo"):
@@ -709,10 +709,10 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
 def test_tokens_on_disk_are_those_made_and_are_made_once(encoder: tuple[Any, Any], tmp_path: Path) -> None:
     data, _ = make_data()
     seen: list[int] = []
-    facts = {"encoder": "test", "encoder_sha256": "0"}
+    metadata = {"encoder": "test", "encoder_sha256": "0"}
 
     def run() -> dict[str, ProbeResult]:
-        kept = cached_encode(*encoder, facts, tmp_path / "cache", lambda done, total, rate: seen.append(done))
+        kept = cached_encode(*encoder, metadata, tmp_path / "cache", lambda done, total, rate: seen.append(done))
         return probe(encoder, data, encode=kept, image_px=[32, 64])
 
     plain, first = probe(encoder, data, image_px=[32, 64]), run()

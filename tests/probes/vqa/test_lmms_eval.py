@@ -20,14 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pivot_hub import __version__
-from pivot_hub.data.synthetic import World
+from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.choices import chosen_letter, options_in, same_choice
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.vqa import lmms_eval as lmms
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS, GROUPS
-from pivot_hub.probes.vqa.lmms_eval import OVERALL, average, evaluate_vqa, read_task, tower_facts
+from pivot_hub.probes.vqa.lmms_eval import OVERALL, average, evaluate_vqa, read_task, tower_metadata
 from pivot_hub.probes.vqa.rule_judges import ask_mathvista, score_mathvista
 from pivot_hub.probes.vqa.synthetic import generate_answers
 
@@ -109,7 +109,7 @@ def test_the_table_is_the_papers() -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_every_benchmark_is_read_and_groups_are_averaged(mllm: Path, program: Path, tmp_path: Path) -> None:
-    made = evaluate_vqa(mllm, tmp_path / "out", python=program, say=silent)
+    made = evaluate_vqa(mllm, tmp_path / "out", python=program, log=silent)
     seen = {r.task.removeprefix("vqa/"): r for r in made.results}
     assert {name: (round(r.value, 6), r.n) for name, r in seen.items()} == {
         name: (round(value, 6), n) for name, (value, n) in EXPECTED.items()
@@ -126,35 +126,35 @@ def test_every_benchmark_is_read_and_groups_are_averaged(mllm: Path, program: Pa
     assert (mme.split, mme.metric, mme.unit) == ("test", "perception_score", "percent")
     assert mme.protocol == "lmms-eval 0.7.3, tiny_mme, mme_perception_score, greedy, float32"
     assert (mme.partner, mme.feature_layer, mme.versions["lmms_eval"]) == ("3-dpo", -2, "0.7.3")
-    assert mme.encoder_sha256 == tower_facts(mllm)["encoder_sha256"]
+    assert mme.encoder_sha256 == tower_metadata(mllm)["encoder_sha256"]
     assert len({r.data_sha256 for r in made.results}) == 16
     kept = read_results(tmp_path / "out" / "results.json")
     assert kept == [*made.results, *made.averages]
-    assert kept[0].tallies is not None
-    assert kept[0].tallies.shape == (5, 10, 2)
+    assert kept[0].example_scores is not None
+    assert kept[0].example_scores.shape == (5, 10, 2)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_finished_tasks_are_not_run_again(mllm: Path, trained: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = evaluate_vqa(mllm, out, ["gqa", "mmvp"], python=program, say=silent)
+    first = evaluate_vqa(mllm, out, ["gqa", "mmvp"], python=program, log=silent)
     assert calls(program) == ["tiny_gqa None", "tiny_mmvp None"]
-    again = evaluate_vqa(mllm, out, ["mmvp", "cv_bench", "realworldqa", "gqa"], python=program, say=silent)
+    again = evaluate_vqa(mllm, out, ["mmvp", "cv_bench", "realworldqa", "gqa"], python=program, log=silent)
     assert calls(program)[2:] == ["tiny_cv_bench None", "tiny_realworldqa None"]
     assert {r.task: r for r in first.results}.items() <= {r.task: r for r in again.results}.items()
     assert [r.task for r in again.averages] == ["vqa/Vision-centric"]
-    evaluate_vqa(mllm, out, ["gqa"], limit=4, python=program, say=silent)
-    evaluate_vqa(mllm, out, ["gqa"], limit=4, dtype="bfloat16", python=program, say=silent)
+    evaluate_vqa(mllm, out, ["gqa"], limit=4, python=program, log=silent)
+    evaluate_vqa(mllm, out, ["gqa"], limit=4, dtype="bfloat16", python=program, log=silent)
     assert calls(program)[4:] == ["tiny_gqa 4", "tiny_gqa 4"]
     with pytest.raises(ProbeError, match=r"gqa holds the result of another MLLM; choose another --output"):
-        evaluate_vqa(trained / "3-sft", out, ["gqa"], python=program, say=silent)
+        evaluate_vqa(trained / "3-sft", out, ["gqa"], python=program, log=silent)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_no_average_over_missing_or_limited_tasks(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    evaluate_vqa(mllm, out, ["mmvp", "realworldqa"], python=program, say=silent)
-    made = evaluate_vqa(mllm, out, ["cv_bench"], limit=8, python=program, say=silent)
+    evaluate_vqa(mllm, out, ["mmvp", "realworldqa"], python=program, log=silent)
+    made = evaluate_vqa(mllm, out, ["cv_bench"], limit=8, python=program, log=silent)
     assert made.results[0].protocol.endswith(", the first 8 questions only")
     assert made.averages == []
     assert made.refused[0] == "Vision-centric is not averaged: run with --limit cv_bench."
@@ -170,10 +170,10 @@ def test_a_failed_task_leaves_nothing_and_the_next_run_goes_on(mllm: Path, progr
     out = tmp_path / "out"
     program.with_name("broken").touch()
     with pytest.raises(ProbeError, match=r"tiny_gqa: lmms-eval failed: ValueError: Tasks not found: tiny_gqa; its log"):
-        evaluate_vqa(mllm, out, ["mmvp", "gqa"], python=program, say=silent)
+        evaluate_vqa(mllm, out, ["mmvp", "gqa"], python=program, log=silent)
     assert sorted(p.name for p in out.iterdir()) == ["gqa.log", "mmvp", "mmvp.log"]
     program.with_name("broken").unlink()
-    assert len(evaluate_vqa(mllm, out, ["mmvp", "gqa"], python=program, say=silent).results) == 2
+    assert len(evaluate_vqa(mllm, out, ["mmvp", "gqa"], python=program, log=silent).results) == 2
     assert calls(program) == ["tiny_mmvp None", "tiny_gqa None", "tiny_gqa None"]
 
 
@@ -203,17 +203,17 @@ def test_a_killed_command_goes_on(mllm: Path, program: Path, tmp_path: Path) -> 
 @pytest.mark.usefixtures("tiny")
 def test_figures_that_samples_do_not_make_are_refused(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    evaluate_vqa(mllm, out, ["gqa"], python=program, say=silent)
-    facts = {"encoder": "tower", "encoder_sha256": "0", "feature_layer": -2}
+    evaluate_vqa(mllm, out, ["gqa"], python=program, log=silent)
+    metadata = {"encoder": "tower", "encoder_sha256": "0", "feature_layer": -2}
     file = next((out / "gqa").rglob("*_results.json"))
-    assert read_task(out / "gqa", "gqa", facts)[0].value == pytest.approx(200 / 3)
+    assert read_task(out / "gqa", "gqa", metadata)[0].value == pytest.approx(200 / 3)
     file.write_text(file.read_text().replace("0.6666666666666666", "0.7"))
     with pytest.raises(ProbeError, match=r"gqa: lmms-eval gives exact_match 0\.7, and its samples 0\.66667; delete"):
-        read_task(out / "gqa", "gqa", facts)
+        read_task(out / "gqa", "gqa", metadata)
     log = next((out / "gqa").rglob("*.jsonl"))
     log.write_text("")
     with pytest.raises(ProbeError, match="gqa: none of its questions counts for exact_match; give a larger"):
-        read_task(out / "gqa", "gqa", facts)
+        read_task(out / "gqa", "gqa", metadata)
 
 
 def test_bad_input_is_refused_in_words(
@@ -231,10 +231,10 @@ def test_bad_input_is_refused_in_words(
         ({"tasks": ["tiny_mmvp", "tiny_mme"]}, "tiny_mmvp: no metric of it has a number for each question"),
     ):
         with pytest.raises(ProbeError, match=says):
-            evaluate_vqa(mllm, out, python=program, say=silent, **options)
+            evaluate_vqa(mllm, out, python=program, log=silent, **options)
     (tmp_path / "pictures" / "mme").mkdir(parents=True)
     with pytest.raises(ProbeError, match="mme is there and is no result of this command; choose another --output"):
-        evaluate_vqa(mllm, tmp_path / "pictures", python=program, say=silent)
+        evaluate_vqa(mllm, tmp_path / "pictures", python=program, log=silent)
     with pytest.raises(CheckpointError, match="not an MLLM; give a LLaVA checkpoint"):
         evaluate_vqa(parts / "language", out, python=program)
     shutil.copytree(mllm, tmp_path / "a,b")
@@ -253,17 +253,17 @@ def test_bad_input_is_refused_in_words(
 
 
 def test_the_towers_hash_is_of_the_tower_alone(trained: Path, tmp_path: Path) -> None:
-    one, two = (tower_facts(trained / stage)["encoder_sha256"] for stage in ("2-instruct", "3-dpo"))
+    one, two = (tower_metadata(trained / stage)["encoder_sha256"] for stage in ("2-instruct", "3-dpo"))
     assert one != two
     copy = tmp_path / "copy"
     shutil.copytree(trained / "3-dpo", copy)
     weights = load_file(copy / "model.safetensors")
     head = next(k for k in weights if "vision_tower" not in k)
     save_file(weights | {head: weights[head] + 1}, copy / "model.safetensors", {"format": "pt"})
-    assert tower_facts(copy)["encoder_sha256"] == two
+    assert tower_metadata(copy)["encoder_sha256"] == two
     tower = next(k for k in weights if "vision_tower" in k)
     save_file(weights | {tower: weights[tower].bfloat16()}, copy / "model.safetensors", {"format": "pt"})
-    assert tower_facts(copy)["encoder_sha256"] not in (one, two)
+    assert tower_metadata(copy)["encoder_sha256"] not in (one, two)
 
 
 @pytest.mark.parametrize("said", ["(A)", "A", "A.", "(a)", "a", "A) yes", "A: yes", "(A) yes.", "yes", "Yes.", "A yes"])
@@ -334,7 +334,7 @@ def test_mathvista_is_judged_by_rule() -> None:
 def test_results_of_two_mllms_can_be_paired(tiny: None, trained: Path, program: Path, tmp_path: Path) -> None:
     made: list[ProbeResult] = []
     for stage in ("3-sft", "3-dpo"):
-        made += evaluate_vqa(trained / stage, tmp_path / stage, ["gqa"], python=program, say=silent).results
+        made += evaluate_vqa(trained / stage, tmp_path / stage, ["gqa"], python=program, log=silent).results
     assert made[0].data_sha256 == made[1].data_sha256
     assert made[0].encoder_sha256 != made[1].encoder_sha256
 
@@ -346,7 +346,7 @@ def test_questions_of_several_images_and_of_none_share_a_pass(mllm: Path) -> Non
     with torch.no_grad():  # the tiny model says the same to all; with large weights whatever it sees counts
         for weight in model.parameters():
             weight.mul_(3)
-    one, two = (World().scene("test", i).render().image for i in range(2))
+    one, two = (ShapesDataset().scene("test", i).render().image for i in range(2))
     question, shown = "Which is larger?", [[one], [one, two], [two, one], []]
     together = generate_answers(model, processor, [question] * 4, shown)
     alone = [generate_answers(model, processor, [question], [images])[0] for images in shown]

@@ -67,7 +67,7 @@ class Prose(Strict):
 
 
 @dataclass(frozen=True)
-class Facts:
+class EncoderMetadata:
     """What is known of an encoder: the contents of its repository's files."""
 
     config: dict[str, Any]
@@ -100,7 +100,7 @@ class Facts:
         return own
 
 
-def read_facts(folder: str | Path) -> Facts:
+def read_metadata(folder: str | Path) -> EncoderMetadata:
     """Read the facts of an encoder repository.
 
     Raises:
@@ -108,7 +108,7 @@ def read_facts(folder: str | Path) -> Facts:
     """
     path = Path(folder)
     results = [r for file in sorted((path / "results").glob("*.json")) for r in _results(file)]
-    return Facts(
+    return EncoderMetadata(
         config=_read(path / "config.json"),
         provenance=_read(path / "provenance.json"),
         recipe=_read(path / "recipe.yaml"),
@@ -147,8 +147,8 @@ def stage_chain(provenance: dict[str, Any]) -> list[dict[str, Any]]:
     return made[::-1]
 
 
-def required_fact(facts: Mapping[str, Any], where: str, key: str, may_be_none: bool = False) -> Any:
-    found: Any = facts
+def required_fact(metadata: Mapping[str, Any], where: str, key: str, may_be_none: bool = False) -> Any:
+    found: Any = metadata
     for part in key.split("."):
         if not isinstance(found, Mapping) or part not in found or (found[part] is None and not may_be_none):
             raise CardError(f"{where}.{key} is missing.")
