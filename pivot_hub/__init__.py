@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives: importing pivot_hub must not cost the seconds that torch and TRL take.
-_HOMES = {
+# The module of each public name. Names are imported on first use, because torch and TRL take seconds to import.
+_MODULES = {
     "PivotVisionBackbone": "pivot_hub.encoder",
     "PivotVisionConfig": "pivot_hub.encoder",
     "PivotVisionModel": "pivot_hub.encoder",
@@ -18,7 +18,7 @@ _HOMES = {
     "encode_folder": "pivot_hub.encoder.encode",
     "export_encoder": "pivot_hub.encoder.export",
     "build_mllm": "pivot_hub.mllm.build",
-    "load_mllm": "pivot_hub.mllm.build",
+    "load_mllm": "pivot_hub.mllm.load",
     "PivotDPOConfig": "pivot_hub.training.dpo",
     "PivotDPOTrainer": "pivot_hub.training.dpo",
     "load_recipe": "pivot_hub.config.recipe",
@@ -26,7 +26,7 @@ _HOMES = {
     "gradient_map": "pivot_hub.explain.gradcam",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from pivot_hub.config.recipe import load_recipe as load_recipe
@@ -53,6 +53,6 @@ import pivot_hub.training  # noqa: E402, F401  (registers the stages that recipe
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'pivot_hub' has no attribute {name!r}")

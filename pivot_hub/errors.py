@@ -1,16 +1,19 @@
-"""What can go wrong, by whose hand it is mended; each message is one sentence that names the remedy."""
+"""The errors of this package, by who can fix them. Each message is one or two sentences that name the remedy."""
 
 from __future__ import annotations
 
 
 class PivotError(Exception):
-    """Base of every error this package raises on purpose. `exit_code` is what the command line returns."""
+    """Base class of the errors that this package raises on purpose.
+
+    `exit_code` is the code that the command line exits with.
+    """
 
     exit_code = 1
 
 
 class RecipeError(PivotError):
-    """A recipe, an override or a command-line value is wrong: nothing was loaded yet."""
+    """A recipe, an override or a command-line value is wrong. Nothing has been loaded yet."""
 
     exit_code = 2
 
@@ -22,13 +25,13 @@ class DataError(PivotError):
 
 
 class CheckpointError(PivotError):
-    """A checkpoint or an encoder repository is missing, incomplete or does not fit."""
+    """A checkpoint or an encoder repository is missing, incomplete, or does not fit."""
 
     exit_code = 2
 
 
 class TrainingError(PivotError):
-    """Training cannot go on: the loss is not finite, or a checkpoint cannot be written."""
+    """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
 
 
 class ExportError(PivotError):
@@ -36,19 +39,19 @@ class ExportError(PivotError):
 
 
 class ProbeError(PivotError):
-    """A probe cannot measure what it was asked to."""
+    """A probe cannot measure what was requested."""
 
     exit_code = 2
 
 
 class CardError(PivotError):
-    """A card lacks a fact, or says what the facts do not."""
+    """A card lacks metadata, or contradicts it."""
 
     exit_code = 2
 
 
 class PublishError(PivotError):
-    """A repository cannot be published or pulled; what is on the Hub is what was there before."""
+    """A repository cannot be published or pulled. The repository on the Hub is unchanged."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)

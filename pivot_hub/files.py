@@ -1,4 +1,4 @@
-"""Writing folders and files whole: made beside their place, then renamed in."""
+"""Write folders and files atomically: they are written beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ PACKAGE = Path(__file__).parent
 
 
 def shipped_folder(name: str) -> Path:
-    """Find `recipes`, `model_cards` or `spaces`: inside the package in a wheel, beside it in a checkout."""
+    """Return `recipes`, `model_cards` or `spaces`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to fill; it takes the target's place when the block ends, and vanishes if it fails.
+    """Give an empty folder to fill, which takes the target's place when the block ends, and is deleted if it fails.
 
-    A folder that lies at the target is replaced in the end, never mixed with the new one.
+    A folder at the target is replaced at the end; its files are never mixed with the new ones.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -41,7 +41,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: a reader sees the old one or the new one."""
+    """Write a file in one step: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -51,6 +51,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, metadata: Any) -> None:
-    """Write JSON in one step, indented, with a final newline."""
-    write_whole(path, json.dumps(metadata, indent=2) + "\n")
+def write_json(path: Path, values: Any) -> None:
+    """Write values as JSON in one step, indented, with a final newline."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Where an artefact came from: commit, versions, recipe, parent and data, with hashes and no local path."""
+"""Provenance of an artefact: commit, versions, recipe, parent and data, with hashes and without local paths."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingfa
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of this package and of those that shape its results; None for one that is not installed."""
-    found: dict[str, str | None] = {"pivot_hub": __version__, "python": platform.python_version()}
+    """Return the versions of this package and of the packages that shape its results; None if one is missing."""
+    installed: dict[str, str | None] = {"pivot_hub": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """The hardware, without a host or user name."""
+    """Describe the hardware, without a host or user name."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -48,9 +48,9 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> int:
-    """Largest resident memory this process ever had, in MB."""
+    """Return the largest resident memory that this process has had, in MB."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what its parent had when it was started
+    if status.is_file():  # getrusage would include the memory of the parent process
         kilobytes = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return kilobytes // 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,19 +58,19 @@ def peak_memory_mb() -> int:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+    """Return the SHA-256 of a file, which is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash over all safetensors files of a folder, by name and content."""
+    """Return one hash over all safetensors files of a folder, by name and content."""
     files = sorted(folder.glob("*.safetensors"))
     return hashlib.sha256("".join(f"{f.name}{file_sha256(f)}" for f in files).encode()).hexdigest()
 
 
 def state_sha256(module: Any) -> str:
-    """One hash over a torch module's weights and buffers, by name, type, shape and bytes."""
+    """Return one hash over a torch module's weights and buffers, by name, type, shape and bytes."""
     import torch
 
     digest = hashlib.sha256()
@@ -81,19 +81,19 @@ def state_sha256(module: Any) -> str:
 
 
 def hub_commit(path: Path) -> str | None:
-    """The Hub commit that a file or folder of the Hub's cache is of; None elsewhere."""
+    """Return the Hub commit of a file or folder in the Hub's cache, and None for any other path."""
     folders = path.parts
     return folders[folders.index("snapshots") + 1] if "snapshots" in folders[:-1] else None
 
 
 def cached_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a Hub repository that lies in the Hub's cache; None where it is not there."""
+    """Return the commit of a Hub repository in the Hub's cache, and None if it is not there."""
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return hub_commit(Path(config)) if isinstance(config, str) else None
 
 
 def source_commit() -> str | None:
-    """Commit of the checkout this package runs from, or None for an installed wheel."""
+    """Return the commit of the checkout that this package runs from, or None for an installed wheel."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -103,13 +103,13 @@ def source_commit() -> str | None:
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Write provenance.json: the facts, the hash of every other file of the folder, and its own."""
+    """Write provenance.json: the metadata, the hash of every other file in the folder, and its own hash."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "provenance.json")
-    made = {**metadata, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
-    made["sha256"] = hashlib.sha256(manifest_text(made, False).encode()).hexdigest()
-    write_whole(folder / "provenance.json", manifest_text(made))
+    provenance = {**metadata, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
+    provenance["sha256"] = hashlib.sha256(manifest_text(provenance, with_hash=False).encode()).hexdigest()
+    write_whole(folder / "provenance.json", manifest_text(provenance))
 
 
 def manifest_text(provenance: dict[str, Any], with_hash: bool = True) -> str:
-    """The one way provenance.json is written, with its own hash or as that hash is taken."""
+    """Return the text of provenance.json, with its own hash, or without it, as the hash is computed."""
     return json.dumps({k: v for k, v in provenance.items() if with_hash or k != "sha256"}, indent=2) + "\n"

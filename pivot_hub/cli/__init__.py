@@ -2,31 +2,30 @@
 
 import sys
 
-from pivot_hub.cli import train, publish, measure, bench, explain  # isort: skip  (the order of the help)
+from pivot_hub.cli import train, plan, study, publish, measure, bench, explain  # isort: skip  (the order of the help)
 from pivot_hub.cli.app import app, is_first, out
 from pivot_hub.errors import PivotError, TrainingError
 
-__all__ = ["app", "bench", "explain", "main", "measure", "out", "publish", "train"]
+__all__ = ["app", "bench", "explain", "main", "measure", "out", "plan", "publish", "study", "train"]
 
 
 def main() -> None:
-    """Run the command; what goes wrong is one sentence on stderr, a traceback only with --debug."""
+    """Run the command. An error is one message on stderr; --debug shows the traceback."""
     try:
         app()
     except PivotError as error:
         if "--debug" in sys.argv:
             raise
-        if is_first() or isinstance(error, TrainingError):  # others fail alike, of a loss one alone may know
+        # All processes of a run meet the same error, but a loss that is not finite may be known to one of them only.
+        if is_first() or isinstance(error, TrainingError):
             print(f"pivot: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("pivot: stopped; run the same command again to go on.", file=sys.stderr)
+        print("pivot: stopped; run the same command again to resume.", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(
-            f"pivot: {type(error).__name__}: {reason[0]} (run `pivot --debug ...` for the traceback)", file=sys.stderr
-        )
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"pivot: {type(error).__name__}: {lines[0]} (run `pivot --debug ...` for the traceback)", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The command's groups, and what its commands share: options, and ways to print and write."""
+"""The command groups, the options that commands share, and functions that print and write results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pivot_hub.errors import RecipeError
 if TYPE_CHECKING:
     from pivot_hub.probes.result import ProbeResult
 
-# Reports and progress are ours; the libraries' own bars and advice would bury them. --debug shows all.
+# The libraries' own progress bars and advice would bury our reports and progress. --debug shows all of it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DATASETS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-if not sys.stderr.isatty():  # bars of loading and saving are for terminals; elsewhere they are thousands of lines
+if not sys.stderr.isatty():  # outside of a terminal, bars of loading and saving are thousands of lines
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 app = typer.Typer(
@@ -37,13 +37,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(
-    help="Time one thing against another in one run.\n\nExample: `pivot bench encoder --json bench.json`",
+    help="Compare the time of two ways to do the same in one run.\n\nExample: `pivot bench encoder --json bench.json`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 app.add_typer(bench, name="bench")
 data = typer.Typer(
-    help="Look at a recipe's data before training.\n\nExample: `pivot data check shapes/3-dpo`",
+    help="Inspect a recipe's data before training.\n\nExample: `pivot data check shapes/3-dpo`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -54,16 +54,20 @@ evaluation = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(evaluation, name="eval")
-# Where there is no terminal to ask for its width, a table keeps its rows on one line each.
+# Without a terminal, which has a width, a table keeps each row on one line.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to RUNS/<recipe folder>/<recipe>.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to `RUNS/<folder>/<recipe>`.")]
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe, as shapes/3-dpo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes of the recipe: dotted.key=value, as in args.beta=0.2.")
+]
 
 
 @app.callback(invoke_without_command=True)
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")] = False,
 ) -> None:
     if version:
@@ -75,27 +79,30 @@ def _options(
 
 @contextmanager
 def bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
-    """A progress bar with rate and time left on a terminal, a line now and then elsewhere."""
-    if sys.stdout.isatty():
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]:.1f} " + unit + "/s"))
-        with Progress(TextColumn(unit), *columns, TimeRemainingColumn(), console=out) as bar:
-            task = bar.add_task(unit, total=None, rate=0.0)
-            yield lambda done, total, rate: bar.update(task, completed=done, total=total, rate=rate)
-        return
-    said = time.monotonic()
+    """Show a progress bar with speed and time left on a terminal, and a line every ten seconds elsewhere.
 
-    def advance(done: int, total: int | None, rate: float) -> None:
-        nonlocal said
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            left = "" if total is None else f", {(total - done) / rate:.0f} s left"
-            log(f"{done}{'' if total is None else f' of {total}'} {unit}, {rate:.1f}/s{left}")
+    The block calls what it is given with the units done, all units or None, and the units per second.
+    """
+    if sys.stdout.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]:.1f} " + unit + "/s"))
+        with Progress(TextColumn(unit), *columns, TimeRemainingColumn(), console=out) as progress:
+            task = progress.add_task(unit, total=None, speed=0.0)
+            yield lambda done, total, speed: progress.update(task, completed=done, total=total, speed=speed)
+        return
+    last_line = time.monotonic()
+
+    def advance(done: int, total: int | None, speed: float) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line > 10:
+            last_line = time.monotonic()
+            left = "" if total is None else f", {(total - done) / speed:.0f} s left"
+            log(f"{done}{'' if total is None else f' of {total}'} {unit}, {speed:.1f}/s{left}")
 
     yield advance
 
 
 def show(results: list[ProbeResult], path: Path | None) -> None:
-    """Print results with their intervals, and write them where a file is named."""
+    """Print results with their intervals, and write them if a file is named."""
     for result in results:
         low, high = result.ci95
         log(f"{result.task:28} {result.metric:18} {result.value:6.1f} [{low:.1f}, {high:.1f}]  {result.protocol}")
@@ -106,26 +113,31 @@ def show(results: list[ProbeResult], path: Path | None) -> None:
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The numbers of an option that takes several, with commas between them."""
+    """Parse the value of an option that takes several numbers, separated by commas."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise RecipeError(f"{option} {text!r}: give numbers with commas between them.") from None
+        raise RecipeError(f"{option} {text!r}: give numbers separated by commas.") from None
 
 
 def is_first() -> bool:
-    """Whether this is the one process, or the first of those that a launcher started."""
+    """Return whether this is the only process, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def log(text: str) -> None:
-    """Print text as it is."""
+    """Print text without markup."""
     out.print(text, markup=False)
 
 
-def write(path: Path | None, metadata: Any) -> None:
-    """Write facts as JSON where a file is named."""
+def warn(text: str) -> None:
+    """Print a warning to stderr, so that the command's output stays as it is."""
+    print(f"pivot: {text}", file=sys.stderr)
+
+
+def write(path: Path | None, values: Any) -> None:
+    """Write values as JSON if a file is named."""
     if path is not None:
         from pivot_hub.files import write_json
 
-        write_json(path, metadata)
+        write_json(path, values)

@@ -1,4 +1,4 @@
-"""The data section of a recipe: where rows come from."""
+"""The data section of a recipe: the sources that rows come from."""
 
 from __future__ import annotations
 
@@ -8,17 +8,30 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pivot_hub.config.yaml_loader import Strict
+from pivot_hub.errors import DataError
 
 
 class OnBadRow(StrEnum):
-    """What to do with a row, an image or a label that cannot be used: raise an error, or skip the row and count it."""
+    """What to do with a row, an image or a label that cannot be used: raise an error, or skip and count it."""
 
     STOP = "stop"
     SKIP = "skip"
 
+    @classmethod
+    def parse(cls, value: str | OnBadRow) -> OnBadRow:
+        """Return the policy of a value.
+
+        Raises:
+            DataError: The value is neither `stop` nor `skip`.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            raise DataError(f"on_bad_row is {value!r}: give {cls.STOP} or {cls.SKIP}.") from None
+
 
 class ShapesSettings(Strict):
-    """Settings of the built-in world that a recipe may change; see `data.shapes.World`."""
+    """Settings of the synthetic Shapes dataset that a recipe may change; see `data.synthetic.ShapesDataset`."""
 
     image_px: int = Field(64, ge=16)
     things: tuple[int, int] = (1, 5)
@@ -33,32 +46,54 @@ class ShapesSettings(Strict):
 
 
 class ShapesData(Strict):
-    """Rows of the built-in world, rendered as they are read."""
+    """Rows of the synthetic Shapes dataset, rendered when they are read.
+
+    Args:
+        format: The value `shapes`.
+        content: Captions, conversations (instruct) or preference pairs.
+        rows: Number of rows.
+        split: Split that the scenes are drawn from.
+        start: Index of the first scene. Stages that must not share scenes have different starts.
+        slip: Error type of the rejected answers of pairs whose answers end in a fact: an error in what is visible, in
+            the fact, or in the format. Without it, pairs have no fact and the error is visual.
+        world: Settings of the dataset.
+    """
 
     format: Literal["shapes"]
     content: Literal["captions", "instruct", "pairs"]
     rows: int = Field(ge=1)
     split: Literal["train", "validation", "test"] = "train"
-    start: int = Field(0, ge=0)  # index of the first scene: stages that must not share scenes start apart
-    slip: Literal["visual", "fact", "format"] | None = None  # of pairs: a fact behind each answer, and what is wrong
+    start: int = Field(0, ge=0)
+    slip: Literal["visual", "fact", "format"] | None = None
     world: ShapesSettings = ShapesSettings()
 
 
 class Expected(Strict):
-    """What a source should hold: the planner counts with it before the data is there, `pivot data check` compares."""
+    """Expected size of a source, which the planner counts with and `pivot data check` compares with the files.
 
-    rows: int = Field(ge=1)  # that an epoch sees where there is no sample, as often as `subsets` say
-    prompt_tokens: int = Field(ge=0)  # mean of a row: all turns that are read, without the image
-    answer_tokens: int = Field(ge=1)  # mean of a row: all answers, or of one of a pair
+    Args:
+        rows: Rows of an epoch without a sample, each counted as often as `subsets` repeats it.
+        prompt_tokens: Mean number of prompt tokens of a row, over all of its turns, without the image.
+        answer_tokens: Mean number of answer tokens of a row: all answers, or one answer of a preference pair.
+    """
+
+    rows: int = Field(ge=1)
+    prompt_tokens: int = Field(ge=0)
+    answer_tokens: int = Field(ge=1)
 
 
 class FileData(Strict):
-    """Annotation files with their images; see `data/README.md` in the package for each format's columns.
+    """Annotation files with their images; `pivot_hub/data/README.md` lists the columns of each format.
 
-    `path` is a JSON list, JSONL or Parquet file, a folder of such files, MMPR's meta file, or a Hub dataset. `images`
-    is the folder or archive (.zip, .tar) that image names start from; rows that hold their images need none.
-    `subsets` are folders below `path`, each with the times its rows are seen in an epoch; a `sample` takes each group
-    of rows (source of a meta file, subset) by its share.
+    Args:
+        format: Format of the annotation files.
+        path: A JSON list, a JSONL or Parquet file, a folder of such files, MMPR's meta file, or a Hub dataset.
+        images: Folder or archive (.zip, .tar) that image names are relative to; None where rows hold their images.
+        revision: Commit or branch of a Hub dataset.
+        subsets: Folders below `path`, each with the number of times that an epoch repeats its rows.
+        sample: Number of rows to sample, from each group (a source of a meta file, or a subset) in proportion.
+        seed: Seed of the sample.
+        expect: Expected size of the source.
     """
 
     format: Literal["llava", "mmpr", "rlaif_v", "vlfeedback", "preference"]

@@ -1,7 +1,8 @@
-"""Recipes: one YAML file says what a stage trains, on what, how fast; every mistake in it has a line.
+"""Recipes: one YAML file names the parts, the data and the learning rates of a stage of training.
 
 A recipe is checked in full before a weight or an image is loaded: unknown keys raise with the nearest valid key,
-arguments are checked against the trainer config that its stage registered, and parents are followed.
+arguments are checked against the trainer config that its stage registered, and parents are followed. Each error names
+the file and the line.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from pivot_hub.config.data_section import DataSpec, OnBadRow, ShapesData
-from pivot_hub.config.stages import argument_types, stage_names, stage_of
+from pivot_hub.config.stages import Stage, argument_types, stage_names, stage_of
 from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, read_yaml
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import shipped_folder
 
 RECIPES = shipped_folder("recipes")
 PARTS = ("vision", "projector", "language")
-# Set by the runner from other keys of the recipe; a second way to say them would be a contradiction.
+# The runner sets these arguments from other keys of the recipe; two values of one argument could contradict.
 RESERVED_ARGS = {
     "output_dir": "--output",
-    "learning_rate": "the recipe's learning_rate, one rate per part",
+    "learning_rate": "the recipe's learning_rate, one learning rate per part",
     "seed": "the recipe's seed",
     "data_seed": "the recipe's seed",
-    "accelerator_config": "the machine file, as in recipes/accelerate",
-    "remove_unused_columns": "nothing: rows are made in the trainer's columns",
+    "accelerator_config": "an Accelerate config, as in recipes/accelerate",
+    "remove_unused_columns": "nothing: rows have the trainer's columns already",
     "resume_from_checkpoint": "nothing: a stopped run resumes by itself",
     "push_to_hub": "`pivot push`, after the run",
 }
@@ -47,24 +48,25 @@ class ModelSpec(Strict):
     language_revision: str | None = None
 
 
-def _positive(rate: float) -> float:
-    if not rate > 0:  # nor is what is no number
-        raise PydanticCustomError("rate", "a rate is positive; leave it out to freeze")
-    return rate
+def _positive(learning_rate: float) -> float:
+    if not learning_rate > 0:  # NaN is refused too
+        raise PydanticCustomError("learning_rate", "a learning rate is positive; leave it out to freeze the part")
+    return learning_rate
 
 
-Rate = Annotated[float, AfterValidator(_positive)]
+LearningRate = Annotated[float, AfterValidator(_positive)]
 
 
-class Rates(Strict):
-    """Peak learning rate of each part; a part left out is frozen."""
+class LearningRates(Strict):
+    """Peak learning rate of each part; a part without one is frozen."""
 
-    vision: Rate | None = None
-    projector: Rate | None = None
-    language: Rate | None = None
+    vision: LearningRate | None = None
+    projector: LearningRate | None = None
+    language: LearningRate | None = None
 
     def trained(self) -> dict[str, float]:
-        return {part: rate for part in PARTS if (rate := getattr(self, part)) is not None}
+        """Return the learning rate of each part that trains."""
+        return {part: value for part in PARTS if (value := getattr(self, part)) is not None}
 
 
 def _registered(stage: str) -> str:
@@ -77,7 +79,7 @@ def _registered(stage: str) -> str:
 
 
 class LoraSpec(Strict):
-    """Low-rank adapters on the language head, in place of its own weights; needs peft."""
+    """Low-rank adapters that train in place of the language model's own weights; needs peft."""
 
     rank: int = Field(64, ge=1)
     alpha: int = Field(128, ge=1)
@@ -85,24 +87,27 @@ class LoraSpec(Strict):
 
 
 class Recipe(Strict):
-    """A stage of training, in full.
+    """A stage of training.
 
     Args:
-        stage: vision and language make base parts; align, instruct, sft and dpo train an MLLM.
-        parent: the recipe whose checkpoint this starts from, beside this file.
-        model: the parts an align stage joins; later stages inherit it from their parent.
-        architecture: sizes of a base part, in the names of its transformers config.
-        tokenizer_size: tokens of the byte-level BPE vocabulary a language stage trains.
-        learning_rate: peak rate per part.
-        data: where the rows come from; several sources are concatenated.
-        args: arguments of the stage's trainer config, in their own names: TRL's SFTConfig, or PivotDPOConfig, which is
-            TRL's DPOConfig with four switches.
-        global_batch: rows of an optimizer step over all processes; args.gradient_accumulation_steps follows from it.
-        lora: train adapters on the language head at its rate, and merge them in the end.
-        labels: what the loss is on in align, instruct and sft. Answers by default; llava_next as the paper's authors
-            train: answers with their turn's header, and every turn marker and newline of the conversation.
-        on_bad_row: stop at the first row that cannot be used, or skip and count it.
-        seed: of initialisation, shuffling and dropout.
+        stage: Name of a registered stage: vision and language make base parts; align, instruct, sft and dpo train an
+            MLLM.
+        parent: File name of the recipe whose checkpoint this stage starts from; it lies beside this recipe.
+        model: Parts that an align stage joins. Later stages inherit them from their parent.
+        architecture: Sizes of a base part, under the names of its transformers config.
+        tokenizer_size: Number of tokens in the byte-level BPE vocabulary that a language stage trains.
+        learning_rate: Peak learning rate of each part.
+        data: Sources of the rows, which are concatenated.
+        args: Arguments of the stage's trainer config, under their own names: TRL's SFTConfig, or PivotDPOConfig, which
+            is TRL's DPOConfig with four more options.
+        global_batch: Rows of an optimizer step over all processes, from which args.gradient_accumulation_steps
+            follows.
+        lora: Adapters that train on the language model at its learning rate and are merged when the stage ends.
+        labels: Tokens that the loss of align, instruct and sft is computed on: the answers by default. With
+            llava_next, as the paper's authors train: answers with the header of their turn, and every turn marker and
+            newline of the conversation.
+        on_bad_row: Whether a row that cannot be used raises an error, or is skipped and counted.
+        seed: Seed of initialisation, shuffling and dropout.
     """
 
     stage: Annotated[str, AfterValidator(_registered)]
@@ -110,7 +115,7 @@ class Recipe(Strict):
     model: ModelSpec | None = None
     architecture: dict[str, Any] | None = None
     tokenizer_size: int | None = Field(None, ge=300)
-    learning_rate: Rates
+    learning_rate: LearningRates
     data: list[DataSpec] = Field(min_length=1)
     args: dict[str, Any] = Field({})
     global_batch: int | None = Field(None, ge=1)
@@ -120,15 +125,27 @@ class Recipe(Strict):
     seed: int = 0
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, as plain values."""
+        """Return the recipe as plain values, with every default written out."""
         return self.model_dump(mode="json", exclude_none=True)
 
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+        """Hash the values that differ from their defaults, so that a new key with a default changes no hash."""
+        return _sha256(self.model_dump(mode="json", exclude_defaults=True))
+
+    def has_sha256(self, sha256: str) -> bool:
+        """Return whether a recorded hash is this recipe's, under this rule or under that of the first version.
+
+        The first version hashed every value, defaults included.
+        """
+        return sha256 in (self.sha256(), _sha256(self.resolved()))
+
+
+def _sha256(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class LoadedRecipe(BaseModel):
-    """A checked recipe with the file it came from and its parent, oldest ancestor last."""
+    """A checked recipe with its file and its parent."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -138,15 +155,15 @@ class LoadedRecipe(BaseModel):
 
     @property
     def name(self) -> str:
-        """Folder and file stem, as in `shapes/3-dpo`: where the stage's checkpoint goes."""
+        """Folder and file stem, as in `shapes/3-dpo`; the stage's checkpoint goes to the folder of this name."""
         return f"{self.path.parent.name}/{self.path.stem}"
 
     def lineage(self) -> list[LoadedRecipe]:
-        """This recipe and its ancestors, from the first stage to this one."""
+        """Return this recipe and its ancestors, from the first stage to this one."""
         return [*(self.parent.lineage() if self.parent else []), self]
 
     def locate(self, reference: str) -> str:
-        """Resolve a path written in the recipe against its folder; anything else is a Hub name."""
+        """Resolve a path of the recipe against its folder; a path that does not exist is returned as a Hub name."""
         beside = (self.path.parent / reference).resolve()
         return str(beside) if beside.exists() else reference
 
@@ -155,25 +172,37 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     """Read, override and check a recipe and its ancestors.
 
     Args:
-        path: the YAML file; a name such as `shapes/3-dpo` finds the shipped recipe.
-        overrides: `dotted.key=value`, the value in YAML, as in `args.beta=0.2` or `data.0.rows=64`.
+        path: The YAML file, or the name of a shipped recipe, such as `shapes/3-dpo`.
+        overrides: Values in YAML under dotted keys, as in `args.beta=0.2` or `data.0.rows=64`.
 
     Raises:
-        RecipeError: naming file, line, key and the nearest valid key.
+        RecipeError: The recipe or an ancestor is wrong. The message names file, line, key and the nearest valid key.
     """
     file = _find(Path(path))
     return _load(file, overrides, children=())
 
 
 def recipe_files(root: Path = RECIPES) -> list[Path]:
-    """Every stage recipe below a folder: files named `<n>-<stage>.yaml`."""
+    """List the stage recipes below a folder: files named `<n>-<stage>.yaml`."""
     return sorted(p for p in root.rglob("*.yaml") if p.stem[0].isdigit())
 
 
 def write_recipe(loaded: LoadedRecipe, path: Path) -> None:
-    """Write the resolved recipe: what was run, with no default left unsaid."""
+    """Write the resolved recipe of a run, with every default written out."""
     lines = ["# Resolved by pivot_hub: every default written out.", f"# sha256 {loaded.recipe.sha256()}"]
     path.write_text("\n".join(lines) + "\n" + yaml.safe_dump(loaded.recipe.resolved(), sort_keys=False))
+
+
+def is_recorded_recipe(file: Path, recipe: Recipe) -> bool:
+    """Return whether `write_recipe` wrote this recipe to a file.
+
+    Values are compared, not hashes: a default that has changed since is another recipe, and a key that has been added
+    since counts with its default.
+    """
+    try:
+        return Recipe.model_validate(yaml.safe_load(file.read_text())) == recipe
+    except (yaml.YAMLError, ValidationError):  # written by hand, or by a version with other keys
+        return False
 
 
 def _find(path: Path) -> Path:
@@ -182,14 +211,15 @@ def _find(path: Path) -> Path:
             return candidate.resolve()
     known = [str(p.relative_to(RECIPES).with_suffix("")) for p in recipe_files()]
     folders = ", ".join(sorted({name.split("/")[0] for name in known}))
-    raise RecipeError(f"{path}: no such recipe{nearest(str(path), known)}; folders of shipped ones: {folders}.")
+    near = nearest(str(path), known)
+    raise RecipeError(f"{path}: there is no such recipe{near}; folders of shipped recipes: {folders}.")
 
 
 def _load(path: Path, overrides: Sequence[str], children: tuple[Path, ...]) -> LoadedRecipe:
     if path in children:
         raise RecipeError(f"{path}: the recipe is its own ancestor; name another parent.")
     raw, where = read_yaml(path, "a recipe is a mapping of keys; start with `stage:`", RecipeError)
-    # Parts are named once, by the oldest ancestor: an override of them is for it.
+    # The oldest ancestor alone names the parts, so an override of them is passed on to it.
     inherited = [o for o in overrides if o.startswith("model.") and "model" not in raw and "parent" in raw]
     for override in overrides:
         if override not in inherited:
@@ -216,7 +246,7 @@ def _parent(
 
 
 def _check_stage(recipe: Recipe, where: Where, parent: LoadedRecipe | None) -> None:
-    """What a stage needs beyond the types of its keys."""
+    """Check the keys that a stage needs or excludes, beyond their types."""
     stage, spec = recipe.stage, stage_of(recipe.stage)
     base_part = spec.base_part
     if base_part and recipe.architecture is None:
@@ -230,17 +260,22 @@ def _check_stage(recipe: Recipe, where: Where, parent: LoadedRecipe | None) -> N
     if parent is not None and recipe.model != parent.recipe.model:
         raise RecipeError(f"{where('model')}: `model` differs from the parent's: remove it, it is inherited.")
     if not recipe.learning_rate.trained():
-        raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a rate.")
+        raise RecipeError(f"{where('learning_rate')}: every part is frozen: give at least one part a learning rate.")
     if recipe.lora is not None and (base_part or recipe.learning_rate.language is None):
-        raise RecipeError(f"{where('lora')}: `lora` trains the language head: give `learning_rate.language`.")
+        raise RecipeError(f"{where('lora')}: `lora` trains the language model: give `learning_rate.language`.")
     if recipe.labels is not None and not spec.takes_labels:
-        raise RecipeError(f"{where('labels')}: `labels` is for align, instruct and sft: a loss on answers has none.")
+        raise RecipeError(f"{where('labels')}: `labels` is for stages whose loss is on labelled tokens; remove it.")
+    _check_sources(recipe, where, spec)
+
+
+def _check_sources(recipe: Recipe, where: Where, stage: Stage) -> None:
+    """Check that a stage reads the formats and contents of its sources."""
     for i, source in enumerate(recipe.data):
-        if source.format not in spec.formats:
-            fit = " or ".join(spec.formats)
-            raise RecipeError(f"{where('data', i)}: stage {stage} reads {fit}, not {source.format}.")
-        if isinstance(source, ShapesData) and spec.content and source.content != spec.content:
-            raise RecipeError(f"{where('data', i, 'content')}: stage {stage} reads content: {spec.content}.")
+        if source.format not in stage.formats:
+            formats = " or ".join(stage.formats)
+            raise RecipeError(f"{where('data', i)}: stage {stage.name} reads {formats}, not {source.format}.")
+        if isinstance(source, ShapesData) and stage.content and source.content != stage.content:
+            raise RecipeError(f"{where('data', i, 'content')}: stage {stage.name} reads content: {stage.content}.")
         if isinstance(source, ShapesData) and source.slip and source.content != "pairs":
             raise RecipeError(f"{where('data', i, 'slip')}: `slip` is for content: pairs.")
 
@@ -270,23 +305,23 @@ def _check_args(recipe: Recipe, where: Where) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
-    """Apply `dotted.key=value` in place and return the key as a path."""
+    """Apply `dotted.key=value` in section and return the key's path."""
     dotted, sign, text = override.partition("=")
     if not sign or not dotted:
         raise RecipeError(f"override {override!r}: write dotted.key=value, as in args.beta=0.2.")
     keys: list[str | int] = [int(k) if k.isdigit() else k for k in dotted.split(".")]
-    place: Any = raw
+    section: Any = raw
     for key in keys[:-1]:
-        if isinstance(place, list):
-            if not isinstance(key, int) or key >= len(place):
-                raise RecipeError(f"override {override}: {key!r} is not an index of a list of {len(place)}.")
-            place = place[key]
-        elif isinstance(place, dict):
-            place = place.setdefault(key, {})
+        if isinstance(section, list):
+            if not isinstance(key, int) or key >= len(section):
+                raise RecipeError(f"override {override}: {key!r} is not an index of a list of {len(section)}.")
+            section = section[key]
+        elif isinstance(section, dict):
+            section = section.setdefault(key, {})
         else:
             raise RecipeError(f"override {override}: `{dotted}` goes deeper than the recipe does.")
     try:
-        place[keys[-1]] = yaml.safe_load(text)
+        section[keys[-1]] = yaml.safe_load(text)
     except (IndexError, TypeError, yaml.YAMLError) as error:
         raise RecipeError(f"override {override}: cannot be set there: {error}.") from error
     return tuple(keys)

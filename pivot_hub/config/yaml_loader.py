@@ -1,4 +1,4 @@
-"""YAML files whose keys are those of a pydantic model; one sentence, with its line, for the first mistake in one."""
+"""Load YAML files into pydantic models, and explain the first mistake with its line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ M = TypeVar("M", bound="Strict")
 
 
 class Strict(BaseModel):
-    """A section of a file: unknown keys raise, values do not change."""
+    """Base class of a section of a file: unknown keys raise, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Where:
-    """Names the place of a key: file and line, or what set it in the file's stead."""
+    """The places of a file's keys, as they are named in messages: file and line, or the override that set the key."""
 
     def __init__(self, path: Path, lines: dict[Key, int | str]) -> None:
         self.path, self.lines = path, lines
@@ -36,15 +36,15 @@ class Where:
 
 
 def read_yaml(path: Path, what: str, kind: type[PivotError]) -> tuple[dict[str, Any], Where]:
-    """Read a file of keys, and where each of them stands.
+    """Read a mapping of keys, and the line of each key.
 
     Args:
-        path: of the file.
-        what: the file is, and how it starts, for the sentence of one that is no mapping.
-        kind: of the errors.
+        path: Path of the file.
+        what: Message for a file that is no mapping: what the file should be and how it starts.
+        kind: Class of the errors.
 
     Raises:
-        PivotError: of that kind: not YAML, or no mapping; with the line.
+        PivotError: The file is not YAML or no mapping; the error is of class `kind` and names the line.
     """
     try:
         node = yaml.compose(path.read_text())
@@ -60,10 +60,11 @@ def read_yaml(path: Path, what: str, kind: type[PivotError]) -> tuple[dict[str, 
 
 
 def check_keys(model: type[M], raw: dict[str, Any], where: Where, kind: type[PivotError]) -> M:
-    """The file as a model.
+    """Validate the keys of a file against a model.
 
     Raises:
-        PivotError: of that kind, for the first mistake: its line, the key, and the nearest valid one.
+        PivotError: A key or a value is wrong. The error is of class `kind` and names the first mistake: its line, the
+            key, and the nearest valid key.
     """
     try:
         return model.model_validate(raw)
@@ -72,26 +73,27 @@ def check_keys(model: type[M], raw: dict[str, Any], where: Where, kind: type[Piv
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)` where something known is near, else nothing."""
+    """Return ` (did you mean ...?)` with the known word nearest to a word, or an empty text if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
 def _lines(node: yaml.Node | None, prefix: Key = ()) -> dict[Key, int | str]:
-    found: dict[Key, int | str] = {}
+    """Return the line of each key and list item below a node."""
+    lines: dict[Key, int | str] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            found[(*prefix, key.value)] = key.start_mark.line + 1
-            found |= _lines(value, (*prefix, key.value))
+            lines[(*prefix, key.value)] = key.start_mark.line + 1
+            lines |= _lines(value, (*prefix, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            found[(*prefix, i)] = value.start_mark.line + 1
-            found |= _lines(value, (*prefix, i))
-    return found
+            lines[(*prefix, i)] = value.start_mark.line + 1
+            lines |= _lines(value, (*prefix, i))
+    return lines
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: Where) -> str:
-    # A mistyped key is both unknown and missed: say what was written.
+    # A mistyped key is both unknown and missing: the message names the unknown one, which is in the file.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location, known = _follow(model, first["loc"])
     key = ".".join(map(str, location))
@@ -108,7 +110,7 @@ def _explain(error: ValidationError, model: type[BaseModel], where: Where) -> st
 
 
 def _follow(model: type[BaseModel], location: Key) -> tuple[Key, list[str]]:
-    """A mistake's key as the file has it, and the keys that are valid in its stead.
+    """Return the path of a wrong key as the file has it, and the keys that are valid in its place.
 
     Pydantic's location has a discriminated union's tag between the union and the key, which is no key of the file:
     ('data', 0, 'shapes', 'rows').
@@ -128,7 +130,7 @@ def _follow(model: type[BaseModel], location: Key) -> tuple[Key, list[str]]:
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models in a type, as in a list of either of two."""
+    """List the models in a type, such as a list of a union of two models."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]

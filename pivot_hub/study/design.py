@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pivot_hub.config.data_section import ShapesSettings
-from pivot_hub.config.recipe import RECIPES, LoadedRecipe, Rate, load_recipe
+from pivot_hub.config.recipe import RECIPES, LearningRate, LoadedRecipe, load_recipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.config.yaml_loader import Strict, check_keys, nearest, read_yaml
 from pivot_hub.data.synthetic import ShapesDataset
@@ -48,7 +48,7 @@ class RunSpec(Strict):
     language: str | None = None
     change: list[str] = Field([])
     frozen: list[Literal["vision", "projector", "language"]] = Field([])
-    rates: list[Rate] | None = Field(None, min_length=2)
+    rates: list[LearningRate] | None = Field(None, min_length=2)
     rate_of: str | None = None
     measure: list[Measure] = Field([])
 

@@ -1,7 +1,9 @@
-"""Recipes: every mistake is one sentence with file, line and the nearest valid key."""
+"""Recipes: every mistake is one error message with file, line and the nearest valid key."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pivot_hub.config.recipe import RECIPES, load_recipe, recipe_files, write_recipe
+from pivot_hub.config.recipe import RECIPES, Recipe, is_recorded_recipe, load_recipe, recipe_files, write_recipe
 from pivot_hub.errors import RecipeError
 
 SHIPPED = recipe_files()
@@ -17,7 +19,7 @@ SHIPPED = recipe_files()
 
 def test_shipped_recipes_are_found() -> None:
     names = [str(p.relative_to(RECIPES)) for p in SHIPPED]
-    # The built-in world at 64 and 224 px, and eight encoders in five stages: tests/test_full_scale.py.
+    # The synthetic Shapes dataset at 64 and 224 px, and eight encoders in five stages: tests/test_full_scale.py.
     assert len(names) == 7 + 7 + 8 * 5
     assert [name for name in names if name.startswith("shapes/")] == [
         "shapes/0-language.yaml",
@@ -35,8 +37,8 @@ def test_shipped_recipes_load_and_open_with_their_metadata(path: Path) -> None:
     loaded = load_recipe(path)
     assert loaded.lineage()[-1] is loaded
     head = path.read_text().split("stage:")[0].lower()
-    for fact in ("pivot train", "hardware", "hours", "expected"):
-        assert fact in head, f"{path.name} does not say its {fact} in its first lines"
+    for word in ("pivot train", "hardware", "hours", "expected"):
+        assert word in head, f"{path.name} does not say its {word} in its first lines"
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
@@ -71,7 +73,7 @@ MISTAKES = [
     ("3-dpo", "vision: 1.0e-3", "vision: fast", ["3-dpo.yaml:3", "'fast'"]),
     ("3-dpo", "logging_steps: 1", "loging_steps: 1", ["3-dpo.yaml:11", "did you mean `logging_steps`"]),
     ("3-dpo", "logging_steps: 1", "logging_steps: often", ["3-dpo.yaml:11", "'often'"]),
-    ("3-dpo", "logging_steps: 1", "learning_rate: 1.0e-4", ["3-dpo.yaml:11", "one rate per part"]),
+    ("3-dpo", "logging_steps: 1", "learning_rate: 1.0e-4", ["3-dpo.yaml:11", "one learning rate per part"]),
     ("3-dpo", "num_train_epochs: 1", "num_train_epochs: -1", ["3-dpo.yaml:7", "must be positive"]),
     ("3-dpo", "parent: 2-instruct.yaml", "parent: 2-instuct.yaml", ["3-dpo.yaml:2", "did you mean `2-instruct.yaml`"]),
     ("3-dpo", "parent: 2-instruct.yaml\n", "", ["3-dpo.yaml:1", "`parent`"]),
@@ -80,26 +82,28 @@ MISTAKES = [
     ("3-dpo", "rows: 8", "rowes: 8", ["3-dpo.yaml:4", "unknown key `data.0.rowes` (did you mean `rows`?)."]),
     ("3-dpo", "format: shapes", "format: shape", ["`data.0.format` is 'shape' (did you mean `shapes`?); give one of"]),
     ("3-dpo", "content: pairs", "content: captions", ["3-dpo.yaml:4", "content: pairs"]),
-    ("3-dpo", "stage: dpo", "stage: dpoo", ["3-dpo.yaml:1", "'dpoo'"]),
+    ("3-dpo", "stage: dpo", "stage: dpoo", ["3-dpo.yaml:1", "'dpoo'", "did you mean `dpo`"]),
     ("3-dpo", "stage: dpo", "stage: dpo\n  x: [", ["3-dpo.yaml:2", "not YAML"]),
     ("1-align", "{projector: 1.0e-2}", "{}", ["1-align.yaml:3", "every part is frozen"]),
     ("1-align", "language: base/language", "langauge: base/language", ["1-align.yaml:2", "model.langauge", "language"]),
 ]
 
 
-@pytest.mark.parametrize(("name", "old", "new", "said"), MISTAKES)
-def test_mistakes_name_file_line_and_remedy(own_recipes: Path, name: str, old: str, new: str, said: list[str]) -> None:
+@pytest.mark.parametrize(("name", "old", "new", "phrases"), MISTAKES)
+def test_mistakes_name_file_line_and_remedy(
+    own_recipes: Path, name: str, old: str, new: str, phrases: list[str]
+) -> None:
     path = _edit(own_recipes, name, old, new)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     message = str(caught.value)
     assert "\n" not in message
-    for part in said:
-        assert part in message
+    for phrase in phrases:
+        assert phrase in message
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("args.betta=0.2", "did you mean `beta`"),
         ("args.beta", "dotted.key=value"),
@@ -107,10 +111,10 @@ def test_mistakes_name_file_line_and_remedy(own_recipes: Path, name: str, old: s
         ("learning_rate.vision=-1", "leave it out to freeze"),
     ],
 )
-def test_bad_overrides_are_named(recipes: Path, override: str, said: str) -> None:
+def test_bad_overrides_are_named(recipes: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError, match="override") as caught:
         load_recipe(recipes / "3-dpo.yaml", [override])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_overrides_reach_values_of_any_depth(recipes: Path) -> None:
@@ -136,13 +140,42 @@ def test_model_is_inherited_and_resolved_copy_reads_back(recipes: Path, tmp_path
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == loaded.recipe.resolved()
 
 
+class RecipeWithOneMoreKey(Recipe):
+    """A later version of the recipe, with a key that has a default."""
+
+    grad_cam_weight: float = 0.0
+
+
+def test_a_key_added_with_a_default_leaves_hashes_as_they_are(recipes: Path) -> None:
+    recipe = load_recipe(recipes / "3-dpo.yaml").recipe
+    later = RecipeWithOneMoreKey.model_validate(recipe.resolved())
+    assert later.sha256() == recipe.sha256()
+    assert later.model_copy(update={"grad_cam_weight": 0.5}).sha256() != recipe.sha256()
+
+
+def test_a_run_is_recognised_by_its_recorded_recipe(recipes: Path, tmp_path: Path) -> None:
+    """A default that has changed since is another recipe; a hash of the first version is still known."""
+    loaded = load_recipe(recipes / "3-dpo.yaml")
+    file = tmp_path / "recipe.yaml"
+    write_recipe(loaded, file)
+    assert is_recorded_recipe(file, loaded.recipe)
+    file.write_text(file.read_text().replace("on_bad_row: stop\n", ""))  # as a version without this key wrote it
+    assert is_recorded_recipe(file, loaded.recipe)
+    file.write_text(file.read_text().replace("seed: 0", "seed: 1"))
+    assert not is_recorded_recipe(file, loaded.recipe)
+    every_value = json.dumps(loaded.recipe.resolved(), sort_keys=True).encode()
+    assert loaded.recipe.has_sha256(hashlib.sha256(every_value).hexdigest())
+    assert loaded.recipe.has_sha256(loaded.recipe.sha256())
+    assert not loaded.recipe.has_sha256("0" * 64)
+
+
 def test_unknown_name_lists_the_folders_of_shipped_recipes() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean `shapes/3-dpo`.*folders of shipped ones: clip-large"):
+    with pytest.raises(RecipeError, match=r"did you mean `shapes/3-dpo`.*folders of shipped recipes: clip-large"):
         load_recipe("shapes/3-dppo")
 
 
 def test_a_mistake_is_found_before_any_weight_is_read(own_recipes: Path, tmp_path: Path) -> None:
-    """The parts do not even exist: the recipe's own mistake is what is said."""
+    """The parts do not even exist: the message is about the recipe's own mistake."""
     path = _edit(own_recipes, "1-align", "base/vision", "base/nothing")
     command = [sys.executable, "-m", "pivot_hub", "train", str(path), "args.beta=1", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
