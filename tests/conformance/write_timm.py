@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conformance import doors  # noqa: F401  (makes torchvision importable)
+from tests.conformance import loading_paths  # noqa: F401  (makes torchvision importable)
 from tests.conformance.repositories import write_one
 from tests.encoder.originals import TIMM
 

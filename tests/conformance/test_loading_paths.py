@@ -44,7 +44,7 @@ def test_every_door_opens_onto_the_same_features(
     name: str, repositories: Path, timm_repository: Path, overlay: Path, record: dict[str, Any], tmp_path: Path
 ) -> None:
     python = make_environment(name, *TRANSFORMERS[name])
-    script = Path(__file__).with_name("doors.py")
+    script = Path(__file__).with_name("loading_paths.py")
     package = ["--package"] if name in WITH_PACKAGE else []
     run(python, script, repositories, tmp_path / "doors.json", *package, path=str(ROOT) if package else "")
     path = f"{overlay}:{ROOT}" if package else str(overlay)
@@ -76,7 +76,7 @@ def test_the_suite_sees_the_trap_it_is_there_for(originals: Path, repositories: 
     for name in ("siglip.safetensors", "siglip/golden.safetensors"):
         (tmp_path / "repositories" / name).write_bytes((repositories / name).read_bytes())
     python = make_environment("transformers-4", *TRANSFORMERS["transformers-4"])
-    run(python, Path(__file__).with_name("doors.py"), naive.parent, tmp_path / "found.json")
+    run(python, Path(__file__).with_name("loading_paths.py"), naive.parent, tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]["siglip"]["native"]
     assert "keys missing, unexpected" in found["error"]
 
