@@ -16,16 +16,16 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-quickstart: setup  ## set-up, then the paper in a box on the built-in world
+quickstart: setup  ## set-up, then the end-to-end demo on the synthetic Shapes dataset
 	$(VENV)/bin/pivot quickstart
 
 test: setup  ## the default suite
 	$(PY) -m pytest
 
-slow: setup  ## the tests that the default suite leaves out for their length
+slow: setup  ## the long tests that the default suite leaves out
 	$(PY) -m pytest -m slow
 
-browser: setup  ## the Space clicked through in Chromium, which the default suite does too where there is one
+browser: setup  ## clicks through the Space in Chromium; the default suite does so too where Chromium is installed
 	PIVOT_BROWSER=required $(PY) -m pytest -m browser
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
@@ -41,7 +41,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-space: setup  ## the app on the shipped pair
+space: setup  ## the app on the shipped models
 	$(VENV)/bin/pivot space
 
 clean:
