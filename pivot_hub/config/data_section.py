@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pivot_hub.config.yaml_loader import Strict
+from pivot_hub.errors import DataError
 
 
 class OnBadRow(StrEnum):
@@ -15,6 +16,21 @@ class OnBadRow(StrEnum):
 
     STOP = "stop"
     SKIP = "skip"
+
+    @classmethod
+    def parse(cls, value: str | OnBadRow) -> OnBadRow:
+        """Return the policy that a value names.
+
+        Args:
+            value: A policy, or its name as recipes and the command line give it.
+
+        Raises:
+            DataError: The value names no policy.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            raise DataError(f"on_bad_row is {value!r}; give {' or '.join(cls)}.") from None
 
 
 class ShapesSettings(Strict):
