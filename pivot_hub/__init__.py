@@ -18,7 +18,7 @@ _HOMES = {
     "encode_folder": "pivot_hub.encoder.encode",
     "export_encoder": "pivot_hub.encoder.export",
     "build_mllm": "pivot_hub.mllm.build",
-    "load_mllm": "pivot_hub.mllm.build",
+    "load_mllm": "pivot_hub.mllm.load",
     "PivotDPOConfig": "pivot_hub.training.dpo",
     "PivotDPOTrainer": "pivot_hub.training.dpo",
     "load_recipe": "pivot_hub.config.recipe",

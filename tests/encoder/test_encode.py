@@ -126,7 +126,7 @@ def test_bad_input_is_refused_in_words(parts: Path, folder: Path, tmp_path: Path
     for source, out, dtype, says in (
         (folder, "f.csv", "float32", "written as .parquet or .npy"),
         (folder, "f.npy", "int8", "give one of float32, float16, bfloat16"),
-        (tmp_path / "absent", "f.npy", "float32", "is no folder"),
+        (tmp_path / "absent", "f.npy", "float32", "is not a folder"),
         (empty, "f.npy", "float32", "holds no image file"),
     ):
         with pytest.raises(DataError, match=says):

@@ -312,7 +312,7 @@ def _config(**changes: Any) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "is no model repository, it has no config.json; give the"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is not a model repository, it has no config.json; give the"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights; the download stopped half-way"),
     "half": (_half, "its weights are cut off or damaged .* download it again"),
     "a shard": (_shard, "model-00002-of-00002.safetensors is missing; the download stopped half-way"),

@@ -119,7 +119,7 @@ def test_an_export_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_missing_package_is_named_with_its_remedy() -> None:
     with pytest.raises(ExportError, match=r"no_such_module is not installed; run `pip install 'pivot-hub\[export\]'"):
-        export._need("json", "no_such_module")
+        export._require_packages("json", "no_such_module")
 
 
 def test_the_command_checks_on_the_users_pictures(tmp_path: Path) -> None:
