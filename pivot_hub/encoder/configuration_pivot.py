@@ -79,7 +79,7 @@ BACKBONES = {
 
 
 def backbone_of(config: PretrainedConfig) -> Backbone:
-    """Look up the properties of a vision config's architecture.
+    """Return the properties of a vision config's architecture.
 
     Raises:
         ValueError: The architecture is not supported; the message lists those that are.

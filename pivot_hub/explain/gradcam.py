@@ -291,7 +291,7 @@ def seen_mask(processor: LlavaProcessor, mask: np.ndarray) -> np.ndarray:
 
 
 def _grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
-    """Weight the channels of (H*W, D) features by their mean gradient, and keep the positive part of their sum (H*W,)."""
+    """Sum the channels of (H*W, D) features, weighted by their mean gradient, and keep the positive part (H*W,)."""
     weights = gradient.mean(dim=0, keepdim=True)
     return (weights * features).sum(-1).relu()
 
