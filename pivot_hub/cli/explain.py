@@ -53,7 +53,7 @@ def gradcam(
         )
         heading = f"{question}\nright: {answer}   wrong: {rejected}"
         heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
-        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
+        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_per_scale=len(LOSSES))
         for run in runs:
             log(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
         log(f"figure: {output}")

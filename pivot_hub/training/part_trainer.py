@@ -24,9 +24,10 @@ from transformers import LlavaForConditionalGeneration, Trainer
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import TrainingError
 from pivot_hub.files import write_json
+from pivot_hub.mllm.blank_image import encode_blank_images
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.lora import has_lora
-from pivot_hub.mllm.trainable import parameter_groups, see_blank
+from pivot_hub.mllm.trainable import parameter_groups
 
 SHARDS = MODEL_SHARDS, OPTIMIZER_SHARDS = "pytorch_model_fsdp_0", "optimizer_0"  # folders of accelerate's FSDP
 # A loss explodes above both; medians of fewer steps than WARM say nothing.
@@ -56,7 +57,7 @@ class PartTrainer(Trainer):
             if not isinstance(model, LlavaForConditionalGeneration):
                 continue
             if self.accelerator.num_processes > 1:
-                see_blank(model)
+                encode_blank_images(model)
             # Its set also names blocks of towers that it does not have, at which FSDP stops.
             present = {type(module).__name__ for module in model.modules()}
             model._no_split_modules = set(model._no_split_modules or ()) & present

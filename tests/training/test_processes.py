@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
+from pivot_hub.mllm.blank_image import encode_blank_images
 from pivot_hub.mllm.build import build_mllm
 from pivot_hub.mllm.extract import extract_encoder
-from pivot_hub.mllm.trainable import freeze_parts, see_blank
+from pivot_hub.mllm.trainable import freeze_parts
 from pivot_hub.training.stage import run_stage
 from tests.encoder.originals import ORIGINALS, make_vision
 
@@ -132,7 +133,7 @@ def test_a_blank_image_changes_nothing_but_gives_gradients(recipes: Path, first:
     base = recipes / "base"
     plain, _ = build_mllm(str(base / "vision"), str(base / "language"))
     seeing, _ = build_mllm(str(base / "vision"), str(base / "language"))
-    for wrap in (see_blank, share_forward) if first == "before" else (share_forward, see_blank):
+    for wrap in (encode_blank_images, share_forward) if first == "before" else (share_forward, encode_blank_images):
         wrap(seeing)
     ids = torch.tensor([[10, 20, 30, 40]])
     expected, found = plain(input_ids=ids, labels=ids), seeing(input_ids=ids, labels=ids)

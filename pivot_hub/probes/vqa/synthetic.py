@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from pivot_hub.data.synthetic import KINDS, Question
-from pivot_hub.mllm.load import chat_prompt
+from pivot_hub.mllm.chat_templates import chat_prompt
 from pivot_hub.probes.result import ProbeResult, measure
 
 
