@@ -26,7 +26,7 @@ from pivot_hub.mllm.trainable import freeze_parts, parts_of
 from pivot_hub.planner.fake_step import Batch, StepProfile, profile_step
 from pivot_hub.planner.gpus import GPUS, MFU, RESERVE, Gpu
 from pivot_hub.planner.report import PHASES, Device, Moment, Plan, Precision, Verdict
-from pivot_hub.training.dpo import SWITCHES
+from pivot_hub.training.dpo import SPEED_OPTIONS
 from pivot_hub.training.tree_layout import Layout, Tree
 
 SHAPES_TOKENS = (40.0, 25.0)  # prompt and answer of a row of the built-in world, chat format included
@@ -293,7 +293,7 @@ class _Planner:
         everywhere = self.device == "cpu"
         if self.recipe.stage != "dpo":
             return Batch(rows, width, rows, rows, rows * (width - 1 if everywhere else answer))
-        if not any(self._on(switch) for switch in SWITCHES):
+        if not any(self._on(switch) for switch in SPEED_OPTIONS):
             return Batch(2 * rows, width, 2 * rows, 2 * rows, 2 * rows * (width - 1 if everywhere else answer))
         if self._on("share_prefix"):
             trees = [Tree(i * (width + answer), before, (answer, answer)) for i in range(rows)]

@@ -38,7 +38,7 @@ from pivot_hub.planner.estimate import plan_stage
 from pivot_hub.planner.fake_step import CPU_FORMULAS
 from pivot_hub.planner.gpus import GIB, GPUS, RESERVE
 from pivot_hub.planner.report import Plan
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 from pivot_hub.training.sft import PivotSFTTrainer
 
 IMAGE = "<|image_pad|>"
@@ -185,7 +185,7 @@ def flops_of(plan: Plan) -> float:
 
 
 LIVE = {"cache_reference": False}
-STOCK = dict.fromkeys(SWITCHES, False)
+STOCK = dict.fromkeys(SPEED_OPTIONS, False)
 CASES = [
     pytest.param("sft", False, {}, id="sft"),
     pytest.param("sft", True, {}, id="sft-checkpointing"),

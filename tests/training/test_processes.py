@@ -359,7 +359,7 @@ def test_a_loss_that_goes_astray_names_its_rows(
     monkeypatch.setattr(PivotSFTTrainer, "training_step", numbered)
     overrides = ["data.0.rows=32", "args.per_device_train_batch_size=2", "args.save_steps=5"]
     loaded = load_recipe(recipes / "3-sft.yaml", overrides)
-    with pytest.raises(TrainingError, match=r"of the rows in .*out\.stopped\.json: look at them"):
+    with pytest.raises(TrainingError, match=r"out\.stopped\.json names the rows of the batch"):
         run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     metadata = json.loads((tmp_path / "out.stopped.json").read_text())
     assert metadata["step"] == 13
@@ -401,9 +401,9 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
     assert sent["secrets"] == {"HF_TOKEN": "hf_secret"}
     assert sent["flavor"] == "a100x4"
     places = {v.mount_path: (v.source, bool(v.read_only)) for v in sent["volumes"]}
-    assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/machines": ("me/jobs", True)}
+    assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/accelerate": ("me/jobs", True)}
     tail = "--num_processes 4 -m pivot_hub train /recipes/tiny/1-align.yaml args.max_steps=3 --runs /runs"
-    assert " ".join(sent["command"]).endswith(f"--config_file /machines/ddp.yaml {tail}")
+    assert " ".join(sent["command"]).endswith(f"--config_file /accelerate/ddp.yaml {tail}")
 
     with pytest.raises(RecipeError, match="is named by its environment variable"):
         hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", secrets=["hf_secret"])

@@ -226,7 +226,7 @@ def test_a_base_part_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.
     from pivot_hub.training import stage
 
     monkeypatch.setattr(stage, "_processes", lambda recipe: SimpleNamespace(num_processes=2, is_main_process=True))
-    with pytest.raises(RecipeError, match="a base part is made by one process: run `pivot train` without a launcher"):
+    with pytest.raises(RecipeError, match="one process trains a base part: run `pivot train` without a launcher"):
         run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", log=quiet)
     assert not list(tmp_path.iterdir())
 

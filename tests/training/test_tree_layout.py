@@ -21,15 +21,15 @@ from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.errors import DataError, TrainingError
 from pivot_hub.mllm.build import build_mllm
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 from pivot_hub.training.reference_cache import ReferenceCache
 from tests.conftest import make_language
 from tests.encoder.originals import IMAGE_PX, make_vision
 
-ALL_OFF = dict.fromkeys(SWITCHES, False)
-ONE_EACH = [{**ALL_OFF, name: True} for name in SWITCHES]
+ALL_OFF = dict.fromkeys(SPEED_OPTIONS, False)
+ONE_EACH = [{**ALL_OFF, name: True} for name in SPEED_OPTIONS]
 EVERY = [
-    dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=len(SWITCHES)) if any(on)
+    dict(zip(SPEED_OPTIONS, on, strict=True)) for on in itertools.product((False, True), repeat=len(SPEED_OPTIONS)) if any(on)
 ]
 LOSSES = [
     ("sigmoid", {}),
@@ -419,7 +419,7 @@ def test_another_attention_is_refused(models: Models, tmp_path: Path) -> None:
     policy, reference, processor = models
     eager = deepcopy(policy)
     eager.set_attn_implementation("eager")
-    with pytest.raises(TrainingError, match="they are for sdpa attention, not eager; set encode_once=False"):
+    with pytest.raises(TrainingError, match="these options are for sdpa attention, not eager; set encode_once=False"):
         trainer((eager, reference, processor), tmp_path, {})
 
 
