@@ -74,11 +74,11 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         from pivot_hub.planner.estimate import plan_stage
-        from pivot_hub.planner.gpus import MFU
+        from pivot_hub.planner.gpus import HFU
 
         measured = json.loads(lengths.read_text()) if lengths else None
         with out.status("a step is rehearsed without weights, in about half a minute"):  # on a terminal only
-            plan = plan_stage(loaded, machine, processes, MFU if mfu is None else mfu, measured)
+            plan = plan_stage(loaded, machine, processes, HFU if mfu is None else mfu, measured)
         out.print(plan.table(), markup=False)
         write(json_path, plan.to_dict())
         return
