@@ -35,7 +35,7 @@ from trl import DPOConfig, DPOTrainer
 from pivot_hub.errors import ProbeError
 from pivot_hub.mllm.chat_templates import QWEN
 from pivot_hub.provenance import machine, versions
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 
 SPREAD = 0.7  # of the logarithm of answer lengths
 PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # bfloat16, dense, by the vendor
@@ -111,9 +111,9 @@ def bench_dpo_step(
     torch.manual_seed(0)
     processor = word_processor(shape.vocabulary, shape.image_px, shape.patch_px)
     policy = _model(shape, processor, torch.bfloat16 if cuda else torch.float32)
-    off = dict.fromkeys(SWITCHES, False)
+    off = dict.fromkeys(SPEED_OPTIONS, False)
     variants: dict[str, dict[str, bool] | None] = {"stock": None}
-    variants |= {name: {**off, name: True} for name in SWITCHES} | {"all": dict.fromkeys(SWITCHES, True)}
+    variants |= {name: {**off, name: True} for name in SPEED_OPTIONS} | {"all": dict.fromkeys(SPEED_OPTIONS, True)}
     report: dict[str, Any] = {}
     for lengths in ("equal", "lognormal"):
         rows = _rows(shape, batch, lengths)
@@ -349,7 +349,7 @@ def _tokens(shape: Size, rows: list[dict[str, Any]]) -> int:
 
 def _flops(shape: Size, rows: list[dict[str, Any]], switches: dict[str, bool] | None) -> int:
     """Work of one step, as `bench_dpo_step` says."""
-    on = switches or dict.fromkeys(SWITCHES, False)
+    on = switches or dict.fromkeys(SPEED_OPTIONS, False)
     hidden, layers, _, intermediate = shape.vision
     n = shape.image_tokens
     image = (layers - 1) * (2 * n * (4 * hidden**2 + 2 * hidden * intermediate) + 4 * n**2 * hidden)

@@ -18,7 +18,7 @@ from pivot_hub.bench.space import bench_space
 from pivot_hub.bench.train_step import bench_train_step
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.errors import ProbeError
-from pivot_hub.training.dpo import SWITCHES
+from pivot_hub.training.dpo import SPEED_OPTIONS
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_a_dpo_step_is_timed_in_every_variant(monkeypatch: pytest.MonkeyPatch) -
     report = bench_dpo_step("small", batch=3, rounds=2, log=lambda line: None)
     for lengths in ("equal", "lognormal"):
         made = report["variants"][lengths]
-        assert list(made) == ["stock", *SWITCHES, "all"]
+        assert list(made) == ["stock", *SPEED_OPTIONS, "all"]
         assert made["stock"]["ratio_to_stock"] == made["stock"]["saved_to_stock"] == 1
         assert made["all"]["flops"] < made["share_prefix"]["flops"] < made["encode_once"]["flops"]
         assert made["encode_once"]["flops"] < made["stock"]["flops"]
@@ -94,7 +94,7 @@ def test_the_flop_formula_agrees_with_a_counter() -> None:
     rows = dpo_step._rows(shape, 2, "lognormal")
     processor = dpo_step.word_processor(shape.vocabulary, shape.image_px, shape.patch_px)
     policy = dpo_step._model(shape, processor, torch.float32)
-    for switches in (None, dict.fromkeys(SWITCHES, True)):
+    for switches in (None, dict.fromkeys(SPEED_OPTIONS, True)):
         with tempfile.TemporaryDirectory() as folder:
             trainer = dpo_step._trainer(policy, processor, rows, switches, Path(folder), False)
             inputs = dpo_step._inputs(trainer, rows)
@@ -107,7 +107,7 @@ def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
     root = Path(__file__).parents[2]
     record = json.loads((root / "recipes" / "bench" / "dpo-step-tiny.json").read_text())["variants"]
     readme = (root / "README.md").read_text()
-    for name in ("stock", *SWITCHES, "all"):
+    for name in ("stock", *SPEED_OPTIONS, "all"):
         cells = [str(record[lengths][name][k]) for lengths in record for k in ("ratio_to_stock", "saved_to_stock")]
         assert f"| {name} | {' | '.join(cells)} |" in readme
     assert record["equal"]["all"]["ratio_to_stock"] >= 2.3
