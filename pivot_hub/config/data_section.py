@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pivot_hub.config.yaml_loader import Strict
+from pivot_hub.errors import DataError
 
 
 class OnBadRow(StrEnum):
@@ -15,6 +16,18 @@ class OnBadRow(StrEnum):
 
     STOP = "stop"
     SKIP = "skip"
+
+    @classmethod
+    def parse(cls, value: str | OnBadRow) -> OnBadRow:
+        """Return the policy that a value names.
+
+        Raises:
+            DataError: The value is neither `stop` nor `skip`.
+        """
+        try:
+            return cls(value)
+        except ValueError:
+            raise DataError(f"on_bad_row is {value!r}: it is {' or '.join(cls)}.") from None
 
 
 class ShapesSettings(Strict):

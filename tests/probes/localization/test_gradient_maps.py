@@ -262,7 +262,7 @@ def test_what_cannot_be_localised_is_said(trained: Path, tmp_path: Path) -> None
         localize_folder(trained / "3-sft", folder)
     with pytest.raises(ProbeError, match="give --reference"):
         localize_folder(trained / "3-sft", folder, explains=["dpo"])
-    with pytest.raises(ProbeError, match="it is some of answer, sft, dpo"):
+    with pytest.raises(ProbeError, match="give one or more of answer, sft, dpo"):
         localize_folder(trained / "3-sft", folder, explains=["loss"])
 
 
