@@ -244,11 +244,11 @@ def _prototypes(train: Features, pools: Pools, classes: int, device: torch.devic
         np.add.at(sums, train.labels[start : start + BLOCK], x[start : start + BLOCK])
     means = torch.from_numpy(sums / np.linalg.norm(sums, axis=1, keepdims=True)).float().to(device)
     protocol = f"mean-pooled, L2; nearest of {classes} class means, cosine"
-    return Classifier(
-        protocol,
-        lambda f: _choose_each(_whole(f), lambda x: (x @ means.T).argmax(1), device),
-        time.monotonic() - started,
-    )
+
+    def predict(features: Features) -> np.ndarray:
+        return _choose_each(_whole(features), lambda x: (x @ means.T).argmax(1), device)
+
+    return Classifier(protocol, predict, time.monotonic() - started)
 
 
 def _fast(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:

@@ -506,7 +506,7 @@ def _protocol(
     example_scores: np.ndarray,
     commonest: int,
 ) -> str:
-    """Describe the method in one line, with the score of predicting the commonest class of the fitted labels everywhere."""
+    """Describe the method in one line, with the score of predicting the commonest fitted class everywhere."""
     true = example_scores.sum(0, dtype=np.float64)[2]
     correct, predicted = np.zeros_like(true), np.zeros_like(true)
     correct[commonest], predicted[commonest] = true[commonest], true.sum()
