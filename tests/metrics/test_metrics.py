@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
 from pivot_hub.metrics import METRICS, load_metric
-from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy, count_pixels
+from pivot_hub.metrics.mean_iou.mean_iou import count_pixels, mean_iou, mean_recall, pixel_accuracy
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap, mean, paired_difference, resample
 
 FOLDER = Path(__file__).parents[2] / "pivot_hub" / "metrics"

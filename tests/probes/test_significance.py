@@ -60,7 +60,7 @@ def test_a_clear_difference_is_called_and_noise_is_not() -> None:
 
 
 def test_pairs_show_what_two_intervals_hide() -> None:
-    """Two per cent of the items are fixed and none get worse: the intervals overlap widely, the paired test is clear."""
+    """Two per cent of the items are fixed and none get worse: intervals overlap widely, the paired test is clear."""
     base = hits(0.6, 0)
     fixed = base.copy()
     fixed[np.flatnonzero(base == 0)[:12]] = 1

@@ -45,7 +45,7 @@ PX, GRID, CLASSES, VOID = 32, 4, 4, 9  # image and patches per side of the test 
 
 
 @dataclass(frozen=True)
-class MemoryImage(Pair):
+class MemoryImage(MaskedImage):
     """A masked image in memory that records when it is read."""
 
     pixels: Image.Image
