@@ -138,7 +138,7 @@ def run_quickstart(
         comparisons=compare_results({e: [r for r in results if r.encoder == e] for e in BRANCHES}, seed=seed),
     )
     # Reused results keep their report, figure and duration; report.json comes last and says that all is there.
-    if before.get("results") != json.loads(json.dumps([r.to_dict() for r in results])):
+    if [ProbeResult.from_dict(stored) for stored in before.get("results", [])] != results:
         _draw(folders, output / "maps.png")
         write_whole(output / "report.md", report.markdown())
         write_json(output / "report.json", report.to_dict())
@@ -217,7 +217,7 @@ def _draw(folders: dict[str, Path], path: Path) -> None:
     dataset = ShapesDataset(image_px=image_px(mllms["sft"][0]))
     rows = []
     for target in probe_targets(dataset, "test", FIGURE_SCENES):
-        pair, image = target.pair, target.picture.image
+        pair, image = target.pair, target.rendered.image
         made = {
             branch: gradient_map(model.eval(), processor, image, pair.question, pair.chosen).maps
             for branch, (model, processor) in mllms.items()

@@ -143,7 +143,7 @@ def word_gradients(
     started = time.monotonic()
     part = probe_scenes(dataset, "test", count)
     words, pairs = [], []
-    for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
+    for i, (scene, picture) in enumerate(zip(part.scenes, part.rendered, strict=True)):
 
         def drawn(slip: Any, i: int = i, scene: Any = scene) -> Any:
             streams = (dataset.scene_rng("test", FIRST_SCENE + i, purpose) for purpose in (7, 8))
