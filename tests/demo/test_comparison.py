@@ -31,7 +31,7 @@ from pivot_hub.explain.patch_features import patch_tokens, principal_colours, si
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.localization.gradient_maps import score_map
 from pivot_hub.provenance import file_sha256
-from pivot_hub.publish.secret_scan import find_leaks
+from pivot_hub.publish.secret_scan import scan_for_secrets
 from tests.publish.hub_server import hub_server
 
 
@@ -56,7 +56,7 @@ def test_shipped_pair_is_small_sealed_and_from_our_recipes() -> None:
         said = json.loads(json.dumps(provenance["stages"]))
         assert f"shapes/{stage}" in {s["recipe"] for s in said.values()}
         assert (recipes / f"{stage}.yaml").is_file()
-    assert find_leaks(SHIPPED) == []
+    assert scan_for_secrets(SHIPPED) == []
 
 
 def test_packing_keeps_what_the_branches_differ_by(trained: Path, tmp_path: Path) -> None:
