@@ -141,7 +141,7 @@ def test_command(trained: Path, tmp_path: Path, image: Image.Image, mask: np.nda
     [
         (["--steps", "few"], "--steps 'few': give numbers"),
         (["--learning-rate", "fast"], "--learning-rate 'fast': give numbers"),
-        (["--learning-rate", "rl=1"], "'rl' is no loss; it is one of sft, dpo"),
+        (["--learning-rate", "rl=1"], "'rl' is not a loss; give one of sft, dpo"),
         ([], "give --rejected"),
     ],
 )
