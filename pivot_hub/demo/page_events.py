@@ -75,7 +75,7 @@ class PageEvents:
         self.page, self.service, self.examples = page, service, examples
 
     @with_message
-    def compare(self, state: ViewState, upload: Any, *values: Any) -> Updates:
+    def show_comparison(self, state: ViewState, upload: Any, *values: Any) -> Updates:
         """Compare the models on what the controls say."""
         return self._compare(self._read_controls(state, values), upload)
 
@@ -266,8 +266,8 @@ def _connect_comparison(page: Page, events: PageEvents) -> list[Any]:
         *(images.scene, images.kind, images.upload, settings.explain),
     ]
     submits = [texts.compare.click, texts.question.submit, texts.right_answer.submit, texts.wrong_answer.submit]
-    gr.on(submits, events.compare, inputs, displayed, **PRIVATE)
-    gr.on([settings.explain.input, settings.layer.input], events.compare, inputs, displayed, **PRIVATE)
+    gr.on(submits, events.show_comparison, inputs, displayed, **PRIVATE)
+    gr.on([settings.explain.input, settings.layer.input], events.show_comparison, inputs, displayed, **PRIVATE)
     gr.on([images.scene.input, images.kind.input], events.show_scene, inputs, displayed, **PRIVATE)
     images.another.click(events.show_another_scene, inputs, displayed, **PRIVATE)
     page.gallery.select(events.show_example, inputs, displayed, **PRIVATE)
