@@ -147,7 +147,7 @@ def test_the_command_writes_a_figure_and_its_values(
     [
         (["--steps", "few"], "--steps 'few': give numbers"),
         (["--learning-rate", "fast"], "--learning-rate 'fast': give numbers"),
-        (["--learning-rate", "rl=1"], "'rl' is no loss; it is one of sft, dpo"),
+        (["--learning-rate", "rl=1"], "'rl' is not a loss; give one of sft, dpo"),
         ([], "give --rejected"),
     ],
 )

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from pivot_hub.cli import app
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.demo.model_bundle import shipped_bundle
+from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.errors import ProbeError, RecipeError, TrainingError
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
