@@ -24,3 +24,15 @@ GPUS = (
     Gpu("H100 80GB", int(79.1 * GIB), 989.5e12, 67e12),
     Gpu("H200 141GB", int(139.7 * GIB), 989.5e12, 67e12),
 )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the half-precision dense peak of a GPU in FLOPs per second.
+
+    Args:
+        device_name: Name of the device as CUDA reports it, such as "NVIDIA H100 80GB HBM3".
+
+    Returns:
+        The peak, or None for a GPU that is not in `GPUS`.
+    """
+    return next((gpu.half_flops for gpu in GPUS if gpu.name.split()[0] in device_name), None)
