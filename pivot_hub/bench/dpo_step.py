@@ -234,7 +234,7 @@ def _image_flops(shape: Size) -> int:
 
 
 def _text_flops(shape: Size, tokens: int, attended: int) -> int:
-    """FLOPs of the language model's blocks for some tokens, whose queries attend to `attended` keys in total."""
+    """FLOPs of the language model's blocks for `tokens` tokens, whose queries attend to `attended` keys in total."""
     language = shape.language
     width = language.hidden_size
     key_value_width = width // language.heads * (language.key_value_heads or language.heads)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModel, SiglipImageProcessorPil, SiglipVisionConfig
@@ -118,7 +118,7 @@ def _form_record(own: list[float], native: list[float], memory_mb: int, batch: i
 
 def _random_repository(folder: Path, config: SiglipVisionConfig) -> str:
     """Save an encoder with random weights and its image processor, and return its folder."""
-    side = config.image_size
+    side = cast(int, config.image_size)
     model = AutoModel.from_config(PivotVisionConfig(config))
     model.image_processor = SiglipImageProcessorPil(size={"height": side, "width": side})
     model.save_pretrained(folder)

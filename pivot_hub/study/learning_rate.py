@@ -110,19 +110,12 @@ def search_learning_rate(
             f"{loaded.name}: learning rate {learning_rate:g} ranks {ranked.value:.1f}% {list(ranked.ci95)} of pairs "
             f"right, and answers {answers.value:.1f}% of questions"
         )
+        record = _candidate_record(ranked, answers)
+        duration = round(time.monotonic() - started, 1)
         candidates.append(
-            {
-                "rate": learning_rate,
-                "recipe_sha256": loaded.recipe.sha256(),
-                "value_pct": round(ranked.value, 2),
-                "ci95": [round(end, 2) for end in ranked.ci95],
-                "n": ranked.n,
-                "answers_pct": round(answers.value, 2),
-                "answers_n": answers.n,
-                "duration_s": round(time.monotonic() - started, 1),
-            }
+            {"rate": learning_rate, "recipe_sha256": loaded.recipe.sha256(), **record, "duration_s": duration}
         )
-    record = {
+    search = {
         "recipe": base.name,
         "criterion": CRITERION,
         "parts": sorted(parts),
@@ -130,5 +123,16 @@ def search_learning_rate(
         "chosen": best_learning_rate(scores),
         "machine": machine(),
     }
-    write_json(output, record)
-    return record
+    write_json(output, search)
+    return search
+
+
+def _candidate_record(ranked: ProbeResult, answers: ProbeResult) -> dict[str, Any]:
+    """The scores of a candidate as the record has them."""
+    return {
+        "value_pct": round(ranked.value, 2),
+        "ci95": [round(end, 2) for end in ranked.ci95],
+        "n": ranked.n,
+        "answers_pct": round(answers.value, 2),
+        "answers_n": answers.n,
+    }

@@ -172,16 +172,16 @@ def _answer(study: Study, rows: Sequence[Row], labels: Labels) -> str:
         compared = [row for row in rows if (row.first, row.other) == (first, other)]
         if not compared:
             continue
-        shown = [row for row in compared if row.verdict == SHOWN]
-        above = [row.measure for row in shown if row.difference > 0]
-        below = [row.measure for row in shown if row.difference <= 0]
+        differing = [row for row in compared if row.verdict == SHOWN]
+        above = [row.measure for row in differing if row.difference > 0]
+        below = [row.measure for row in differing if row.difference <= 0]
         clauses = []
         if above:
             clauses.append(f"above it on {', '.join(above)}")
         if below:
             clauses.append(f"below it on {', '.join(below)}")
-        if len(shown) < len(compared):
-            clauses.append(f"not shown to differ on {len(compared) - len(shown)} of {len(compared)} measures")
+        if len(differing) < len(compared):
+            clauses.append(f"not shown to differ on {len(compared) - len(differing)} of {len(compared)} measures")
         sentences.append(
             f"Compared with {labels[first]}, {labels[other]} is {'; '.join(clauses)} ({compared[0].seeds} seeds)."
         )
@@ -219,8 +219,8 @@ def _learning_rates(study: Study, table: StudyTable, labels: Labels) -> list[str
     answered: dict[str, dict[float, float]] = {}
     for row in table.rows:
         if row["candidate"] is not None and row["task"]:
-            scores = ranked if row["metric"] == METRIC else answered
-            scores.setdefault(row["run"], {})[row["candidate"]] = row["value"]
+            by_run = ranked if row["metric"] == METRIC else answered
+            by_run.setdefault(row["run"], {})[row["candidate"]] = row["value"]
     searches = {run: spec.rates for run, spec in study.spec.runs.items() if spec.rates and run in ranked}
     if not searches:
         return []
@@ -406,7 +406,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _by_seed(study: Study, values: dict[int | None, tuple[float, np.ndarray]]) -> dict[int, tuple[float, np.ndarray]]:
-    """Values by seed; the value of a run that all seeds share stands for every seed."""
+    """Values by seed; the value of a run that all seeds share applies to every seed."""
     if None in values:
         return dict.fromkeys(study.spec.seeds, values[None])
     return {seed: value for seed, value in values.items() if seed is not None}
