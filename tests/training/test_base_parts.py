@@ -16,7 +16,7 @@ from pivot_hub.config.recipe import RECIPES, load_recipe
 from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
 from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
 from pivot_hub.provenance import file_sha256, weights_sha256
-from pivot_hub.study.report import CRITERION
+from pivot_hub.study.learning_rate import METRIC
 from pivot_hub.study.table import read_table
 
 BASE = RECIPES / "shapes" / "base"
@@ -84,7 +84,7 @@ def test_learning_rates_of_the_recipes_are_the_studys_choice() -> None:
         branch: {
             r["candidate"]: r["value"]
             for r in table.rows
-            if (r["run"], r["metric"]) == (branch, CRITERION) and r["candidate"] is not None
+            if (r["run"], r["metric"]) == (branch, METRIC) and r["candidate"] is not None
         }
         for branch in ("sft", "dpo")
     }

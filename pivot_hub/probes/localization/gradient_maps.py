@@ -23,8 +23,8 @@ from pivot_hub.errors import ProbeError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, enlarge, gradient_map, seen_mask
 from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
 from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
+from pivot_hub.mllm.build import randomise_vision
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.mllm.trainable import randomise_vision
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.provenance import state_sha256
 

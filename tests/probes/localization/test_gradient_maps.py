@@ -18,8 +18,8 @@ from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.explain.gradcam import seen_image, seen_mask
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.mllm.build import randomise_vision
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.mllm.trainable import randomise_vision
 from pivot_hub.probes.localization.gradient_maps import (
     LabelFiles,
     Target,
