@@ -82,10 +82,10 @@ def _commands(provenance: dict[str, Any]) -> list[str] | None:
     step: dict[str, Any] | None = provenance
     while step:
         try:
-            shipped_sha256 = load_recipe(step["recipe"]).recipe.sha256()
+            shipped = load_recipe(step["recipe"]).recipe
         except RecipeError:
             return None
-        if shipped_sha256 != step["recipe_sha256"]:
+        if not shipped.has_sha256(step["recipe_sha256"]):
             return None
         step = (step["parent"] or {}).get("provenance")
     return [f"pivot train {name} --parents", f"pivot extract runs/{name} encoder"]

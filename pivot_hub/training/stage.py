@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
+from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, is_recorded_recipe, load_recipe, write_recipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
@@ -82,7 +82,7 @@ def run_stage(
     if state.num_processes > 1 and stage_of(loaded.recipe.stage).base_part:
         raise RecipeError(f"{loaded.path}: one process trains a base part: run `pivot train` without a launcher.")
     log = log if state.is_main_process else _ignore
-    if _on_main(lambda: _is_finished(folder, work, loaded.recipe.sha256())):
+    if _on_main(lambda: _is_finished(folder, work, loaded.recipe)):
         log(f"{loaded.name}: finished before, at {folder}")
         return folder
     parent_folder = _on_main(lambda: _parent_checkpoint(loaded, Path(runs), parent))
@@ -186,10 +186,11 @@ def _ignore(line: str) -> None:
     """Log nothing: only the main process logs."""
 
 
-def _is_finished(folder: Path, work: Path, sha: str) -> bool:
+def _is_finished(folder: Path, work: Path, recipe: Recipe) -> bool:
+    """Return whether the run is finished, after refusing folders of other runs."""
     for each in (folder, work):
         if each.exists():
-            _same_recipe(each, sha)
+            _check_same_recipe(each, recipe)
     return folder.exists()
 
 
@@ -316,7 +317,7 @@ def _check_parent(loaded: LoadedRecipe, model: ModelSpec, folder: Path) -> None:
             )
 
 
-def _same_recipe(folder: Path, sha: str) -> None:
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds another recipe's run, so that two runs are never mixed.
 
     Raises:
@@ -325,7 +326,7 @@ def _same_recipe(folder: Path, sha: str) -> None:
     file = folder / "recipe.yaml"
     if not file.is_file():
         raise RecipeError(f"{folder} exists but holds no run of a recipe; choose another --output.")
-    if sha not in file.read_text():
+    if not is_recorded_recipe(file, recipe):
         raise RecipeError(
             f"{folder} holds a run of another version of this recipe; delete it or choose another --output."
         )

@@ -37,7 +37,7 @@ def test_parts_are_complete_and_from_their_recipe(part: str) -> None:
         assert file_sha256(BASE / part / name) == sha256, name
     if part == "vision":
         assert verify_repository(BASE / part) == []
-    assert provenance["recipe_sha256"] == load_recipe(f"shapes/0-{part}").recipe.sha256()
+    assert load_recipe(f"shapes/0-{part}").recipe.has_sha256(provenance["recipe_sha256"])
 
 
 def test_the_encoder_carries_the_code_of_this_version() -> None:
