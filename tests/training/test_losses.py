@@ -57,7 +57,7 @@ def test_a_function_that_computes_sigmoid_gives_trls_loss_and_gradients(
 
 
 def test_functions_mix_with_trls_losses_by_their_weights(models: Models, tmp_path: Path) -> None:
-    settings = {"loss_weights": [0.5, 1.0, 2.0]}
+    settings: dict[str, Any] = {"loss_weights": [0.5, 1.0, 2.0]}
     theirs = trainer(models, tmp_path / "trl", None, loss_type=["hinge", "sigmoid", "sft"], **settings)
     ours = trainer(models, tmp_path, {}, loss_type=["hinge", f"{HERE}:sigmoid", "sft"], **settings)
     assert_same(step(ours, ROWS), step(theirs, ROWS))
