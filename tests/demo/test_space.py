@@ -59,7 +59,7 @@ def test_endpoints_are_typed_and_documented(client: Any) -> None:
 
 
 def test_compare_returns_the_numbers_of_the_package(client: Any) -> None:
-    figure, numbers = client.predict(scene=11, kind="position", explain="dpo", layer=2, api_name="/look")
+    figure, numbers = client.predict(scene=11, kind="position", explain="dpo", layer=2, api_name="/compare")
     subject = scene_subject(ShapesDataset(image_px=64), 11, "position")
     comparison = compare(shipped_bundle(), subject, "dpo", 2)
     for model, result in zip(numbers["models"], comparison.results, strict=True):
