@@ -240,8 +240,8 @@ def _quantize_onnx(source: Path, target: Path) -> None:
         quantize_dynamic(
             source,
             target,
-            # Unsigned weights: the sums of signed ones saturate in 16 bits on x86 CPUs without VNNI, where features were
-            # 18% off. https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+            # Sums of signed weights saturate in 16 bits on x86 CPUs without VNNI, where features were 18% off.
+            # https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
             weight_type=QuantType.QUInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
