@@ -30,6 +30,12 @@ class CheckpointError(PivotError):
     exit_code = 2
 
 
+class OutputError(PivotError):
+    """An output cannot be written where it should be: others' files lie there, or another process is working on it."""
+
+    exit_code = 2
+
+
 class TrainingError(PivotError):
     """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
 

@@ -1,0 +1,164 @@
+"""Output folders: one process at a time, only outputs of the same kind replaced, whole or not at all.
+
+The lock of an output is `filelock.SoftFileLock`: a file beside the output with the owner's process id, host and start. A
+process that was killed leaves it, and the next process on the same host proves the owner dead and takes it over, together
+with the files that the owner had not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import SoftFileLock, Timeout
+
+from pivot_hub.errors import OutputError
+
+LOCK, NEW, OLD = ".pivot-lock", ".pivot-new", ".pivot-old"
+# Files that file managers, git and the Hub's client leave in folders of others; nobody misses them.
+BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__", ".git", ".gitattributes", ".cache"})
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """A kind of output folder.
+
+    Args:
+        name: Name of the kind in messages, with its article.
+        manifest: JSON file of the folder whose `files`, a mapping or a list, names every other file of the output.
+        command: Command that writes such outputs.
+    """
+
+    name: str
+    manifest: str
+    command: str
+
+    def foreign_file(self, folder: Path) -> str | None:
+        """Return the first file of a folder that no output of this kind holds, or None if there is none."""
+        try:
+            files = set(json.loads((folder / self.manifest).read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            files = set()
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                continue
+            if BYSTANDERS.isdisjoint(Path(name).parts) and not (files and name in {*files, self.manifest}):
+                return name
+        return None
+
+
+ENCODER = OutputKind("an encoder repository", "provenance.json", "pivot extract")
+EXPORT = OutputKind("an export", "export.json", "pivot export")
+
+
+@contextmanager
+def lock_output(target: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of an output while the block runs, after clearing what killed processes left beside it.
+
+    Args:
+        target: Output folder or file; it need not exist.
+        wait: Whether to wait for another process that holds the lock, as for a cache; otherwise its owner is named.
+
+    Raises:
+        OutputError: Another process holds the lock.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(target.parent)
+    lock = SoftFileLock(_beside(target, LOCK), timeout=-1 if wait else 0, poll_interval=0.2)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{target}: {_owner(_beside(target, LOCK))} is working on this output; wait for it to end, or give another "
+            "output."
+        ) from None
+    try:
+        _recover(target)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def whole_folder(target: Path, kind: OutputKind | None = None, wait: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the target's place when the block ends, and is deleted if it fails.
+
+    Args:
+        target: Output folder.
+        kind: Kind of the output: a folder at the target that holds only files of such an output is replaced. None
+            replaces nothing.
+        wait: As in `lock_output`.
+
+    Raises:
+        OutputError: The target is a file or holds files of its own, or another process is working on it. Nothing was
+            touched.
+    """
+    with lock_output(target, wait):
+        check_replaceable(target, kind)
+        beside, old = _beside(target, NEW), _beside(target, OLD)
+        beside.mkdir()
+        try:
+            yield beside
+            check_replaceable(target, kind)  # the block may have taken hours
+            if target.exists():
+                target.replace(old)
+            beside.replace(target)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_replaceable(target: Path, kind: OutputKind | None) -> None:
+    """Refuse a target that holds anything but an output of the kind; an empty folder will be filled.
+
+    Raises:
+        OutputError: The target is a file, a link, or a folder with a file of its own, which the message names.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target} is no folder; give another output. Nothing was touched.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if kind is None:
+        raise OutputError(f"{target} exists and is not empty; give another output. Nothing was touched.")
+    if foreign := kind.foreign_file(target):
+        raise OutputError(
+            f"{target} holds {foreign}, which is not part of {kind.name} that `{kind.command}` wrote, so the folder is "
+            "not replaced; give another output. Nothing was touched."
+        )
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete the unfinished outputs of processes that were killed, and put back an output that was being replaced."""
+    for file in folder.glob(f".*{LOCK}"):
+        target = folder / file.name.removeprefix(".").removesuffix(LOCK)
+        lock = SoftFileLock(file, timeout=0)
+        with suppress(Timeout, OSError), lock:  # a living owner keeps its files
+            _recover(target)
+
+
+def _recover(target: Path) -> None:
+    """Finish or undo the replacement that a killed process began. The lock is held."""
+    beside, old = _beside(target, NEW), _beside(target, OLD)
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}{suffix}")
+
+
+def _owner(lock: Path) -> str:
+    """Describe the owner of a lock: process, host and time."""
+    with suppress(OSError, ValueError, IndexError):
+        process, host = lock.read_text().splitlines()[:2]
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lock.stat().st_mtime))
+        return f"process {process} on {host} (since {since})"
+    return "another process"

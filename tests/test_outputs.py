@@ -1,0 +1,152 @@
+"""Output folders: others' files are never touched, one process works at a time, a killed one leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pivot_hub.errors import OutputError
+from pivot_hub.outputs import ENCODER, check_replaceable, lock_output, whole_folder
+
+WRITER = """
+import json, pathlib, sys, time
+from pivot_hub.outputs import ENCODER, whole_folder
+target = pathlib.Path(sys.argv[1])
+while True:
+    with whole_folder(target, ENCODER) as folder:
+        for name in ("a", "b", "c"):
+            (folder / name).write_bytes(b"x" * 20000)
+        (folder / "provenance.json").write_text(json.dumps({"files": {"a": "", "b": "", "c": ""}}))
+"""
+HOLDER = """
+import pathlib, sys, time
+from pivot_hub.outputs import lock_output
+with lock_output(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def encoder(folder: Path, *more: str) -> Path:
+    folder.mkdir()
+    for name in ("model.safetensors", *more):
+        (folder / name).write_text("old")
+    (folder / "provenance.json").write_text(json.dumps({"files": {"model.safetensors": "hash"}}))
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_an_output_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    target = encoder(tmp_path / "encoder", ".DS_Store")
+    with whole_folder(target, ENCODER) as folder:
+        (folder / "new").write_text("new")
+    assert names(target) == ["new"]
+    assert names(tmp_path) == ["encoder"]
+
+
+@pytest.mark.parametrize("kind", ["thesis", "repository with notes", "forged manifest", "file", "link", "other kind"])
+def test_anything_else_is_refused_by_name_and_not_touched(tmp_path: Path, kind: str) -> None:
+    target, foreign = tmp_path / "d", "thesis.tex"
+    if kind == "thesis":
+        target.mkdir()
+        (target / "thesis.tex").write_text("ten years")
+    elif kind == "repository with notes":
+        encoder(target)
+        (target / "sub").mkdir()
+        (target / "sub" / "notes.txt").write_text("mine")
+        foreign = "sub/notes.txt"
+    elif kind == "forged manifest":
+        target.mkdir()
+        (target / "provenance.json").write_text("[")
+        foreign = "provenance.json"
+    elif kind == "file":
+        target.write_text("mine")
+        foreign = "is no folder"
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        target.symlink_to(tmp_path / "elsewhere")
+        foreign = "is no folder"
+    else:
+        target.mkdir()
+        (target / "export.json").write_text(json.dumps({"files": {}}))
+        foreign = "export.json"
+    before = sorted((str(p), p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match=foreign.replace(".", r"\.")), whole_folder(target, ENCODER):
+        pytest.fail("the block ran")
+    assert sorted((str(p), p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    with whole_folder(tmp_path / "d") as folder:
+        (folder / "a").write_text("a")
+    assert names(tmp_path / "d") == ["a"]
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        check_replaceable(tmp_path / "d", None)
+
+
+def test_a_block_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    target = encoder(tmp_path / "encoder")
+    with pytest.raises(RuntimeError), whole_folder(target, ENCODER) as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert names(target) == ["model.safetensors", "provenance.json"]
+    assert names(tmp_path) == ["encoder"]
+
+
+def test_a_second_process_is_told_who_works_there(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(OutputError, match=rf"process {holder.pid} on .* \(since 20"), lock_output(target):
+        pytest.fail("the lock was given twice")
+    holder.kill()
+    holder.wait()
+    with lock_output(target):  # a killed owner's lock is taken over
+        assert names(tmp_path) == [".run.pivot-lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_cache_waits_for_the_other_process(tmp_path: Path) -> None:
+    target = tmp_path / "cache"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    threading.Timer(
+        1, lambda: (holder.kill(), holder.wait())
+    ).start()  # a process that is not waited for counts as alive
+    started = time.monotonic()
+    with lock_output(target, wait=True):
+        assert time.monotonic() - started > 0.5
+
+
+def test_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
+    """30 kills at random moments: the target is always one whole output, and the next process clears the rest."""
+    target = tmp_path / "encoder"
+    moments = random.Random(0)
+    for number in range(30):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(target)])
+        deadline = time.monotonic() + 20
+        while number == 0 and not target.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.15 + 0.1 * moments.random())
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        with lock_output(tmp_path / "another"):  # another output beside it: its process clears what is left
+            assert [n for n in names(tmp_path) if n.endswith(("-new", "-old"))] == []
+        assert names(target) == ["a", "b", "c", "provenance.json"]
+        assert all((target / n).stat().st_size == 20000 for n in ("a", "b", "c"))
+    assert names(tmp_path) == ["encoder"]
