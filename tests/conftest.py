@@ -1,4 +1,4 @@
-"""Shared by all tests: an isolated Hub cache, one thread, and a tiny MLLM's parts and recipes."""
+"""Fixtures of all tests: an isolated Hub cache, one thread, and the parts and recipes of a tiny MLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 _HOME = tempfile.mkdtemp(prefix="pivot-test-hf-")
 os.environ["HF_HOME"] = _HOME
 os.environ["HF_HUB_OFFLINE"] = "1"
-# In this process and in those that tests start: sums of another thread count differ in their last bits.
+# This holds for the processes that tests start too: with another number of threads, sums differ in their last bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "slow" not in str(config.option.markexpr):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes a minute and repeats what others show: make slow"))
+                item.add_marker(pytest.mark.skip(reason="takes a minute and repeats what others test: make slow"))
 
 
 def pytest_sessionfinish() -> None:
@@ -38,7 +38,14 @@ def pytest_sessionfinish() -> None:
 
 
 def make_language(folder: Path) -> Path:
-    """Save a small random Qwen2 with a tokenizer trained on a few of the world's sentences."""
+    """Save a small random Qwen2 with a tokenizer trained on captions of the synthetic Shapes dataset.
+
+    Args:
+        folder: Folder that the model and the tokenizer are saved to.
+
+    Returns:
+        The same folder.
+    """
     dataset = ShapesDataset()
     tokenizer = train_tokenizer((dataset.scene("train", i).caption() for i in range(200)), 400)
     torch.manual_seed(0)
@@ -67,26 +74,26 @@ args:
   gradient_checkpointing: false
   logging_steps: 1
 """
-WORLD = f"world: {{image_px: {IMAGE_PX}}}"
+DATASET_KEYS = f"world: {{image_px: {IMAGE_PX}}}"
 RECIPES = {
     "1-align": "stage: align\n"
     "model: {vision: base/vision, language: base/language, feature_layer: -2}\n"
     "learning_rate: {projector: 1.0e-2}\n"
-    f"data: [{{format: shapes, content: captions, rows: 8, {WORLD}}}]\n",
+    f"data: [{{format: shapes, content: captions, rows: 8, {DATASET_KEYS}}}]\n",
     "2-instruct": "stage: instruct\nparent: 1-align.yaml\n"
     "learning_rate: {vision: 1.0e-3, projector: 1.0e-2, language: 1.0e-3}\n"
-    f"data: [{{format: shapes, content: instruct, rows: 8, {WORLD}}}]\n",
+    f"data: [{{format: shapes, content: instruct, rows: 8, {DATASET_KEYS}}}]\n",
     "3-sft": "stage: sft\nparent: 2-instruct.yaml\n"
     "learning_rate: {vision: 1.0e-3, projector: 1.0e-3, language: 1.0e-3}\n"
-    f"data: [{{format: shapes, content: pairs, rows: 8, {WORLD}}}]\n",
+    f"data: [{{format: shapes, content: pairs, rows: 8, {DATASET_KEYS}}}]\n",
     "3-dpo": "stage: dpo\nparent: 2-instruct.yaml\n"
     "learning_rate: {vision: 1.0e-3, projector: 1.0e-3, language: 1.0e-3}\n"
-    f"data: [{{format: shapes, content: pairs, rows: 8, {WORLD}}}]\n",
+    f"data: [{{format: shapes, content: pairs, rows: 8, {DATASET_KEYS}}}]\n",
 }
 
 
 def write_recipes(folder: Path) -> Path:
-    """Write the tiny model's recipes beside its parts."""
+    """Write the tiny MLLM's recipes into a folder, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in RECIPES.items():
         (folder / f"{name}.yaml").write_text(text + RECIPE_TAIL)
@@ -100,7 +107,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `vision` and `language`: small and random."""
+    """Folder with a small random encoder in `vision` and a small random language model in `language`."""
     folder = tmp_path_factory.mktemp("parts")
     make_vision(folder / "vision")
     make_language(folder / "language")
@@ -109,7 +116,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipes(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's recipe folder, `tiny/`, with its parts under `base/`."""
+    """The tiny MLLM's recipe folder, `tiny/`, with its parts in `base/`."""
     folder = write_recipes(tmp_path_factory.mktemp("recipes") / "tiny")
     shutil.copytree(parts, folder / "base")
     return folder
@@ -117,7 +124,7 @@ def recipes(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs folder in which all four tiny stages are finished."""
+    """The tiny MLLM's folder of finished stages, a folder for each of the four recipes."""
     runs = tmp_path_factory.mktemp("runs")
     for branch in ("3-sft", "3-dpo"):
         run_lineage(recipes / f"{branch}.yaml", runs, log=lambda line: None)

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from pivot_hub import PivotVisionConfig
-from pivot_hub.data.boxes_and_masks import read_photos
+from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_vlfeedback_pair
@@ -309,9 +309,9 @@ def test_prompts_are_the_authors_token_for_token() -> None:
 def test_regions_of_three_formats_agree() -> None:
     """COCO128's boxes, polygons and id masks, each with ids of its own, show the same things in the same places."""
     coco = REAL / "coco128"
-    boxed, _ = read_photos(coco, boxes=coco / "object_detection" / "labels")
-    drawn, left_out = read_photos(coco, boxes=coco / "instance_segmentation" / "labels", on_bad_row="skip")
-    masked, _ = read_photos(coco, masks=coco / "semantic_segmentation" / "masks", ignore=(0, 255))
+    boxed, _ = read_annotated_images(coco, boxes=coco / "object_detection" / "labels")
+    drawn, left_out = read_annotated_images(coco, boxes=coco / "instance_segmentation" / "labels", on_bad_row="skip")
+    masked, _ = read_annotated_images(coco, masks=coco / "semantic_segmentation" / "masks", ignore=(0, 255))
     assert (len(boxed), len(drawn), len(masked)) == (126, 98, 100)
     assert sum("is empty" in said for said in left_out) == 2
     boxes, masks = ({p.name: p.regions for p in photos} for photos in (boxed, masked))
@@ -325,7 +325,7 @@ def test_regions_of_three_formats_agree() -> None:
     assert np.mean(overlap) > 0.9
     # The same labels under the names of another folder: an id that is none there, or another thing.
     with pytest.raises(DataError, match=r"txt, line \d+: class id 45 has no name in .*instance_segmentation"):
-        read_photos(
+        read_annotated_images(
             coco,
             boxes=coco / "object_detection" / "labels",
             names=coco / "instance_segmentation" / "config.yaml",

@@ -27,7 +27,7 @@ class OnBadRow(StrEnum):
         try:
             return cls(value)
         except ValueError:
-            raise DataError(f"on_bad_row is {value!r}: give {cls.STOP} or {cls.SKIP}.") from None
+            raise DataError(f"on_bad_row is {value!r}; give {' or '.join(cls)}.") from None
 
 
 class ShapesSettings(Strict):

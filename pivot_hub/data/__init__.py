@@ -1,1 +1,1 @@
-"""Data: files and the built-in world, as rows that TRL's trainers read."""
+"""Data: files and the synthetic Shapes dataset, as rows that TRL's trainers read."""

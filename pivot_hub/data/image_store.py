@@ -1,4 +1,4 @@
-"""Where images lie: a folder, an archive that stays packed, or the Parquet file of their rows."""
+"""Image stores: a folder, an archive that stays packed, or the Parquet file of the rows."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class FileStore:
     """Images that are files below a folder, or members of archives there, read in place.
 
     `coco/train2017/1.jpg` is looked up as that file, then in `coco/train2017.zip` and `coco.zip` (or .tar). The members
-    of an archive are listed once, to give each row its span; opening an image then takes one seek and no list, so
-    loader processes stay small.
+    of an archive are listed once, to give each row its span. Opening an image then takes one seek and no list, so
+    loader processes need little memory.
 
     Args:
-        root: a folder, or one .zip or uncompressed .tar.
+        root: Folder, or one .zip or uncompressed .tar file.
     """
 
     def __init__(self, root: Path) -> None:
@@ -39,17 +39,20 @@ class FileStore:
         self._members: dict[str, dict[str, Span]] = {}
 
     def names(self) -> list[str]:
-        """Every image file of the folder, or of the archive that is the root, by its name from there, in order."""
+        """List the image files of the folder, or of the archive that is the root, as sorted paths from the root."""
         if not self.root.is_file():
             return [f.relative_to(self.root).as_posix() for f in image_files(self.root)]
-        members = self._listed(".")
+        members = self._list_members(".")
         return sorted(n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES)
 
     def locate(self, row: Row) -> Row:
-        """Give a row the place of its image.
+        """Return the row with the location of its image.
+
+        Args:
+            row: Row that names an image.
 
         Raises:
-            DataError: the image is not there, or its archive is not whole.
+            DataError: The image does not exist, or its archive is not whole.
         """
         assert row.image is not None
         if self.root.is_file():
@@ -60,16 +63,20 @@ class FileStore:
             folders = [p for p in PurePosixPath(row.image).parents if p.name]
             archives = [f"{f}{s}" for f in folders for s in ARCHIVES if (self.root / f"{f}{s}").is_file()]
         for archive in archives:
-            if (span := self._find(archive, row.image)) is not None:
+            span = self._find(archive, row.image)
+            if span is not None:
                 return replace(row, archive=archive, span=span)
         place = self.root if self.root.is_file() else self.root / row.image
         raise DataError(f"{row.id}: image {row.image} does not exist ({place}); check `images` in the recipe.")
 
     def open(self, row: Row) -> Image.Image:
-        """Decode a located row's image as RGB.
+        """Decode the image of a row as RGB.
+
+        Args:
+            row: Row as `locate` returned it.
 
         Raises:
-            DataError: naming the row, when the image is not whole.
+            DataError: The image is not whole; the message names the row.
         """
         assert row.image is not None
         if row.archive is None or row.span is None:
@@ -82,35 +89,47 @@ class FileStore:
         return decode_image(io.BytesIO(data), row.id, f"{row.image} of {file}")
 
     def read(self, name: str) -> bytes | None:
-        """A file that is no image, of the folder or of the archive that is the root; None where there is none."""
+        """Read a file other than an image from the folder, or from the archive that is the root.
+
+        Args:
+            name: Path of the file from the root.
+
+        Returns:
+            The content, or None where the file does not exist.
+        """
         if self.root.is_file():
-            span = self._listed(".").get(name)
+            span = self._list_members(".").get(name)
             return None if span is None else read_member(self.root, span)
-        return (self.root / name).read_bytes() if (self.root / name).is_file() else None
+        file = self.root / name
+        return file.read_bytes() if file.is_file() else None
 
     def _find(self, archive: str, image: str) -> Span | None:
-        members, parts = self._listed(archive), PurePosixPath(image).parts
+        members, parts = self._list_members(archive), PurePosixPath(image).parts
         # Rows name images from the folder that archives are unpacked in: `coco/a.jpg` may be `a.jpg` inside.
-        return next((members[n] for i in range(len(parts)) if (n := "/".join(parts[i:])) in members), None)
+        for i in range(len(parts)):
+            name = "/".join(parts[i:])
+            if name in members:
+                return members[name]
+        return None
 
-    def _listed(self, archive: str) -> dict[str, Span]:
+    def _list_members(self, archive: str) -> dict[str, Span]:
         if archive not in self._members:
             self._members[archive] = archive_members(self.root / archive)
         return self._members[archive]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root, "_members": {}}  # the lists of members stay behind
+        return {"root": self.root, "_members": {}}  # member lists are not sent to other processes
 
 
 class ParquetStore:
-    """Images that lie in the Parquet files of their rows, as the datasets library writes them.
+    """Images that are stored in the Parquet files of their rows, as the datasets library writes them.
 
-    A row group is the least that can be read. The last ones stay in memory: `sampler.BlockSampler` asks for rows so
-    that each group is read about once an epoch, by each loader process.
+    A row group is the smallest unit that can be read. The latest groups stay in memory: `sampler.BlockSampler` orders
+    the rows so that each loader process reads each group about once an epoch.
 
     Args:
-        folder: that the references `file#row` start from.
-        kept: rows whose groups stay; two of the sampler's windows.
+        folder: Folder that the references `file#row` start from.
+        kept: Number of rows whose groups stay in memory; two windows of the sampler by default.
     """
 
     def __init__(self, folder: Path, kept: int = 2 * WINDOW) -> None:
@@ -119,11 +138,23 @@ class ParquetStore:
         self._kept: OrderedDict[tuple[str, int], list[bytes | None]] = OrderedDict()
 
     def block(self, reference: str) -> str:
-        """Name of the row group that holds an image."""
+        """Return the name of the row group that holds an image.
+
+        Args:
+            reference: Reference `file#row` of the image.
+        """
         file, row = _split(reference)
         return f"{file}#{self._group(file, row)[0]}"
 
     def open(self, row: Row) -> Image.Image:
+        """Decode the image of a row as RGB.
+
+        Args:
+            row: Row whose image is a reference `file#row`.
+
+        Raises:
+            DataError: The image is missing or not whole; the message names the row.
+        """
         assert row.image is not None
         file, number = _split(row.image)
         group, start = self._group(file, number)
@@ -133,7 +164,7 @@ class ParquetStore:
         return decode_image(io.BytesIO(data), row.id, f"of {row.id}")
 
     def _group(self, file: str, row: int) -> tuple[int, int]:
-        """The row group of a row, and the group's first row."""
+        """Return the index of the row group that holds a row, and the group's first row."""
         if file not in self._starts:
             metadata = pq.read_metadata(self.folder / file)
             starts = [0]
@@ -164,10 +195,13 @@ class ParquetStore:
 
 
 def archive_members(file: Path) -> dict[str, Span]:
-    """Files in a .zip or uncompressed .tar, by name, each with where it lies.
+    """List the files in a .zip or uncompressed .tar, by name, each with its span.
+
+    Args:
+        file: Archive file.
 
     Raises:
-        DataError: the archive is not whole, encrypted, or packed so that a file cannot be read alone.
+        DataError: The archive is not whole, is encrypted, or is packed so that a file cannot be read alone.
     """
     try:
         return _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
@@ -176,10 +210,14 @@ def archive_members(file: Path) -> dict[str, Span]:
 
 
 def read_member(file: Path, span: Span) -> bytes:
-    """Bytes of one file in an archive.
+    """Read one file of an archive.
+
+    Args:
+        file: Archive file.
+        span: Span of the member, as `archive_members` returns it.
 
     Raises:
-        zlib.error: they are damaged.
+        zlib.error: The bytes are damaged.
     """
     offset, length, method = span
     with file.open("rb") as archive:
@@ -201,7 +239,7 @@ def _zip_members(file: Path) -> dict[str, Span]:
                 continue
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
                 raise DataError(f"{file}: {info.filename} is encrypted or packed unusually; unpack the archive.")
-            # The local header's own lengths tell where the data begins: they may differ from the directory's.
+            # The lengths in the local header give the start of the data; the directory's lengths may differ.
             raw.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", raw.read(4))
             start = info.header_offset + 30 + name + extra
@@ -210,7 +248,7 @@ def _zip_members(file: Path) -> dict[str, Span]:
 
 
 def _tar_members(file: Path) -> dict[str, Span]:
-    # "r:" takes no compression: one image of a compressed archive would take unpacking all before it.
+    # "r:" refuses compression: reading one image of a compressed archive would decompress all that precedes it.
     with tarfile.open(file, "r:") as archive:
         return {
             PurePosixPath(info.name).as_posix(): (info.offset_data, info.size, zipfile.ZIP_STORED)

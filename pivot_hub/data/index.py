@@ -1,7 +1,8 @@
 """The row index: every row read, checked and its image decoded once, then kept on disk in Arrow.
 
-What is read a second time is the index: it is mapped into memory, so 3.2 million rows take no more of it than 3,000,
-and a run goes on at an exact row. It is found by what it depends on: the recipe's data, the files, and the check.
+Training reads rows from the index. It is mapped into memory, so 3.2 million rows take no more memory than 3,000, and a
+run resumes at an exact row. Its folder is named by a hash of all it depends on: the recipe's data, the files, and the
+check.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 
-from pivot_hub.config.data_section import ShapesData
+from pivot_hub.config.data_section import OnBadRow, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
-from pivot_hub.data.report import Measured, RowCounter, RowReport
+from pivot_hub.data.report import CheckResult, RowReport, RowStatistics
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.provenance import hub_commit
 
-CHUNK = 256  # rows that are checked together, by one process
-Advance = Callable[[int, int | None, float], None]  # gets rows checked, of how many if that is known, and rows/s
-LAYOUT = 2  # of the index's files
-NAMED = 100  # bad rows that are named; all are counted
+CHUNK = 256  # rows that one process checks at a time
+Advance = Callable[[int, int | None, float], None]  # takes rows checked, their total if known, and rows per second
+LAYOUT = 2  # version of the index's files
+NAMED = 100  # bad rows whose reasons are kept; all are counted
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -51,18 +52,35 @@ SCHEMA = pa.schema(
         ("archive", pa.string()),
         ("span", pa.list_(pa.int64())),
         ("block", pa.string()),
-        ("row", pa.int64()),  # its place in the index
+        ("row", pa.int64()),  # position in the index
     ]
 )
 
 
 class Check(Protocol):
-    """Measures rows for a stage."""
+    """Checks rows for a stage, and counts their tokens."""
 
-    def __call__(self, rows: Sequence[Row]) -> list[Measured]: ...
+    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+        """Return the result of each row."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All that its answers depend on besides the rows."""
+        """Return all that the results depend on besides the rows."""
+
+
+class CheckedRow(NamedTuple):
+    """A row, or what is known of a row that could not be parsed, with the result of its checks.
+
+    Args:
+        row: The row; None where it could not be parsed.
+        problem: Kind and error message of a row that cannot be used, or None.
+        image_mode: Mode of the decoded image, as stored; None where no image was decoded.
+        result: Result of the stage's check.
+    """
+
+    row: Row | None
+    problem: tuple[str, str] | None = None
+    image_mode: str | None = None
+    result: CheckResult = CheckResult()
 
 
 @dataclass(frozen=True)
@@ -70,10 +88,10 @@ class RowIndex:
     """The rows of a stage.
 
     Args:
-        table: one row of SCHEMA each, in the order and as often as an epoch sees them.
-        names: every row's id, by its place in the index.
-        sources: that the rows name by number.
-        report: see there.
+        table: Rows of SCHEMA, in the order and as often as an epoch sees them.
+        names: Id of every row, by its position in the index.
+        sources: Sources, which the rows name by number.
+        report: Report on the rows.
     """
 
     table: Dataset
@@ -82,46 +100,53 @@ class RowIndex:
     report: RowReport
 
     def rows(self) -> Iterator[Row]:
-        """Every row, without its image."""
-        for metadata in self.table:
-            yield _row(metadata)
+        """Yield every row, without its image."""
+        for record in self.table:
+            yield _from_record(record)
 
-    def ids(self, places: Iterable[int]) -> list[str]:
-        """Names of rows, from the column `row` of a batch."""
-        return [self.names[int(place)]["id"] for place in places]
+    def ids(self, positions: Iterable[int]) -> list[str]:
+        """Return the ids of rows.
+
+        Args:
+            positions: Positions in the index, from the column `row` of a batch.
+        """
+        return [self.names[int(position)]["id"] for position in positions]
 
     def blocks(self) -> np.ndarray | None:
-        """For each row a number of the block it lies in, or None where every row is read alone as cheaply."""
-        known: dict[str | None, int] = {}
+        """Number the block that each row is read with: (rows,) int64; None where all rows are cheap to read alone."""
+        number_of: dict[str | None, int] = {}
         numbers = np.empty(len(self.table), np.int64)
-        done = 0
+        start = 0
         for batch in self.table.select_columns("block").with_format("arrow").iter(1 << 16):
             codes = batch["block"].combine_chunks().dictionary_encode(null_encoding="encode")
-            renamed = np.array([known.setdefault(name, len(known)) for name in codes.dictionary.to_pylist()])
-            numbers[done : done + len(codes)] = renamed[codes.indices.to_numpy()]
-            done += len(codes)
-        if set(known) == {None}:
+            batch_numbers = np.array(
+                [number_of.setdefault(name, len(number_of)) for name in codes.dictionary.to_pylist()]
+            )
+            numbers[start : start + len(codes)] = batch_numbers[codes.indices.to_numpy()]
+            start += len(codes)
+        if set(number_of) == {None}:
             return None
-        alone = numbers == known.get(None, -1)
-        numbers[alone] = len(known) + np.arange(int(alone.sum()))
+        # Each row without a block becomes a block of its own.
+        alone = numbers == number_of.get(None, -1)
+        numbers[alone] = len(number_of) + np.arange(int(alone.sum()))
         return numbers
 
     def as_dataset(self, columns: Columns, image_token: str) -> Dataset:
-        """The rows in TRL's columns, and `row`, the place in the index; images are decoded as batches are read.
+        """Return the rows in TRL's columns, and their positions as `row`; images are decoded as batches are read.
 
         Args:
-            columns: see `source.example`.
-            image_token: stands for the image in plain prompts.
+            columns: Form of the columns; see `source.example`.
+            image_token: Token that stands for the image in plain prompts.
         """
 
         def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            made = []
-            for i, place in enumerate(batch["row"]):
-                metadata = {key: values[i] for key, values in batch.items()}
-                row = _row(metadata)
-                images = [] if row.image is None else [self.sources[metadata["source"]].open_image(row)]
-                made.append({**example(images, row, columns, image_token), "row": place})
-            return {key: [e[key] for e in made] for key in made[0]}
+            examples = []
+            for i, position in enumerate(batch["row"]):
+                record = {key: values[i] for key, values in batch.items()}
+                row = _from_record(record)
+                images = [] if row.image is None else [self.sources[record["source"]].open_image(row)]
+                examples.append({**example(images, row, columns, image_token), "row": position})
+            return {key: [one[key] for one in examples] for key in examples[0]}
 
         return self.table.with_transform(render)
 
@@ -130,22 +155,22 @@ def index_rows(
     loaded: LoadedRecipe,
     check: Check,
     folder: str | Path | None = None,
-    advance: Advance = lambda done, total, rate: None,
+    advance: Advance = lambda done, total, rows_per_second: None,
     fresh: bool = False,
     workers: int | None = None,
 ) -> RowIndex:
-    """Read and check every row before training, decoding each image once, or find it done before.
+    """Read and check every row before training, decoding each image once; an index that exists is read instead.
 
     Args:
-        loaded: the recipe; its `on_bad_row` says whether a bad row stops or is skipped and counted.
-        check: what is wrong with a row for this stage, and its tokens.
-        folder: of all indices; below HF_HOME by default.
-        advance: called as rows are checked.
-        fresh: check again though it was done before.
-        workers: processes that check; one a core by default.
+        loaded: Recipe; its `on_bad_row` says whether a bad row raises an error or is skipped and counted.
+        check: Check of a row for this stage, which also counts its tokens.
+        folder: Folder of all indices; `pivot_hub/rows` below HF_HOME by default.
+        advance: Function that is called as rows are checked.
+        fresh: Whether to check the rows again although an index exists.
+        workers: Number of processes that check; one per core by default.
 
     Raises:
-        DataError: naming the file and row, when the recipe says stop, or when no row is left.
+        DataError: A row is bad and the recipe does not skip it, or no row is left; the message names file and row.
     """
     sources = sources_of(loaded)
     metadata = {
@@ -155,19 +180,20 @@ def index_rows(
         "check": check.to_dict(),
     }
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:32]
-    place = Path(folder or Path(HF_HOME) / "pivot_hub" / "rows") / key
-    # Images are no part of the key: a row that was left out may have been mended since.
-    doubtful = loaded.recipe.on_bad_row == "stop" and _skipped(place)
-    if fresh or doubtful or not (place / "report.json").is_file():
-        with whole_folder(place) as made:
-            report = _build(made, loaded, sources, check, advance, os.cpu_count() or 1 if workers is None else workers)
-            write_json(made / "report.json", report.to_dict())
-    return _read(place, sources)
+    target = Path(folder or Path(HF_HOME) / "pivot_hub" / "rows") / key
+    # Images are no part of the key, so a row that was skipped may have been fixed since.
+    outdated = loaded.recipe.on_bad_row == OnBadRow.STOP and _has_skipped_rows(target)
+    if fresh or outdated or not (target / "report.json").is_file():
+        workers = os.cpu_count() or 1 if workers is None else workers
+        with whole_folder(target) as partial:
+            report = _build(partial, loaded, sources, check, advance, workers)
+            write_json(partial / "report.json", report.to_dict())
+    return _read(target, sources)
 
 
-def _skipped(place: Path) -> bool:
-    """Whether the index that lies there, if any, left rows out."""
-    file = place / "report.json"
+def _has_skipped_rows(folder: Path) -> bool:
+    """Return whether an index exists in the folder, and was built with rows skipped."""
+    file = folder / "report.json"
     return file.is_file() and json.loads(file.read_text())["skipped_rows"] > 0
 
 
@@ -179,57 +205,75 @@ def _build(
     advance: Advance,
     workers: int,
 ) -> RowReport:
-    report, tally, specs = RowReport(), RowCounter(), loaded.recipe.data
-    stop = loaded.recipe.on_bad_row == "stop"
-    read, kept, began = 0, 0, time.monotonic()
-    expected = [spec.rows if isinstance(spec, ShapesData) else spec.expect and spec.expect.rows for spec in specs]
-    total = sum(count or 0 for count in expected) if all(expected) else None
+    """Check all rows, and write the usable ones and the order of an epoch into the folder."""
+    report, statistics = RowReport(), RowStatistics()
+    rows_read, rows_kept, started = 0, 0, time.monotonic()
+    total = _expected_rows(loaded)
     groups = [_Groups() for _ in sources]
-    firsts: list[int] = []
+    first_rows: list[int] = []  # position of each source's first row in the index
     with (
         pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as table,
     ):
         for number, source in enumerate(sources):
-            firsts.append(kept)
-            for chunk in _examined(source, check, workers):
-                good: list[dict[str, Any]] = []
-                for row, problem, mode, measured in chunk:
-                    read += 1
+            first_rows.append(rows_kept)
+            for chunk in _checked_chunks(source, check, workers):
+                rows_read += len(chunk)
+                records: list[dict[str, Any]] = []
+                for row, problem, image_mode, result in chunk:
                     if problem is not None:
-                        kind, reason = problem
-                        if stop:
-                            hint = "mend the row, or set `on_bad_row: skip` in the recipe to leave such rows out"
-                            raise DataError(f"{reason.rstrip('.')}; {hint}.")
-                        report.skipped_rows += 1
-                        report.problems[kind] += 1
-                        report.skipped += [reason][: NAMED - len(report.skipped)]
+                        _skip(report, problem, loaded.recipe.on_bad_row)
                         continue
                     assert row is not None
-                    good.append(_facts(row, number, kept + len(good)))
+                    records.append(_to_record(row, number, rows_kept + len(records)))
                     groups[number].add(row.group)
-                    report.image_modes.update([] if mode is None else [mode])
-                    tally.add(row, measured)
-                kept += len(good)
-                if good:
-                    table.write_batch(pa.RecordBatch.from_pylist(good, schema=SCHEMA))
-                advance(read, total, read / max(time.monotonic() - began, 1e-9))
-    if not kept:
+                    if image_mode is not None:
+                        report.image_modes[image_mode] += 1
+                    statistics.add(row, result)
+                rows_kept += len(records)
+                if records:
+                    table.write_batch(pa.RecordBatch.from_pylist(records, schema=SCHEMA))
+                advance(rows_read, total, rows_read / max(time.monotonic() - started, 1e-9))
+    if not rows_kept:
         reason = f": {report.skipped[0]}" if report.skipped else ""
         raise DataError(f"{loaded.path}: no usable row is left{reason}")
     names = Dataset.from_file(str(folder / "rows.arrow")).select_columns("id")
-    taken = []
-    for number, source in enumerate(sources):
-        spec = specs[number]
+    epoch_parts = []
+    for spec, source, source_groups, first_row in zip(loaded.recipe.data, sources, groups, first_rows, strict=True):
         sample, seed = (None, 0) if isinstance(spec, ShapesData) else (spec.sample, spec.seed)
-        some = _select(groups[number], source.times(), sample, seed)
-        report.sources.append(_listing(names, groups[number], some, firsts[number], source))
-        taken.append(some + firsts[number])
-    epoch = np.concatenate(taken)
+        positions = _select(source_groups, source.times(), sample, seed)
+        report.sources.append(_summarise(names, source_groups, positions, first_row, source))
+        epoch_parts.append(positions + first_row)
+    epoch = np.concatenate(epoch_parts)
     np.save(folder / "epoch.npy", epoch)
     report.rows = len(epoch)
-    tally.fill(report)
+    statistics.fill(report)
     return report
+
+
+def _expected_rows(loaded: LoadedRecipe) -> int | None:
+    """Return how many rows the sources should hold, or None where the recipe does not say it of each."""
+    total = 0
+    for spec in loaded.recipe.data:
+        if isinstance(spec, ShapesData):
+            total += spec.rows
+        elif spec.expect is not None:
+            total += spec.expect.rows
+        else:
+            return None
+    return total
+
+
+def _skip(report: RowReport, problem: tuple[str, str], on_bad_row: OnBadRow) -> None:
+    """Count a bad row as skipped, or raise its error where the recipe says so."""
+    kind, reason = problem
+    if on_bad_row == OnBadRow.STOP:
+        hint = "fix the row, or set `on_bad_row: skip` in the recipe to skip such rows"
+        raise DataError(f"{reason.rstrip('.')}; {hint}.")
+    report.skipped_rows += 1
+    report.problems[kind] += 1
+    if len(report.skipped) < NAMED:
+        report.skipped.append(reason)
 
 
 def _read(folder: Path, sources: list[Source]) -> RowIndex:
@@ -238,77 +282,76 @@ def _read(folder: Path, sources: list[Source]) -> RowIndex:
     epoch = np.load(folder / "epoch.npy")
     if len(epoch) != len(table) or (epoch != np.arange(len(table))).any():
         table = table.select(epoch)
-    metadata = json.loads((folder / "report.json").read_text())
-    metadata |= {key: Counter(metadata[key]) for key in ("problems", "image_modes")}
-    return RowIndex(table, names, sources, RowReport(**metadata))
+    report = json.loads((folder / "report.json").read_text())
+    report |= {key: Counter(report[key]) for key in ("problems", "image_modes")}
+    return RowIndex(table, names, sources, RowReport(**report))
 
 
-Examined = tuple[Row | None, tuple[str, str] | None, str | None, Measured]
-
-
-def _examined(source: Source, check: Check, workers: int) -> Iterator[list[Examined]]:
-    """Chunks of rows with what is wrong with each, in order; many chunks are checked by several processes."""
-    located = (_located(source, item) for item in source.rows())
-    chunks = iter(lambda: list(islice(located, CHUNK)), [])
+def _checked_chunks(source: Source, check: Check, workers: int) -> Iterator[list[CheckedRow]]:
+    """Yield chunks of checked rows, in order; a source of many chunks is checked by several processes."""
+    rows = (_locate(source, row) for row in source.rows())
+    chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     first = list(islice(chunks, 4))
     if len(first) < 4 or workers < 2:
         for chunk in chain(first, chunks):
-            yield _examine(source, check, chunk)
+            yield _check_chunk(source, check, chunk)
         return
-    # A fork starts at once and shares what is loaded; where there is none, each process loads it anew.
+    # A forked process starts at once and shares what is loaded; where fork is missing, each process loads it again.
     context = get_context("fork") if hasattr(os, "fork") else None
-    with ProcessPoolExecutor(workers, context, _set_examiner, (source, check)) as pool:
+    with ProcessPoolExecutor(workers, context, _init_worker, (source, check)) as pool:
         waiting: deque[Any] = deque()
         for chunk in chain(first, chunks):
-            waiting.append(pool.submit(_examine_here, chunk))
+            waiting.append(pool.submit(_check_chunk_in_worker, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-_examiner: tuple[Source, Check]  # of a process of the pool
+_worker: tuple[Source, Check]  # source and check of a process of the pool
 
 
-def _set_examiner(source: Source, check: Check) -> None:
-    global _examiner
-    _examiner = (source, check)
+def _init_worker(source: Source, check: Check) -> None:
+    global _worker
+    _worker = (source, check)
 
 
-def _examine_here(chunk: list[Examined]) -> list[Examined]:
-    return _examine(*_examiner, chunk)
+def _check_chunk_in_worker(chunk: list[CheckedRow]) -> list[CheckedRow]:
+    return _check_chunk(*_worker, chunk)
 
 
-def _located(source: Source, item: Row | DataError) -> Examined:
-    if isinstance(item, DataError):
-        return None, ("format", str(item)), None, Measured()
+def _locate(source: Source, row: Row | DataError) -> CheckedRow:
+    """Locate the image of a row that could be parsed."""
+    if isinstance(row, DataError):
+        return CheckedRow(None, ("format", str(row)))
     try:
-        return (item if item.image is None else source.locate(item)), None, None, Measured()
+        return CheckedRow(row if row.image is None else source.locate(row))
     except DataError as error:
-        return item, ("missing image", str(error)), None, Measured()
+        return CheckedRow(row, ("missing image", str(error)))
 
 
-def _examine(source: Source, check: Check, chunk: list[Examined]) -> list[Examined]:
-    """Check a chunk's rows, and decode their images."""
-    fit = [row for row, problem, _, _ in chunk if row is not None and problem is None]
-    measures = iter(check(fit))
-    made: list[Examined] = []
-    for row, problem, mode, measured in chunk:
+def _check_chunk(source: Source, check: Check, chunk: list[CheckedRow]) -> list[CheckedRow]:
+    """Check the rows of a chunk that have no problem yet, and decode their images."""
+    results = iter(check([c.row for c in chunk if c.row is not None and c.problem is None]))
+    checked: list[CheckedRow] = []
+    for row, problem, image_mode, result in chunk:
         if row is not None and problem is None:
-            measured = next(measures)
-            problem = measured.problem and (measured.problem[0], f"{row.id}: {measured.problem[1]}")
-            if problem is None and row.image is not None and source.checks_images:
+            result = next(results)
+            if result.problem is not None:
+                kind, reason = result.problem
+                problem = (kind, f"{row.id}: {reason}")
+            elif row.image is not None and source.checks_images:
                 try:
-                    mode = source.open_image(row).info["mode"]
+                    image_mode = source.open_image(row).info["mode"]
                 except DataError as error:
                     problem = ("corrupt image", str(error))
-        made.append((row, problem, mode, measured))
-    return made
+        checked.append(CheckedRow(row, problem, image_mode, result))
+    return checked
 
 
 @dataclass
 class _Groups:
-    """The group of every row of a source: 4 bytes a row."""
+    """The group of every row of a source, in 4 bytes a row."""
 
     names: list[str | None] = field(default_factory=list)
     codes: array[int] = field(default_factory=lambda: array("i"))
@@ -320,60 +363,73 @@ class _Groups:
 
 
 def _select(groups: _Groups, times: dict[str | None, float], sample: int | None, seed: int) -> np.ndarray:
-    """Places of the rows that an epoch sees, in file order: each group as often as said, of a sample by its share."""
+    """Select the rows of a source that an epoch sees.
+
+    Args:
+        groups: Group of every row.
+        times: How often the rows of each group are seen in an epoch, 1 by default.
+        sample: Number of rows to draw, each group by its share; None for all rows.
+        seed: Seed of the draw.
+
+    Returns:
+        Positions of the rows in the source, in file order: (rows,) int.
+    """
     codes = np.frombuffer(groups.codes, np.int32)
-    places = {group: np.flatnonzero(codes == code) for code, group in enumerate(groups.names)}
-    exact = {group: len(some) * times.get(group, 1) for group, some in places.items()}
-    total = sum(exact.values())
+    positions = {group: np.flatnonzero(codes == code) for code, group in enumerate(groups.names)}
+    shares = {group: len(rows) * times.get(group, 1) for group, rows in positions.items()}
+    total = sum(shares.values())
     if sample is not None and sample < total:
-        exact = {group: sample * share / total for group, share in exact.items()}
-    wanted = {group: int(share) for group, share in exact.items()}
-    # Largest remainders take what rounding down left over.
-    left = round(sum(exact.values())) - sum(wanted.values())
-    for group in sorted(exact, key=lambda g: (wanted[g] - exact[g], str(g)))[:left]:
-        wanted[group] += 1
+        shares = {group: sample * share / total for group, share in shares.items()}
+    counts = {group: int(share) for group, share in shares.items()}
+    # Rounding down leaves rows over; the groups with the largest remainders get one more each.
+    left_over = round(sum(shares.values())) - sum(counts.values())
+    for group in sorted(shares, key=lambda g: (counts[g] - shares[g], str(g)))[:left_over]:
+        counts[group] += 1
     rng = random.Random(seed)
-    taken = []
-    for group, some in places.items():
-        again, rest = divmod(wanted[group], len(some))
-        taken += [some] * again + [some[rng.sample(range(len(some)), rest)]]
-    return np.sort(np.concatenate(taken), kind="stable")
+    selected = []
+    for group, rows in positions.items():
+        repeats, rest = divmod(counts[group], len(rows))
+        selected += [rows] * repeats + [rows[rng.sample(range(len(rows)), rest)]]
+    return np.sort(np.concatenate(selected), kind="stable")
 
 
-def _listing(names: Dataset, groups: _Groups, some: np.ndarray, first: int, source: Source) -> dict[str, Any]:
-    """How many rows of each group an epoch sees, and hashes that tell which rows of which files."""
-    made = hashlib.sha256()
-    for start in range(0, len(some), 4096):
-        ids = names[(some[start : start + 4096] + first).tolist()]["id"]
-        made.update("".join(f"{i}\n" for i in ids).encode())
-    counts = np.bincount(np.frombuffer(groups.codes, np.int32)[some], minlength=len(groups.names))
+def _summarise(
+    names: Dataset, groups: _Groups, positions: np.ndarray, first_row: int, source: Source
+) -> dict[str, Any]:
+    """Count the rows of each group that an epoch sees, with hashes that identify the rows and their files."""
+    ids_digest = hashlib.sha256()
+    for start in range(0, len(positions), 4096):
+        ids = names[(positions[start : start + 4096] + first_row).tolist()]["id"]
+        ids_digest.update("".join(f"{i}\n" for i in ids).encode())
+    counts = np.bincount(np.frombuffer(groups.codes, np.int32)[positions], minlength=len(groups.names))
     return {
-        "rows": len(some),
-        "ids_sha256": made.hexdigest(),
+        "rows": len(positions),
+        "ids_sha256": ids_digest.hexdigest(),
         "groups": {name: int(n) for name, n in zip(groups.names, counts, strict=True) if name is not None},
         "files_sha256": files_sha256(source),
         "hub_commit": hub_commit(source.folder) if isinstance(source, FileSource) else None,
     }
 
 
-def _facts(row: Row, source: int, place: int) -> dict[str, Any]:
-    metadata = {
-        name: getattr(row, name) for name in ("id", "image", "prompt", "chosen", "rejected", "archive", "block")
-    }
+def _to_record(row: Row, source: int, position: int) -> dict[str, Any]:
+    """Convert a row to a record of SCHEMA."""
+    columns = ("id", "image", "prompt", "chosen", "rejected", "archive", "block")
+    record = {name: getattr(row, name) for name in columns}
     span = None if row.span is None else list(row.span)
-    return {**metadata, "source": source, "earlier": json.dumps(row.earlier), "span": span, "row": place}
+    return {**record, "source": source, "earlier": json.dumps(row.earlier), "span": span, "row": position}
 
 
-def _row(metadata: dict[str, Any]) -> Row:
-    span = metadata["span"]
+def _from_record(record: dict[str, Any]) -> Row:
+    """Convert a record of SCHEMA back to a row, without its group."""
+    span = record["span"]
     return Row(
-        metadata["id"],
-        metadata["image"],
-        metadata["prompt"],
-        metadata["chosen"],
-        metadata["rejected"],
-        tuple((role, text) for role, text in json.loads(metadata["earlier"])),
-        archive=metadata["archive"],
+        record["id"],
+        record["image"],
+        record["prompt"],
+        record["chosen"],
+        record["rejected"],
+        tuple((role, text) for role, text in json.loads(record["earlier"])),
+        archive=record["archive"],
         span=None if span is None else (span[0], span[1], span[2]),
-        block=metadata["block"],
+        block=record["block"],
     )

@@ -11,40 +11,53 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def parse_conversation(name: str, record: dict[str, Any]) -> Row | DataError:
-    """One row of a conversation, with all of its answers; what is said after the last answer is left out."""
-    told = record.get("conversations") or record.get("messages")
-    if not isinstance(told, list) or not told:
+    """Parse a conversation to one row with all of its answers; turns after the last answer are dropped.
+
+    Args:
+        name: Name of the row, for the error message.
+        record: Record with `conversations` or `messages`.
+    """
+    messages = record.get("conversations") or record.get("messages")
+    if not isinstance(messages, list) or not messages:
         return DataError(f"{name}: `conversations` is missing or empty")
-    said = turns_of(name, told)
-    if isinstance(said, DataError):
-        return said
-    # As LLaVA does: a conversation begins with the user, whoever spoke before.
-    while said and said[0][0] == "assistant":
-        said = said[1:]
-    while said and said[-1][0] != "assistant":
-        said = said[:-1]
-    if len(said) < 2:
+    turns = parse_turns(name, messages)
+    if isinstance(turns, DataError):
+        return turns
+    # As in LLaVA, a conversation begins with the user: assistant turns before that are dropped.
+    while turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+    while turns and turns[-1][0] != "assistant":
+        turns = turns[:-1]
+    if len(turns) < 2:
         return DataError(f"{name}: a conversation needs a human turn and then a gpt turn")
     image = image_name(record, name, "image", "images")
     if isinstance(image, DataError):
         return image
-    return Row(name, image, said[-2][1], said[-1][1], earlier=tuple(said[:-2]))
+    return Row(name, image, turns[-2][1], turns[-1][1], earlier=tuple(turns[:-2]))
 
 
-def turns_of(name: str, told: list[Any]) -> list[tuple[str, str]] | DataError:
-    """Turns as (role, text), from LLaVA's `from` and `value` or from chat messages' `role` and `content`."""
-    said = []
-    for turn in told:
+def parse_turns(name: str, messages: list[Any]) -> list[tuple[str, str]] | DataError:
+    """Parse messages to turns.
+
+    Args:
+        name: Name of the row, for the error message.
+        messages: Messages with LLaVA's `from` and `value`, or with `role` and `content` as chat templates take them.
+
+    Returns:
+        The turns as (role, text), or an error where a message lacks a key or has an unknown role.
+    """
+    turns = []
+    for message in messages:
         try:
-            role = ROLES[turn["from"] if "from" in turn else turn["role"]]
-            said.append((role, _text(turn["value"] if "value" in turn else turn["content"])))
+            role = ROLES[message["from"] if "from" in message else message["role"]]
+            turns.append((role, _text(message["value"] if "value" in message else message["content"])))
         except (KeyError, TypeError) as error:
             return DataError(f"{name}: a turn needs `from` (human or gpt) and `value`, not {error}")
-    return said
+    return turns
 
 
 def _text(content: Any) -> str:
-    """The text of a message: itself, or its parts, an image as its tag."""
+    """Return the text of a message's content: a string, or a list of parts, where an image becomes its tag."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

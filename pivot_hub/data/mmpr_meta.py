@@ -16,11 +16,11 @@ class MetaSource:
     """One entry of a meta file.
 
     Args:
-        name: of the source.
-        root: folder of its images, from the folder that all paths start from.
-        annotation: its annotation file, likewise.
-        repeat_time: how often its rows are seen in an epoch.
-        length: rows it should have, where the file says.
+        name: Name of the source.
+        root: Folder of its images, from the folder that all paths start from.
+        annotation: Annotation file, from the same folder.
+        repeat_time: Number of times that its rows are seen in an epoch.
+        length: Number of rows that it should have, where the meta file states it.
     """
 
     name: str
@@ -31,10 +31,16 @@ class MetaSource:
 
 
 def read_meta(file: Path) -> list[MetaSource] | None:
-    """The sources of a meta file, or None for a file of rows.
+    """Read the sources of a meta file.
+
+    Args:
+        file: JSON file: a meta file, or rows.
+
+    Returns:
+        The sources, or None for a file of rows.
 
     Raises:
-        DataError: naming the source that cannot be followed.
+        DataError: The file is not JSON, or a source has bad paths or a bad `repeat_time`; the message names it.
     """
     if file.suffix != ".json":
         return None
@@ -43,13 +49,13 @@ def read_meta(file: Path) -> list[MetaSource] | None:
             return None
     text = file.read_text(encoding="utf-8")
     try:
-        found = json.loads(text)
+        entries = json.loads(text)
     except json.JSONDecodeError:
-        try:  # MMPR-v1.2's is published with a comma after its last entry
-            found = json.loads(re.sub(r",(\s*[}\]])", r"\1", text))
+        try:  # the meta file of MMPR-v1.2 is published with a comma after its last entry
+            entries = json.loads(re.sub(r",(\s*[}\]])", r"\1", text))
         except json.JSONDecodeError as error:
             raise DataError(f"{file}: not JSON ({error}); download it again.") from error
-    return [_source(file, name, entry) for name, entry in found.items()]
+    return [_source(file, name, entry) for name, entry in entries.items()]
 
 
 def _source(file: Path, name: str, entry: Any) -> MetaSource:
@@ -57,8 +63,8 @@ def _source(file: Path, name: str, entry: Any) -> MetaSource:
         raise DataError(f"{file}: {name}: a source has `root` and `annotation`; is this a meta file?")
     for path in (entry["root"], entry["annotation"]):
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise DataError(f"{file}: {name}: {path!r} leaves the folder of the data.")
+            raise DataError(f"{file}: {name}: {path!r} is outside the data folder; give paths relative to it.")
     times = entry.get("repeat_time", 1)
     if not isinstance(times, int) or times < 1:
-        raise DataError(f"{file}: {name}: repeat_time is {times!r}; give a whole number, and a sample by `sample`.")
+        raise DataError(f"{file}: {name}: repeat_time is {times!r}; give a whole number, or use `sample`.")
     return MetaSource(name, entry["root"], entry["annotation"], times, entry.get("length"))

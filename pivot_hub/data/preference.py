@@ -5,42 +5,45 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pivot_hub.data.llava import turns_of
+from pivot_hub.data.llava import parse_turns
 from pivot_hub.data.row import Row, image_name
 from pivot_hub.errors import DataError
 
-# mDPO wraps each question in Vicuna's chat format, which is its model's own and no part of the question.
+# mDPO wraps each question in the chat format of its own model, Vicuna, which is no part of the question.
 VICUNA = re.compile(r"\AA chat between .*? USER: (.*?) ASSISTANT:\s*\Z", re.DOTALL)
 
 
 def parse_question_pair(name: str, record: dict[str, Any]) -> Row | DataError:
-    """A row of `image, question, chosen, rejected`, as MMPR and RLAIF-V have it."""
+    """Parse a record of `image, question, chosen, rejected`, the columns of MMPR and RLAIF-V."""
     return _pair(name, record, "question", "image")
 
 
 def parse_vlfeedback_pair(name: str, record: dict[str, Any]) -> Row | DataError:
-    """A row of `img_path, prompt, chosen, rejected`, the prompt in Vicuna's chat format."""
+    """Parse a record of `img_path, prompt, chosen, rejected`, whose prompt is in Vicuna's chat format."""
     prompt = record.get("prompt")
-    if isinstance(prompt, str) and (inside := VICUNA.match(prompt)):
-        record = {**record, "prompt": inside[1]}
+    wrapped = VICUNA.match(prompt) if isinstance(prompt, str) else None
+    if wrapped:
+        record = {**record, "prompt": wrapped[1]}
     return _pair(name, record, "prompt", "img_path")
 
 
 def parse_preference(name: str, record: dict[str, Any]) -> Row | DataError:
-    """A row of TRL's columns `images` (or `image`), `prompt`, `chosen`, `rejected`: texts, or lists of messages."""
+    """Parse TRL's columns `images` (or `image`), `prompt`, `chosen`, `rejected`: texts, or lists of messages."""
     sides: dict[str, Any] = {}
     earlier: list[tuple[str, str]] = []
     for key in ("prompt", "chosen", "rejected"):
         value = record.get(key)
         if isinstance(value, list):
-            said = turns_of(name, value)
-            if isinstance(said, DataError):
-                return said
-            wanted = "user" if key == "prompt" else "assistant"
-            if not said or said[-1][0] != wanted or (key != "prompt" and len(said) > 1):
-                return DataError(f"{name}: `{key}` as messages ends with one of the {wanted}, and answers have one")
-            value = said[-1][1]
-            earlier += said[:-1]
+            turns = parse_turns(name, value)
+            if isinstance(turns, DataError):
+                return turns
+            role = "user" if key == "prompt" else "assistant"
+            if not turns or turns[-1][0] != role or (key != "prompt" and len(turns) > 1):
+                return DataError(
+                    f"{name}: the last message of `{key}` must be from the {role}, and an answer is one message"
+                )
+            value = turns[-1][1]
+            earlier += turns[:-1]
         sides[key] = value
     return _pair(name, {**record, **sides}, "prompt", "images", "image", earlier=tuple(earlier))
 
@@ -54,5 +57,5 @@ def _pair(
     image = image_name(record, name, *images)
     if isinstance(image, DataError):
         return image
-    # LLaVA's code strips the question of a pair, and only there.
+    # LLaVA's code strips the question of a preference pair, and no other.
     return Row(name, image, record[question].strip(), record["chosen"], record["rejected"], earlier=earlier)

@@ -1,4 +1,4 @@
-"""What was found in a stage's rows: counts, lengths, and what was left out and why."""
+"""The report on a stage's rows: counts, lengths, and which rows were skipped and why."""
 
 from __future__ import annotations
 
@@ -12,29 +12,39 @@ import numpy as np
 from pivot_hub.data.row import Row
 
 
-class Measured(NamedTuple):
-    """What a check finds of one row: what is wrong with it, as (kind, sentence), and its tokens without the image."""
+class CheckResult(NamedTuple):
+    """The result of checking one row.
+
+    Args:
+        problem: Kind and description of what is wrong with the row, or None.
+        prompt_tokens: Number of tokens of all turns that are read, without the image.
+        answer_tokens: Number of tokens of all answers; for a preference pair, the mean of its two answers.
+        answer_cut: Whether `max_length` cuts the answer.
+    """
 
     problem: tuple[str, str] | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
-    cut: bool = False
+    answer_cut: bool = False
 
 
 @dataclass
 class RowReport:
-    """What was read, and what was left out and why; it travels into the stage's report.
+    """Counts over the rows of a stage; the stage's report.json holds them.
 
     Attributes:
-        rows: that an epoch sees.
-        skipped_rows: that cannot be used; `skipped` names the first ones, `problems` counts them by kind.
-        image_modes: of the decoded images, as stored.
-        duplicates: rows whose image and texts were there before; they are kept.
-        sources: of each, rows, a hash of their ids, rows of each group, a hash of the annotation files,
-            and the Hub's commit where they came from there.
-        answers_cut: rows whose answer `max_length` shortens.
-        prompt_tokens, answer_tokens: means of a row, without the image; of a pair, of one answer.
-        answer_lengths: rows by tokens of their answer, in powers of two, as "9-16".
+        rows: Number of rows that an epoch sees.
+        skipped_rows: Number of rows that cannot be used.
+        skipped: Reasons for the first skipped rows.
+        problems: Number of skipped rows by kind of problem.
+        image_modes: Number of decoded images by the mode they were stored in.
+        duplicates: Number of rows whose image and texts occurred before; they are kept.
+        sources: For each source its rows, a hash of their ids, the rows of each group, a hash of the annotation files,
+            and the commit of the Hub dataset that the files came from.
+        answers_cut: Number of rows whose answer `max_length` cuts.
+        prompt_tokens: Mean number of prompt tokens of a row, without the image.
+        answer_tokens: Mean number of answer tokens of a row; for a preference pair, of one answer.
+        answer_lengths: Number of rows by tokens of their answer, in powers of two, as "9-16".
     """
 
     rows: int = 0
@@ -49,27 +59,30 @@ class RowReport:
     answer_tokens: float = 0.0
     answer_lengths: dict[str, int] = field(default_factory=dict)
 
-    def become(self, other: RowReport) -> None:
-        """Take another report's place."""
+    def copy_from(self, other: RowReport) -> None:
+        """Replace all counts by those of another report."""
         vars(self).update(vars(other))
 
     def text(self) -> str:
-        """One screen for a person."""
-        lines = [f"{self.rows} rows an epoch, {self.skipped_rows} left out, {self.duplicates} duplicates"]
+        """Format the report for a terminal."""
+        lines = [f"{self.rows} rows per epoch, {self.skipped_rows} skipped, {self.duplicates} duplicates"]
         for number, source in enumerate(self.sources):
-            groups = sorted(source["groups"].items(), key=lambda g: -g[1])
+            groups = sorted(source["groups"].items(), key=lambda group: -group[1])
             more = f", {len(groups) - 8} more" if len(groups) > 8 else ""
             named = ": " + ", ".join(f"{name} {count}" for name, count in groups[:8]) + more if groups else ""
             lines.append(f"  source {number}: {source['rows']} rows{named}; ids {source['ids_sha256'][:12]}")
         if self.image_modes:
             lines.append("images: " + ", ".join(f"{mode} {count}" for mode, count in self.image_modes.most_common()))
-        lines.append(f"tokens of a row, without its image: {self.prompt_tokens} asked, {self.answer_tokens} answered")
+        lines.append(
+            f"mean tokens per row, without the image: {self.prompt_tokens} in the prompt, {self.answer_tokens} in the "
+            "answer"
+        )
         lines.append(f"answers cut by max_length: {self.answers_cut}")
         most = max(self.answer_lengths.values(), default=1)
         for tokens, count in self.answer_lengths.items():
             lines.append(f"  {tokens:>9} tokens {count:>9} {'#' * round(40 * count / most)}")
         for kind, count in self.problems.most_common():
-            lines.append(f"left out, {kind}: {count}")
+            lines.append(f"skipped, {kind}: {count}")
         lines += [f"  {reason}" for reason in self.skipped[:10]]
         return "\n".join(lines)
 
@@ -77,37 +90,40 @@ class RowReport:
         return {**asdict(self), "problems": dict(self.problems), "image_modes": dict(self.image_modes)}
 
 
-class RowCounter:
-    """Counts over all rows, in memory that hardly grows with them: 8 bytes a row, to find duplicates."""
+class RowStatistics:
+    """Token counts and duplicates over all rows, in 8 bytes of memory a row."""
 
     def __init__(self) -> None:
-        self.prompt = self.answer = self.cut = self.count = 0
-        self.lengths: Counter[int] = Counter()
-        self.hashes: list[np.ndarray] = []
-        self.new: list[int] = []
+        self.rows = self.prompt_tokens = self.answer_tokens = self.answers_cut = 0
+        self.answer_length_bits: Counter[int] = Counter()  # answers of 2**(bits - 1) + 1 to 2**bits tokens
+        self.packed_hashes: list[np.ndarray] = []
+        self.new_hashes: list[int] = []
 
-    def add(self, row: Row, measured: Measured) -> None:
-        self.count += 1
-        self.prompt += measured.prompt_tokens
-        self.answer += measured.answer_tokens
-        self.cut += measured.cut
-        self.lengths[max(measured.answer_tokens - 1, 0).bit_length()] += 1
+    def add(self, row: Row, result: CheckResult) -> None:
+        """Count one row."""
+        self.rows += 1
+        self.prompt_tokens += result.prompt_tokens
+        self.answer_tokens += result.answer_tokens
+        self.answers_cut += result.answer_cut
+        self.answer_length_bits[max(result.answer_tokens - 1, 0).bit_length()] += 1
         content = "\0".join(map(str, (row.image, row.earlier, row.prompt, row.chosen, row.rejected)))
-        self.new.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))
-        if len(self.new) >= 1 << 16:
-            self.pack()
-
-    def pack(self) -> None:
-        self.hashes.append(np.array(self.new, np.uint64))
-        self.new = []
+        self.new_hashes.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))
+        if len(self.new_hashes) >= 1 << 16:
+            self._pack_hashes()
 
     def fill(self, report: RowReport) -> None:
-        self.pack()
-        report.duplicates = self.count - len(np.unique(np.concatenate(self.hashes)))
-        report.prompt_tokens = round(self.prompt / self.count, 2)
-        report.answer_tokens = round(self.answer / self.count, 2)
-        report.answers_cut = self.cut
+        """Write the statistics into a report."""
+        self._pack_hashes()
+        report.duplicates = self.rows - len(np.unique(np.concatenate(self.packed_hashes)))
+        report.prompt_tokens = round(self.prompt_tokens / self.rows, 2)
+        report.answer_tokens = round(self.answer_tokens / self.rows, 2)
+        report.answers_cut = self.answers_cut
         report.answer_lengths = {
-            f"{2 ** (bits - 1) + 1}-{2**bits}" if bits > 1 else str(bits + 1): self.lengths[bits]
-            for bits in sorted(self.lengths)
+            f"{2 ** (bits - 1) + 1}-{2**bits}" if bits > 1 else str(bits + 1): self.answer_length_bits[bits]
+            for bits in sorted(self.answer_length_bits)
         }
+
+    def _pack_hashes(self) -> None:
+        """Move the new hashes into an array, which takes less memory than a list of Python integers."""
+        self.packed_hashes.append(np.array(self.new_hashes, np.uint64))
+        self.new_hashes = []

@@ -1,4 +1,4 @@
-"""A row: what every annotation format becomes, and the reading of annotation files, a row at a time."""
+"""The row that every annotation format is parsed to, and the reading of annotation files one record at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pivot_hub.errors import DataError
 
 IMAGE_TAG = "<image>"
 SUFFIXES = (".json", ".jsonl", ".parquet")  # of annotation files
-Span = tuple[int, int, int]  # where an archive holds a file: offset of its data, bytes there, zip's method
+Span = tuple[int, int, int]  # a file in an archive: offset of its data, stored bytes, compression method of zip
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,16 @@ class Row:
     """One training row.
 
     Args:
-        id: names the row in its file, as in `train.jsonl:12`.
-        image: name of the image in its store, `split/index` of a scene, or None for text alone.
-        prompt: what the user says last; an image goes where IMAGE_TAG stands, in front if it stands nowhere.
-        chosen: the answer.
-        rejected: the worse answer of a preference pair.
-        earlier: turns before the prompt, as (role, text).
-        group: the source within the file, where it has several; a sample keeps their shares.
-        archive: the archive that holds the image, from the folder of the images; `.` where the store is one archive.
-        span: where in it.
-        block: rows of one block lie together on disk; None for a row that is read alone as cheaply.
+        id: Name of the row: its file and number, for example `train.jsonl:12`.
+        image: Name of the image in its store, `split/index` of a scene, or None for text alone.
+        prompt: Last turn of the user; the image replaces IMAGE_TAG, or comes first where there is no tag.
+        chosen: Answer.
+        rejected: Worse answer of a preference pair.
+        earlier: Turns before the prompt, as (role, text).
+        group: Subset or meta-file source of the row; a sample keeps the shares of the groups.
+        archive: Archive that holds the image, from the folder of the images; `.` where the store is one archive.
+        span: Position of the image in the archive.
+        block: Name of the unit on disk that the row is read with; None for a row that is cheap to read alone.
     """
 
     id: str
@@ -50,15 +50,15 @@ class Row:
 def read_records(file: Path, name: str | None = None) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     """Yield the objects of a JSON list, a JSONL or a Parquet file, each named `file:row`, rows counted from 1.
 
-    Memory does not grow with the file. Images that lie inside a Parquet file are not read: the record has a reference
-    `file#row` in their place, for `store.ParquetStore`.
+    Memory does not grow with the file. Images inside a Parquet file are not read: the record has a reference
+    `file#row` in their place, for `image_store.ParquetStore`.
 
     Args:
-        file: .json, .jsonl or .parquet.
-        name: of the file in row names and references; its own name by default.
+        file: Annotation file: .json, .jsonl or .parquet.
+        name: Name of the file in row names and references; its own name by default.
 
     Raises:
-        DataError: the file as a whole is not what its suffix says.
+        DataError: The file as a whole does not have the format that its suffix says.
     """
     name = name or file.name
     if file.suffix == ".parquet":
@@ -68,24 +68,33 @@ def read_records(file: Path, name: str | None = None) -> Iterator[tuple[str, dic
         if file.suffix == ".jsonl":
             for i, line in enumerate(text, 1):
                 if line.strip():
-                    yield f"{name}:{i}", _parsed(line, f"{name}:{i}")
+                    yield f"{name}:{i}", _parse_line(line, f"{name}:{i}")
             return
         for i, record in enumerate(_list_items(text, file), 1):
-            yield f"{name}:{i}", _as_object(record, f"{name}:{i}")
+            yield f"{name}:{i}", _require_object(record, f"{name}:{i}")
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
-    """Columns that hold images as the datasets library writes them: `bytes` and `path`, or lists of these."""
-    found = []
+    """List the columns that hold images as the datasets library writes them: `bytes` and `path`, or lists of these."""
+    columns = []
     for field in schema:
         kind = field.type.value_type if pa.types.is_list(field.type) else field.type
         if pa.types.is_struct(kind) and {kind.field(i).name for i in range(kind.num_fields)} >= {"bytes", "path"}:
-            found.append(field.name)
-    return found
+            columns.append(field.name)
+    return columns
 
 
 def image_name(record: dict[str, Any], name: str, *keys: str) -> str | DataError | None:
-    """The image of a record, under the first of the keys that it has: a name in its store, or None for text alone."""
+    """Return the image that a record names, or None for text alone.
+
+    Args:
+        record: Record of an annotation file.
+        name: Name of the row, for the error message.
+        keys: Keys that may hold the image; the first that the record has counts.
+
+    Returns:
+        The name of the image in its store; None for text alone; an error where it is not one image.
+    """
     image = next((record[k] for k in keys or ("image",) if record.get(k) is not None), None)
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
@@ -98,19 +107,19 @@ def image_name(record: dict[str, Any], name: str, *keys: str) -> str | DataError
     return image
 
 
-def _parsed(line: str, name: str) -> dict[str, Any] | DataError:
+def _parse_line(line: str, name: str) -> dict[str, Any] | DataError:
     try:
-        return _as_object(json.loads(line), name)
+        return _require_object(json.loads(line), name)
     except json.JSONDecodeError as error:
         return DataError(f"{name}: not JSON ({error})")
 
 
-def _as_object(record: Any, name: str) -> dict[str, Any] | DataError:
+def _require_object(record: Any, name: str) -> dict[str, Any] | DataError:
     return record if isinstance(record, dict) else DataError(f"{name}: a row is an object, not {record!r}")
 
 
 def _list_items(text: TextIO, file: Path, chunk: int = 1 << 20) -> Iterator[Any]:
-    """Items of a JSON list, without holding the list: LLaVA's 665K rows are a gigabyte of JSON."""
+    """Yield the items of a JSON list without holding the list: LLaVA's 665K rows are a gigabyte of JSON."""
     decoder = json.JSONDecoder()
     buffer, at, ended, opened = text.read(chunk), 0, False, False
     while True:
@@ -127,7 +136,7 @@ def _list_items(text: TextIO, file: Path, chunk: int = 1 << 20) -> Iterator[Any]
             return
         try:
             item, end = decoder.raw_decode(buffer, at)
-            if end == len(buffer) and not ended:  # a number may go on in the next chunk
+            if end == len(buffer) and not ended:  # a number may continue in the next chunk
                 raise json.JSONDecodeError("cut", buffer, at)
         except json.JSONDecodeError as error:
             if ended:
@@ -146,8 +155,8 @@ def _parquet_records(file: Path, name: str) -> Iterator[tuple[str, dict[str, Any
         raise DataError(f"{file}: not a Parquet file ({error}); download it again.") from error
     with table:
         images = image_columns(table.schema_arrow)
-        # Of an image its path alone is read: that tells whether there is one, and costs no pixels.
-        leaves = [p for c in images for p in _leaves(table, c) if p.endswith(".path")]
+        # Only the path of an image is read: it shows whether there is an image, and no pixels are loaded.
+        leaves = [path for column in images for path in _leaves(table, column) if path.endswith(".path")]
         columns = [f.name for f in table.schema_arrow if f.name not in images] + leaves
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=columns):

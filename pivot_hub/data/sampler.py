@@ -1,4 +1,4 @@
-"""The order of an epoch: seeded, resumable at any row, and near in time what is near on disk."""
+"""The order of an epoch: seeded, resumable at any row, with rows that are near on disk also near in time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ WINDOW = 2048  # rows among which rows are mixed: eight steps of the paper's bat
 
 
 class BlockSampler(Sampler[int]):
-    """Shuffle blocks, lay them one after the other in windows, and shuffle the rows of each window.
+    """Shuffle blocks, join consecutive blocks to windows, and shuffle the rows of each window.
 
-    A block is what is read together (a Parquet row group), so each is read once a window. The order is a function of
-    seed and epoch alone: a run that is resumed skips to its row without reading what lies before.
+    A block is read as a whole (a Parquet row group), so each is read once a window. The order is a function of seed and
+    epoch alone: a resumed run skips to its row without reading the rows before it.
 
     Args:
-        blocks: (rows,) a block's number for each row.
-        seed: of the order.
-        window: rows of a window, at least; it ends with a whole block.
+        blocks: Number of each row's block: (rows,) int.
+        seed: Seed of the order.
+        window: Smallest number of rows in a window; a window ends with a whole block.
     """
 
     def __init__(self, blocks: np.ndarray, seed: int, window: int = WINDOW) -> None:

@@ -1,4 +1,4 @@
-"""Sources of rows: read and checked before training, decoded only when a batch needs the pixels."""
+"""Sources of rows: rows are read and checked before training, images decoded only when a batch needs the pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_preference, parse_question_pair, parse_vlfeedback_pair
 from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, read_records
-from pivot_hub.data.synthetic import DESCRIBE, KINDS, ShapesDataset
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, Form, ShapesDataset
 from pivot_hub.errors import DataError
 
 PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
@@ -34,28 +34,43 @@ Columns = Literal["plain", "conversation", "preference"]
 
 
 class Source(Protocol):
-    """Where rows come from."""
+    """A source of rows."""
 
-    checks_images: bool  # whether its images can be missing or broken
+    checks_images: bool  # whether images can be missing or broken, so that each is decoded before training
 
-    def rows(self) -> Iterator[Row | DataError]: ...
+    def rows(self) -> Iterator[Row | DataError]:
+        """Yield every row, or an error in place of a row that cannot be parsed."""
 
     def locate(self, row: Row) -> Row:
-        """Give a row the place of its image; DataError where there is none."""
+        """Return the row with the location of its image.
+
+        Args:
+            row: Row that names an image.
+
+        Raises:
+            DataError: The image does not exist.
+        """
 
     def open_image(self, row: Row) -> Image.Image:
-        """An RGB image; DataError naming the row where it cannot be decoded."""
+        """Decode the image of a located row as RGB.
+
+        Args:
+            row: Row as `locate` returned it.
+
+        Raises:
+            DataError: The image cannot be decoded; the message names the row.
+        """
 
     def times(self) -> dict[str | None, float]:
-        """How often the rows of each group are seen in an epoch; 1 where it is not said."""
+        """Return how often the rows of each group are seen in an epoch; groups that are missing are seen once."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What tells its rows from others, without reading them."""
+        """Return what distinguishes the rows from those of other sources, without reading them."""
 
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """Rows of the built-in world; see `data.shapes`."""
+    """Rows of the synthetic Shapes dataset; see `data.synthetic`."""
 
     spec: ShapesData
     checks_images = False
@@ -66,25 +81,26 @@ class ShapesSource:
 
     def rows(self) -> Iterator[Row | DataError]:
         dataset, spec = self.dataset, self.spec
+        forms: tuple[Form, Form] = ("describe", "question")
         for i in range(spec.start, spec.start + spec.rows):
             scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
             name = f"{spec.split}/{i}"
-            # Kind and form follow the index, so every run of ten rows holds each combination once.
-            kind, form = KINDS[i % 5], ("describe", "question")[i // 5 % 2]
+            # Kind and form follow the index, so any ten consecutive rows hold each combination once.
+            kind, form = KINDS[i % 5], forms[i // 5 % 2]
             if spec.content == "captions":
                 yield Row(name, name, DESCRIBE, scene.caption())
             elif spec.content == "pairs":
                 if spec.slip:
                     fact_rng = dataset.scene_rng(spec.split, i, 6)
-                    pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)  # type: ignore[arg-type]
+                    pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)
                 else:
-                    pair = scene.pair(kind, form, rng)  # type: ignore[arg-type]
+                    pair = scene.pair(kind, form, rng)
                 yield Row(name, name, pair.question, pair.chosen, pair.rejected)
             elif form == "describe":
                 yield Row(name, name, DESCRIBE, scene.caption())
             else:
-                asked = scene.question(kind, rng)
-                yield Row(name, name, asked.text, asked.answer)
+                question = scene.question(kind, rng)
+                yield Row(name, name, question.text, question.answer)
 
     def locate(self, row: Row) -> Row:
         return row
@@ -106,12 +122,12 @@ class AnnotationFile:
     """One file of rows.
 
     Args:
-        file: .json, .jsonl or .parquet.
-        name: of it in row names.
-        group: of its rows.
-        root: folder that its image names start from, below that of all images.
-        length: rows it should have, where that is said.
-        times: how often they are seen in an epoch.
+        file: File of rows: .json, .jsonl or .parquet.
+        name: Name of the file in row names.
+        group: Group of its rows.
+        root: Folder that its image names start from, below the folder of all images; None outside of meta files.
+        length: Number of rows that it should have, where the meta file states it.
+        times: Number of times that its rows are seen in an epoch.
     """
 
     file: Path
@@ -127,10 +143,10 @@ class FileSource:
     """Rows of annotation files.
 
     Args:
-        format: of PARSERS.
-        files: in order.
-        folder: that Parquet files' names start from.
-        images: of rows that name image files; None where all rows hold their images.
+        format: Name of the format, a key of PARSERS.
+        files: Annotation files, in the order of their rows.
+        folder: Folder that the names of Parquet files start from.
+        images: Store of the image files that rows name; None where all rows hold their images.
     """
 
     format: str
@@ -145,22 +161,23 @@ class FileSource:
 
     def rows(self) -> Iterator[Row | DataError]:
         parse = PARSERS[self.format]
-        for source in self.files:
+        for annotation_file in self.files:
             count = 0
-            for name, record in read_records(source.file, source.name):
+            for name, record in read_records(annotation_file.file, annotation_file.name):
                 count += 1
-                item = record if isinstance(record, DataError) else parse(name, record)
-                yield self._placed(item, source)
-            if source.length not in (None, count):
+                row = record if isinstance(record, DataError) else parse(name, record)
+                yield self._complete(row, annotation_file)
+            if annotation_file.length not in (None, count):
                 yield DataError(
-                    f"{source.group}: {count} rows where the meta file says {source.length}: download it again"
+                    f"{annotation_file.group}: {count} rows where the meta file says {annotation_file.length}: "
+                    "download it again"
                 )
 
     def locate(self, row: Row) -> Row:
         if row.block is not None:
             return row
         if self.images is None:
-            raise DataError(f"{row.id}: the row names image {row.image}: say where it lies, by `images` in the recipe")
+            raise DataError(f"{row.id}: the row names image {row.image}; give its folder by `images` in the recipe.")
         return self.images.locate(row)
 
     def open_image(self, row: Row) -> Image.Image:
@@ -179,52 +196,65 @@ class FileSource:
         ]
         return {"files": listing, "images": str(self.images.root) if self.images else None}
 
-    def _placed(self, item: Row | DataError, source: AnnotationFile) -> Row | DataError:
-        if isinstance(item, DataError):
-            return DataError(f"{source.group}/{item}") if source.root is not None else item
-        if source.root is not None:  # of a meta file
-            image = None if item.image is None else str(PurePosixPath(source.root, item.image))
-            return replace(item, id=f"{source.group}/{item.id}", image=image, group=source.group)
-        inside = item.image is not None and item.image.startswith(f"{source.name}#")
-        block = self.embedded.block(item.image) if inside and item.image is not None else None
-        return replace(item, group=source.group, block=block)
+    def _complete(self, row: Row | DataError, annotation_file: AnnotationFile) -> Row | DataError:
+        """Add to a row what its annotation file says about all rows: group, folder of the images, and block."""
+        from_meta_file = annotation_file.root is not None
+        if isinstance(row, DataError):
+            return DataError(f"{annotation_file.group}/{row}") if from_meta_file else row
+        if annotation_file.root is not None:
+            image = None if row.image is None else str(PurePosixPath(annotation_file.root, row.image))
+            return replace(row, id=f"{annotation_file.group}/{row.id}", image=image, group=annotation_file.group)
+        block = None
+        if row.image is not None and row.image.startswith(f"{annotation_file.name}#"):
+            block = self.embedded.block(row.image)
+        return replace(row, group=annotation_file.group, block=block)
 
 
 def sources_of(loaded: LoadedRecipe) -> list[Source]:
-    """Open the data a recipe names, without reading rows; what is not on this machine is fetched from the Hub.
+    """Open the data of a recipe without reading rows; data that does not exist locally is fetched from the Hub.
+
+    Args:
+        loaded: Recipe that names the data.
 
     Raises:
-        DataError: a file or folder does not exist.
+        DataError: A file or folder does not exist.
     """
     return [_open(loaded, spec) for spec in loaded.recipe.data]
 
 
 def files_sha256(source: Source) -> str | None:
-    """One hash over a source's annotation files: of JSON the content, of Parquet, which holds images, name and size."""
+    """Hash a source's annotation files to one value; None for a source without files.
+
+    JSON files enter by name, size and content. Parquet files, which hold images, enter by name and size alone.
+    """
     if not isinstance(source, FileSource):
         return None
-    made = hashlib.sha256()
-    for each in source.files:
-        made.update(f"{each.name} {each.file.stat().st_size}\n".encode())
-        if each.file.suffix != ".parquet":
-            with each.file.open("rb") as file:
-                made.update(hashlib.file_digest(file, "sha256").digest())
-    return made.hexdigest()
+    digest = hashlib.sha256()
+    for annotation_file in source.files:
+        digest.update(f"{annotation_file.name} {annotation_file.file.stat().st_size}\n".encode())
+        if annotation_file.file.suffix != ".parquet":
+            with annotation_file.file.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def example(images: list[Image.Image], row: Row, columns: Columns, image_token: str) -> dict[str, Any]:
-    """One row in TRL's columns.
+    """Convert a row to TRL's columns.
 
     Args:
-        images: the row's decoded images.
-        columns: plain (image then text, no chat template), conversation (all turns as messages), or preference
-            (prompt, chosen and rejected).
-        image_token: stands for the image in plain prompts.
+        images: Decoded images of the row.
+        row: Row to convert.
+        columns: Form of the columns: `plain` (image then text, no chat template), `conversation` (all turns as
+            messages), or `preference` (prompt, chosen and rejected).
+        image_token: Token that stands for the image in plain prompts.
     """
     if columns == "plain":
         return {"images": images, "prompt": image_token * len(images), "completion": f"{row.chosen}\n"}
     turns = [*row.earlier, ("user", row.prompt)]
-    turns = _with_image(turns) if row.image is not None else [(r, t.replace(IMAGE_TAG, "")) for r, t in turns]
+    if row.image is not None:
+        turns = _with_image(turns)
+    else:
+        turns = [(role, text.replace(IMAGE_TAG, "")) for role, text in turns]
     prompt = [_message(role, text, row.image is not None) for role, text in turns]
     chosen = [_message("assistant", row.chosen)]
     if columns == "conversation":
@@ -234,41 +264,45 @@ def example(images: list[Image.Image], row: Row, columns: Columns, image_token: 
 
 
 def _with_image(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Put the image's tag in front of the user's turn that has it, of the first one where none has."""
-    said = [i for i, (role, _) in enumerate(turns) if role == "user"]
-    shown = next((i for i in said if IMAGE_TAG in turns[i][1]), said[0])
-    made = []
+    """Move the image's tag to the front of the first user turn that has it; with no tag, add it to the first turn."""
+    user_turns = [i for i, (role, _) in enumerate(turns) if role == "user"]
+    image_turn = next((i for i in user_turns if IMAGE_TAG in turns[i][1]), user_turns[0])
+    result = []
     for i, (role, text) in enumerate(turns):
-        if role == "user" and not (i == shown and text.startswith(IMAGE_TAG) and text.count(IMAGE_TAG) == 1):
+        in_place = i == image_turn and text.startswith(IMAGE_TAG) and text.count(IMAGE_TAG) == 1
+        if role == "user" and not in_place:
             # LLaVA's code strips a question whose tag it moves, and leaves others as they are.
             text = text.replace(IMAGE_TAG, "").strip() if IMAGE_TAG in text else text
-            text = f"{IMAGE_TAG}\n{text}" if i == shown else text
-        made.append((role, text))
-    return made
+            text = f"{IMAGE_TAG}\n{text}" if i == image_turn else text
+        result.append((role, text))
+    return result
 
 
 def _message(role: str, text: str, image: bool = False) -> dict[str, Any]:
-    """A message as parts; the chat template puts a newline behind the image."""
+    """Convert a turn to a message of parts; the chat template puts a newline after the image."""
     parts: list[dict[str, str]] = []
     if image and text.startswith(IMAGE_TAG):
-        parts, text = [{"type": "image"}], text.removeprefix(IMAGE_TAG).removeprefix("\n")
-    return {"role": role, "content": [*parts, *([{"type": "text", "text": text}] if text or not parts else [])]}
+        parts.append({"type": "image"})
+        text = text.removeprefix(IMAGE_TAG).removeprefix("\n")
+    if text or not parts:
+        parts.append({"type": "text", "text": text})
+    return {"role": role, "content": parts}
 
 
 def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     if isinstance(spec, ShapesData):
         return ShapesSource(spec)
-    path = _find(loaded, "path", spec.path, spec)
-    images = None if spec.images is None else _find(loaded, "images", spec.images, spec)
+    path = _resolve(loaded, "path", spec.path, spec)
+    images = None if spec.images is None else _resolve(loaded, "images", spec.images, spec)
     if images is not None and images.is_file() and images.suffix not in ARCHIVES:
         raise DataError(f"{loaded.path}: data images {images} is neither a folder nor a .zip or .tar; unpack it.")
     folder = path if path.is_dir() else path.parent
     store = FileStore(images) if images is not None else None
-    return FileSource(spec.format, tuple(_files(path, spec, images)), folder, store)
+    return FileSource(spec.format, tuple(_annotation_files(path, spec, images)), folder, store)
 
 
-def _find(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Path:
-    """A path of the recipe: beside it, or a dataset of the Hub, or a file of one."""
+def _resolve(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Path:
+    """Return the local path of a reference: a local file or folder, a Hub dataset, or a file of a Hub dataset."""
     path = Path(loaded.locate(reference))
     if path.exists():
         return path
@@ -279,14 +313,15 @@ def _find(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Pat
         try:
             if file is not None:
                 return Path(hf_hub_download(repo, file, repo_type="dataset", revision=spec.revision))
-            wanted = [f"{name}/*" for name in spec.subsets] if spec.subsets else None
-            return Path(snapshot_download(repo, repo_type="dataset", revision=spec.revision, allow_patterns=wanted))
+            patterns = [f"{name}/*" for name in spec.subsets] if spec.subsets else None
+            return Path(snapshot_download(repo, repo_type="dataset", revision=spec.revision, allow_patterns=patterns))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = f", and the Hub has no such dataset within reach ({str(error).strip().splitlines()[0][:120]})"
+            first_line = str(error).strip().splitlines()[0][:120]
+            reason = f", and no such dataset could be fetched from the Hub ({first_line})"
     raise DataError(f"{loaded.path}: data {key} {path} does not exist{reason}; give it relative to the recipe.")
 
 
-def _files(path: Path, spec: FileData, images: Path | None) -> Iterator[AnnotationFile]:
+def _annotation_files(path: Path, spec: FileData, images: Path | None) -> Iterator[AnnotationFile]:
     if path.is_file():
         meta = read_meta(path)
         if meta is None:
@@ -295,7 +330,7 @@ def _files(path: Path, spec: FileData, images: Path | None) -> Iterator[Annotati
             yield AnnotationFile(path, path.name)
             return
         for source in meta:
-            file = _annotation(path, source.annotation, images)
+            file = _find_annotation(path, source.annotation, images)
             yield AnnotationFile(
                 file, file.name, source.name, root=source.root, length=source.length, times=source.repeat_time
             )
@@ -303,19 +338,21 @@ def _files(path: Path, spec: FileData, images: Path | None) -> Iterator[Annotati
     subsets: dict[str | None, float] = dict(spec.subsets.items()) if spec.subsets else {None: 1}
     for group, times in subsets.items():
         folder = path if group is None else path / group
-        found = next((f for s in reversed(SUFFIXES) if (f := sorted(folder.rglob(f"*{s}")))), [])
-        if not found:
+        # Only files of one suffix are read: Parquet takes precedence over JSONL, and JSONL over JSON.
+        files_by_suffix = (sorted(folder.rglob(f"*{suffix}")) for suffix in reversed(SUFFIXES))
+        files = next((files for files in files_by_suffix if files), [])
+        if not files:
             raise DataError(f"{folder}: there is no {', '.join(SUFFIXES)} file in it; check `path` and `subsets`.")
-        for file in found:
+        for file in files:
             yield AnnotationFile(file, file.relative_to(path).as_posix(), group, times=times)
 
 
-def _annotation(meta: Path, annotation: str, images: Path | None) -> Path:
-    """An annotation file that a meta file names: from the folder of the images, or beside the meta file."""
+def _find_annotation(meta: Path, annotation: str, images: Path | None) -> Path:
+    """Find an annotation file that a meta file names, below the folder of the images or beside the meta file."""
     parts = PurePosixPath(annotation).parts
     places = [images / annotation] if images is not None and images.is_dir() else []
     places += [meta.parent.joinpath(*parts[i:]) for i in range(len(parts))]
-    found = next((p for p in places if p.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise DataError(f"{meta}: {places[0]} does not exist; `images` is the folder its paths start from.")
-    return found
+    return file

@@ -19,8 +19,8 @@ from pivot_hub.data.synthetic import (
     SPLITS,
     Form,
     Pair,
-    Picture,
     Question,
+    RenderedScene,
     Scene,
     ShapesDataset,
     Split,
@@ -64,7 +64,7 @@ class Scenes:
     """Scenes of one split with their pictures."""
 
     scenes: list[Scene]
-    pictures: list[Picture]
+    pictures: list[RenderedScene]
 
 
 @lru_cache(maxsize=16)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.synthetic import KINDS, SLIPS, ShapesDataset, draw_fact
+from pivot_hub.data.synthetic import ERROR_TYPES, KINDS, ShapesDataset, draw_fact
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.explain.gradcam import gradient_map, token_maps
 from pivot_hub.mllm.load import load_mllm
@@ -149,7 +149,7 @@ def word_gradients(
             streams = (dataset.scene_rng("test", FIRST_SCENE + i, purpose) for purpose in (7, 8))
             return scene.pair_with_fact(KINDS[i % len(KINDS)], "question", slip, *streams)
 
-        some = {slip: drawn(slip) for slip in SLIPS}
+        some = {slip: drawn(slip) for slip in ERROR_TYPES}
         chosen, question = some["visual"].chosen, some["visual"].question
         fact = draw_fact(dataset.scene_rng("test", FIRST_SCENE + i, 8))
         answer = chosen.removesuffix(f" {fact.true}")
@@ -166,7 +166,7 @@ def word_gradients(
                     .maps["gradient"]
                     .sum()
                 )
-                for slip in SLIPS
+                for slip in ERROR_TYPES
             ]
         )
     metadata = {**conditions, "seed": 0, "duration_s": time.monotonic() - started}
@@ -191,7 +191,7 @@ def word_gradients(
             protocol="L1 norm at the projector's output of the DPO loss; 100 is the same pair with a visual error",
             **metadata,
         )
-        for j, slip in enumerate(SLIPS)
+        for j, slip in enumerate(ERROR_TYPES)
         if j
     ]
 

@@ -290,7 +290,7 @@ def build_trainer(
     if loaded.recipe.lora is not None:
         add_lora(model, loaded.recipe.lora, loaded.recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
-    report.become(rows.report)
+    report.copy_from(rows.report)
     trainer = PivotDPOTrainer(
         model=model,
         args=args,

@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.config.stages import argument_defaults, stage_of
 from pivot_hub.data.index import RowIndex, index_rows
-from pivot_hub.data.report import Measured
+from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, example
 from pivot_hub.errors import RecipeError
@@ -94,7 +94,7 @@ class RowCheck:
             "pairs": self.pairs,
         }
 
-    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
+    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
         problems = [self._problem(row) for row in rows]
         texts = [_Texts() if p else self._texts(row) for row, p in zip(rows, problems, strict=True)]
         flat = [text for t in texts for text in (*t.first, *t.rest, *t.answers)]
@@ -103,7 +103,7 @@ class RowCheck:
         made = []
         for row, problem, t in zip(rows, problems, texts, strict=True):
             first, rest, answers = ([next(lengths) for _ in some] for some in (t.first, t.rest, t.answers))
-            made.append(Measured(problem) if problem else self._measured(row, sum(first), sum(rest), answers))
+            made.append(CheckResult(problem) if problem else self._measured(row, sum(first), sum(rest), answers))
         return made
 
     def _problem(self, row: Row) -> tuple[str, str] | None:
@@ -135,7 +135,7 @@ class RowCheck:
         asked = [text for text, answer in parts if not answer]
         return _Texts(asked[:2], asked[2:], [text for text, answer in parts if answer])
 
-    def _measured(self, row: Row, first: int, rest: int, answers: list[int]) -> Measured:
+    def _measured(self, row: Row, first: int, rest: int, answers: list[int]) -> CheckResult:
         shown = 0 if row.image is None else self.image_tokens
         # The text holds one placeholder for all of the image's tokens.
         first -= row.image is not None
@@ -144,11 +144,11 @@ class RowCheck:
                 f"image and prompt take {shown + first} tokens ({shown} of the image) and leave no room for an answer "
                 f"in max_length {self.max_length}; raise `args.max_length`"
             )
-            return Measured(("too long", reason))
+            return CheckResult(("too long", reason))
         pair = self.columns == "preference"
         longest = shown + first + rest + (max(answers) if pair else sum(answers))
         told = (sum(answers) + 1) // 2 if pair else sum(answers)
-        return Measured(None, first + rest, told, self.max_length is not None and longest > self.max_length)
+        return CheckResult(None, first + rest, told, self.max_length is not None and longest > self.max_length)
 
 
 class _Texts(NamedTuple):

@@ -58,7 +58,7 @@ def build_trainer(
     if recipe.lora is not None:
         add_lora(model, recipe.lora, recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
-    report.become(rows.report)
+    report.copy_from(rows.report)
     trainer = PivotSFTTrainer(
         model=model,
         args=args,

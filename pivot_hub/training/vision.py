@@ -28,7 +28,7 @@ from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
 from pivot_hub.data.source import ShapesSource
-from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Picture, Scene
+from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, RenderedScene, Scene
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
@@ -126,7 +126,7 @@ def build_trainer(
     )
 
 
-def labelled(scene: Scene, picture: Picture, side: int) -> dict[str, Tensor]:
+def labelled(scene: Scene, picture: RenderedScene, side: int) -> dict[str, Tensor]:
     """Pixels and caption words of one scene; `side` patches along an edge."""
     pixels = np.asarray(picture.image, np.float32).transpose(2, 0, 1) / 127.5 - 1
     regions = np.zeros((side, side, len(SLOTS)), np.int64)

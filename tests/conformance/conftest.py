@@ -1,4 +1,4 @@
-"""The suite runs only where it is asked for: it makes environments of several hundred megabytes."""
+"""Fixtures of the conformance suite. It runs only with its marker, as it installs several hundred megabytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "conformance" not in str(config.option.markexpr):
         for item in items:
             if item.get_closest_marker("conformance"):
-                item.add_marker(pytest.mark.skip(reason="makes environments with other software: make conformance"))
+                reason = "creates environments with other software: make conformance"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
 def overlay() -> Path:
-    """timm and torchvision, for a PYTHONPATH of their own: where torchvision is there, transformers uses it."""
+    """Folder for PYTHONPATH with timm and torchvision.
+
+    It is separate from the environments because transformers uses torchvision wherever it is installed.
+    """
     return make_overlay("timm", "timm", TORCHVISION)
 
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small encoder of every backbone but timm, each in the form of its original."""
     folder = tmp_path_factory.mktemp("originals")
     for kind in ORIGINALS:
         make_vision(folder / kind, kind)
@@ -39,7 +44,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def repositories(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every backbone but timm, written by us."""
+    """Folder with the repository of every backbone but timm, as this package writes it."""
     folder = tmp_path_factory.mktemp("repositories")
     for kind in ORIGINALS:
         write_one(originals / kind, folder / kind)
@@ -48,20 +53,20 @@ def repositories(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def timm_repository(overlay: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds the repository of a timm model, alone."""
+    """Folder that holds only the repository of a timm model and the file beside it."""
     work = tmp_path_factory.mktemp("timm")
     run(Path(sys.executable), "-m", "tests.conformance.write_timm", work / "timm", path=f"{overlay}:{ROOT}")
     folder = tmp_path_factory.mktemp("timm-repositories")
-    for made in ("timm", "timm.safetensors"):
-        (work / made).rename(folder / made)
+    for name in ("timm", "timm.safetensors"):
+        (work / name).rename(folder / name)
     return folder
 
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[dict[str, Any]]:
-    """What the suite found; kept for the README's table when all of it was run."""
-    found: dict[str, Any] = {}
-    yield found
-    print(f"\nconformance: {json.dumps({name: metadata['versions'] for name, metadata in found.items()})}")
-    if len(found) == RESULTS:
-        write_results(found)
+    """The suite's results by software. They are written to the file of the README's table if the run was complete."""
+    results: dict[str, Any] = {}
+    yield results
+    print(f"\nconformance: {json.dumps({name: metadata['versions'] for name, metadata in results.items()})}")
+    if len(results) == RESULTS:
+        write_results(results)

@@ -1,4 +1,4 @@
-"""Environments of their own for other software, made once and reused while their requirements stay the same."""
+"""Environments for other software. Each is created once and reused while its requirements stay the same."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import torch
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("PIVOT_CONFORMANCE", ROOT / ".conformance"))
 TORCH = torch.__version__.partition("+")[0]
-# The release of torchvision that belongs to a release of torch: 2.13 and 0.28.
+# The release of torchvision that belongs to a release of torch: 0.28 to 2.13.
 TORCHVISION = f"torchvision==0.{int(TORCH.split('.')[1]) + 15}.*"
 
 
 def make_environment(name: str, *requirements: str) -> Path:
-    """A virtual environment with this torch and what is asked for; its Python."""
+    """Create a virtual environment with this release of torch and further requirements.
+
+    Returns:
+        The Python of the environment.
+    """
     wanted = " ".join((f"torch=={TORCH}", "pillow", "numpy", *requirements))
     folder = FOLDER / name
     python = folder / "bin" / "python"
-    if _is_made(folder, wanted):
+    if _is_complete(folder, wanted):
         return python
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted.split()], check=True)
@@ -31,10 +35,10 @@ def make_environment(name: str, *requirements: str) -> Path:
 
 
 def make_overlay(name: str, *requirements: str) -> Path:
-    """Packages without their dependencies in a folder for PYTHONPATH."""
+    """Install packages without their dependencies in a folder for PYTHONPATH, and return the folder."""
     wanted = " ".join(requirements)
     folder = FOLDER / name
-    if not _is_made(folder, wanted):
+    if not _is_complete(folder, wanted):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*command, *requirements], check=True)
         (folder / "requirements").write_text(wanted)
@@ -42,23 +46,23 @@ def make_overlay(name: str, *requirements: str) -> Path:
 
 
 def make_node(name: str, *requirements: str) -> Path | None:
-    """A folder with npm packages, or None where there is no npm."""
+    """Install npm packages in a folder and return the folder, or None if npm or Node is not installed."""
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         return None
     wanted = " ".join(requirements)
     folder = FOLDER / name
-    if not _is_made(folder, wanted):
+    if not _is_complete(folder, wanted):
         folder.mkdir(parents=True)
-        # Without scripts: onnxruntime-node would fetch CUDA libraries, its CPU library lies in the package.
+        # onnxruntime-node's install script would download CUDA libraries; the package itself contains the CPU library.
         command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder)]
         subprocess.run([*command, *requirements], check=True)
         (folder / "requirements").write_text(wanted)
     return folder
 
 
-def _is_made(folder: Path, wanted: str) -> bool:
-    """Whether it is there whole; what is there of other requirements, or half, is removed."""
+def _is_complete(folder: Path, wanted: str) -> bool:
+    """Tell whether a folder was completed with these requirements, and remove it if not."""
     note = folder / "requirements"
     if note.is_file() and note.read_text() == wanted:
         return True
@@ -67,7 +71,17 @@ def _is_made(folder: Path, wanted: str) -> bool:
 
 
 def run(program: Path, *arguments: str | Path, path: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a program of another environment, isolated from this one's packages; what it said is in the error."""
+    """Run a program of another environment, isolated from this one's packages.
+
+    Args:
+        program: The program, such as another environment's Python.
+        arguments: Arguments of the program.
+        path: Value of PYTHONPATH.
+        check: Whether an exit status other than 0 is an error.
+
+    Raises:
+        RuntimeError: The program failed; the message ends with its output.
+    """
     kept = ("PATH", "HOME", "LANG", "HF_HOME", "OMP_NUM_THREADS")
     variables = {k: os.environ[k] for k in kept if k in os.environ}
     variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": path}

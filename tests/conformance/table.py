@@ -1,6 +1,7 @@
-"""The README's table of every backbone against every door, from the suite's own results.
+"""The README's table of every backbone and every loading path, rendered from the suite's recorded results.
 
-`python -m tests.conformance.table` writes it into the README; a test of the default suite holds the two equal.
+`python -m tests.conformance.table` writes the table into the README. A test of the default suite checks that the
+README's table is that of the results.
 """
 
 from __future__ import annotations
@@ -15,32 +16,39 @@ from tests.encoder.originals import ORIGINALS
 
 FILE = Path(__file__).with_name("results.json")
 README = ROOT / "README.md"
-BEGIN, END = "<!-- doors: python -m tests.conformance.table -->", "<!-- end of doors -->"
-RESULTS = 6  # four transformers, optimum, Node
-DOORS = {"native": "AutoModel", "remote": "remote code", "package": "package", "llava": "LLaVA"}
+BEGIN, END = "<!-- loading paths: python -m tests.conformance.table -->", "<!-- end of loading paths -->"
+RESULTS = 6  # four versions of transformers, optimum, Node
+LOADING_PATHS = {"native": "AutoModel", "remote": "remote code", "package": "package", "llava": "LLaVA"}
 
 
-def write_results(found: dict[str, Any]) -> None:
-    """Keep what a whole run of the suite found."""
-    write_json(FILE, dict(sorted(found.items())))
+def write_results(results: dict[str, Any]) -> None:
+    """Write the results of a complete run of the suite."""
+    write_json(FILE, dict(sorted(results.items())))
 
 
 def render(results: dict[str, Any]) -> str:
-    """Markdown: a row a backbone, a column a door; in a cell, the versions it opens in or why it does not."""
+    """Render the results as Markdown.
+
+    Each row is a backbone and each column a loading path or an exporter. A cell says whether every version loads the
+    backbone's repository, how many versions do, or why none does.
+    """
     transformers = {name: metadata for name, metadata in results.items() if name.startswith("transformers-")}
     others = {name: metadata for name, metadata in results.items() if name not in transformers}
     versions = [metadata["versions"]["transformers"] for metadata in transformers.values()]
     versions.sort(key=lambda version: [int(part) for part in version.split(".")])
-    head = ["backbone", *DOORS.values(), *(_title(metadata) for metadata in others.values())]
+    titles = ["backbone", *LOADING_PATHS.values(), *(_title(metadata) for metadata in others.values())]
     lines = [
         f"In transformers {', '.join(versions)}, each in an environment of its own (largest difference of a feature "
-        f"{_worst(transformers):.1g}):",
+        f"{_largest_difference(transformers):.1g}):",
         "",
-        "| " + " | ".join(head) + " |",
-        "|---" * len(head) + "|",
+        "| " + " | ".join(titles) + " |",
+        "|---" * len(titles) + "|",
     ]
     for kind in (*ORIGINALS, "timm"):
-        cells = [_cell([metadata["results"][kind].get(door) for metadata in transformers.values()]) for door in DOORS]
+        cells = [
+            _cell([metadata["results"][kind].get(loading_path) for metadata in transformers.values()])
+            for loading_path in LOADING_PATHS
+        ]
         cells += [_cell([metadata["results"].get(kind)]) for metadata in others.values()]
         lines.append("| " + " | ".join([kind, *cells]) + " |")
     return "\n".join(lines)
@@ -50,31 +58,33 @@ def _title(metadata: dict[str, Any]) -> str:
     return " ".join(f"{name} {version}" for name, version in metadata["versions"].items())
 
 
-def _worst(results: dict[str, Any]) -> float:
+def _largest_difference(results: dict[str, Any]) -> float:
     return max(
-        door["difference"]
+        outcome["difference"]
         for metadata in results.values()
-        for doors in metadata["results"].values()
-        for door in doors.values()
-        if "difference" in door
+        for outcomes in metadata["results"].values()
+        for outcome in outcomes.values()
+        if "difference" in outcome
     )
 
 
-def _cell(found: list[dict[str, Any] | None]) -> str:
-    tried = [f for f in found if f is not None]
+def _cell(outcomes: list[dict[str, Any] | None]) -> str:
+    """Summarise one backbone's outcomes, one for each version; None where the loading path was not tried."""
+    tried = [outcome for outcome in outcomes if outcome is not None]
     if not tried:
         return "-"
-    if reasons := {f["reason"] for f in tried if "reason" in f}:
+    reasons = {outcome["reason"] for outcome in tried if "reason" in outcome}
+    if reasons:
         return f"no: {', '.join(sorted(reasons))}"
-    opened = sum("difference" in f for f in tried)
-    return "yes" if opened == len(tried) else f"{opened} of {len(tried)}"
+    loaded = sum("difference" in outcome for outcome in tried)
+    return "yes" if loaded == len(tried) else f"{loaded} of {len(tried)}"
 
 
-def put(readme: str, table: str) -> str:
-    """The README with the table between its marks."""
+def replace_table(readme: str, table: str) -> str:
+    """Return the README's text with the table between its markers."""
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    write_whole(README, put(README.read_text(), render(json.loads(FILE.read_text()))))
+    write_whole(README, replace_table(README.read_text(), render(json.loads(FILE.read_text()))))

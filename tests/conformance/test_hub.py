@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conformance.environment import ROOT, make_environment, make_overlay
-from tests.conformance.test_doors import DEPENDENCIES, TRANSFORMERS
+from tests.conformance.test_loading_paths import DEPENDENCIES, TRANSFORMERS
 from tests.publish.hub_server import hub_server
 from tests.publish.publishable import PROSE, make_publishable
 

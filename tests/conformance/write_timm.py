@@ -1,4 +1,4 @@
-"""Writes the repository of a timm model: `python write_timm.py FOLDER`, in an environment that has timm."""
+"""Write the repository of a timm model: `python write_timm.py FOLDER`, in an environment that has timm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conformance import loading_paths  # noqa: F401  (makes torchvision importable)
+from tests.conformance import loading_paths  # noqa: F401  (its import makes torchvision importable)
 from tests.conformance.repositories import write_one
 from tests.encoder.originals import TIMM
 

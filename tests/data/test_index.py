@@ -1,4 +1,4 @@
-"""The row index: what was checked once is found again, in memory that does not grow, in an order that resumes."""
+"""The row index: rows are checked once, memory does not grow with them, and an epoch can be resumed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from pivot_hub.cli import main
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
 from pivot_hub.data import index
 from pivot_hub.data.index import index_rows
-from pivot_hub.data.report import Measured
+from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import Row
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import DataError
@@ -25,7 +26,7 @@ from pivot_hub.training.stage import run_stage
 
 
 class Counting:
-    """A check that counts how many rows it was shown."""
+    """A check that counts the rows it gets."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -33,14 +34,14 @@ class Counting:
     def to_dict(self) -> dict[str, Any]:
         return {"counting": True}
 
-    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
+    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
         self.seen += len(rows)
         return [
-            Measured(("odd", "it is odd") if "odd" in r.prompt else None, len(r.prompt), len(r.chosen)) for r in rows
+            CheckResult(("odd", "it is odd") if "odd" in r.prompt else None, len(r.prompt), len(r.chosen)) for r in rows
         ]
 
 
-def recipe_of(folder: Path, rows: list[dict[str, Any]], on_bad_row: str = "stop") -> LoadedRecipe:
+def recipe_of(folder: Path, rows: list[dict[str, Any]], on_bad_row: OnBadRow = OnBadRow.STOP) -> LoadedRecipe:
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (folder / "0.yaml").write_text(
@@ -64,13 +65,13 @@ def test_rows_are_checked_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "kept").iterdir())) == 1
     index_rows(loaded, check, tmp_path / "kept", fresh=True)
     assert check.seen == 10
-    recipe_of(tmp_path, [talk("another")])  # the file changed: what was checked does not stand for it
+    recipe_of(tmp_path, [talk("another")])  # the file changed, so its rows are checked again
     assert [r.prompt for r in index_rows(loaded, check, tmp_path / "kept").rows()] == ["another"]
 
 
 def test_the_report_counts(tmp_path: Path) -> None:
     rows = [talk("q", "a" * n) for n in (1, 2, 3, 4, 5, 8, 9, 9)] + [talk("odd"), {"id": 3}]
-    report = index_rows(recipe_of(tmp_path, rows, "skip"), Counting(), tmp_path / "kept").report
+    report = index_rows(recipe_of(tmp_path, rows, OnBadRow.SKIP), Counting(), tmp_path / "kept").report
     assert report.rows == 8
     assert report.duplicates == 1
     assert report.problems == {"odd": 1, "format": 1}
@@ -78,21 +79,21 @@ def test_the_report_counts(tmp_path: Path) -> None:
     assert report.answer_lengths == {"1": 1, "2": 1, "3-4": 2, "5-8": 2, "9-16": 2}
     assert report.answer_tokens == round((1 + 2 + 3 + 4 + 5 + 8 + 9 + 9) / 8, 2)
     text = report.text()
-    for said in ("8 rows an epoch, 2 left out, 1 duplicates", "left out, odd: 1", "rows.jsonl:9: it is odd"):
-        assert said in text
+    for line in ("8 rows per epoch, 2 skipped, 1 duplicates", "skipped, odd: 1", "rows.jsonl:9: it is odd"):
+        assert line in text
 
 
-def test_what_a_check_left_out_still_stops_a_recipe_that_says_stop(tmp_path: Path) -> None:
+def test_rows_that_an_earlier_check_skipped_still_stop_a_recipe_that_says_stop(tmp_path: Path) -> None:
     rows = [talk("q"), talk("odd")]
-    index_rows(recipe_of(tmp_path, rows, "skip"), Counting(), tmp_path / "kept")
-    loaded = recipe_of(tmp_path, rows, "stop")
-    with pytest.raises(DataError, match=r"rows.jsonl:2: it is odd; mend the row, or set `on_bad_row: skip`"):
+    index_rows(recipe_of(tmp_path, rows, OnBadRow.SKIP), Counting(), tmp_path / "kept")
+    loaded = recipe_of(tmp_path, rows, OnBadRow.STOP)
+    with pytest.raises(DataError, match=r"rows.jsonl:2: it is odd; fix the row, or set `on_bad_row: skip`"):
         index_rows(loaded, Counting(), tmp_path / "kept")
 
 
 def test_several_processes_check_as_one_does(tmp_path: Path) -> None:
     rows = [talk("odd" if i % 500 == 499 else f"q{i}", "a" * (i % 7 + 1)) for i in range(2100)]
-    loaded = recipe_of(tmp_path, rows, "skip")
+    loaded = recipe_of(tmp_path, rows, OnBadRow.SKIP)
     one = index_rows(loaded, Counting(), tmp_path / "one", workers=1)
     two = index_rows(loaded, Counting(), tmp_path / "two", workers=2)
     assert two.report == one.report
@@ -111,14 +112,15 @@ from pivot_hub.config.recipe import load_recipe
 from tests.data.test_index import Counting
 
 most = 0
-def look():  # pages of mapped files are the kernel's to drop: not counted
+def measure():  # pages of mapped files are not counted: the kernel can drop them
     global most
     lines = Path("/proc/self/status").read_text().splitlines()
     most = max(most, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
 
-index = index_rows(load_recipe(sys.argv[1]), Counting(), sys.argv[2], lambda *seen: look(), workers=1)
+index = index_rows(load_recipe(sys.argv[1]), Counting(), sys.argv[2], lambda *progress: measure(), workers=1)
 for i, row in enumerate(index.table):
-    i % 1000 or look()
+    if i % 1000 == 0:
+        measure()
 print(most)
 """
 
@@ -126,7 +128,7 @@ print(most)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Ten times the rows, 60 MB more of JSON, take hardly more memory to read, check and go through."""
+    """Ten times the rows, 60 MB more of JSON, take hardly more memory to read, check and iterate over."""
     peaks = []
     for count in (10_000, 100_000):
         folder = tmp_path / str(count)
@@ -158,14 +160,14 @@ def test_rows_that_are_read_alone_are_blocks_of_one() -> None:
     assert sorted(BlockSampler(blocks, 0, window=16)) == list(range(48))
 
 
-def test_data_check_says_all_before_training_and_training_finds_it_done(
+def test_data_check_reports_all_rows_before_training_and_training_reuses_its_index(
     own_recipes: Path,
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Missing, corrupt, equal and repeated rows are all named; no weight is read; the stage reads the same index."""
+    """Missing images, corrupt images, equal answers and duplicates are reported; the stage reads the same index."""
     images = own_recipes / "images"
     images.mkdir()
     Image.new("RGB", (9, 9), "red").save(images / "a.png")
@@ -175,27 +177,27 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
     bad = [{**pair, "image": "c.png"}, {**pair, "image": "b.png"}, {**pair, "rejected": "A star."}]
     (own_recipes / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows + bad))
     path = own_recipes / "3-dpo.yaml"
-    line = next(part for part in path.read_text().splitlines() if part.startswith("data:"))
+    data = next(line for line in path.read_text().splitlines() if line.startswith("data:"))
     source = "{format: mmpr, path: pairs.jsonl, images: images, expect: {rows: 9, prompt_tokens: 9, answer_tokens: 9}}"
-    path.write_text(path.read_text().replace(line, f"data: [{source}]"))
+    path.write_text(path.read_text().replace(data, f"data: [{source}]"))
     for part in ("vision", "language"):
         (own_recipes / "base" / part / "model.safetensors").unlink()
     command = ["pivot", "data", "check", str(path), "--json", str(tmp_path / "check.json")]
     for more, code in ((["on_bad_row=skip"], 0), ([], 1)):
         monkeypatch.setattr(sys, "argv", [*command[:4], *more, *command[4:]])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        assert (left.value.code or 0) == code
-    said = capsys.readouterr().out
-    for words in (
-        "5 rows an epoch, 3 left out, 1 duplicates",
-        "left out, missing image: 1",
-        "left out, corrupt image: 1",
-        "left out, same answers: 1",
+        assert (exit_info.value.code or 0) == code
+    output = capsys.readouterr().out
+    for line in (
+        "5 rows per epoch, 3 skipped, 1 duplicates",
+        "skipped, missing image: 1",
+        "skipped, corrupt image: 1",
+        "skipped, same answers: 1",
         "source 0: 5 rows, where the recipe expects 9",
         "training would stop at the first of these rows",
     ):
-        assert words in said
+        assert line in output
     checked = json.loads((tmp_path / "check.json").read_text())
     built: list[Path] = []
     with monkeypatch.context() as patch:
@@ -212,11 +214,11 @@ def test_data_check_says_all_before_training_and_training_finds_it_done(
         run_stage(load_recipe(path), trained.parent, tmp_path / "stop", log=lambda line: None)
 
 
-def test_a_mended_image_is_looked_at_again(tmp_path: Path) -> None:
-    """A check that left a row out does not stand in the way once its image is there, though the rows did not change."""
+def test_a_fixed_image_is_checked_again(tmp_path: Path) -> None:
+    """A row that was skipped for its missing image is used once the image exists, though the rows did not change."""
     rows = [{**talk("q"), "image": "a.png"}]
     spec = "path: rows.jsonl, images: ."
-    recipe_of(tmp_path, [*rows, talk("q")], "skip")
+    recipe_of(tmp_path, [*rows, talk("q")], OnBadRow.SKIP)
     file = tmp_path / "0.yaml"
     file.write_text(file.read_text().replace("path: rows.jsonl", spec))
     assert index_rows(load_recipe(file), Counting(), tmp_path / "kept").report.skipped_rows == 1

@@ -1,4 +1,4 @@
-"""Annotation files: published formats, and the rows that real ones hold."""
+"""Annotation files: published formats, and the kinds of rows that real files hold."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
+from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.data.image import open_image
 from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
-from pivot_hub.data.report import Measured
+from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import example
 from pivot_hub.errors import DataError
@@ -26,8 +28,8 @@ class Unchecked:
     def to_dict(self) -> dict[str, Any]:
         return {}
 
-    def __call__(self, rows: Sequence[Row]) -> list[Measured]:
-        return [Measured()] * len(rows)
+    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+        return [CheckResult()] * len(rows)
 
 
 MODES = ("RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16")
@@ -66,7 +68,7 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-def _recipe(own_recipes: Path, rows: list[Any], on_bad_row: str = "stop") -> Path:
+def _recipe(own_recipes: Path, rows: list[Any], on_bad_row: OnBadRow = OnBadRow.STOP) -> Path:
     lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
     (own_recipes / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     path = own_recipes / "3-dpo.yaml"
@@ -77,9 +79,9 @@ def _recipe(own_recipes: Path, rows: list[Any], on_bad_row: str = "stop") -> Pat
     return path
 
 
-@pytest.mark.parametrize(("row", "said"), BAD, ids=[s for _, s in BAD])
+@pytest.mark.parametrize(("row", "message_part"), BAD, ids=[s for _, s in BAD])
 def test_a_bad_row_stops_the_run_naming_file_and_row(
-    own_recipes: Path, trained: Path, tmp_path: Path, row: Any, said: str
+    own_recipes: Path, trained: Path, tmp_path: Path, row: Any, message_part: str
 ) -> None:
     from pivot_hub.training.stage import run_stage
 
@@ -89,7 +91,7 @@ def test_a_bad_row_stops_the_run_naming_file_and_row(
         run_stage(loaded, trained.parent, tmp_path / "out", log=lambda line: None)
     message = str(caught.value)
     assert message.startswith("pairs.jsonl:2")
-    assert said in message
+    assert message_part in message
     assert "on_bad_row: skip" in message
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
@@ -101,21 +103,29 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(
     from pivot_hub.training.stage import run_stage
 
     _images(own_recipes / "images")
-    loaded = load_recipe(_recipe(own_recipes, [*GOOD, *(r for r, _ in BAD)], "skip"))
-    said: list[str] = []
-    folder = run_stage(loaded, trained.parent, tmp_path / "out", log=said.append)
+    loaded = load_recipe(_recipe(own_recipes, [*GOOD, *(r for r, _ in BAD)], OnBadRow.SKIP))
+    lines: list[str] = []
+    folder = run_stage(loaded, trained.parent, tmp_path / "out", log=lines.append)
     data = json.loads((folder / "report.json").read_text())["data"]
     assert data["rows"] == len(MODES)
     assert data["skipped_rows"] == len(BAD)
     assert set(data["image_modes"]) >= {"L", "P", "RGBA", "RGB", "CMYK"}
-    assert any(f"{len(BAD)} rows skipped" in line for line in said)
+    assert any(f"{len(BAD)} rows skipped" in line for line in lines)
 
 
 def test_no_usable_row_is_an_error(own_recipes: Path) -> None:
     _images(own_recipes / "images")
-    loaded = load_recipe(_recipe(own_recipes, [BAD[0][0]], "skip"))
+    loaded = load_recipe(_recipe(own_recipes, [BAD[0][0]], OnBadRow.SKIP))
     with pytest.raises(DataError, match=r"no usable row is left: pairs.jsonl:1: image missing.png does not exist"):
         index_rows(loaded, Unchecked())
+
+
+def test_a_misspelt_policy_for_bad_rows_is_refused(tmp_path: Path) -> None:
+    assert OnBadRow.parse("skip") is OnBadRow.parse(OnBadRow.SKIP) is OnBadRow.SKIP
+    with pytest.raises(DataError, match="on_bad_row is 'ignore'; give stop or skip"):
+        OnBadRow.parse("ignore")
+    with pytest.raises(DataError, match="on_bad_row is 'Skip'; give stop or skip"):
+        read_annotated_images(tmp_path, on_bad_row="Skip")
 
 
 def test_missing_files_are_named(own_recipes: Path) -> None:
@@ -123,19 +133,19 @@ def test_missing_files_are_named(own_recipes: Path) -> None:
     with pytest.raises(DataError, match=r"data images images does not exist; give it relative to the recipe"):
         index_rows(loaded, Unchecked())
     loaded = load_recipe(loaded.path, ["data.0.path=nobody/dataset", "data.0.images=null"])
-    with pytest.raises(DataError, match=r"data path nobody/dataset does not exist, and the Hub has no such dataset"):
+    with pytest.raises(DataError, match=r"nobody/dataset does not exist, and no such dataset could be fetched"):
         index_rows(loaded, Unchecked())
 
 
 def test_a_sample_is_seeded_and_keeps_file_order(own_recipes: Path) -> None:
     _images(own_recipes / "images")
     path = _recipe(own_recipes, GOOD)
-    drawn = []
+    samples = []
     for seed in (0, 0, 1):
         loaded = load_recipe(path, ["data.0.sample=3", f"data.0.seed={seed}"])
-        drawn.append([row.id for row in index_rows(loaded, Unchecked()).rows()])
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0] == sorted(drawn[0], key=lambda name: int(name.split(":")[1]))
+        samples.append([row.id for row in index_rows(loaded, Unchecked()).rows()])
+    assert samples[0] == samples[1] != samples[2]
+    assert samples[0] == sorted(samples[0], key=lambda name: int(name.split(":")[1]))
 
 
 def test_transparency_shows_white_and_grey_becomes_colour(tmp_path: Path) -> None:
@@ -156,37 +166,36 @@ def test_a_conversation_is_one_row_with_all_its_answers() -> None:
     row = parse_conversation("a:1", {"id": "1", "image": "a.jpg", "conversations": turns})
     earlier = (("user", "<image>\nWhat is it?"), ("assistant", "A dog."))
     assert row == Row("a:1", "a.jpg", "What colour?", "Brown.", earlier=earlier)
-    made = example([], row, "conversation", "<I>")
-    assert [part["type"] for turn in made["messages"] for part in turn["content"]] == ["image", *["text"] * 4]
+    columns = example([], row, "conversation", "<I>")
+    assert [part["type"] for turn in columns["messages"] for part in turn["content"]] == ["image", *["text"] * 4]
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message_part"),
     [
         ({"image": "a.jpg"}, "`conversations` is missing"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn needs `from`"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "a human turn and then a gpt turn"),
     ],
 )
-def test_conversations_that_do_not_fit_are_named(row: dict[str, Any], said: str) -> None:
-    made = parse_conversation("a.jsonl:1", row)
-    assert isinstance(made, DataError)
-    assert said in str(made)
+def test_conversations_that_do_not_fit_are_named(row: dict[str, Any], message_part: str) -> None:
+    error = parse_conversation("a.jsonl:1", row)
+    assert isinstance(error, DataError)
+    assert message_part in str(error)
 
 
-def test_the_image_stands_in_front_of_its_question() -> None:
+def test_the_image_comes_before_its_question() -> None:
     """As in LLaVA's code: a tag elsewhere is moved to the front, and only then is the question stripped."""
 
-    def asked(prompt: str, image: str | None = "a.jpg") -> list[dict[str, str]]:
-        content: list[dict[str, str]] = example([], Row("1", image, prompt, "A"), "preference", "<I>")["prompt"][0][
-            "content"
-        ]
+    def content_of(prompt: str, image: str | None = "a.jpg") -> list[dict[str, str]]:
+        message: dict[str, Any] = example([], Row("1", image, prompt, "A"), "preference", "<I>")["prompt"][0]
+        content: list[dict[str, str]] = message["content"]
         return content
 
-    assert asked("What? <image>") == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    assert asked("What?") == [{"type": "image"}, {"type": "text", "text": "What?"}]
-    assert asked("<image>\n What? \n") == [{"type": "image"}, {"type": "text", "text": " What? \n"}]
-    assert asked("Hello", None) == [{"type": "text", "text": "Hello"}]
+    assert content_of("What? <image>") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert content_of("What?") == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    assert content_of("<image>\n What? \n") == [{"type": "image"}, {"type": "text", "text": " What? \n"}]
+    assert content_of("Hello", None) == [{"type": "text", "text": "Hello"}]
 
 
 def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
@@ -200,7 +209,7 @@ def test_dataset_renders_images_only_when_read(recipes: Path) -> None:
 
 
 def _meta(folder: Path, sizes: dict[str, int], **changes: Any) -> Path:
-    """A folder as MMPR-v1.2 is published: per-source images and annotations, and a meta file with a trailing comma."""
+    """Write a folder as MMPR-v1.2 is published: images and annotations by source, a meta file with a trailing comma."""
     entries = []
     for name, count in sizes.items():
         images, annotation = folder / "MMPR" / "images" / name, folder / "MMPR" / "annotations" / f"{name}.jsonl"
@@ -238,8 +247,8 @@ def test_a_meta_file_names_many_sources(own_recipes: Path) -> None:
     assert other.report.sources[0]["ids_sha256"] != listing["ids_sha256"]
 
 
-def _pairs(folder: Path, meta: Path, more: str = "") -> LoadedRecipe:
-    """A recipe over a meta file."""
+def _meta_recipe(folder: Path, meta: Path, more: str = "") -> LoadedRecipe:
+    """Write a recipe whose data is a meta file, and load it."""
     text = "stage: dpo\nparent: 2-instruct.yaml\nlearning_rate: {language: 1.0e-3}\n"
     (folder / "meta.yaml").write_text(f"{text}data: [{{format: mmpr, path: {meta}, images: {folder}{more}}}]\n")
     return load_recipe(folder / "meta.yaml")
@@ -247,23 +256,23 @@ def _pairs(folder: Path, meta: Path, more: str = "") -> LoadedRecipe:
 
 def test_a_meta_files_rows_repeat_and_are_counted(own_recipes: Path) -> None:
     meta = _meta(own_recipes, {"one": 2}, repeat_time=3)
-    index = index_rows(_pairs(own_recipes, meta), Unchecked())
+    index = index_rows(_meta_recipe(own_recipes, meta), Unchecked())
     assert [row.id for row in index.rows()] == [f"one/one.jsonl:{i}" for i in (1, 1, 1, 2, 2, 2)]
     meta.write_text(meta.read_text().replace('"length": 2', '"length": 529'))
     with pytest.raises(DataError, match="2 rows where the meta file says 529: download it again"):
-        index_rows(_pairs(own_recipes, meta), Unchecked())
+        index_rows(_meta_recipe(own_recipes, meta), Unchecked())
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"annotation": "MMPR/annotations/none.jsonl"}, "none.jsonl does not exist; `images` is the folder"),
         ({"annotation": 3}, "a source has `root` and `annotation`"),
-        ({"root": "../elsewhere"}, "leaves the folder of the data"),
+        ({"root": "../elsewhere"}, "is outside the data folder"),
         ({"repeat_time": 0.5}, "repeat_time is 0.5; give a whole number"),
     ],
 )
-def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], says: str, own_recipes: Path) -> None:
+def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], message: str, own_recipes: Path) -> None:
     meta = _meta(own_recipes, {"one": 2}, **changes)
-    with pytest.raises(DataError, match=says):
-        index_rows(_pairs(own_recipes, meta), Unchecked())
+    with pytest.raises(DataError, match=message):
+        index_rows(_meta_recipe(own_recipes, meta), Unchecked())

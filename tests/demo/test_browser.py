@@ -465,7 +465,7 @@ def test_visitors_do_not_disturb_each_other(visit: Any) -> None:
 
 
 BAD_FILES = {
-    "not-an-image.png": "is no picture",
+    "not-an-image.png": "is not an image",
     "huge.png": "more than 64 million pixels",
     "truncated.jpg": "damaged or cut short",
 }

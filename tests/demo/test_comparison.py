@@ -434,10 +434,10 @@ def test_bad_uploads_are_told_without_a_name(tmp_path: Path) -> None:
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
     for name, said in (
         ("short.jpg", "damaged or cut short"),
-        ("text.png", "is no picture"),
-        ("empty.png", "is no picture"),
-        ("vector.svg", "is no picture"),
-        ("program.eps", "is no picture"),
+        ("text.png", "is not an image"),
+        ("empty.png", "is not an image"),
+        ("vector.svg", "is not an image"),
+        ("program.eps", "is not an image"),
         ("huge.png", "more than 64 million pixels"),
     ):
         with pytest.raises(DataError, match=said) as told:

@@ -95,13 +95,13 @@ def test_what_is_wrong_is_told_and_the_app_lives_on(client: Any, tmp_path: Path)
 
     (tmp_path / "text.png").write_text("no picture")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"picture": handle_file(tmp_path / "text.png")}, "is no picture"),
+        ({"picture": handle_file(tmp_path / "text.png")}, "is not an image"),
         ({"question": "why " * 2500}, "10,000 characters"),
         ({"ask": "taste"}, "ask is 'taste'"),
         ({"scene": -1}, "lies between 0"),
         ({"layer": 10**12}, "lies between 0"),
         ({"first": "../../etc", "second": "/root"}, "names no MLLM"),
-        ({"picture": handle_file(tmp_path / "text.png"), "question": ""}, "is no picture"),
+        ({"picture": handle_file(tmp_path / "text.png"), "question": ""}, "is not an image"),
     ]
     for given, said in cases:
         with pytest.raises(AppError) as told:

@@ -173,7 +173,7 @@ def test_the_check_counts_what_the_collator_makes() -> None:
             assert batch["input_ids"].shape[1] - images == measured.prompt_tokens + measured.answer_tokens
             assert int((batch["labels"] >= 0).sum()) == measured.answer_tokens
     cut = RowCheck(processor, 128, "conversation", pairs=False)(rows[:1])[0]
-    assert cut.cut
+    assert cut.answer_cut
     assert collated(processor, rows[0], max_length=128)["input_ids"].shape[1] == 128
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.boxes_and_masks import Photo, read_photos
+from pivot_hub.data.boxes_and_masks import AnnotatedImage, read_annotated_images
 from pivot_hub.data.image import open_image
-from pivot_hub.data.synthetic import Pair, Picture
+from pivot_hub.data.synthetic import Pair, RenderedScene
 from pivot_hub.errors import ProbeError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, enlarge, gradient_map, seen_mask
 from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
@@ -36,7 +36,7 @@ class Target:
     """
 
     pair: Pair
-    picture: Picture
+    picture: RenderedScene
     image: str = ""
 
     @property
@@ -186,7 +186,7 @@ def localize_folder(
 
     Args:
         checkpoint: folder of the MLLM.
-        folder: of photos; with boxes, masks, names, ignore and on_bad_row as `read_photos` takes them.
+        folder: of photos; with boxes, masks, names, ignore and on_bad_row as `read_annotated_images` takes them.
         explains: of answer, sft, dpo.
         reference: folder of the parent, for dpo.
         wording: of question and answers.
@@ -208,7 +208,7 @@ def localize_folder(
     if "dpo" in explains and reference is None:
         raise ProbeError("the dpo loss compares two answers under two models: give --reference.")
     wording.pair("thing")
-    photos, left_out = read_photos(folder, boxes, masks, names, ignore, on_bad_row)
+    photos, left_out = read_annotated_images(folder, boxes, masks, names, ignore, on_bad_row)
     order = np.random.default_rng(seed).permutation(len(photos))[:limit]
     if len(order) < FEWEST_PHOTOS:
         raise ProbeError(f"{folder}: {len(order)} photo(s) with labels; give at least {FEWEST_PHOTOS}.")
@@ -235,7 +235,7 @@ def localize_folder(
 
 
 def photo_targets(
-    photos: Sequence[Photo], processor: LlavaProcessor, wording: Wording, left_out: list[str]
+    photos: Sequence[AnnotatedImage], processor: LlavaProcessor, wording: Wording, left_out: list[str]
 ) -> Iterator[Target]:
     """A target for each class of each photo, its mask as the encoder sees it.
 
@@ -254,7 +254,7 @@ def photo_targets(
                 continue
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
             box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-            yield Target(wording.pair(name), Picture(image, mask[None], box[None]), photo.name)
+            yield Target(wording.pair(name), RenderedScene(image, mask[None], box[None]), photo.name)
 
 
 def overlaps(heat: np.ndarray, mask: np.ndarray) -> np.ndarray:

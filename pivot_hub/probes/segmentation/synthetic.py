@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pivot_hub.data.synthetic import SHAPES, Picture, Scene
+from pivot_hub.data.synthetic import SHAPES, RenderedScene, Scene
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
 from pivot_hub.probes.features import standardised
 from pivot_hub.probes.result import ProbeResult, measure
@@ -20,7 +20,7 @@ FIT_SCENES = 500  # of 64 patches each: more change the scores by less than thei
 CLASSES = ("background", *SHAPES)
 
 
-def class_masks(scenes: Sequence[Scene], pictures: Sequence[Picture]) -> np.ndarray:
+def class_masks(scenes: Sequence[Scene], pictures: Sequence[RenderedScene]) -> np.ndarray:
     """Class id of each pixel: 0 background, then SHAPES in order. (N, image_px, image_px) int64."""
     masks = []
     for scene, picture in zip(scenes, pictures, strict=True):

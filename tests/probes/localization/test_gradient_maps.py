@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pivot_hub.cli import app
-from pivot_hub.data.boxes_and_masks import read_photos
+from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.explain.gradcam import seen_image, seen_mask
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
@@ -40,7 +40,7 @@ def yolo_folder(folder: Path, copies: int = 2) -> Path:
 
 
 def test_yolo_labels_are_regions(tmp_path: Path) -> None:
-    photos, left_out = read_photos(yolo_folder(tmp_path, 1))
+    photos, left_out = read_annotated_images(yolo_folder(tmp_path, 1))
     assert left_out == []
     assert [p.name for p in photos] == ["train/a0.png", "train/b0.png", "train/c0.png"]
     a, b, c = photos
@@ -59,7 +59,7 @@ def test_yolo_labels_are_regions(tmp_path: Path) -> None:
 def test_instances_of_a_class_are_one_region(tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path, 1)
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.1 0.5 0.2 1.0\n0 0.9 0.5 0.2 1.0\n")
-    mask = read_photos(folder)[0][0].regions["apple"]()
+    mask = read_annotated_images(folder)[0][0].regions["apple"]()
     assert mask[:, :8].all()
     assert mask[:, 32:].all()
     assert not mask[:, 8:32].any()
@@ -73,41 +73,41 @@ def test_coco_boxes_and_id_masks_give_the_same_regions(tmp_path: Path) -> None:
         "categories": [{"id": 3, "name": "apple"}],
     }
     (folder / "boxes.json").write_text(json.dumps(stored))
-    photos, left_out = read_photos(folder, boxes=folder / "boxes.json")
+    photos, left_out = read_annotated_images(folder, boxes=folder / "boxes.json")
     assert len(left_out) == 2
     ids = np.full((20, 40), 255, np.uint8)
     ids[:, :20] = 0
     (folder / "masks" / "train").mkdir(parents=True)
     Image.fromarray(ids).save(folder / "masks" / "train" / "a0.png")
-    (masked,), _ = read_photos(folder, masks=folder / "masks")
+    (masked,), _ = read_annotated_images(folder, masks=folder / "masks")
     assert set(masked.regions) == {"apple"}
     assert np.array_equal(photos[0].regions["apple"](), masked.regions["apple"]())
 
     stored["images"][0]["width"] = 80
     (folder / "boxes.json").write_text(json.dumps(stored))
     with pytest.raises(DataError, match=r"a0.png is 40 x 20 and 80 x 20 in .*boxes.json"):
-        read_photos(folder, boxes=folder / "boxes.json")
+        read_annotated_images(folder, boxes=folder / "boxes.json")
     stored["images"][0]["width"] = 40
     stored["annotations"][0]["category_id"] = 4
     (folder / "boxes.json").write_text(json.dumps(stored))
     with pytest.raises(DataError, match=r"boxes.json, annotation 1: class id 4 has no name"):
-        read_photos(folder, boxes=folder / "boxes.json")
+        read_annotated_images(folder, boxes=folder / "boxes.json")
     (folder / "boxes.json").write_text("[]")
     with pytest.raises(DataError, match="is not COCO's JSON"):
-        read_photos(folder, boxes=folder / "boxes.json")
+        read_annotated_images(folder, boxes=folder / "boxes.json")
 
     with pytest.raises(DataError, match=r"a0.png: class id 255 has no name in .*data.yaml"):
-        read_photos(folder, masks=folder / "masks", ignore=())
+        read_annotated_images(folder, masks=folder / "masks", ignore=())
     Image.fromarray(ids[:10]).save(folder / "masks" / "train" / "a0.png")
-    with pytest.raises(DataError, match=r"masks.*a0.png is 40 x 10 and its photo 40 x 20"):
-        read_photos(folder, masks=folder / "masks")
+    with pytest.raises(DataError, match=r"masks.*a0.png is 40 x 10 and its image 40 x 20"):
+        read_annotated_images(folder, masks=folder / "masks")
     Image.fromarray(ids).convert("RGB").save(folder / "masks" / "train" / "a0.png")
-    with pytest.raises(DataError, match="is a RGB picture, not ids"):
-        read_photos(folder, masks=folder / "masks")
+    with pytest.raises(DataError, match="is a RGB image, not ids"):
+        read_annotated_images(folder, masks=folder / "masks")
 
 
 BAD_LABELS = [
-    ("0 0.5 0.5 1.2 1.0", r"b0.txt, line 2: reaches from \(-4, 0\) to \(44, 20\), outside of the photo's 40 x 20"),
+    ("0 0.5 0.5 1.2 1.0", r"b0.txt, line 2: reaches from \(-4, 0\) to \(44, 20\), outside of the image's 40 x 20"),
     ("0 0.5 0.5 0.0 1.0", "b0.txt, line 2: has no width or no height"),
     ("0 0.5 0.5 1.0", "b0.txt, line 2: has 4 numbers; a box is `class cx cy w h`"),
     ("cup 0.5 0.5 1.0 1.0", "b0.txt, line 2: 'cup 0.5 0.5 1.0 1.0' is not all numbers"),
@@ -122,8 +122,8 @@ def test_bad_labels_are_named_with_their_line(line: str, message: str, tmp_path:
     folder = yolo_folder(tmp_path, 1)
     (folder / "labels" / "train" / "b0.txt").write_text(f"1 0.5 0.5 0.2 0.2\n{line}\n")
     with pytest.raises(DataError, match=message):
-        read_photos(folder)
-    photos, left_out = read_photos(folder, on_bad_row="skip")
+        read_annotated_images(folder)
+    photos, left_out = read_annotated_images(folder, on_bad_row="skip")
     assert [p.name for p in photos] == ["train/a0.png", "train/c0.png"]
     assert len(left_out) == 1
 
@@ -132,27 +132,27 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path / "data", 1)
     (folder / "labels" / "train" / "a0.txt").write_text("\n")
     with pytest.raises(DataError, match=r"a0.txt is empty"):
-        read_photos(folder)
+        read_annotated_images(folder)
     (folder / "labels" / "train" / "a0.txt").unlink()
-    assert read_photos(folder)[1] == ["train/a0.png: has no labels."]
+    assert read_annotated_images(folder)[1] == ["train/a0.png: has no labels."]
     (folder / "images" / "train" / "b0.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"b0.png cannot be decoded"):
-        read_photos(folder)
+        read_annotated_images(folder)
     (folder / "data.yaml").write_text("names: 3\n")
     with pytest.raises(DataError, match="has no names"):
-        read_photos(folder)
+        read_annotated_images(folder)
     (folder / "data.yaml").unlink()
     with pytest.raises(DataError, match="says what its ids mean; give --names"):
-        read_photos(folder)
+        read_annotated_images(folder)
     shutil.rmtree(folder / "labels")
     with pytest.raises(DataError, match="has no labels folder: give --boxes or --masks"):
-        read_photos(folder)
+        read_annotated_images(folder)
     with pytest.raises(DataError, match="give one of them"):
-        read_photos(folder, boxes=folder, masks=folder)
+        read_annotated_images(folder, boxes=folder, masks=folder)
     (folder / "other").mkdir()
     (folder / "data.yaml").write_text("names: {0: apple}\n")
-    with pytest.raises(DataError, match=r"no photo of .*images has labels in .*other"):
-        read_photos(folder, boxes=folder / "other", on_bad_row="skip")
+    with pytest.raises(DataError, match=r"no image of .*images has labels in .*other"):
+        read_annotated_images(folder, boxes=folder / "other", on_bad_row="skip")
 
 
 class _Cropping:
@@ -182,7 +182,7 @@ def test_a_mask_goes_the_way_of_its_image(trained: Path) -> None:
 def test_what_the_crop_cuts_off_is_left_out_and_said(tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path, 1)
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.05 0.5 0.1 1.0\n1 0.5 0.5 0.5 1.0\n")
-    photos, left_out = read_photos(folder)
+    photos, left_out = read_annotated_images(folder)
     made = list(photo_targets(photos[:1], _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
     assert [t.pair.question for t in made] == ["Is there a cup?"]
     assert left_out == ["train/a0.png: apple is smaller than a pixel of what the encoder sees, or outside."]

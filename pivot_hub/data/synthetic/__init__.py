@@ -1,0 +1,56 @@
+"""The synthetic Shapes dataset: seeded scenes of coloured shapes whose every pixel and sentence is known.
+
+A scene is a pure function of `(dataset, split, index)`. Captions, questions and preference pairs need only the layout
+of a scene, so a language model can be trained on the text of scenes that are never rendered.
+
+`objects` holds the vocabulary and the object of a scene, `text` the language, `drawing` the rendering, and `scene` the
+layout of scenes and the dataset that draws them.
+"""
+
+from pivot_hub.data.synthetic.drawing import RenderedScene
+from pivot_hub.data.synthetic.objects import COLOUR_NAMES, COLOURS, POSITIONS, SHAPES, SIZES, SceneObject
+from pivot_hub.data.synthetic.scene import SPLITS, Combinations, Scene, ShapesDataset, Split, is_unseen
+from pivot_hub.data.synthetic.text import (
+    DESCRIBE,
+    ERROR_TYPES,
+    KINDS,
+    NUMBERS,
+    SCAN_SIDE,
+    ErrorType,
+    Fact,
+    Form,
+    Kind,
+    Pair,
+    Question,
+    describe,
+    draw_fact,
+)
+
+__all__ = [
+    "COLOURS",
+    "COLOUR_NAMES",
+    "DESCRIBE",
+    "ERROR_TYPES",
+    "KINDS",
+    "NUMBERS",
+    "POSITIONS",
+    "SCAN_SIDE",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Combinations",
+    "ErrorType",
+    "Fact",
+    "Form",
+    "Kind",
+    "Pair",
+    "Question",
+    "RenderedScene",
+    "Scene",
+    "SceneObject",
+    "ShapesDataset",
+    "Split",
+    "describe",
+    "draw_fact",
+    "is_unseen",
+]
