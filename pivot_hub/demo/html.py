@@ -153,7 +153,7 @@ class Panels:
         explained = comparison.first.explained
         same = explained == comparison.second.explained
         subject = f"Each token of “{explained}”" if same else "Each token of the model's own answer"
-        text = f"{subject}, given the tokens before it: its probability, and its {METHOD_NAMES[method]}."
+        text = f"{subject}, given the tokens before it: its probability and its saliency map ({METHOD_NAMES[method]})."
         values = {
             "text": text,
             "models": models,

@@ -177,7 +177,7 @@ def _text_inputs() -> TextInputs:
         )
         wrong_answer = gr.Textbox(
             label="Wrong answer",
-            info="Optional: shows how strongly each model prefers the right answer to this one.",
+            info="Optional: shows how strongly each model prefers the right one to this one.",
             max_lines=3,
         )
         compare = gr.Button("Compare", variant="primary", elem_id="compare")

@@ -544,5 +544,5 @@ def test_dark(visit: Any, size: dict[str, int]) -> None:
     page = visit(size, "dark")
     back = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(v) for v in re.findall(r"\d+", back)[:3]) < 60
-    front = page.page.evaluate("getComputedStyle(document.querySelector('.verdict')).color")
+    front = page.page.evaluate("getComputedStyle(document.querySelector('.summary')).color")
     assert min(int(v) for v in re.findall(r"\d+", front)[:3]) > 180

@@ -430,7 +430,7 @@ def test_shapes_are_counted_from_their_recipe() -> None:
         (("max_length: 2048", "optim: lomo"), {}, "does not know the memory of `args.optim` lomo"),
         (None, {"accelerate_config": "fsdp"}, "no Accelerate config 'fsdp' \\(did you mean `fsdp2`"),
         (None, {"accelerate_config": "single"}, "config single does not run 8 processes"),
-        (None, {"mfu": 1.5}, "mfu is 1.5: give the share of the peak"),
+        (None, {"hfu": 1.5}, "mfu is 1.5: give the share of the peak"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_remedy(

@@ -49,7 +49,7 @@ def test_a_function_that_computes_sigmoid_gives_trls_loss_and_gradients(
     settings: dict[str, Any], models: Models, tmp_path: Path
 ) -> None:
     expected_loss, expected_metrics, expected_gradients = step(trainer(models, tmp_path / "trl", None), ROWS)
-    ours = trainer(models, tmp_path, {}, ROWS, loss_type=[f"{HERE}:sigmoid"], **settings)
+    ours = trainer(models, tmp_path, {}, loss_type=[f"{HERE}:sigmoid"], **settings)
     loss, metrics, gradients = step(ours, ROWS)
     if "pack_tokens" in settings:
         metrics = expected_metrics  # only a training step joins the metrics of its chunks
@@ -57,16 +57,16 @@ def test_a_function_that_computes_sigmoid_gives_trls_loss_and_gradients(
 
 
 def test_functions_mix_with_trls_losses_by_their_weights(models: Models, tmp_path: Path) -> None:
-    settings = {"loss_weights": [0.5, 1.0, 2.0]}
-    theirs = trainer(models, tmp_path / "trl", None, ROWS, loss_type=["hinge", "sigmoid", "sft"], **settings)
-    ours = trainer(models, tmp_path, {}, ROWS, loss_type=["hinge", f"{HERE}:sigmoid", "sft"], **settings)
+    settings: dict[str, Any] = {"loss_weights": [0.5, 1.0, 2.0]}
+    theirs = trainer(models, tmp_path / "trl", None, loss_type=["hinge", "sigmoid", "sft"], **settings)
+    ours = trainer(models, tmp_path, {}, loss_type=["hinge", f"{HERE}:sigmoid", "sft"], **settings)
     assert_same(step(ours, ROWS), step(theirs, ROWS))
     loss, expected = (one.evaluate(one.train_dataset)["eval_loss"] for one in (ours, theirs))
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_function_without_a_loss_for_each_pair_is_refused(models: Models, tmp_path: Path) -> None:
-    ours = trainer(models, tmp_path, {}, ROWS, loss_type=[f"{HERE}:mean"])
+    ours = trainer(models, tmp_path, {}, loss_type=[f"{HERE}:mean"])
     with pytest.raises(TrainingError, match=r"'mean' returned \(\) for 5 pairs; return one loss for each pair"):
         step(ours, ROWS)
 

@@ -147,19 +147,8 @@ def segment_masks(
     train_count = len(parts["train"].images)
     rows = range(train_count), range(train_count, len(images))
     classes = _class_count(options, data, parts.values())
-
-    def tokens_of(masked: Sequence[MaskedImage], px: int, folder: str) -> Rows:
-        return encode(masked, px) if encode else encode_masked(model, image_processor, masked, px, folder, log)
-
-    fits: dict[int, _Fit] = {}
-    for px in sizes:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = tokens_of(images, px, scratch)
-            labels, counts = _labels(images, px, classes, ignored, scratch)
-            chosen = _choose(options, tokens, labels, rows, classes, model.device, log)
-            del tokens, labels
-        fits[px] = _Fit(chosen, int(counts.argmax()), time.monotonic() - started)
+    run = _Run(model, image_processor, options, classes, ignored, encode, log)
+    fits = {px: run.fit(images, rows, px) for px in sizes}
     commonest = fits[sizes[-1]].commonest
 
     # Every setting is chosen. Only now is the reported part opened.
@@ -168,10 +157,7 @@ def segment_masks(
     results: list[ProbeResult] = []
     for px, fit in fits.items():
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = tokens_of(test.images, px, scratch)
-            head_scores = _score([head for _, head in fit.heads], tokens, test.images, classes, ignored)
-            del tokens
+        head_scores = run.score(fit, test.images, px)
         if not head_scores[0][:, 2].any():
             raise ProbeError(f"{data.name}: no pixel of {data.reported} counts; are its masks empty, or all ignored?")
         duration = fit.duration_s + time.monotonic() - started
@@ -200,6 +186,42 @@ class _Fit:
     heads: list[tuple[Setting, Head]]
     commonest: int
     duration_s: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Fitting and scoring of heads at any image size, with everything that is the same for all sizes."""
+
+    model: FeatureModel
+    image_processor: Any
+    options: SegmentationOptions
+    classes: int
+    ignored: Iterable[int]
+    encode: Encode | None
+    log: Log
+
+    def fit(self, images: Sequence[MaskedImage], rows: tuple[Sequence[int], Sequence[int]], px: int) -> _Fit:
+        """Choose settings and fit heads on the train and validation rows of images."""
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+            tokens = self._tokens(images, px, scratch)
+            labels, counts = _labels(images, px, self.classes, self.ignored, scratch)
+            heads = _choose(self.options, tokens, labels, rows, self.classes, self.model.device, self.log)
+            del tokens, labels
+        return _Fit(heads, int(counts.argmax()), time.monotonic() - started)
+
+    def score(self, fit: _Fit, images: Sequence[MaskedImage], px: int) -> list[np.ndarray]:
+        """Compute the per-example scores (n, 3, classes) of each head."""
+        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+            tokens = self._tokens(images, px, scratch)
+            head_scores = _score([head for _, head in fit.heads], tokens, images, self.classes, self.ignored)
+            del tokens
+        return head_scores
+
+    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: str) -> Rows:
+        if self.encode:
+            return self.encode(images, px)
+        return encode_masked(self.model, self.image_processor, images, px, folder, self.log)
 
 
 def _check_heads(heads: Sequence[str]) -> None:

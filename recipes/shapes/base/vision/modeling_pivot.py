@@ -338,8 +338,8 @@ class PivotVisionBackbone(PivotVisionModel):
 def read_image_processor(name, config, **hub_options):
     """Load a repository's image processor in its PIL form.
 
-    PIL gives the same pixels on every machine and is always installed. torchvision resizes differently, and may be
-    absent although AutoImageProcessor needs it in some versions, and some classes (DINOv3's) always do.
+    PIL gives the same pixels on every machine and is always installed. torchvision resizes differently and may not be
+    installed, although some versions of AutoImageProcessor and some classes (DINOv3's) need it.
 
     Args:
         name: Folder or Hub name.
