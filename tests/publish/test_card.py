@@ -232,6 +232,17 @@ def test_a_written_card_is_in_the_manifest_and_a_changed_number_is_detected(enco
     assert len(card_problems(folder)) == 1
 
 
+@pytest.mark.parametrize("architectures", [[], 3, "x"])
+def test_a_value_of_another_type_is_an_error_message(encoder: Path, tmp_path: Path, architectures: Any) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures, "patch_size": "8"}))
+    with pytest.raises(CardError, match="a value of another type"):
+        write_card(folder, make_prose())
+    assert not (folder / "README.md").exists()
+
+
 def test_a_failed_card_writes_nothing(encoder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(encoder, tmp_path / "tiny-dpo"))
     kept = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
