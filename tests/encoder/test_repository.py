@@ -135,7 +135,7 @@ def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monk
     exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), names)
     assert type(names["native"]).__name__ == "SiglipVisionModel"
     assert type(names["encoder"]).__name__ == type(names["remote"]).__name__ == "PivotVisionModel"
-    assert names["made"].last_hidden_state.shape == (1, 16, 32)
+    assert names["features"].last_hidden_state.shape == (1, 16, 32)
     assert names["mllm"].vision_config.model_type == "siglip_vision_model"
     assert names["segmenter"].eval()(names["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
     assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == names["encoder"].config.pivot

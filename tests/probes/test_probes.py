@@ -201,7 +201,7 @@ def test_an_encoder_that_is_not_what_was_published_is_refused(trained: Path, tmp
 
 
 def test_a_misspelt_policy_for_bad_rows_is_refused(parts: Path) -> None:
-    with pytest.raises(DataError, match="on_bad_row is 'ignore': it is stop or skip"):
+    with pytest.raises(DataError, match="on_bad_row is 'ignore'; give stop or skip"):
         probe_encoder(str(parts / "vision"), on_bad_row="ignore")
     for command in (["probe", "x"], ["localize", "x", "--data", "y"], ["segment", "x", "--data", "y"]):
         done = CliRunner().invoke(app, [*command, "--on-bad-row", "ignore"])
