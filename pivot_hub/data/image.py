@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -25,6 +25,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
     | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
+DECODING = 2  # version of the conversion to RGB, which whatever is cached of images depends on
 MOST_PIXELS = 178_956_970  # of an image: Pillow's own limit, 537 MB once it is decoded
 MOST_UPLOADED_PIXELS = 64_000_000  # of an image from a visitor: 192 MB
 MOST_BYTES = 1 << 29  # of an image file
@@ -71,19 +72,13 @@ class FolderListing:
     others: Sequence[Path]
     linked_folders: Sequence[Path]
 
-    def note(self) -> str | None:
-        """Describe what is left out, or return None where nothing is."""
-        parts = []
-        if self.others:
-            parts.append(f"{len(self.others)} files are not images that can be read ({self._first(self.others)})")
-        if self.linked_folders:
-            first = self._first(self.linked_folders)
-            parts.append(f"{len(self.linked_folders)} links to folders are not followed ({first})")
-        return "; ".join(parts) or None
+    def not_read(self) -> dict[str, Any]:
+        """Count what is left out, with the names of the first of each kind."""
+        kinds = {"files": self.others, "linked_folders": self.linked_folders}
+        return {kind: {"count": len(paths), "first": self._names(paths[:10])} for kind, paths in kinds.items()}
 
-    def _first(self, paths: Sequence[Path]) -> str:
-        names = [shown_text(p.relative_to(self.folder).as_posix(), 80) for p in paths[:3]]
-        return ", ".join([*names, "..."] if len(paths) > 3 else names)
+    def _names(self, paths: Sequence[Path]) -> list[str]:
+        return [shown_text(p.relative_to(self.folder).as_posix(), 80) for p in paths]
 
 
 @cache

@@ -29,6 +29,7 @@ from huggingface_hub.constants import HF_HOME
 
 from pivot_hub.config.data_section import OnBadRow, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.data.image import DECODING
 from pivot_hub.data.report import CheckResult, RowReport, RowStatistics
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
@@ -39,7 +40,7 @@ from pivot_hub.provenance import hub_commit
 
 CHUNK = 256  # rows that one process checks at a time
 Advance = Callable[[int, int | None, float], None]  # takes rows checked, their total if known, and rows per second
-LAYOUT = 3  # version of the index's files, and of how images are decoded
+LAYOUT = 3  # version of the index's files
 ROWS, EPOCH, REPORT, MANIFEST = "rows.arrow", "epoch.npy", "report.json", "index.json"
 NAMED = 100  # bad rows whose reasons are kept; all are counted
 SCHEMA = pa.schema(
@@ -187,6 +188,7 @@ def index_rows(
     sources = sources_of(loaded)
     metadata = {
         "layout": LAYOUT,
+        "decoding": DECODING,
         "data": [spec.model_dump(mode="json") for spec in loaded.recipe.data],
         "files": [source.to_dict() for source in sources],
         "check": check.to_dict(),
