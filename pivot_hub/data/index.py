@@ -300,7 +300,7 @@ def _build(
             reason = first_reasons.get(number, "it has no row")
             raise DataError(f"{loaded.path}: {place}: no usable row is left: {reason}")
     names = Dataset.from_file(str(folder / ROWS)).select_columns("id")
-    epoch_parts = []
+    epoch_parts: list[np.ndarray] = []
     for spec, source, source_groups, first_row in zip(loaded.recipe.data, sources, groups, first_rows, strict=True):
         sample, seed = (None, 0) if isinstance(spec, ShapesData) else (spec.sample, spec.seed)
         positions = _select(source_groups, source.times(), sample, seed)

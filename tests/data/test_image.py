@@ -90,7 +90,7 @@ def test_transparency_is_white_at_every_entry_point(tmp_path: Path, mode: str) -
     else:
         image.convert(mode).save(file)
     for decoded in entry_points(file):
-        assert min(decoded.getpixel((0, 0))) > 120  # type: ignore[type-var, arg-type]
+        assert min(decoded.getpixel((0, 0))) > 120  # type: ignore[arg-type]
 
 
 def wrong_tag_type(folder: Path) -> bytes:
