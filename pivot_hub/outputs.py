@@ -1,8 +1,8 @@
 """Output folders: one process at a time, only outputs of the same kind replaced, whole or not at all.
 
-The lock of an output is `filelock.SoftFileLock`: a file beside the output with the owner's process id, host and start. A
-process that was killed leaves it, and the next process on the same host proves the owner dead and takes it over, together
-with the files that the owner had not finished.
+The lock of an output is `filelock.SoftFileLock`: a file beside the output with the owner's process id, host and start.
+A process that was killed leaves it. The next process on the same host proves the owner dead and takes the lock over,
+together with the files that the owner had not finished.
 """
 
 from __future__ import annotations

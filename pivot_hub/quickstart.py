@@ -1,6 +1,7 @@
-"""The paper in a box: train an SFT and a DPO encoder from one parent on the built-in world, and compare them.
+"""The end-to-end demo: train an SFT and a DPO encoder from one parent on the synthetic Shapes dataset, and compare.
 
-Every step leaves its result on disk and is skipped when that result is there: run it again to go on or to reuse.
+Every step writes its result to disk and is skipped if the result exists, so a quickstart that was stopped resumes, and
+a finished one is reused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.explain.figure import draw_rows
-from pivot_hub.explain.gradcam import gradient_map
+from pivot_hub.explain.gradcam import Method, gradient_map
 from pivot_hub.files import whole_folder, write_json, write_whole
 from pivot_hub.mllm.extract import extract_once
 from pivot_hub.mllm.load import image_px, load_mllm
@@ -39,7 +40,16 @@ FIGURE_SCENES = 4
 
 @dataclass(frozen=True)
 class QuickstartReport:
-    """What a quickstart measured."""
+    """The measurements of a quickstart.
+
+    Args:
+        duration_s: Seconds over all calls that contributed to the output folder.
+        peak_memory_mb: Peak memory of the process in MB.
+        machine: Description of the machine.
+        stages: Report of each stage by the name of its recipe.
+        results: Results of the base, SFT and DPO encoders.
+        comparisons: Paired comparisons of DPO with SFT.
+    """
 
     duration_s: float
     peak_memory_mb: int
@@ -49,25 +59,27 @@ class QuickstartReport:
     comparisons: Comparisons
 
     def rows(self) -> list[tuple[str, str, dict[str, ProbeResult], str]]:
-        """(task, metric, result of each encoder, DPO against SFT) in the order measured."""
-        found: dict[tuple[str, str], dict[str, ProbeResult]] = {}
+        """Return task, metric, result of each encoder, and verdict on DPO against SFT, in the order measured."""
+        by_task: dict[tuple[str, str], dict[str, ProbeResult]] = {}
         for result in self.results:
-            found.setdefault((result.task, result.metric), {})[result.encoder] = result
-        said = {(c.task, c.metric): c.verdict for c in self.comparisons.rows}
-        return [(task, metric, cells, said[task, metric]) for (task, metric), cells in found.items()]
+            by_task.setdefault((result.task, result.metric), {})[result.encoder] = result
+        verdicts = {(c.task, c.metric): c.verdict for c in self.comparisons.rows}
+        return [(task, metric, cells, verdicts[task, metric]) for (task, metric), cells in by_task.items()]
 
     def table(self) -> Table:
-        """The rows for a screen: maps of the losses are left to the report."""
-        table = Table(title="Built-in world, held-out scenes, percent [95% interval]", title_justify="left", box=SIMPLE)
+        """Return the rows as a table for the terminal; the gradient maps of the losses are in the report only."""
+        title = "Synthetic Shapes dataset, held-out scenes, percent [95% interval]"
+        table = Table(title=title, title_justify="left", box=SIMPLE)
         for column in ("probe", "metric", "base", "SFT", "DPO", "DPO against SFT"):
             table.add_column(column, no_wrap=True)
-        for task, metric, cells, said in self.rows():
+        for task, metric, cells, verdict in self.rows():
             if task.endswith(("of sft", "of dpo")):
                 continue
-            table.add_row(_short(task), metric, *(_cell(cells.get(e)) for e in ("base", "sft", "dpo")), said)
+            table.add_row(_short(task), metric, *(_cell(cells.get(e)) for e in ("base", "sft", "dpo")), verdict)
         return table
 
     def markdown(self) -> str:
+        """Return the report as Markdown."""
         lines = [
             "# Quickstart report",
             "",
@@ -79,14 +91,15 @@ class QuickstartReport:
             "| probe | metric | base | SFT | DPO | DPO against SFT |",
             "|---|---|---|---|---|---|",
         ]
-        for task, metric, cells, said in self.rows():
-            shown = " | ".join(_cell(cells.get(e)) for e in ("base", "sft", "dpo"))
-            lines.append(f"| {_short(task)} | {metric} | {shown} | {said} |")
+        for task, metric, cells, verdict in self.rows():
+            values = " | ".join(_cell(cells.get(e)) for e in ("base", "sft", "dpo"))
+            lines.append(f"| {_short(task)} | {metric} | {values} | {verdict} |")
         return "\n".join([*lines, "", "![The same scenes under both encoders' maps](maps.png)", ""])
 
     def to_dict(self) -> dict[str, Any]:
-        kept = {k: v for k, v in vars(self).items() if k not in ("results", "comparisons")}
-        return {**kept, "results": [r.to_dict() for r in self.results], "comparison": self.comparisons.to_dict()}
+        """Return the report as it is written to `report.json`."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("results", "comparisons")}
+        return {**plain, "results": [r.to_dict() for r in self.results], "comparison": self.comparisons.to_dict()}
 
 
 def run_quickstart(
@@ -99,11 +112,12 @@ def run_quickstart(
     """Run align, instruct, sft and dpo, extract both encoders, probe them and report.
 
     Args:
-        output: gets runs/, hub/pivot/shapes-sft and shapes-dpo, results/, report.json, report.md, maps.png.
-        seed: of every stage.
-        overrides: of every stage's recipe, as `data.0.rows=64`.
-        sizes: of the probes.
-        say: gets progress, one line at a time.
+        output: Folder that receives runs/, hub/pivot/shapes-sft and shapes-dpo, results/, report.json, report.md and
+            maps.png.
+        seed: Seed of every stage.
+        overrides: Overrides of every stage's recipe, such as `data.0.rows=64`.
+        sizes: Sizes of the probes.
+        log: Callback that receives progress, one line at a time.
     """
     started = time.monotonic()
     recipes = {name: load_recipe(f"shapes/{name}", [f"seed={seed}", *overrides]) for name in STAGES}
@@ -121,12 +135,12 @@ def run_quickstart(
     parent = folders["2-instruct"]
     for name, encoder in encoders.items():
         results += _probe_once(name, encoder, folders.get(BRANCHES.get(name, "")), parent, output, sizes, seed, log)
-    # Tasks in one block each, encoders side by side within it.
+    # Results of one task and metric come together, encoders in the order base, SFT, DPO.
     order = list(dict.fromkeys((r.task, r.metric) for r in results))
     results.sort(key=lambda r: order.index((r.task, r.metric)))
-    measured = {name: [r for r in results if r.encoder == name] for name in encoders}
+    by_encoder = {name: [r for r in results if r.encoder == name] for name in encoders}
     for branch in BRANCHES:
-        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=measured)
+        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=by_encoder)
 
     before = _read(output / "report.json")
     report = QuickstartReport(
@@ -135,9 +149,9 @@ def run_quickstart(
         machine=machine(),
         stages=stages,
         results=results,
-        comparisons=compare_results({e: [r for r in results if r.encoder == e] for e in BRANCHES}, seed=seed),
+        comparisons=compare_results({branch: by_encoder[branch] for branch in BRANCHES}, seed=seed),
     )
-    # Reused results keep their report, figure and duration; report.json comes last and says that all is there.
+    # Reused results keep their report, figure and duration. report.json is written last: it marks a complete report.
     if before.get("results") != json.loads(json.dumps([r.to_dict() for r in results])):
         _draw(folders, output / "maps.png")
         write_whole(output / "report.md", report.markdown())
@@ -146,11 +160,14 @@ def run_quickstart(
 
 
 def push_quickstart(output: Path, log: Callable[[str], None] = print) -> dict[str, dict[str, str]]:
-    """Publish what a finished quickstart made, and the base encoder, to a hub on this machine; load it back by name.
+    """Publish the base encoder and those of a finished quickstart to a hub on this machine, and load them by name.
 
     Args:
-        output: of `run_quickstart`; gets `local-hub/`, and the base encoder with its card beside the other two.
-        say: gets progress.
+        output: Folder that `run_quickstart` wrote to. It receives `local-hub/`, and the base encoder with its card.
+        log: Callback that receives progress, one line at a time.
+
+    Returns:
+        For each repository, what was loaded from it.
     """
     from pivot_hub.publish.push_local import push_local
 
@@ -165,11 +182,13 @@ def push_quickstart(output: Path, log: Callable[[str], None] = print) -> dict[st
             shutil.copytree(source, folder, dirs_exist_ok=True)
             write_card(folder, read_prose("shapes-base"), results={"base": results})
     names = ("shapes-base", "shapes-sft", "shapes-dpo")
-    return push_local({name: encoders / name for name in names}, output / "local-hub", "PIVOT built-in world", log)
+    return push_local(
+        {name: encoders / name for name in names}, output / "local-hub", "PIVOT synthetic Shapes dataset", log
+    )
 
 
 def _command(seed: int, overrides: Sequence[str]) -> str:
-    """What makes these encoders again."""
+    """The command that reproduces the encoders of a quickstart."""
     if overrides:
         call = f'run_quickstart(Path("quickstart"), {seed}, {json.dumps(list(overrides))})'
         return f"python -c 'from pathlib import Path; from pivot_hub.quickstart import run_quickstart; {call}'"
@@ -192,12 +211,23 @@ def _probe_once(
     seed: int,
     log: Callable[[str], None],
 ) -> list[ProbeResult]:
-    """Probe an encoder, and the MLLM it came from if it has one, or read what was measured of these weights."""
+    """Probe an encoder and the MLLM it came from, or read the results if these weights were probed before.
+
+    Args:
+        name: Name of the encoder in the results.
+        encoder: Folder of the encoder.
+        checkpoint: Folder of the MLLM that the encoder came from; None if it came from none.
+        parent: Folder of the MLLM that the checkpoint started from.
+        output: Folder of the quickstart.
+        sizes: Sizes of the probes.
+        seed: Seed of the probes.
+        log: Callback that receives progress.
+    """
     file = output / "results" / f"{name}.json"
-    made_of = file.with_name(f"{name}.key.json")  # written last
+    key_file = file.with_name(f"{name}.key.json")  # written last
     sha256 = weights_sha256(encoder)
     key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed}
-    if _read(made_of) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
+    if _read(key_file) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
         log(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
         results = probe_shapes(model, image_processor, name, sha256, sizes, seed)
@@ -207,23 +237,27 @@ def _probe_once(
             partner = f"shapes/{checkpoint.name}"
             results += probe_mllm(mllm, processor, reference, name, sha256, partner, sizes, seed)
         write_results(file, results)
-        write_json(made_of, key)
+        write_json(key_file, key)
     return read_results(file)
 
 
 def _draw(folders: dict[str, Path], path: Path) -> None:
-    """The same scenes and answers under the maps of both MLLMs."""
+    """Draw the gradient maps of both MLLMs on the same scenes and answers."""
     mllms = {branch: load_mllm(folders[stage]) for branch, stage in BRANCHES.items()}
     dataset = ShapesDataset(image_px=image_px(mllms["sft"][0]))
     rows = []
     for target in probe_targets(dataset, "test", FIGURE_SCENES):
-        pair, image = target.pair, target.picture.image
-        made = {
+        pair, image = target.pair, target.rendered.image
+        maps_of = {
             branch: gradient_map(model.eval(), processor, image, pair.question, pair.chosen).maps
             for branch, (model, processor) in mllms.items()
         }
-        titles = {"gradcam": "Grad-CAM", "gradient": "gradient"}
-        maps = [(f"{b.upper()}, {t}", m[k]) for k, t in titles.items() for b, m in made.items()]  # type: ignore[index]
+        methods: dict[Method, str] = {"gradcam": "Grad-CAM", "gradient": "gradient"}
+        maps = [
+            (f"{branch.upper()}, {title}", maps_of[branch][method])
+            for method, title in methods.items()
+            for branch in BRANCHES
+        ]
         rows.append((f"{pair.question}\n{pair.chosen}", image, target.mask, maps))
     draw_rows(rows, path)
 

@@ -1,4 +1,4 @@
-"""The whole journey in miniature: four stages, two encoders, one report; run again, nothing is done twice."""
+"""The end-to-end demo in miniature: four stages, two encoders and one report; a second run repeats nothing."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_report_holds_every_result_with_its_conditions(output: Path) -> None:
     alone = {f"shapes/{t}" for t in ("colour", "shape", "position", "count", "segmentation")}
     assert tasks["base"] == alone
     explained = {f"shapes/localisation/{m} of {e}" for m in ("gradcam", "gradient") for e in ("answer", "sft", "dpo")}
-    asked = {f"shapes/vqa/{k}" for k in ("all", "colour", "shape", "position", "count", "presence")}
-    assert tasks["sft"] == tasks["dpo"] == alone | explained | asked
+    questions = {f"shapes/vqa/{k}" for k in ("all", "colour", "shape", "position", "count", "presence")}
+    assert tasks["sft"] == tasks["dpo"] == alone | explained | questions
     for result in report["results"]:
         assert result["ci95"][0] <= result["value"] <= result["ci95"][1]
         assert result["split"] == "test"
@@ -51,17 +51,17 @@ def test_report_holds_every_result_with_its_conditions(output: Path) -> None:
 
 def test_dpo_is_compared_with_sft_in_pairs(output: Path) -> None:
     report = json.loads((output / "report.json").read_text())
-    found = {(r["task"], r["metric"], r["encoder"]): r for r in report["results"]}
+    results = {(r["task"], r["metric"], r["encoder"]): r for r in report["results"]}
     rows = report["comparison"]["rows"]
-    assert {(r["task"], r["metric"]) for r in rows} == {k[:2] for k in found if k[2] == "dpo"}
+    assert {(r["task"], r["metric"]) for r in rows} == {k[:2] for k in results if k[2] == "dpo"}
     for row in rows:
-        sft, dpo = (found[row["task"], row["metric"], e] for e in ("sft", "dpo"))
+        sft, dpo = (results[row["task"], row["metric"], e] for e in ("sft", "dpo"))
         assert (row["first_value"], row["other_value"]) == (sft["value"], dpo["value"])
         assert row["difference"] == pytest.approx(dpo["value"] - sft["value"], abs=1e-9)
         assert (row["verdict"] == "no difference shown") == (row["p_holm"] >= 0.05)
 
 
-def test_both_encoders_are_sound_repositories(output: Path) -> None:
+def test_both_encoders_are_valid_repositories(output: Path) -> None:
     for name in ("shapes-sft", "shapes-dpo"):
         folder = output / "hub" / "pivot" / name
         assert verify_repository(folder) == []
@@ -69,7 +69,7 @@ def test_both_encoders_are_sound_repositories(output: Path) -> None:
 
 
 def test_both_encoders_have_their_cards(output: Path) -> None:
-    """Made of what was measured here, by the command that made it."""
+    """Cards hold the results of this run, and the command that reproduces them."""
     values = {}
     for name in ("sft", "dpo"):
         folder = output / "hub" / "pivot" / f"shapes-{name}"
@@ -94,7 +94,7 @@ def test_figure_and_page_are_there(output: Path) -> None:
     assert "maps.png" in page
 
 
-def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) -> None:
+def test_a_second_run_reuses_what_is_finished_and_restores_what_is_missing(output: Path) -> None:
     kept = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
     report = (output / "report.json").read_text()
     run_quickstart(output, overrides=FEW, sizes=SMALL, log=lambda line: None)
@@ -108,9 +108,9 @@ def test_run_again_reuses_what_is_finished_and_mends_what_is_gone(output: Path) 
     assert verify_repository(output / "hub" / "pivot" / "shapes-dpo") == []
 
 
-def test_push_local_ends_with_the_encoders_on_a_hub_and_loads_them_by_name(output: Path) -> None:
-    said: list[str] = []
-    loaded = push_quickstart(output, log=said.append)
+def test_push_local_publishes_the_encoders_and_loads_them_by_name(output: Path) -> None:
+    lines: list[str] = []
+    loaded = push_quickstart(output, log=lines.append)
     assert {name: metadata["class"] for name, metadata in loaded.items()} == dict.fromkeys(
         ("pivot/shapes-base", "pivot/shapes-sft", "pivot/shapes-dpo"), "SiglipVisionModel"
     )
@@ -120,7 +120,7 @@ def test_push_local_ends_with_the_encoders_on_a_hub_and_loads_them_by_name(outpu
         assert repo.refs["refs/tags/v0.1.0"] == repo.refs["refs/heads/main"] == metadata["commit"]
     (collection,) = store.collections
     assert {item["note"]["text"] for item in collection["items"]} == {"base", "SFT", "DPO"}
-    assert [line.split(":")[0] for line in said[:3]] == list(loaded)
+    assert [line.split(":")[0] for line in lines[:3]] == list(loaded)
     assert not (output / "hub" / "pivot" / "shapes-base" / "README.md").is_symlink()
 
 
@@ -154,7 +154,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["train", "shapes/9-none"], 2, "no such recipe"),
         (["train", "shapes/3-dpo", "args.bta=1"], 2, "did you mean `beta`"),
@@ -171,11 +171,11 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["train"], 2, "Missing argument"),
     ],
 )
-def test_bad_input_is_one_sentence_and_leaves_nothing(
+def test_bad_input_is_an_error_message_and_leaves_nothing(
     tmp_path: Path,
     arguments: list[str],
     code: int,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -184,14 +184,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == code
-    told = capsys.readouterr().err
-    assert said in told
-    assert "Traceback" not in told
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
 
 
 def test_help_shows_an_example_for_every_command() -> None:
-    listed = pivot("--help").stdout
+    overview = pivot("--help").stdout
     commands = [
         "quickstart",
         "train",
@@ -207,6 +207,6 @@ def test_help_shows_an_example_for_every_command() -> None:
     ]
     commands += ["card", "push", "pull"]
     for command in [*commands, "space", "bench", "bench shapes", "bench encoder"]:
-        assert command.split()[0] in listed
-        shown = " ".join(pivot(*command.split(), "--help").stdout.split())
-        assert "Example: pivot " + command in shown
+        assert command.split()[0] in overview
+        help_text = " ".join(pivot(*command.split(), "--help").stdout.split())
+        assert "Example: pivot " + command in help_text

@@ -1,6 +1,6 @@
-"""The same commands on files no one here wrote: photographs, captions and pairs in the published formats.
+"""Commands on files from other projects: photographs, captions and preference pairs in the published formats.
 
-The files lie outside the project and are not redistributed; without them the test skips and says so.
+The files are not part of the project and are not redistributed; without them the tests are skipped with a reason.
 """
 
 from __future__ import annotations
@@ -67,32 +67,32 @@ ARGS = "args: {num_train_epochs: 1, per_device_train_batch_size: 16, max_length:
 
 
 def _captions(images: Path) -> list[dict[str, object]]:
-    """Caption rows in LLaVA's format from COCO's panoptic annotations."""
+    """Write caption rows in LLaVA's format from COCO's panoptic annotations."""
     file = next((REAL / "coco128" / "panoptic_segmentation" / "annotations").rglob("*.json"), None)
     assert file is not None
     panoptic = json.loads(file.read_text())
     names = {c["id"]: c["name"] for c in panoptic["categories"]}
-    seen = {a["image_id"]: [names[s["category_id"]] for s in a["segments_info"]] for a in panoptic["annotations"]}
+    labels = {a["image_id"]: [names[s["category_id"]] for s in a["segments_info"]] for a in panoptic["annotations"]}
     rows: list[dict[str, object]] = []
     for image in panoptic["images"]:
-        if (images / image["file_name"]).is_file() and seen.get(image["id"]):
-            said = f"A photograph of {', '.join(sorted(set(seen[image['id']])))}."
-            turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": said}]
+        if (images / image["file_name"]).is_file() and labels.get(image["id"]):
+            caption = f"A photograph of {', '.join(sorted(set(labels[image['id']])))}."
+            turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": caption}]
             rows.append({"id": str(image["id"]), "image": image["file_name"], "conversations": turns})
     return rows
 
 
 def _pairs() -> list[dict[str, str]]:
-    """Preference rows in MMPR's format from BLINK: the right option chosen, a wrong one rejected."""
+    """Write preference rows in MMPR's format from BLINK: the right option is chosen, a wrong one is rejected."""
     rows = []
     for request in sorted((REAL / "vqa").rglob("request.json")):
-        asked = json.loads(request.read_text())
-        options = re.findall(r"^(\([A-Z]\)) (.+)$", asked["query"], re.MULTILINE)
-        right = next((f"{k} {v}" for k, v in options if k.casefold() == asked["answer"].casefold()), None)
-        wrong = next((f"{k} {v}" for k, v in options if k.casefold() != asked["answer"].casefold()), None)
-        image = request.parent / Path(asked["images"][0]).name
+        stored = json.loads(request.read_text())
+        options = re.findall(r"^(\([A-Z]\)) (.+)$", stored["query"], re.MULTILINE)
+        right = next((f"{k} {v}" for k, v in options if k.casefold() == stored["answer"].casefold()), None)
+        wrong = next((f"{k} {v}" for k, v in options if k.casefold() != stored["answer"].casefold()), None)
+        image = request.parent / Path(stored["images"][0]).name
         if right and wrong and image.is_file():
-            question = re.sub(r"<img src=[^>]*>\s*", "<image>\n", asked["query"])
+            question = re.sub(r"<img src=[^>]*>\s*", "<image>\n", stored["query"])
             name = str(image.relative_to(REAL / "vqa"))
             rows.append({"image": name, "question": question, "chosen": right, "rejected": wrong})
     return rows
@@ -100,20 +100,20 @@ def _pairs() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipes, small random parts and annotation files, with bad rows among the good."""
+    """Write recipes, small random parts and annotation files with bad rows among the good ones."""
     root = tmp_path_factory.mktemp("real")
-    made = root / "photos"
-    make_vision(made / "base" / "vision")
-    make_language(made / "base" / "language")
-    images = made / "images"
+    recipes = root / "photos"
+    make_vision(recipes / "base" / "vision")
+    make_language(recipes / "base" / "language")
+    images = recipes / "images"
     images.mkdir()
     for file in (REAL / "coco128" / "images" / "train2017").iterdir():
         (images / file.name).symlink_to(file)
-    some = next(images.glob("*.jpg"))
-    with Image.open(some) as photo:
-        photo.convert("P").save(images / "palette.png")
-        photo.convert("RGBA").save(images / "alpha.png")
-    (images / "corrupt.jpg").write_bytes(some.read_bytes()[:2000])
+    first = next(images.glob("*.jpg"))
+    with Image.open(first) as image:
+        image.convert("P").save(images / "palette.png")
+        image.convert("RGBA").save(images / "alpha.png")
+    (images / "corrupt.jpg").write_bytes(first.read_bytes()[:2000])
     captions = _captions(images)
     turns = captions[0]["conversations"]
     assert isinstance(turns, list)
@@ -121,11 +121,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions += [{"id": n, "image": n, "conversations": turns} for n in ("corrupt.jpg", "missing.jpg")]
     empty = [turns[0], {"from": "gpt", "value": ""}]
     captions.append({"id": "empty", "image": captions[0]["image"], "conversations": empty})
-    (made / "captions.json").write_text(json.dumps(captions))
-    (made / "vqa").symlink_to(REAL / "vqa")
-    (made / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _pairs()))
+    (recipes / "captions.json").write_text(json.dumps(captions))
+    (recipes / "vqa").symlink_to(REAL / "vqa")
+    (recipes / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _pairs()))
     for name, text in (("1-align", ALIGN), ("2-instruct", INSTRUCT), ("3-dpo", DPO)):
-        (made / f"{name}.yaml").write_text(text.lstrip() + ARGS)
+        (recipes / f"{name}.yaml").write_text(text.lstrip() + ARGS)
     return root
 
 
@@ -142,9 +142,9 @@ def test_path_from_photographs_to_a_probed_encoder(folder: Path) -> None:
         reports[stage] = json.loads((folder / f"{stage}.json").read_text())
     data = reports["1-align"]["data"]
     assert data["skipped_rows"] == 3
-    said = " ".join(data["skipped"])
+    skipped = " ".join(data["skipped"])
     for reason in ("corrupt.jpg cannot be decoded", "missing.jpg does not exist", "the answer is empty"):
-        assert reason in said
+        assert reason in skipped
     assert {"RGB", "L", "P", "RGBA"} <= set(data["image_modes"])
     assert reports["3-dpo"]["data"]["rows"] == 64
 
@@ -182,30 +182,30 @@ def test_a_bad_row_stops_by_default(folder: Path) -> None:
     ],
 )
 def test_published_processors_prepare_photographs(name: str, native: dict[str, Any], size: int, tmp_path: Path) -> None:
-    """SigLIP2's config leaves sizes out; CLIP's processor has its size as a number; DINOv2's crops."""
+    """SigLIP2's config has no sizes, CLIP's processor gives its size as a number, and DINOv2's processor crops."""
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     AutoModel.from_config(AutoConfig.for_model(**{**native, **small})).save_pretrained(tmp_path)
     shutil.copyfile(HUB / name / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
     encoder, processor = read_encoder(tmp_path)
     photographs = sorted((REAL / "coco128" / "images").rglob("*.jpg"))[:4]
-    pictures = [Image.open(p).convert(mode) for p, mode in zip(photographs, ("RGB", "L", "RGBA", "P"), strict=True)]
-    assert processor(images=pictures[0], return_tensors="pt")["pixel_values"].shape == (1, 3, size, size)
+    images = [Image.open(p).convert(mode) for p, mode in zip(photographs, ("RGB", "L", "RGBA", "P"), strict=True)]
+    assert processor(images=images[0], return_tensors="pt")["pixel_values"].shape == (1, 3, size, size)
     with torch.no_grad():
-        made = encoder.forward_features(pictures)
-    assert made.last_hidden_state.shape == (4, (size // encoder.config.patch_size) ** 2, 32)
-    assert made.last_hidden_state.isfinite().all()
+        features = encoder.forward_features(images)
+    assert features.last_hidden_state.shape == (4, (size // encoder.config.patch_size) ** 2, 32)
+    assert features.last_hidden_state.isfinite().all()
 
 
 def test_siglip2s_own_config_gives_its_published_size(tmp_path: Path) -> None:
     config = PivotVisionConfig.from_pretrained(HUB / "siglip2-base-patch16-512")
     assert (config.image_size, config.patch_size, config.hidden_size) == (512, 16, 768)
     with torch.device("meta"):
-        made = AutoModel.from_config(config).feature_map(torch.empty(1, 3, 512, 512))
-    assert made.shape == (1, 768, 32, 32)
+        feature_map = AutoModel.from_config(config).feature_map(torch.empty(1, 3, 512, 512))
+    assert feature_map.shape == (1, 768, 32, 32)
 
 
 def test_mmprs_own_meta_file_is_read(tmp_path: Path) -> None:
-    """As published: two sources, a comma after the last, paths from the folder that holds MMPR-v1.2."""
+    """The published file has two sources, a trailing comma, and paths below the folder that holds MMPR-v1.2."""
     published = REAL / "formats" / "internvl_meta" / "mmpr_v1.2_debug_mpo.json"
     shutil.copyfile(published, tmp_path / "meta.json")
     spec = "{format: mmpr, path: meta.json, images: .}"
@@ -217,7 +217,7 @@ def test_mmprs_own_meta_file_is_read(tmp_path: Path) -> None:
     for name, count in (("correctness", 529), ("format", 201)):
         file = folder / f"m3cot_train_extracted_pairs_vqa_{name}_rules.jsonl"
         file.write_text((json.dumps(row) + "\n") * count)
-    # The images still packed, in the archive that stands for their folder.
+    # The images stay packed, in an archive with the name of their folder.
     with zipfile.ZipFile(tmp_path / "MMPR-v1.2" / "images.zip", "w") as archive:
         archive.writestr("images/M3CoT/a.png", png(0))
     index = index_of(tmp_path, spec, "dpo")
@@ -254,14 +254,14 @@ def test_llama_factorys_conversations_are_read() -> None:
 
 
 def test_prompts_are_the_authors_token_for_token() -> None:
-    """Qwen2.5's own tokenizer. The ids were looked up in its vocabulary by hand; 151655 stands for the image."""
+    """The ids were looked up by hand in the vocabulary of Qwen2.5's own tokenizer; 151655 is the image token."""
     tokenizer = AutoTokenizer.from_pretrained(HUB / "qwen2.5-vl-7b-instruct")
     processor = processor_with(tokenizer, QWEN)
     start, end, newline, image = 151644, 151645, 198, [151655] * 4
     system = [start, 8948, newline, 2610, 525, 264, 10950, 17847, 13, end, newline]  # You are a helpful assistant.
-    asked = [start, 872, newline, *image, newline, 3838, 374, 432, 5267, 16141, 304, 825, 3409, 13, end, newline]
+    question = [start, 872, newline, *image, newline, 3838, 374, 432, 5267, 16141, 304, 825, 3409, 13, end, newline]
     header, cat = [start, 77091, newline], [26801, end, newline]
-    again = [start, 872, newline, 10234, 30, 220, end, newline]  # "Why? ", its blank kept
+    again = [start, 872, newline, 10234, 30, 220, end, newline]  # "Why? " with its trailing space
     because = [2132, 702, 271, 1312, 3187, 388, 624, end, newline]  # "It has\n\nwhiskers.\n"
     turns = [
         {"from": "human", "value": "<image>\nWhat is it?\nAnswer in one word."},
@@ -271,20 +271,20 @@ def test_prompts_are_the_authors_token_for_token() -> None:
     ]
     row = parse_conversation("a:1", {"image": "a.jpg", "conversations": turns})
     assert isinstance(row, Row)
-    picture = [Image.new("RGB", (8, 8))]
-    whole = [*system, *asked, *header, *cat, *again, *header, *because]
+    images = [Image.new("RGB", (8, 8))]
+    whole = [*system, *question, *header, *cat, *again, *header, *because]
     no = -100
     kept = {start, end, newline}
-    told = {
+    expected_labels = {
         None: [
-            *[no] * len([*system, *asked, *header]),
+            *[no] * len([*system, *question, *header]),
             *cat,
             *[no] * len([*again, *header]),
             *because,
         ],
-        # preprocess_qwen of LLaVA-NeXT: turns of gpt whole; of all others the marks and newlines.
+        # preprocess_qwen of LLaVA-NeXT: all tokens of gpt turns, but only the markers and newlines of the others.
         "llava_next": [
-            *[t if t in kept else no for t in [*system, *asked]],
+            *[t if t in kept else no for t in [*system, *question]],
             *header,
             *cat,
             *[t if t in kept else no for t in again],
@@ -292,38 +292,38 @@ def test_prompts_are_the_authors_token_for_token() -> None:
             *because,
         ],
     }
-    for labels, wanted in told.items():
+    for labels, expected in expected_labels.items():
         collator = ConversationCollator(processor, 2048, labels)  # type: ignore[arg-type]
-        made = collator([example(picture, row, "conversation", processor.image_token)])
-        assert made["input_ids"][0].tolist() == whole
-        assert made["labels"][0].tolist() == wanted
+        batch = collator([example(images, row, "conversation", processor.image_token)])
+        assert batch["input_ids"][0].tolist() == whole
+        assert batch["labels"][0].tolist() == expected
     caption = {"from": "gpt", "value": "a red  bus"}
     row = parse_conversation("a:1", {"image": "a.jpg", "conversations": [turns[0], caption]})
     assert isinstance(row, Row)
-    # The plain format: the image, then the caption and a newline, which are learnt; the question is left out.
-    made = ConversationCollator(processor, 2048)([example(picture, row, "plain", processor.image_token)])
-    assert made["input_ids"][0].tolist() == [*image, 64, 2518, 220, 5828, newline]
-    assert made["labels"][0].tolist() == [*[no] * 4, 64, 2518, 220, 5828, newline]
+    # The plain format has the image, then the caption and a newline, which are learnt. It leaves out the question.
+    batch = ConversationCollator(processor, 2048)([example(images, row, "plain", processor.image_token)])
+    assert batch["input_ids"][0].tolist() == [*image, 64, 2518, 220, 5828, newline]
+    assert batch["labels"][0].tolist() == [*[no] * 4, 64, 2518, 220, 5828, newline]
 
 
 def test_regions_of_three_formats_agree() -> None:
-    """COCO128's boxes, polygons and id masks, each with ids of its own, show the same things in the same places."""
+    """COCO128's boxes, polygons and id masks, each with their own ids, show the same objects in the same places."""
     coco = REAL / "coco128"
     boxed, _ = read_annotated_images(coco, boxes=coco / "object_detection" / "labels")
     drawn, left_out = read_annotated_images(coco, boxes=coco / "instance_segmentation" / "labels", on_bad_row="skip")
     masked, _ = read_annotated_images(coco, masks=coco / "semantic_segmentation" / "masks", ignore=(0, 255))
     assert (len(boxed), len(drawn), len(masked)) == (126, 98, 100)
-    assert sum("is empty" in said for said in left_out) == 2
-    boxes, masks = ({p.name: p.regions for p in photos} for photos in (boxed, masked))
+    assert sum("is empty" in reason for reason in left_out) == 2
+    boxes, masks = ({p.name: p.regions for p in labelled} for labelled in (boxed, masked))
     inside, overlap = [], []
-    for photo in drawn:
-        for name, region in photo.regions.items():
-            polygon, box, mask = region(), boxes[photo.name][name](), masks[photo.name][name]()
+    for item in drawn:
+        for name, region in item.regions.items():
+            polygon, box, mask = region(), boxes[item.name][name](), masks[item.name][name]()
             inside.append((polygon & box).sum() / polygon.sum())
             overlap.append((polygon & mask).sum() / (polygon | mask).sum())
     assert np.mean(inside) > 0.98
     assert np.mean(overlap) > 0.9
-    # The same labels under the names of another folder: an id that is none there, or another thing.
+    # The same labels with the names of another folder: an id is unknown there, or names another class.
     with pytest.raises(DataError, match=r"txt, line \d+: class id 45 has no name in .*instance_segmentation"):
         read_annotated_images(
             coco,

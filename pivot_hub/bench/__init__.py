@@ -1,1 +1,1 @@
-"""Benchmarks: two things compared in one run, as a ratio, because timings on shared machines wander."""
+"""Benchmarks: each compares alternatives within one run and reports ratios, because shared machines vary in speed."""

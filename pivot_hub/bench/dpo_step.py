@@ -1,4 +1,4 @@
-"""What a DPO step costs with stock TRL, with each switch of PivotDPOTrainer alone, and with all of them."""
+"""The cost of a DPO step with TRL's trainer, with each option of PivotDPOTrainer alone, and with all options."""
 
 from __future__ import annotations
 
@@ -17,63 +17,123 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, SiglipVisionConfig
 from trl import DPOConfig, DPOTrainer
 
+from pivot_hub.bench.models import END_TOKEN_ID, PAD_TOKEN_ID, random_mllm
+from pivot_hub.bench.utilisation import utilisation
 from pivot_hub.errors import ProbeError
 from pivot_hub.mllm.chat_templates import QWEN
 from pivot_hub.provenance import machine, versions
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 
-SPREAD = 0.7  # of the logarithm of answer lengths
-PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}  # bfloat16, dense, by the vendor
+LENGTH_SPREAD = 0.7  # standard deviation of the logarithm of answer lengths
+BASELINE = "trl"
+# The options of PivotDPOTrainer that each variant turns on; None is TRL's own trainer.
+VARIANTS: dict[str, dict[str, bool] | None] = {
+    BASELINE: None,
+    **{option: {other: other == option for other in SPEED_OPTIONS} for option in SPEED_OPTIONS},
+    "all": dict.fromkeys(SPEED_OPTIONS, True),
+}
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """The shape of an encoder or a language model.
+
+    Args:
+        hidden_size: Width of the hidden states.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        intermediate_size: Width inside the MLP of a block.
+        key_value_heads: Number of key-value heads; as many as heads if None.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    intermediate_size: int
+    key_value_heads: int | None = None
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shapes of a model and of its pairs; `tiny` has the proportions of the real one.
+    """Shapes of a model and of its preference pairs; `tiny` has the proportions of the real one.
 
     Args:
-        vision: hidden_size, layers, heads, intermediate_size.
-        image_px: side of the images; with patch_px it gives the image tokens.
-        language: hidden_size, layers, heads, key-value heads, intermediate_size.
-        vocabulary: tokens of the language head.
-        prompt: tokens of a question.
-        answer: mean tokens of an answer.
-        longest: tokens of the longest.
+        vision: Shape of the encoder.
+        image_px: Side of the images in pixels.
+        patch_px: Side of a patch in pixels.
+        language: Shape of the language model.
+        vocabulary: Tokens of the vocabulary.
+        prompt_tokens: Tokens of a question.
+        answer_tokens: Mean tokens of an answer.
+        max_answer_tokens: Tokens of the longest answer.
     """
 
-    vision: tuple[int, int, int, int]
+    vision: TransformerShape
     image_px: int
     patch_px: int
-    language: tuple[int, int, int, int, int]
+    language: TransformerShape
     vocabulary: int
-    prompt: int
-    answer: int
-    longest: int
+    prompt_tokens: int
+    answer_tokens: int
+    max_answer_tokens: int
 
     @property
     def image_tokens(self) -> int:
         return (self.image_px // self.patch_px) ** 2
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before an answer: the image and the question."""
+        return self.image_tokens + self.prompt_tokens
+
 
 SIZES = {
-    # Vision to language, vocabulary to layers and prefix to answer as below, in a quarter of the tokens.
-    "tiny": Size((216, 6, 4, 808), 96, 8, (256, 8, 4, 1, 1493), 7300, 15, 38, 128),
-    "so400m-1.5b": Size((1152, 27, 16, 4304), 384, 16, (1536, 28, 12, 2, 8960), 151936, 60, 150, 512),
+    # The ratios of encoder to language model, vocabulary to layers and prefix to answer are those of the size below,
+    # with a quarter of its tokens.
+    "tiny": Size(
+        vision=TransformerShape(216, 6, 4, 808),
+        image_px=96,
+        patch_px=8,
+        language=TransformerShape(256, 8, 4, 1493, key_value_heads=1),
+        vocabulary=7300,
+        prompt_tokens=15,
+        answer_tokens=38,
+        max_answer_tokens=128,
+    ),
+    "so400m-1.5b": Size(
+        vision=TransformerShape(1152, 27, 16, 4304),
+        image_px=384,
+        patch_px=16,
+        language=TransformerShape(1536, 28, 12, 8960, key_value_heads=2),
+        vocabulary=151936,
+        prompt_tokens=60,
+        answer_tokens=150,
+        max_answer_tokens=512,
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one variant.
+
+    Args:
+        step_s: Seconds of each forward and backward pass.
+        collate_s: Seconds of each collation of the batch.
+        saved_bytes: Bytes of activations kept for the backward pass.
+        peak_bytes: CUDA's peak memory in bytes above what was allocated before the step; None without CUDA.
+        setup_s: Seconds that building the trainer took, with the reference's log-probabilities where they are cached.
+    """
+
+    step_s: list[float]
+    collate_s: list[float]
+    saved_bytes: int
+    peak_bytes: int | None
+    setup_s: float
 
 
 def bench_dpo_step(
@@ -83,74 +143,45 @@ def bench_dpo_step(
     checkpointing: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time forward and backward of one batch of pairs in every variant, in turns so that a slow spell hits all.
+    """Time the forward and backward pass of one batch of preference pairs in every variant.
 
-    Weights are random; images and words are too. Two sets of pairs: answers of equal length, and of lengths drawn
-    from a lognormal. FLOPs are those of the work a variant asks for, recomputing left out: 2 for each weight and
-    token, 4 D for each query and key that attend, three times the forward where gradients flow, and the head for
-    answer tokens; MFU is these over the step's time and the device's peak in bfloat16 (not known for CPUs). Images
-    are encoded through the feature layer.
+    Variants take turns, so that a slow period of the machine affects all of them. Weights, images and words are random.
+    There are two batches: one with answers of equal length, and one with lengths drawn from a lognormal distribution.
+    Images are encoded up to the feature layer. `step_flops` describes how FLOPs are counted; recomputed activations are
+    not among them, so `mfu` is the model FLOPs utilisation.
 
     Args:
-        size: of SIZES.
-        batch: pairs.
-        rounds: steps of each variant, after one to warm up.
-        checkpointing: gradient checkpointing, in every variant.
-        say: called with a line a variant.
+        size: Name of an entry of `SIZES`.
+        batch: Number of preference pairs in the batch.
+        rounds: Timed steps of each variant, after one step of warm-up.
+        checkpointing: Whether every variant uses gradient checkpointing.
+        log: Callback that receives one line for each variant.
 
     Returns:
-        For each set of pairs and variant: step_s and collate_s (medians), ratio_to_stock (median over rounds, above 1
-        is faster), saved_bytes (activations kept for the backward pass), peak_bytes (on CUDA, above what lay there
-        before), tokens_per_s (of TRL's layout without padding), flops, mfu; cache_s, what computing the reference
-        values of the batch once took.
+        For each batch and variant: step_s and collate_s (medians); speedup_over_trl (median over rounds of TRL's time
+        over the variant's, so that more than 1 is faster) and speedups (of each round); saved_bytes (activations kept
+        for the backward pass) and saved_bytes_over_trl; peak_bytes (on CUDA); tokens_per_s (tokens of TRL's layout
+        without padding); flops; mfu (on a known GPU); cache_s (seconds of computing the reference's log-probabilities
+        once).
+
+    Raises:
+        ProbeError: The size is unknown.
     """
     if size not in SIZES:
         raise ProbeError(f"there is no size {size!r}; give one of {', '.join(SIZES)}.")
     shape = SIZES[size]
-    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     torch.manual_seed(0)
-    processor = word_processor(shape.vocabulary, shape.image_px, shape.patch_px)
-    policy = _model(shape, processor, torch.bfloat16 if cuda else torch.float32)
-    off = dict.fromkeys(SWITCHES, False)
-    variants: dict[str, dict[str, bool] | None] = {"stock": None}
-    variants |= {name: {**off, name: True} for name in SWITCHES} | {"all": dict.fromkeys(SWITCHES, True)}
+    policy, processor = _random_policy(shape, dtype)
     report: dict[str, Any] = {}
     for lengths in ("equal", "lognormal"):
-        rows = _rows(shape, batch, lengths)
-        with tempfile.TemporaryDirectory() as folder:
-            trainers, cached = {}, {}
-            for name, switches in variants.items():
-                began = time.perf_counter()
-                trainers[name] = _trainer(policy, processor, rows, switches, Path(folder) / name, checkpointing)
-                cached[name] = time.perf_counter() - began
-            seconds, collating = _time(trainers, rows, rounds)
-            memory = {name: _memory(trainer, rows) for name, trainer in trainers.items()}
-            del trainers
-            gc.collect()
-        report[lengths] = {}
-        saved = {name: float(made["saved_bytes"] or 0) for name, made in memory.items()}
-        for name, switches in variants.items():
-            step = statistics.median(seconds[name])
-            ratios = [stock / own for stock, own in zip(seconds["stock"], seconds[name], strict=True)]
-            flops = _flops(shape, rows, switches)
-            report[lengths][name] = {
-                "step_s": round(step, 4),
-                "collate_s": round(statistics.median(collating[name]), 4),
-                "ratio_to_stock": round(statistics.median(ratios), 3),
-                "ratios": [round(r, 3) for r in ratios],
-                **memory[name],
-                "saved_to_stock": round(saved[name] / saved["stock"], 3),
-                "tokens_per_s": round(_tokens(shape, rows) / step, 1),
-                "flops": flops,
-                "mfu": _mfu(flops, step),
-                "cache_s": round(cached[name] - cached["stock"], 4)
-                if switches and switches["cache_reference"]
-                else None,
-            }
-            made = report[lengths][name]
+        rows = _random_rows(shape, batch, lengths)
+        measurements = _measure_variants(policy, processor, rows, rounds, checkpointing)
+        report[lengths] = {name: _variant_record(name, measurements, shape, rows) for name in VARIANTS}
+        for name, record in report[lengths].items():
             log(
-                f"{lengths:10} {name:16} {made['step_s']:8.3f} s a step, {made['ratio_to_stock']:5.2f} times stock, "
-                f"saved activations {made['saved_to_stock']:.2f} of stock's"
+                f"{lengths:10} {name:16} {record['step_s']:8.3f} s a step, speed-up over TRL "
+                f"{record['speedup_over_trl']:5.2f}, saved activations {record['saved_bytes_over_trl']:.2f} of TRL's"
             )
     return {
         "benchmark": "dpo-step",
@@ -158,85 +189,103 @@ def bench_dpo_step(
         "batch": batch,
         "rounds": rounds,
         "gradient_checkpointing": checkpointing,
-        "dtype": "bfloat16" if cuda else "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "variants": report,
         "machine": machine(),
         "versions": versions(),
     }
 
 
-def word_processor(vocabulary: int, image_px: int, patch_px: int, prefix_tokens: int = 0) -> LlavaProcessor:
-    """A tokenizer whose words, `w0`, `w1`, ..., are one token each, so that rows have the lengths they are given."""
-    special = ["<pad>", QWEN.turn_end, QWEN.image_token]
-    known = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(vocabulary - 3))])}
-    words = Tokenizer(WordLevel(known, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token=QWEN.turn_end, extra_special_tokens=[QWEN.image_token]
-    )
-    return LlavaProcessor(
-        image_processor=SiglipImageProcessorPil(size={"height": image_px, "width": image_px}),
-        tokenizer=tokenizer,
-        patch_size=patch_px,
-        vision_feature_select_strategy="default" if prefix_tokens else "full",
-        num_additional_image_tokens=prefix_tokens,
-        image_token=QWEN.image_token,
-    )
+def step_flops(shape: Size, rows: list[dict[str, Any]], options: dict[str, bool] | None) -> int:
+    """Count the FLOPs that one step of a variant needs, without recomputed activations.
+
+    A weight takes 2 FLOPs for each token, and a query takes 4 D for each key that it attends to. The projection to the
+    vocabulary is counted for answer tokens only. Forward and backward pass together are three times the forward pass;
+    the reference model's forward pass is a fourth, unless it is cached.
+
+    Args:
+        shape: Shapes of the model.
+        rows: Preference pairs of the batch.
+        options: Options of PivotDPOTrainer that are on; None for TRL's trainer.
+    """
+    on = options or dict.fromkeys(SPEED_OPTIONS, False)
+    prefix = shape.prefix_tokens
+    longest = max(max(pair) for pair in _answer_lengths(rows))
+    images_per_pair = 1 if on["encode_once"] or on["share_prefix"] else 2
+    prefixes_per_pair = 1 if on["share_prefix"] else 2
+    without_padding = on["pack"] or on["share_prefix"]
+    forward = 0
+    for chosen, rejected in _answer_lengths(rows):
+        forward += images_per_pair * _image_flops(shape)
+        forward += prefixes_per_pair * _text_flops(shape, prefix, prefix * (prefix + 1) // 2)
+        for answer in (chosen, rejected) if without_padding else (longest, longest):
+            forward += _text_flops(shape, answer, answer * prefix + answer * (answer + 1) // 2)
+        forward += 2 * shape.language.hidden_size * shape.vocabulary * (chosen + rejected)
+    return forward * (3 if on["cache_reference"] else 4)
 
 
-def _model(shape: Size, processor: LlavaProcessor, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    hidden, layers, heads, intermediate = shape.vision
-    vision = SiglipVisionConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
+def _image_flops(shape: Size) -> int:
+    """FLOPs of encoding one image up to the feature layer, the last but one, and of the projector."""
+    vision, tokens = shape.vision, shape.image_tokens
+    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    block = 2 * tokens * weights + 4 * tokens**2 * vision.hidden_size
+    width = shape.language.hidden_size
+    return (vision.layers - 1) * block + 2 * tokens * (vision.hidden_size * width + width**2)
+
+
+def _text_flops(shape: Size, tokens: int, attended: int) -> int:
+    """FLOPs of the language model's blocks for `tokens` tokens, whose queries attend to `attended` keys in total."""
+    language = shape.language
+    width = language.hidden_size
+    key_value_width = width // language.heads * (language.key_value_heads or language.heads)
+    weights = 2 * width**2 + 2 * width * key_value_width + 3 * width * language.intermediate_size
+    return language.layers * (2 * tokens * weights + 4 * width * attended)
+
+
+def _random_policy(shape: Size, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    vision, language = shape.vision, shape.language
+    vision_config = SiglipVisionConfig(
+        hidden_size=vision.hidden_size,
+        num_hidden_layers=vision.layers,
+        num_attention_heads=vision.heads,
+        intermediate_size=vision.intermediate_size,
         image_size=shape.image_px,
         patch_size=shape.patch_px,
         vision_use_head=False,
     )
-    hidden, layers, heads, groups, intermediate = shape.language
-    tokenizer: Any = processor.tokenizer
-    language = Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        intermediate_size=intermediate,
+    text_config = Qwen2Config(
+        hidden_size=language.hidden_size,
+        num_hidden_layers=language.layers,
+        num_attention_heads=language.heads,
+        num_key_value_heads=language.key_value_heads,
+        intermediate_size=language.intermediate_size,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=PAD_TOKEN_ID,
+        eos_token_id=END_TOKEN_ID,
         bos_token_id=None,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_token_index=processor.image_token_id,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="full",
-        image_seq_length=shape.image_tokens,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
+    model, processor = random_mllm(vision_config, text_config, feature_layer=-2)
     cast(nn.Module, model).to(dtype)
-    return model
+    return model, processor
 
 
-def _rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
+def _random_rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
+    """Preference pairs with answers of equal or of lognormal lengths."""
     rng = np.random.default_rng(0)
 
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(shape.vocabulary - 3, size=count))
 
     def answer() -> str:
-        drawn = rng.lognormal(math.log(shape.answer) - SPREAD**2 / 2, SPREAD)
-        return words(shape.answer if lengths == "equal" else int(min(max(drawn, 1), shape.longest)))
+        length = rng.lognormal(math.log(shape.answer_tokens) - LENGTH_SPREAD**2 / 2, LENGTH_SPREAD)
+        drawn = int(min(max(length, 1), shape.max_answer_tokens))
+        return words(shape.answer_tokens if lengths == "equal" else drawn)
 
     return [
         {
             "images": [Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8))],
-            "prompt": f"{QWEN.image_token} {words(shape.prompt)}",
+            "prompt": f"{QWEN.image_token} {words(shape.prompt_tokens)}",
             "chosen": answer(),
             "rejected": answer(),
         }
@@ -244,15 +293,64 @@ def _rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
     ]
 
 
-def _trainer(
+def _measure_variants(
     policy: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     rows: list[dict[str, Any]],
-    switches: dict[str, bool] | None,
+    rounds: int,
+    checkpointing: bool,
+) -> dict[str, Measurement]:
+    """Build the trainer of every variant, and measure their steps on the same rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers, setup_s = {}, {}
+        for name, options in VARIANTS.items():
+            began = time.perf_counter()
+            trainers[name] = _build_trainer(policy, processor, rows, options, Path(folder) / name, checkpointing)
+            setup_s[name] = time.perf_counter() - began
+        step_s, collate_s = _time_steps(trainers, rows, rounds)
+        measurements = {
+            name: Measurement(step_s[name], collate_s[name], *_measure_memory(trainer, rows), setup_s[name])
+            for name, trainer in trainers.items()
+        }
+        del trainers
+        gc.collect()
+    return measurements
+
+
+def _variant_record(
+    name: str, measurements: dict[str, Measurement], shape: Size, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the report says of a variant, with its ratios to TRL."""
+    own, trl, options = measurements[name], measurements[BASELINE], VARIANTS[name]
+    step = statistics.median(own.step_s)
+    speedups = [trl_s / own_s for trl_s, own_s in zip(trl.step_s, own.step_s, strict=True)]
+    flops = step_flops(shape, rows, options)
+    caches = options is not None and options["cache_reference"]
+    return {
+        "step_s": round(step, 4),
+        "collate_s": round(statistics.median(own.collate_s), 4),
+        "speedup_over_trl": round(statistics.median(speedups), 3),
+        "speedups": [round(s, 3) for s in speedups],
+        "saved_bytes": own.saved_bytes,
+        "peak_bytes": own.peak_bytes,
+        "saved_bytes_over_trl": round(own.saved_bytes / trl.saved_bytes, 3),
+        "tokens_per_s": round(_padless_tokens(shape, rows) / step, 1),
+        "flops": flops,
+        "mfu": utilisation(flops, step),
+        "cache_s": round(own.setup_s - trl.setup_s, 4) if caches else None,
+    }
+
+
+def _build_trainer(
+    policy: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    rows: list[dict[str, Any]],
+    options: dict[str, bool] | None,
     folder: Path,
     checkpointing: bool,
 ) -> Any:
-    settings: dict[str, Any] = {
+    """Build a trainer on copies of the policy: PivotDPOTrainer with these options, or TRL's if they are None."""
+    arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": len(rows),
         "bf16": torch.cuda.is_available(),
@@ -262,26 +360,28 @@ def _trainer(
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
-    kind: tuple[Any, Any] = (DPOTrainer, DPOConfig)
-    if switches is not None:
-        kind = (PivotDPOTrainer, PivotDPOConfig)
-        settings |= {**switches, "reference_cache": str(folder)}
+    trainer_class: Any = DPOTrainer
+    config_class: Any = DPOConfig
+    if options is not None:
+        trainer_class, config_class = PivotDPOTrainer, PivotDPOConfig
+        arguments |= {**options, "reference_cache": str(folder)}
     dataset = Dataset.from_dict({"row": list(range(len(rows)))})
-    dataset.set_transform(lambda asked: {c: [rows[r][c] for r in asked["row"]] for c in rows[0]})
-    made = kind[0](
+    dataset.set_transform(lambda batch: {column: [rows[r][column] for r in batch["row"]] for column in rows[0]})
+    trainer = trainer_class(
         model=deepcopy(policy),
         ref_model=deepcopy(policy).eval().requires_grad_(False),
-        args=kind[1](**settings),
+        args=config_class(**arguments),
         train_dataset=dataset,
         processing_class=processor,
     )
-    made.model.to(made.accelerator.device).train()
+    trainer.model.to(trainer.accelerator.device).train()
     if checkpointing:
-        made.model.gradient_checkpointing_enable()
-    return made
+        trainer.model.gradient_checkpointing_enable()
+    return trainer
 
 
 def _step(trainer: Any, inputs: dict[str, Any]) -> None:
+    """Run one forward and backward pass, and wait for the GPU."""
     trainer.model.zero_grad(set_to_none=True)
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, inputs)
@@ -290,93 +390,64 @@ def _step(trainer: Any, inputs: dict[str, Any]) -> None:
         torch.cuda.synchronize()
 
 
-def _inputs(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    inputs: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([dict(r) for r in rows]))
+def _collate(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    inputs: dict[str, Any] = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     return inputs
 
 
-def _time(
+def _time_steps(
     trainers: dict[str, Any], rows: list[dict[str, Any]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each variant's steps, and of its collating."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    collating: dict[str, list[float]] = {name: [] for name in trainers}
+    """Seconds of each variant's steps and of its collations; the first round is warm-up and is left out."""
+    step_s: dict[str, list[float]] = {name: [] for name in trainers}
+    collate_s: dict[str, list[float]] = {name: [] for name in trainers}
     for turn in range(rounds + 1):
+        # The order alternates, so that a drift of the machine's speed favours no variant.
         for name in list(trainers)[:: 1 if turn % 2 == 0 else -1]:
             began = time.perf_counter()
-            inputs = _inputs(trainers[name], rows)
-            ready = time.perf_counter()
+            inputs = _collate(trainers[name], rows)
+            collated = time.perf_counter()
             _step(trainers[name], inputs)
-            if turn:
-                seconds[name].append(time.perf_counter() - ready)
-                collating[name].append(ready - began)
+            if turn > 0:
+                step_s[name].append(time.perf_counter() - collated)
+                collate_s[name].append(collated - began)
             trainers[name].model.zero_grad(set_to_none=True)
-    return seconds, collating
+    return step_s, collate_s
 
 
-def _memory(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Bytes of activations kept for the backward pass, each storage once and no weight; and CUDA's peak."""
-    inputs = _inputs(trainer, rows)
+def _measure_memory(trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int | None]:
+    """Measure the memory of one step.
+
+    Returns:
+        Bytes of activations kept for the backward pass, each storage counted once and weights left out; and CUDA's peak
+        in bytes above what was allocated before, None without CUDA.
+    """
+    inputs = _collate(trainer, rows)
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    kept: dict[int, int] = {}
+    storage_bytes: dict[int, int] = {}
 
-    def keep(saved: torch.Tensor) -> torch.Tensor:
-        storage = saved.untyped_storage()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return saved
+            storage_bytes[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
     before = 0
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         _step(trainer, inputs)
     peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
     trainer.model.zero_grad(set_to_none=True)
-    return {"saved_bytes": sum(kept.values()), "peak_bytes": peak}
+    return sum(storage_bytes.values()), peak
 
 
-def _lengths(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    return [(len(r["chosen"].split()), len(r["rejected"].split())) for r in rows]
+def _answer_lengths(rows: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Tokens of the chosen and of the rejected answer of each pair."""
+    return [(len(row["chosen"].split()), len(row["rejected"].split())) for row in rows]
 
 
-def _tokens(shape: Size, rows: list[dict[str, Any]]) -> int:
-    """Tokens of the 2B sequences of TRL's layout, without padding."""
-    prefix = shape.image_tokens + shape.prompt
-    return sum(2 * prefix + chosen + rejected for chosen, rejected in _lengths(rows))
-
-
-def _flops(shape: Size, rows: list[dict[str, Any]], switches: dict[str, bool] | None) -> int:
-    """Work of one step, as `bench_dpo_step` says."""
-    on = switches or dict.fromkeys(SWITCHES, False)
-    hidden, layers, _, intermediate = shape.vision
-    n = shape.image_tokens
-    image = (layers - 1) * (2 * n * (4 * hidden**2 + 2 * hidden * intermediate) + 4 * n**2 * hidden)
-    width, depth, heads, groups, inner = shape.language
-    weights = 2 * width**2 + 2 * width * (width // heads * groups) + 3 * width * inner
-    projector = 2 * n * (hidden * width + width**2)
-    prefix = n + shape.prompt
-
-    def text(count: int, seen: int) -> int:
-        return depth * (2 * count * weights + 4 * width * seen)
-
-    forward = 0
-    longest = max(max(pair) for pair in _lengths(rows))
-    for chosen, rejected in _lengths(rows):
-        copies = 1 if on["encode_once"] or on["share_prefix"] else 2
-        forward += copies * (image + projector)
-        answers = (chosen, rejected) if on["pack"] or on["share_prefix"] else (longest, longest)
-        after = sum(text(a, a * prefix + a * (a + 1) // 2) for a in answers)
-        before = text(prefix, prefix * (prefix + 1) // 2)
-        forward += after + (1 if on["share_prefix"] else 2) * before
-        forward += 2 * width * shape.vocabulary * (chosen + rejected)
-    return forward * (3 if on["cache_reference"] else 4)
-
-
-def _mfu(flops: int, seconds: float) -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    peak = next((peak for device, peak in PEAK_FLOPS.items() if device in name), None)
-    return round(flops / seconds / peak, 4) if peak else None
+def _padless_tokens(shape: Size, rows: list[dict[str, Any]]) -> int:
+    """Tokens of the 2B sequences of TRL's layout for B pairs, without padding."""
+    return sum(2 * shape.prefix_tokens + chosen + rejected for chosen, rejected in _answer_lengths(rows))

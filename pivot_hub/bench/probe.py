@@ -1,4 +1,4 @@
-"""Our logistic regression against scikit-learn's: the same features, the same Cs, in one run."""
+"""The package's logistic regression compared with scikit-learn's: the same features and values of C, in one run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pivot_hub.probes.classification.logistic import CELLS, fit_logistic
 from pivot_hub.provenance import machine, versions
 
 KINDS = ("random", "correlated")
-TEST = 5000  # further rows, for accuracy
+TEST_ROWS = 5000  # rows that are not fitted, on which accuracy is measured
+LabelledFeatures = tuple[np.ndarray, np.ndarray]  # features (rows, width) float32 and labels (rows,)
 
 
 def bench_probe(
@@ -31,77 +32,57 @@ def bench_probe(
     device: str | None = None,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Fit every C by both, and compare time, loss and accuracy.
+    """Fit every C with both implementations, and compare time, loss and accuracy.
 
-    `random` features are class means and independent noise; `correlated` ones are the same along random directions
-    whose spread falls as 1/rank, far from the origin, as an encoder's are. Both have a variance of 1 on average.
+    `random` features are class means with independent noise. `correlated` features are the same along random directions
+    whose standard deviation falls as 1/rank, far from the origin, as an encoder's features are. The variance of both is
+    1 on average.
 
     Args:
-        images: rows that are fitted.
-        width: of a feature.
-        classes: as many as there are means.
-        cs: inverse penalties, the paper's; ours are one chain, scikit-learn's a fit each from zero, as it offers.
-        tolerance: of scikit-learn: it stops where no element of the gradient is larger. Its default, 1e-4, is for few
-            classes: with a thousand it stops in front of the optimum.
-        max_iter: of scikit-learn, 100 by its default.
-        kinds: of KINDS.
-        device: of ours; a GPU where there is one. scikit-learn computes on the CPU.
-        say: called with a line a fit.
+        images: Rows that are fitted.
+        width: Width of a feature.
+        classes: Number of classes.
+        cs: Inverse penalties; the default is the paper's list. The package fits them as one chain. scikit-learn fits
+            each one from zero, because it offers no other way.
+        tolerance: scikit-learn's `tol`: it stops where no element of the gradient is larger. The default of
+            scikit-learn, 1e-4, suits few classes; with a thousand classes it stops before the optimum.
+        max_iter: scikit-learn's `max_iter`; 100 is its default.
+        kinds: Kinds of features, out of `KINDS`.
+        device: Device of the package's implementation; a GPU by default if there is one. scikit-learn computes on the
+            CPU.
+        log: Callback that receives one line for each fit.
 
     Returns:
         For each kind the seconds of both and their ratio; for each C the steps, the loss (mean cross-entropy plus
         penalty over `C * images`, in float64) and the accuracy on further rows, of both.
 
     Raises:
-        ProbeError: a kind is unknown.
+        ProbeError: A kind is unknown.
     """
     if unknown := set(kinds) - set(KINDS):
         raise ProbeError(f"there are no {min(unknown)!r} features; give some of {', '.join(KINDS)}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    measured = {}
+    comparisons = {}
     for kind in kinds:
-        x, y = make_features(kind, images + TEST, width, classes)
+        x, y = make_features(kind, images + TEST_ROWS, width, classes)
         train, test = (x[:images], y[:images]), (x[images:], y[images:])
-
-        began = time.perf_counter()
-        fits = fit_logistic(*train, cs, classes, device=device)
-        ours_s = time.perf_counter() - began
-        each: dict[str, Any] = {}
-        for fit in fits:
-            loss = objective(*train, fit.weight, fit.bias, fit.c)
-            accuracy = 100 * float((fit.predict(test[0]) == test[1]).mean())
-            each[f"{fit.c:g}"] = {"pivot": {"steps": fit.steps, "loss": loss, "accuracy": accuracy}}
-        log(f"{kind}: ours {ours_s:.1f} s for {len(cs)} Cs, {sum(f.steps for f in fits)} steps")
-
-        sklearn_s = 0.0
-        for c in cs:
-            began = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # whether it converged is in its loss
-                fitted = LogisticRegression(C=c, tol=tolerance, max_iter=max_iter).fit(*train)
-            seconds = time.perf_counter() - began
-            sklearn_s += seconds
-            weight, bias = (torch.from_numpy(np.asarray(w, np.float32)) for w in (fitted.coef_, fitted.intercept_))
-            theirs = {
-                "steps": int(fitted.n_iter_[0]),
-                "loss": objective(*train, weight, bias, c),
-                "accuracy": 100 * float((fitted.predict(test[0]) == test[1]).mean()),
-                "seconds": round(seconds, 2),
-            }
-            own = each[f"{c:g}"]
-            own |= {"scikit-learn": theirs, "loss_above_ours": theirs["loss"] - own["pivot"]["loss"]}
+        pivot_s, pivot = _fit_pivot(train, test, cs, classes, device)
+        log(f"{kind}: pivot {pivot_s:.1f} s for {len(cs)} Cs, {sum(fit['steps'] for fit in pivot.values())} steps")
+        sklearn_s, sklearn = _fit_sklearn(train, test, cs, tolerance, max_iter)
+        by_c = {c: _compare_fits(pivot[c], sklearn[c]) for c in pivot}
+        for c, fits in by_c.items():
             log(
-                f"{kind}: scikit-learn {seconds:.1f} s, {theirs['steps']} steps at C {c:g}, its loss "
-                f"{own['loss_above_ours']:+.1e} from ours, accuracy {theirs['accuracy']:.2f} and "
-                f"{own['pivot']['accuracy']:.2f}"
+                f"{kind}: scikit-learn {sklearn[c]['seconds']:.1f} s, {sklearn[c]['steps']} steps at C {c}, its loss "
+                f"{fits['loss_above_ours']:+.1e} from pivot's, accuracy {sklearn[c]['accuracy']:.2f} and "
+                f"{pivot[c]['accuracy']:.2f}"
             )
-        measured[kind] = {
-            "pivot_s": round(ours_s, 2),
+        comparisons[kind] = {
+            "pivot_s": round(pivot_s, 2),
             "sklearn_s": round(sklearn_s, 2),
-            "times_faster": round(sklearn_s / ours_s, 2),
-            "cs": each,
+            "times_faster": round(sklearn_s / pivot_s, 2),
+            "cs": by_c,
         }
-        log(f"{kind}: {sklearn_s / ours_s:.1f} times faster")
+        log(f"{kind}: {sklearn_s / pivot_s:.1f} times faster")
     return {
         "benchmark": "probe",
         "images": images,
@@ -109,14 +90,66 @@ def bench_probe(
         "classes": classes,
         "device": device,
         "sklearn": {"tol": tolerance, "max_iter": max_iter},
-        "features": measured,
+        "features": comparisons,
         "machine": machine(),
         "versions": versions(),
     }
 
 
-def make_features(kind: str, rows: int, width: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Features (rows, width) float32 with labels (rows,): class means and noise, see `bench_probe`."""
+def _fit_pivot(
+    train: LabelledFeatures, test: LabelledFeatures, cs: Sequence[float], classes: int, device: str
+) -> tuple[float, dict[str, dict[str, Any]]]:
+    """Fit all Cs with this package: seconds in total, and steps, loss and accuracy of each C."""
+    began = time.perf_counter()
+    fits = fit_logistic(*train, cs, classes, device=device)
+    seconds = time.perf_counter() - began
+    records = {}
+    for fit in fits:
+        loss = objective(*train, fit.weight, fit.bias, fit.c)
+        accuracy = 100 * float((fit.predict(test[0]) == test[1]).mean())
+        records[f"{fit.c:g}"] = {"steps": fit.steps, "loss": loss, "accuracy": accuracy}
+    return seconds, records
+
+
+def _fit_sklearn(
+    train: LabelledFeatures, test: LabelledFeatures, cs: Sequence[float], tolerance: float, max_iter: int
+) -> tuple[float, dict[str, dict[str, Any]]]:
+    """Fit each C with scikit-learn: seconds in total, and steps, loss, accuracy and seconds of each C."""
+    total, records = 0.0, {}
+    for c in cs:
+        began = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the loss tells whether the fit converged
+            fitted = LogisticRegression(C=c, tol=tolerance, max_iter=max_iter).fit(*train)
+        seconds = time.perf_counter() - began
+        total += seconds
+        weight, bias = (torch.from_numpy(np.asarray(w, np.float32)) for w in (fitted.coef_, fitted.intercept_))
+        records[f"{c:g}"] = {
+            "steps": int(fitted.n_iter_[0]),
+            "loss": objective(*train, weight, bias, c),
+            "accuracy": 100 * float((fitted.predict(test[0]) == test[1]).mean()),
+            "seconds": round(seconds, 2),
+        }
+    return total, records
+
+
+def _compare_fits(pivot: dict[str, Any], sklearn: dict[str, Any]) -> dict[str, Any]:
+    return {"pivot": pivot, "scikit-learn": sklearn, "loss_above_ours": sklearn["loss"] - pivot["loss"]}
+
+
+def make_features(kind: str, rows: int, width: int, classes: int, seed: int = 0) -> LabelledFeatures:
+    """Draw features of a kind with their labels: class means and noise, as `bench_probe` describes.
+
+    Args:
+        kind: An entry of `KINDS`.
+        rows: Number of features.
+        width: Width of a feature.
+        classes: Number of classes.
+        seed: Seed of features and labels.
+
+    Returns:
+        Features (rows, width) float32 and labels (rows,).
+    """
     rng = np.random.default_rng(seed)
     y = rng.integers(classes, size=rows)
     means = rng.standard_normal((classes, width), np.float32)
@@ -133,10 +166,18 @@ def make_features(kind: str, rows: int, width: int, classes: int, seed: int = 0)
 
 
 def objective(x: np.ndarray, y: np.ndarray, weight: torch.Tensor, bias: torch.Tensor, c: float) -> float:
-    """What both minimise, in float64: mean cross-entropy plus `||weight||^2 / (2 C N)`."""
+    """Compute in float64 what both implementations minimise: mean cross-entropy plus `||weight||^2 / (2 C N)`.
+
+    Args:
+        x: Features (N, width).
+        y: Labels (N,).
+        weight: Weights (classes, width).
+        bias: Biases (classes,).
+        c: Inverse penalty.
+    """
     total, rows = 0.0, max(1, CELLS // len(bias))
     for start in range(0, len(x), rows):
-        some = slice(start, start + rows)
-        logits = torch.from_numpy(x[some]).double() @ weight.double().T + bias.double()
-        total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(y[some]), reduction="sum").item()
+        chunk = slice(start, start + rows)
+        logits = torch.from_numpy(x[chunk]).double() @ weight.double().T + bias.double()
+        total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(y[chunk]), reduction="sum").item()
     return (total + weight.double().square().sum().item() / (2 * c)) / len(x)

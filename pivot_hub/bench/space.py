@@ -1,7 +1,7 @@
-"""How fast the Space is: seconds until it is ready, from a click to its picture, and for many visitors at once.
+"""Speed of the Space: seconds until it is ready, from a click to the new maps, and for many visitors at once.
 
-The app runs in a process of its own, as `pivot space` starts it. Visitors speak the page's own protocol through
-`gradio_client`; where Chromium and Playwright are installed, the clicks are made in a browser, page included.
+The app runs in a process of its own, as `pivot space` starts it. Visitors are clients of `gradio_client`, which uses
+the page's own protocol. If Chromium and Playwright are installed, clicks are also measured in a browser.
 """
 
 from __future__ import annotations
@@ -25,47 +25,49 @@ import psutil
 from pivot_hub.errors import PivotError
 from pivot_hub.provenance import machine, versions
 
-PATIENCE_S = 120.0
+START_TIMEOUT_S = 120.0
 
 
 def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the shipped app.
 
     Args:
-        visitors: clients that ask at once.
-        clicks: scenes that one client asks for in a row.
-        say: called with a line a measurement.
+        visitors: Number of clients that request a comparison at the same time.
+        clicks: Number of scenes that one client requests one after the other.
+        log: Callback that takes a line for each measurement.
 
     Returns:
-        `ready_s`, and `ready_cpu_s`, which other programs on the machine do not stretch; `click_s` and, with a
-        browser, `browser_click_s`, each as median and all values; of `visitors` their latencies in order of arrival,
-        errors, and `overtakings`: the share of pairs that were served in another order.
+        `ready_s`, the time until the app answers, and `ready_cpu_s`, its CPU time, which does not depend on other
+        programs; `click_s` and `browser_click_s` (None without a browser), each as median and all values; under
+        `visitors` the latencies in order of arrival, the errors, and `overtakings`: the share of pairs of visitors
+        that were served in another order than they arrived.
 
     Raises:
-        PivotError: gradio is not installed, or the app does not start.
+        PivotError: Gradio is not installed, or the app does not start.
     """
     if find_spec("gradio_client") is None:
         raise PivotError("the Space needs gradio: pip install 'pivot-hub[space]'.")
     with _served() as (url, ready_s, cpu_s):
-        log(f"ready {ready_s:.1f} s after its start, {cpu_s:.1f} s of them computing")
-        alone = _clicks(url, clicks)
-        log(f"look by a program, figure included: median {statistics.median(alone):.2f} s of {clicks}")
-        browser = _browser_clicks(url, clicks)
-        if browser is None:
+        log(f"ready {ready_s:.1f} s after its start, with {cpu_s:.1f} s of CPU time")
+        click_seconds = _clicks(url, clicks)
+        log(f"comparison by a program, with figure: median {statistics.median(click_seconds):.2f} s of {clicks}")
+        browser_seconds = _browser_clicks(url, clicks)
+        if browser_seconds is None:
             log("no Chromium or no Playwright: clicks in a browser are not measured")
         else:
-            log(f"click to picture in a browser: median {statistics.median(browser):.2f} s of {clicks}")
+            log(f"click to new maps in a browser: median {statistics.median(browser_seconds):.2f} s of {clicks}")
         crowd = _crowd(url, visitors)
         log(
             f"{visitors} visitors at once: {len(crowd['errors'])} errors, median {crowd['median_s']:.1f} s, "
-            f"last {max(crowd['seconds'], default=0):.1f} s, {100 * crowd['overtakings']:.0f}% of pairs out of order"
+            f"last {max(crowd['seconds'], default=0):.1f} s, "
+            f"{100 * crowd['overtakings']:.0f}% of pairs of visitors out of order"
         )
     return {
         "benchmark": "space",
         "ready_s": round(ready_s, 2),
         "ready_cpu_s": round(cpu_s, 2),
-        "click_s": _summary(alone),
-        "browser_click_s": None if browser is None else _summary(browser),
+        "click_s": _summary(click_seconds),
+        "browser_click_s": None if browser_seconds is None else _summary(browser_seconds),
         "visitors": crowd,
         "machine": machine(),
         "versions": versions(),
@@ -74,7 +76,7 @@ def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None]
 
 @contextmanager
 def _served() -> Iterator[tuple[str, float, float]]:
-    """Start `pivot space` on a free port: its address, seconds until it answered with its page, and its CPU seconds."""
+    """Start `pivot space` on a free port; yield its address, the seconds until it answered, and its CPU seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,8 +89,8 @@ def _served() -> Iterator[tuple[str, float, float]]:
             if process.poll() is not None:
                 assert process.stderr is not None
                 raise PivotError(f"the app did not start: {process.stderr.read().strip()[-500:]}")
-            if time.perf_counter() - started > PATIENCE_S:
-                raise PivotError(f"the app did not answer within {PATIENCE_S:.0f} s.")
+            if time.perf_counter() - started > START_TIMEOUT_S:
+                raise PivotError(f"the app did not answer within {START_TIMEOUT_S:.0f} s.")
             time.sleep(0.05)
         ready = time.perf_counter() - started
         used = psutil.Process(process.pid).cpu_times()
@@ -113,13 +115,13 @@ def _clicks(url: str, count: int) -> list[float]:
     seconds = []
     for scene in range(count):
         began = time.perf_counter()
-        client.predict(scene=scene, api_name="/look")
+        client.predict(scene=scene, api_name="/compare")
         seconds.append(time.perf_counter() - began)
     return seconds
 
 
 def _browser_clicks(url: str, count: int) -> list[float] | None:
-    """Seconds from a click on `Another scene` until the new maps are in the page; None without a browser."""
+    """Measure the seconds from a click on "Another scene" until the new maps are drawn; None without a browser."""
     chromium = shutil.which("chromium")
     if chromium is None or find_spec("playwright") is None:
         return None
@@ -129,7 +131,7 @@ def _browser_clicks(url: str, count: int) -> list[float] | None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(url)
-        page.wait_for_selector("#stage img.heat", timeout=1000 * PATIENCE_S)
+        page.wait_for_selector("#comparison img.heat", timeout=1000 * START_TIMEOUT_S)
         seconds = []
         for _ in range(count):
             seconds.append(page.evaluate(_CLICK) / 1000)
@@ -138,47 +140,48 @@ def _browser_clicks(url: str, count: int) -> list[float] | None:
 
 
 _CLICK = """() => new Promise((done) => {
-  const stage = document.querySelector("#stage");
-  const before = stage.querySelector("section").innerHTML;
+  const comparison = document.querySelector("#comparison");
+  const before = comparison.querySelector("section").innerHTML;
   const began = performance.now();
   const watch = new MutationObserver(() => {
-    const heat = stage.querySelector("img.heat");
-    if (!heat || stage.querySelector("section").innerHTML === before) return;
+    const heat = comparison.querySelector("img.heat");
+    if (!heat || comparison.querySelector("section").innerHTML === before) return;
     watch.disconnect();
     heat.decode().then(() => requestAnimationFrame(() => done(performance.now() - began)));
   });
-  watch.observe(stage, { childList: true, subtree: true, characterData: true });
+  watch.observe(comparison, { childList: true, subtree: true, characterData: true });
   document.querySelector("#another").click();
 })"""
 
 
 def _crowd(url: str, visitors: int) -> dict[str, Any]:
-    """Let visitors who are all connected ask at the same moment, each for a scene of its own."""
+    """Let connected visitors request comparisons almost at the same time, each of another scene."""
     from gradio_client import Client
 
     clients = [Client(url, verbose=False) for _ in range(visitors)]
-    gate = threading.Barrier(visitors)
-    asked, served, errors = [0.0] * visitors, [0.0] * visitors, []
+    start_together = threading.Barrier(visitors)
+    requested_at, served_at = [0.0] * visitors, [0.0] * visitors
+    errors: list[str] = []
 
     def visit(number: int) -> None:
-        gate.wait()
-        # A tenth of a second apart, less than one look takes: the order of arrival is known, and the line still grows.
+        start_together.wait()
+        # A tenth of a second apart: the order of arrival is known, and the queue grows, as a comparison takes longer.
         time.sleep(0.1 * number)
-        asked[number] = time.perf_counter()
+        requested_at[number] = time.perf_counter()
         try:
-            clients[number].predict(scene=1000 + number, api_name="/look")
-        except Exception as error:  # whatever goes wrong for a visitor is what is counted here
+            clients[number].predict(scene=1000 + number, api_name="/compare")
+        except Exception as error:  # any error of a visitor is counted
             errors.append(f"{type(error).__name__}: {error}")
-        served[number] = time.perf_counter()
+        served_at[number] = time.perf_counter()
 
     threads = [threading.Thread(target=visit, args=(n,)) for n in range(visitors)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seconds = [round(s - a, 3) for a, s in zip(asked, served, strict=True)]
+    seconds = [round(end - start, 3) for start, end in zip(requested_at, served_at, strict=True)]
     pairs = [(i, j) for i in range(visitors) for j in range(i + 1, visitors)]
-    overtaken = sum((asked[i] < asked[j]) != (served[i] < served[j]) for i, j in pairs)
+    overtaken = sum((requested_at[i] < requested_at[j]) != (served_at[i] < served_at[j]) for i, j in pairs)
     return {
         "count": visitors,
         "errors": errors,

@@ -1,4 +1,4 @@
-"""Does drawing the built-in world keep up with the training that consumes it?"""
+"""Whether drawing the synthetic Shapes dataset keeps up with the training that consumes it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from pivot_hub.training.stage import trainer_arguments
 
 
 def bench_shapes(repeats: int = 5, batch: int = 64) -> dict[str, Any]:
-    """Time drawing a batch of the built-in world against the training step that consumes it.
+    """Compare the time of drawing a batch of the synthetic Shapes dataset with that of a training step on it.
 
-    Rendering, tokenising and the step of the instruct recipe's MLLM alternate, so that a slow spell hits all.
+    Rendering, tokenising and the step of the align recipe's MLLM alternate, so that a slow period of the machine
+    affects all of them.
 
     Args:
-        repeats: batches.
-        batch: rows of each.
+        repeats: Number of batches.
+        batch: Rows of each batch.
 
     Returns:
-        Median seconds a batch for `render`, `collate` and `step`, and the share of the step that drawing takes.
+        Median seconds a batch for `render`, `collate` and `step`, and the time of rendering over that of the step.
     """
     align = load_recipe("shapes/1-align", [f"data.0.rows={batch * repeats}"])
     with tempfile.TemporaryDirectory() as folder:
@@ -37,14 +38,15 @@ def bench_shapes(repeats: int = 5, batch: int = 64) -> dict[str, Any]:
         for start in range(0, batch * repeats, batch):
             began = time.perf_counter()
             rows = [trainer.train_dataset[i] for i in range(start, start + batch)]  # type: ignore[index]
-            drawn = time.perf_counter()
+            rendered = time.perf_counter()
             inputs = trainer.data_collator(rows)
             collated = time.perf_counter()
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)).backward()
-            done = time.perf_counter()
-            for name, seconds in zip(times, (drawn - began, collated - drawn, done - collated), strict=True):
-                times[name].append(seconds)
-    medians = {name: round(statistics.median(some), 4) for name, some in times.items()}
+            finished = time.perf_counter()
+            times["render"].append(rendered - began)
+            times["collate"].append(collated - rendered)
+            times["step"].append(finished - collated)
+    medians = {name: round(statistics.median(seconds), 4) for name, seconds in times.items()}
     return {
         "benchmark": "shapes",
         "batch": batch,

@@ -1,4 +1,4 @@
-"""`pivot bench`: one thing timed against another in one run."""
+"""`pivot bench`: alternatives timed within one run, and compared by their ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pivot_hub.cli.app import JsonPath, bench, log, numbers, write
 
 @bench.command("shapes")
 def bench_shapes(json_path: JsonPath = None) -> None:
-    """Does drawing the built-in world keep up with training?
+    """Measure whether drawing the synthetic Shapes dataset keeps up with training.
 
     Example: `pivot bench shapes --json bench.json`
     """
@@ -20,18 +20,18 @@ def bench_shapes(json_path: JsonPath = None) -> None:
     measured = bench_shapes()
     for name, seconds in measured["seconds_per_batch"].items():
         log(f"{name:8} {1000 * seconds:8.1f} ms for a batch of {measured['batch']}")
-    log(f"drawing takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
+    log(f"rendering takes {100 * measured['render_share_of_step']:.0f}% of the step's time")
     write(json_path, measured)
 
 
 @bench.command("train-step")
 def bench_train_step(
-    recipe: Annotated[str, typer.Argument(help="A recipe of instruct, sft or dpo.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as for train.")] = None,
+    recipe: Annotated[str, typer.Argument(help="Recipe of instruct, sft or dpo.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides, dotted.key=value, as for train.")] = None,
     steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 50,
     json_path: JsonPath = None,
 ) -> None:
-    """Time and memory of a recipe's steps at its real shapes, with random weights, beside the planner's figures.
+    """Compare time and memory of a recipe's steps, at its real shapes with random weights, with the planner's figures.
 
     Example: `pivot bench train-step siglip2-so400m/3-dpo --json train-step.json`
     """
@@ -43,14 +43,14 @@ def bench_train_step(
 
 @bench.command("loader")
 def bench_loader(
-    recipe: Annotated[str, typer.Argument(help="Whose image size and step time are taken.")] = (
+    recipe: Annotated[str, typer.Argument(help="Recipe that gives the image size and the time of a step.")] = (
         "siglip2-so400m/2-instruct"
     ),
     rows: Annotated[int, typer.Option(help="Rows of the data set.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Passes over it.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Passes over the data set.")] = 5,
     json_path: JsonPath = None,
 ) -> None:
-    """Does reading rows keep up with the GPU that trains on them?
+    """Measure whether reading rows keeps up with the GPU that trains on them.
 
     Example: `pivot bench loader --json loader.json`
     """
@@ -62,14 +62,16 @@ def bench_loader(
 @bench.command("encoder")
 def bench_encoder(
     encoder: Annotated[
-        str, typer.Argument(help="Folder or Hub name, or a size of SigLIP with random weights.")
+        str, typer.Argument(help="Folder, Hub name, or a size of SigLIP, which gets random weights.")
     ] = "siglip-base-patch16-224",
     batch: Annotated[int, typer.Option(help="Images of one pass.")] = 8,
     rounds: Annotated[int, typer.Option(help="Passes of each form.")] = 5,
-    forms: Annotated[str | None, typer.Option(help="Comma-separated, as in native,pivot,onnx; all by default.")] = None,
+    forms: Annotated[
+        str | None, typer.Option(help="Comma-separated forms such as native,pivot; all by default.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Images per second and memory of an encoder: native, ours, compiled, half, ONNX, int8.
+    """Measure speed and memory of an encoder: native, PivotVisionModel, compiled, bfloat16, ONNX, int8.
 
     Example: `pivot bench encoder siglip-so400m-patch14-384 --batch 2 --json bench.json`
     """
@@ -81,11 +83,11 @@ def bench_encoder(
 
 @bench.command("space")
 def bench_space(
-    visitors: Annotated[int, typer.Option(help="Clients at once.")] = 20,
-    clicks: Annotated[int, typer.Option(help="Scenes one client asks for, one after the other.")] = 20,
+    visitors: Annotated[int, typer.Option(help="Number of simultaneous visitors.")] = 20,
+    clicks: Annotated[int, typer.Option(help="Scenes that one client requests, one after the other.")] = 20,
     json_path: JsonPath = None,
 ) -> None:
-    """How soon the app is ready, how soon a click has its picture, and how it serves many visitors at once.
+    """Measure the app: seconds until it is ready, from a click to its image, and with many simultaneous visitors.
 
     Example: `pivot bench space --json space.json`
     """
@@ -96,13 +98,13 @@ def bench_space(
 
 @bench.command("dpo-step")
 def bench_dpo_step(
-    size: Annotated[str, typer.Option(help="tiny, or so400m-1.5b for a GPU.")] = "tiny",
-    batch: Annotated[int, typer.Option(help="Pairs of a step.")] = 4,
+    size: Annotated[str, typer.Option(help="Size of the model: tiny, or so400m-1.5b for a GPU.")] = "tiny",
+    batch: Annotated[int, typer.Option(help="Preference pairs of a step.")] = 4,
     rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 5,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="With gradient checkpointing.")] = False,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Use gradient checkpointing.")] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """A DPO step with stock TRL, with each switch of PivotDPOTrainer alone, and with all.
+    """Time a DPO step with TRL's trainer, with each option of PivotDPOTrainer alone, and with all of them.
 
     Example: `pivot bench dpo-step --size tiny --json dpo-step.json`
     """
@@ -114,20 +116,20 @@ def bench_dpo_step(
 @bench.command("probe")
 def bench_probe(
     images: Annotated[int, typer.Option(help="Rows that are fitted.")] = 50_000,
-    width: Annotated[int, typer.Option(help="Of a feature.")] = 1152,
-    classes: Annotated[int, typer.Option(help="Of the rows.")] = 1000,
+    width: Annotated[int, typer.Option(help="Width of a feature.")] = 1152,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
     cs: Annotated[str, typer.Option(help="Inverse penalties, comma-separated.")] = "0.01,0.03,0.1,0.316,1,3.16",
     tolerance: Annotated[float, typer.Option(help="scikit-learn's tol.")] = 1e-6,
     max_iter: Annotated[int, typer.Option(help="scikit-learn's max_iter.")] = 100,
-    kinds: Annotated[str, typer.Option(help="random and correlated features, comma-separated.")] = "random,correlated",
+    kinds: Annotated[str, typer.Option(help="Kinds of features, comma-separated.")] = "random,correlated",
     json_path: JsonPath = None,
 ) -> None:
-    """Our logistic regression against scikit-learn's: time, loss and accuracy.
+    """Compare our logistic regression with scikit-learn's: time, loss and accuracy.
 
     Example: `pivot bench probe --images 5000 --width 128 --classes 100 --json probe.json`
     """
     from pivot_hub.bench.probe import bench_probe
 
-    chosen = numbers("--cs", cs, float)
-    measured = bench_probe(images, width, classes, chosen, tolerance, max_iter, tuple(kinds.split(",")), log=log)
+    penalties = numbers("--cs", cs, float)
+    measured = bench_probe(images, width, classes, penalties, tolerance, max_iter, tuple(kinds.split(",")), log=log)
     write(json_path, measured)

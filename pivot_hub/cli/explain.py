@@ -1,4 +1,4 @@
-"""Commands that show what models look at."""
+"""Commands that show which parts of an image a model uses."""
 
 from __future__ import annotations
 
@@ -15,84 +15,103 @@ from pivot_hub.errors import RecipeError
 @app.command()
 def gradcam(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
-    image: Annotated[Path, typer.Argument(help="The image to look at.")],
-    question: Annotated[str, typer.Option(help="What is asked.")],
-    answer: Annotated[str, typer.Option(help="The answer to explain; for dpo the right one.")],
-    rejected: Annotated[str | None, typer.Option(help="The wrong answer, for dpo.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
-    explain: Annotated[str, typer.Option(help="answer, sft or dpo.")] = "answer",
-    output: Annotated[Path, typer.Option(help="The figure.")] = Path("gradcam.png"),
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[str, typer.Option(help="Question about the image.")],
+    answer: Annotated[str, typer.Option(help="Answer to explain; for dpo the right one.")],
+    rejected: Annotated[str | None, typer.Option(help="Wrong answer, for dpo.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Checkpoint of the parent, for dpo.")] = None,
+    explain: Annotated[str, typer.Option(help="Quantity to explain: answer, sft or dpo.")] = "answer",
+    output: Annotated[Path, typer.Option(help="File that the figure is written to.")] = Path("gradcam.png"),
     overfit: Annotated[
-        bool, typer.Option("--overfit", help="Train on this pair alone, by each loss, and draw both on the way.")
+        bool,
+        typer.Option("--overfit", help="Train on these two answers alone, by each loss, and draw the maps on the way."),
     ] = False,
-    steps: Annotated[str, typer.Option(help="For --overfit, when to look, comma-separated; 0 is before.")] = "10,20,30",
+    steps: Annotated[
+        str, typer.Option(help="For --overfit, steps after which maps are drawn, comma-separated; 0 is the parent.")
+    ] = "10,20,30",
     learning_rate: Annotated[
-        str | None, typer.Option(help="For --overfit, as in 3e-5, or one a loss, as in sft=1e-5,dpo=3e-5.")
+        str | None,
+        typer.Option(
+            help="For --overfit, learning rate of both losses, as in 3e-5, or of each, as in sft=1e-5,dpo=3e-5."
+        ),
     ] = None,
-    beta: Annotated[float, typer.Option(help="For --overfit, of the DPO loss.")] = 0.1,
+    beta: Annotated[float, typer.Option(help="For --overfit, beta of the DPO loss.")] = 0.1,
     mask: Annotated[
-        Path | None, typer.Option(help="For --overfit, a picture that is black outside of the thing asked about.")
+        Path | None, typer.Option(help="For --overfit, an image that is black outside the object of the question.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Draw where an answer, or a loss on it, depends on the image.
+    """Draw saliency maps: where an answer, or a loss on it, depends on the image.
 
     Example: `pivot gradcam runs/shapes/3-dpo scene.png --question "What is it?" --answer "It is a star."`; the paper's
-    experiment on one pair: `pivot gradcam runs/shapes/2-instruct scene.png --question "What is it?" --answer
+    experiment on one preference pair: `pivot gradcam runs/shapes/2-instruct scene.png --question "What is it?" --answer
     "It is a star." --rejected "It is a ring." --overfit --json overfit.json`
     """
-    from pivot_hub.explain.figure import draw_maps, draw_rows
-
     if overfit:
-        from pivot_hub.explain.overfit_pair import LOSSES, figure_rows, overfit_file
+        from pivot_hub.explain.overfit_pair import LOSSES
 
-        looked = numbers("--steps", steps, int)
-        rates = {} if learning_rate is None else _rates(learning_rate, LOSSES)
-        runs, picture, seen, metadata = overfit_file(
-            checkpoint, image, question, answer, rejected, looked, rates, beta, mask
-        )
-        heading = f"{question}\nright: {answer}   wrong: {rejected}"
-        heading += "" if seen is None else f"   target: {100 * seen.mean():.0f}% of the image"
-        draw_rows(figure_rows(runs, picture, seen), output, heading, rows_a_scale=len(LOSSES))
-        for run in runs:
-            log(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(looked)} steps")
-        log(f"figure: {output}")
-        write(json_path, metadata)
+        step_numbers = numbers("--steps", steps, int)
+        learning_rates = {} if learning_rate is None else _learning_rates(learning_rate, LOSSES)
+        arguments = (checkpoint, image, question, answer, rejected, step_numbers, learning_rates, beta, mask)
+        _draw_overfitting(arguments, output, json_path)
         return
+    from pivot_hub.explain.figure import draw_maps
     from pivot_hub.explain.gradcam import explain_file
 
-    made, picture = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
-    draw_maps(picture, [(f"{method} of {explain}", grid) for method, grid in made.maps.items()], output)
-    log(f"figure: {output}; {explain} is {made.value:.4f}")
-    maps = {method: grid.tolist() for method, grid in made.maps.items()}
-    write(json_path, {"explain": explain, "value": made.value, "maps": maps})
+    explanation, encoder_image = explain_file(checkpoint, image, question, answer, explain, rejected, reference)
+    draw_maps(encoder_image, [(f"{method} of {explain}", grid) for method, grid in explanation.maps.items()], output)
+    log(f"figure: {output}; {explain} is {explanation.value:.4f}")
+    maps = {method: grid.tolist() for method, grid in explanation.maps.items()}
+    write(json_path, {"explain": explain, "value": explanation.value, "maps": maps})
 
 
-def _rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
-    """A rate for all losses, or `loss=rate` with commas between them."""
+def _draw_overfitting(arguments: tuple[Any, ...], output: Path, json_path: Path | None) -> None:
+    """Run `overfit_file` on its arguments, and draw the maps of both losses."""
+    from pivot_hub.explain.figure import draw_rows
+    from pivot_hub.explain.overfit_pair import LOSSES, figure_rows, overfit_file
+
+    _, _, question, answer, rejected, step_numbers, *_ = arguments
+    runs, encoder_image, encoder_mask, metadata = overfit_file(*arguments)
+    heading = f"{question}\nright: {answer}   wrong: {rejected}"
+    if encoder_mask is not None:
+        heading += f"   target: {100 * encoder_mask.mean():.0f}% of the image"
+    draw_rows(figure_rows(runs, encoder_image, encoder_mask), output, heading, rows_per_scale=len(LOSSES))
+    for run in runs:
+        log(f"{run.loss} loss {run.losses[0]:.4f} -> {run.losses[-1]:.4f} after {max(step_numbers)} steps")
+    log(f"figure: {output}")
+    write(json_path, metadata)
+
+
+def _learning_rates(text: str, losses: Sequence[str]) -> dict[Any, float]:
+    """Read one learning rate for all losses, or `loss=learning rate` with commas between them."""
     if "=" not in text:
         return dict.fromkeys(losses, numbers("--learning-rate", text, float)[0])
-    rates = dict(part.partition("=")[::2] for part in text.split(","))
-    if unknown := [loss for loss in rates if loss not in losses]:
-        raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is no loss; it is one of {', '.join(losses)}.")
-    return {loss: numbers("--learning-rate", rate, float)[0] for loss, rate in rates.items()}
+    values = dict(part.partition("=")[::2] for part in text.split(","))
+    unknown = [loss for loss in values if loss not in losses]
+    if unknown:
+        raise RecipeError(f"--learning-rate {text!r}: {unknown[0]!r} is not a loss; give one of {', '.join(losses)}.")
+    return {loss: numbers("--learning-rate", value, float)[0] for loss, value in values.items()}
 
 
 @app.command()
 def space(
-    first: Annotated[str, typer.Option(help="An MLLM, shown on the left: a folder.")] = "",
-    second: Annotated[str, typer.Option(help="Another, shown on the right.")] = "",
-    parent: Annotated[str, typer.Option(help="The parent of both, for the DPO loss.")] = "",
+    first: Annotated[str, typer.Option(help="Folder of the first MLLM, shown on the left.")] = "",
+    second: Annotated[str, typer.Option(help="Folder of the second MLLM, shown on the right.")] = "",
+    parent: Annotated[str, typer.Option(help="Folder of the parent of both, for the DPO loss.")] = "",
     runs: Annotated[
         Path | None,
         typer.Option(
             help="Folder of checkpoints that visitors may name; its 3-sft and 3-dpo are shown without --first."
         ),
     ] = None,
-    port: Annotated[int, typer.Option(help="Where it listens.")] = 7860,
-    host: Annotated[str, typer.Option(help="Address it listens at; this machine only by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port that the app listens on.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address that the app listens on; reachable from this machine only by default.")
+    ] = "127.0.0.1",
 ) -> None:
-    """Serve the app that shows what DPO changed: one picture under two encoders' maps; the shipped pair by default.
+    """Serve the app that shows what DPO changed: saliency maps of two encoders on one image.
+
+    Without --first and --runs it shows the models that ship with the package.
 
     Example: `pivot space --port 7860`, or `pivot space --runs quickstart/runs/shapes`
     """
@@ -109,14 +128,16 @@ def space(
 @app.command()
 def pair(
     runs: Annotated[Path, typer.Argument(help="Folder with the stages 2-instruct, 3-sft and 3-dpo.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the pack; replaced if it exists.")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder that the model bundle is written to; an existing one is replaced.")
+    ],
 ) -> None:
-    """Pack an SFT and a DPO MLLM with their parent, small enough to ship with the app.
+    """Pack an SFT and a DPO MLLM with their parent into a model bundle, small enough to ship with the app.
 
     Example: `pivot pair quickstart/runs/shapes recipes/shapes/pair`
     """
-    from pivot_hub.demo.model_bundle import pack_bundle
+    from pivot_hub.demo.packed_bundle import pack_bundle
 
     folder = pack_bundle(runs, output)
     size = sum(f.stat().st_size for f in folder.iterdir())
-    log(f"pair: {folder}, {size / 1e6:.1f} MB")
+    log(f"model bundle: {folder}, {size / 1e6:.1f} MB")

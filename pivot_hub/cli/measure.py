@@ -1,4 +1,4 @@
-"""Commands that measure encoders and MLLMs, and hold results against each other."""
+"""Commands that measure encoders and MLLMs, and compare results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, write
+from pivot_hub.config.data_section import OnBadRow
 
 
 @app.command()
@@ -17,20 +18,23 @@ def probe(
         str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; a Hub data set.")
     ] = "shapes",
     protocols: Annotated[
-        str, typer.Option(help="For classes, comma-separated: prototypes, fast, full, knn, attention.")
+        str, typer.Option(help="For class data, comma-separated: prototypes, fast, full, knn, attention.")
     ] = "prototypes,fast,full,knn",
-    revision: Annotated[str | None, typer.Option(help="Of a Hub data set.")] = None,
-    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, that the encoder computes in.")] = "float32",
-    on_bad_row: Annotated[str, typer.Option(help="stop at an image that cannot be decoded, or skip it.")] = "stop",
-    cache: Annotated[Path | None, typer.Option(help="Folder of computed features; below HF_HOME by default.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode; one a core by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub data set.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type that the encoder computes in: float32 or bfloat16.")] = "float32",
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="Raise an error for an image that cannot be decoded (stop), or skip it.")
+    ] = OnBadRow.STOP,
+    cache: Annotated[Path | None, typer.Option(help="Folder of cached features; below HF_HOME by default.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode images; one per core by default.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure a frozen encoder: classification and segmentation of the built-in world, or classes of images.
+    """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
 
     Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
     """
+    from pivot_hub.probes.features import EncodingOptions
     from pivot_hub.probes.run import probe_encoder
 
     with bar("images") as advance:
@@ -41,10 +45,7 @@ def probe(
             on_bad_row,
             protocols=tuple(protocols.split(",")),
             revision=revision,
-            dtype=dtype,
-            cache=cache,
-            workers=workers,
-            progress=advance,
+            encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -56,19 +57,19 @@ def compare(
     encoders: Annotated[
         list[str],
         typer.Argument(
-            help="Two or more: folders, Hub names, files that `--json` of a probe wrote, or folders of such files, one "
-            "a training seed, as a study's results are."
+            help="Two or more encoders: folders, Hub names, files that `--json` of a probe wrote, or folders with one "
+            "such file for each training seed, as a study writes them."
         ),
     ],
-    data: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "shapes",
-    protocols: Annotated[str, typer.Option(help="For encoders, as for `pivot probe`.")] = "prototypes,fast,full,knn",
-    seed: Annotated[int, typer.Option(help="Of splits, samples and bootstrap.")] = 0,
-    draws: Annotated[int, typer.Option(help="Of the paired bootstrap.")] = 10_000,
+    data: Annotated[str, typer.Option(help="Data to probe encoders on, as for `pivot probe`.")] = "shapes",
+    protocols: Annotated[str, typer.Option(help="Protocols, as for `pivot probe`.")] = "prototypes,fast,full,knn",
+    seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap.")] = 0,
+    draws: Annotated[int, typer.Option(help="Number of draws of the paired bootstrap.")] = 10_000,
     figure: Annotated[Path | None, typer.Option(help="Draw the differences here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Which encoder is better, on the same test items; each is compared with the first.
+    """Compare encoders with the first one on the same test items, to find out which is better.
 
     Example: `pivot compare hub/pivot/shapes-sft hub/pivot/shapes-dpo --figure compare.png`
     """
@@ -77,70 +78,69 @@ def compare(
     from pivot_hub.probes.significance import compare_results, compare_seeds, draw_comparisons, read_seeds
 
     if seeds := read_seeds(encoders):
-        made = compare_seeds(seeds, draws, seed)
+        comparisons = compare_seeds(seeds, draws, seed)
     else:
         with bar("images") as advance:
-            measured = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
-        made = compare_results(measured, draws, seed)
-    out.print(made.table())
-    log(made.method())
+            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+        comparisons = compare_results(results, draws, seed)
+    out.print(comparisons.table())
+    log(comparisons.method())
     if markdown:
-        write_whole(markdown, made.markdown())
+        write_whole(markdown, comparisons.markdown())
     if figure:
-        draw_comparisons(made, figure)
-    write(json_path, made.to_dict())
+        draw_comparisons(comparisons, figure)
+    write(json_path, comparisons.to_dict())
 
 
 @app.command()
 def localize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
-    data: Annotated[Path, typer.Option(help="A folder of photos; with `images` and `labels` in it, YOLO's layout.")],
-    boxes: Annotated[Path | None, typer.Option(help="A folder of YOLO label files, or a COCO JSON file.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="A folder of id masks, PNG.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of images; or YOLO's layout, with `images` and `labels` in it.")],
+    boxes: Annotated[Path | None, typer.Option(help="Folder of YOLO label files, or a COCO JSON file.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of id masks in PNG format.")] = None,
     names: Annotated[
-        Path | None, typer.Option(help="YAML with the names of ids; else looked for by the labels.")
+        Path | None, typer.Option(help="YAML file with the names of ids; by default the one beside the labels.")
     ] = None,
-    ignore: Annotated[str, typer.Option(help="For --masks, ids that are no class, comma-separated.")] = "255",
-    explain: Annotated[str, typer.Option(help="Some of answer, sft, dpo, comma-separated.")] = "answer",
-    reference: Annotated[Path | None, typer.Option(help="The parent's checkpoint, for dpo.")] = None,
+    ignore: Annotated[str, typer.Option(help="Ids of --masks that are no class, comma-separated.")] = "255",
+    explain: Annotated[str, typer.Option(help="One or more of answer, sft, dpo, comma-separated.")] = "answer",
+    reference: Annotated[Path | None, typer.Option(help="Checkpoint of the parent, for dpo.")] = None,
     question: Annotated[str, typer.Option(help="Template of the question.")] = "Is there {article} {name}?",
     answer: Annotated[str, typer.Option(help="Template of the right answer.")] = "Yes, there is {article} {name}.",
-    rejected: Annotated[str, typer.Option(help="Template of the wrong one, for dpo.")] = "No, there is no {name}.",
-    limit: Annotated[int | None, typer.Option(help="How many photos, drawn by the seed; all by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the bootstrap and random weights.")] = 0,
-    on_bad_row: Annotated[str, typer.Option(help="stop at a bad photo or label, or skip the photo.")] = "stop",
+    rejected: Annotated[str, typer.Option(help="Template of the wrong answer, for dpo.")] = "No, there is no {name}.",
+    limit: Annotated[int | None, typer.Option(help="Number of images, drawn by the seed; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the bootstrap and random weights.")] = 0,
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="Raise an error for a bad image or label (stop), or skip the image.")
+    ] = OnBadRow.STOP,
     name: Annotated[
-        str | None, typer.Option(help="Of the encoder in the results; the checkpoint's by default.")
+        str | None, typer.Option(help="Name of the encoder in the results; the checkpoint's by default.")
     ] = None,
     random_vision: Annotated[
-        bool, typer.Option("--random-vision", help="First give the vision tower random weights: the floor.")
+        bool, typer.Option("--random-vision", help="Give the vision tower random weights first, to measure the floor.")
     ] = False,
     json_path: JsonPath = None,
 ) -> None:
-    """Score an MLLM's gradient maps against boxes or masks of photos: pointing game, energy inside, IoU.
+    """Score an MLLM's gradient maps against boxes or masks of images: pointing game, energy inside, IoU.
 
-    Example: `pivot localize runs/shapes/3-sft --data photos --boxes labels --names data.yaml --json results.json`
+    Example: `pivot localize runs/shapes/3-sft --data images --boxes labels --names data.yaml --json results.json`
     """
-    from pivot_hub.probes.localization.gradient_maps import Wording, localize_folder
+    from pivot_hub.probes.localization.gradient_maps import LabelFiles, Wording, localize_folder
 
+    ignored = numbers("--ignore", ignore, int) if ignore else []
     results, left_out = localize_folder(
         checkpoint,
         data,
-        boxes,
-        masks,
-        names,
-        numbers("--ignore", ignore, int) if ignore else [],
+        LabelFiles(boxes, masks, names, ignored, on_bad_row),
         explain.split(","),
         reference,
         Wording(question, answer, rejected),
         limit,
         seed,
-        on_bad_row,
         name,
         random_vision,
     )
     if left_out:
-        log(f"{len(left_out)} photos or targets left out, the first: {left_out[0]}")
+        log(f"{len(left_out)} images or targets left out, the first: {left_out[0]}")
     show(results, json_path)
 
 
@@ -148,22 +148,27 @@ def localize(
 def segment(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
-    masks: Annotated[Path | None, typer.Option(help="The masks, where --data holds the images alone.")] = None,
-    ignore: Annotated[str | None, typer.Option(help="Ids that count nowhere, as in 255,0; 255 by default.")] = None,
-    classes: Annotated[int | None, typer.Option(help="How many ids there are; by default what the masks hold.")] = None,
-    names: Annotated[Path | None, typer.Option(help="Names of ids: .txt, .json or .yaml.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="The masks, if --data contains only the images.")] = None,
+    ignore: Annotated[str | None, typer.Option(help="Ids that are never counted, as in 255,0; 255 by default.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of ids; by default found in the masks.")] = None,
+    names: Annotated[Path | None, typer.Option(help="File with the names of ids: .txt, .json or .yaml.")] = None,
     heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
-    image_px: Annotated[str | None, typer.Option(help="Sizes of images, as in 384,512; the encoder's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the heads and the bootstrap.")] = 0,
-    on_bad_row: Annotated[str, typer.Option(help="stop at a file that cannot be used, or skip it.")] = "stop",
+    image_px: Annotated[
+        str | None, typer.Option(help="Image sizes, as in 384,512; the encoder's own by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the bootstrap.")] = 0,
+    on_bad_row: Annotated[
+        OnBadRow, typer.Option(help="Raise an error for a file that cannot be used (stop), or skip it.")
+    ] = OnBadRow.STOP,
     cache: Annotated[
-        Path | None, typer.Option(help="Keep the tokens here, so that a stopped run goes on; else they are temporary.")
+        Path | None,
+        typer.Option(help="Keep the tokens in this folder, so that a stopped run resumes; temporary by default."),
     ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure a frozen encoder by the classes of pixels: mIoU, pixel accuracy and recall of heads on its patch tokens.
+    """Measure a frozen encoder by segmentation: mIoU, pixel accuracy and recall of heads on its patch tokens.
 
-    Beside the JSON go the tallies of images (.npz) and the scores of single classes (.classes.json).
+    The per-example scores (.npz) and the scores of single classes (.classes.json) are written beside the JSON.
 
     Example: `pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016 --image-px 384,512 --json ade20k.json`
     """
@@ -172,12 +177,12 @@ def segment(
     from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
-    from pivot_hub.probes.segmentation.protocols import cached_encode, per_class, segment_masks
+    from pivot_hub.probes.segmentation.protocols import SegmentationOptions, cached_encode, per_class, segment_masks
 
     ignored = None if ignore is None else numbers("--ignore", ignore, int) if ignore else []
     sizes = None if image_px is None else numbers("--image-px", image_px, int)
-    known = None if names is None else read_names(names)
-    found = open_masks(data, masks, seed, on_bad_row)
+    given_names = None if names is None else read_names(names)
+    opened = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
     check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -186,15 +191,11 @@ def segment(
         results, skipped = segment_masks(
             model,
             image_processor,
-            found,
+            opened,
             conditions={**metadata, "feature_layer": model.config.pivot["feature_layer"]},
-            ignore_ids=ignored,
-            classes=classes,
-            names=known,
-            heads=heads.split(","),
-            image_px=sizes,
-            seed=seed,
-            on_bad_row=on_bad_row,
+            options=SegmentationOptions(
+                ignored, classes, given_names, heads.split(","), sizes, seed=seed, on_bad_row=on_bad_row
+            ),
             encode=None if cache is None else cached_encode(model, image_processor, metadata, cache, advance),
             log=log,
         )
@@ -203,7 +204,9 @@ def segment(
     show(results, json_path)
     if json_path is not None:
         scores = {
-            r.task: per_class(r.example_scores, known or found.names) for r in results if r.example_scores is not None
+            r.task: per_class(r.example_scores, given_names or opened.names)
+            for r in results
+            if r.example_scores is not None
         }
         write_json(json_path.with_suffix(".classes.json"), {"skipped": skipped, "classes": scores})
 
@@ -211,10 +214,10 @@ def segment(
 @app.command()
 def read(
     language: Annotated[str, typer.Argument(help="Folder or Hub name of a causal language model.")],
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     json_path: JsonPath = None,
 ) -> None:
-    """Measure what a language model reads of the built-in world's scenes in words, before it sees any.
+    """Measure what a language model reads of scenes of the synthetic Shapes dataset in words, before it sees any.
 
     Example: `pivot read recipes/shapes/base/language`
     """
@@ -226,14 +229,18 @@ def read(
 @evaluation.command("vqa")
 def eval_vqa(
     mllm: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results, of one MLLM; run again to go on.")] = Path("vqa"),
+    output: Annotated[Path, typer.Option(help="Folder for the results of one MLLM; run again to resume.")] = Path(
+        "vqa"
+    ),
     tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated, as in gqa,mmvp; the paper's 16 by default.")
+        str | None, typer.Option(help="Tasks, comma-separated, as in gqa,mmvp; the paper's 16 by default.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task, for a trial; never averaged.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions of one pass.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
-    include_path: Annotated[Path | None, typer.Option(help="A folder with lmms-eval task files of your own.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Number of questions per task, for a trial; never averaged.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of questions in one pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32, float16 or bfloat16.")] = "float32",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lmms-eval task files.")] = None,
     python: Annotated[
         Path | None, typer.Option(help="Python with lmms-eval; by default $PIVOT_LMMS_PYTHON, else this one.")
     ] = None,
@@ -246,9 +253,9 @@ def eval_vqa(
     from pivot_hub.probes.vqa.lmms_eval import evaluate_vqa
 
     names = [t.strip() for t in tasks.split(",")] if tasks else []
-    made = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, log=log)
-    out.print(made.table())
-    for sentence in made.refused:
-        log(sentence)
+    results = evaluate_vqa(mllm, output, names, limit, batch_size, dtype, include_path, python, log=log)
+    out.print(results.table())
+    for reason in results.refused:
+        log(reason)
     log(f"results: {output / 'results.json'}")
-    write(json_path, made.to_dict())
+    write(json_path, results.to_dict())

@@ -73,11 +73,11 @@ def print_plan(
 ) -> None:
     """Print a stage's plan, and write it as JSON if a file is named."""
     from pivot_hub.planner.estimate import plan_stage
-    from pivot_hub.planner.gpus import MFU
+    from pivot_hub.planner.gpus import HFU
 
     measured = json.loads(lengths.read_text()) if lengths else None
     with out.status("profiling a step on fake tensors, which takes about half a minute"):  # on a terminal only
-        plan = plan_stage(loaded, accelerate_config, processes, MFU if mfu is None else mfu, measured)
+        plan = plan_stage(loaded, accelerate_config, processes, HFU if mfu is None else mfu, measured)
     out.print(plan.table(), markup=False)
     write(json_path, plan.to_dict())
 

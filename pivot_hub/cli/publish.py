@@ -1,4 +1,4 @@
-"""Commands that make an encoder of a checkpoint, use it, and bring it to a hub and back."""
+"""Commands that extract an encoder from a checkpoint, use it, and publish it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pivot_hub.cli.app import JsonPath, app, bar, log, write
-from pivot_hub.errors import PublishError
+from pivot_hub.errors import CardError, PublishError
 
 
 @app.command()
@@ -34,14 +34,14 @@ def verify(
     encoder: Annotated[str, typer.Argument(help="Folder of an encoder repository, or its name on the Hub.")],
     json_path: JsonPath = None,
 ) -> None:
-    """Check a repository: hashes, keys, golden vectors, no pickle, no unexpected file, the card against the results.
+    """Check a repository: hashes, keys, golden vectors, no pickle, no unexpected file, and the card's numbers.
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
     from pivot_hub.publish.pull import fetch, published_problems, repository_problems
 
     if Path(encoder).exists() or "/" not in encoder:
-        with_card = (Path(encoder) / "README.md").is_file()  # an encoder that was just extracted has none yet
+        with_card = (Path(encoder) / "README.md").is_file()  # an encoder has no card before `pivot card`
         problems = published_problems(encoder) if with_card else repository_problems(encoder)
     else:
         problems = published_problems(fetch(encoder, log=log))
@@ -55,43 +55,64 @@ def verify(
 
 @app.command()
 def card(
-    encoder: Annotated[Path, typer.Argument(help="Folder of an encoder repository.")],
+    encoder: Annotated[Path | None, typer.Argument(help="Folder of an encoder repository.")] = None,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Results to put in; base.json, sft.json, dpo.json name their columns.")
+        list[Path] | None,
+        typer.Option(help="Results to add; the names base.json, sft.json and dpo.json become column headings."),
     ] = None,
-    prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
-    repository: Annotated[str | None, typer.Option(help="Its name on the Hub, when not the prose's.")] = None,
+    prose: Annotated[str | None, typer.Option(help="Prose of the card: a YAML file, or a name of model_cards.")] = None,
+    repository: Annotated[str | None, typer.Option(help="Name on the Hub, where it differs from the prose's.")] = None,
+    all_cards: Annotated[
+        bool, typer.Option("--all", help="Render all cards of model_cards/ in the source checkout.")
+    ] = False,
+    quickstart: Annotated[
+        Path | None,
+        typer.Option(help="With --all, folder of a finished quickstart; its results are recorded first."),
+    ] = None,
 ) -> None:
-    """Put results and the card made of them into an encoder repository; a missing fact is an error that names it.
+    """Write results and the card rendered from them into an encoder repository; an error names what is missing.
 
     Example: `pivot card hub/pivot/mine --prose mine.yaml --results sft.json --results dpo.json`
     """
     from dataclasses import replace
 
     from pivot_hub.probes.result import read_results
+    from pivot_hub.publish.card_collection import write_all_cards
     from pivot_hub.publish.card_inputs import read_prose
     from pivot_hub.publish.staging import write_card
 
-    given = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
-    changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, given or None)
-    log(f"card: {encoder / 'README.md'}{'' if changed else ', as it was'}")
+    if all_cards:
+        if encoder or results or prose or repository:
+            raise CardError("card --all takes no other argument than --quickstart FOLDER.")
+        changed = write_all_cards(quickstart)
+        log(f"cards changed: {', '.join(changed) or 'none'}")
+        return
+    if encoder is None or quickstart is not None:
+        raise CardError("card takes the folder of an encoder repository, or --all [--quickstart FOLDER].")
+    by_name = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
+    is_changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, by_name or None)
+    log(f"card: {encoder / 'README.md'}{'' if is_changed else ', unchanged'}")
 
 
 @app.command()
 def push(
     targets: Annotated[
         list[str],
-        typer.Argument(help="ENCODER REPO: a folder, and owner/name. With --space: Hub names, the Space last."),
+        typer.Argument(help="ENCODER REPO: a folder, and owner/name. With --space: Hub names, the Space's last."),
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Make it private, when it is made.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Publish without asking.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     also: Annotated[str | None, typer.Option(help="Exports to add, comma-separated: onnx, int8.")] = None,
-    prose: Annotated[str | None, typer.Option(help="The card's prose: a YAML file, or a name of model_cards.")] = None,
-    space: Annotated[bool, typer.Option("--space", help="Publish the app; of two MLLMs it starts with them.")] = False,
-    collection: Annotated[str | None, typer.Option(help="Title of a collection for SFT, DPO and base.")] = None,
+    prose: Annotated[str | None, typer.Option(help="Prose of the card: a YAML file, or a name of model_cards.")] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Publish the app; with two or more MLLMs it starts with them.")
+    ] = False,
+    collection: Annotated[
+        str | None, typer.Option(help="Title of a collection for the SFT, the DPO and the base encoder.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Publish an encoder with its card: shows what will change, asks, and makes one commit with the version's tag.
+    """Publish an encoder with its card: show what will change, ask, and make one commit with the version's tag.
 
     Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
     `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
@@ -99,36 +120,36 @@ def push(
     from pivot_hub.publish.card_inputs import read_prose
     from pivot_hub.publish.push import add_to_collection, plan_push
     from pivot_hub.publish.push import push as carry_out
-    from pivot_hub.publish.remote import models_of
+    from pivot_hub.publish.remote import find_mllms
     from pivot_hub.publish.staging import stage_encoder, stage_space
 
     if len(targets) < 2 or (len(targets) > 2 and not space):
         raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
     repo = targets[-1]
     if space:
-        staged = stage_space(repo, targets[:-1], models_of(targets[:-1]))
+        staged = stage_space(repo, targets[:-1], find_mllms(targets[:-1]))
     else:
-        text = read_prose(prose or Path(targets[0]).resolve().name)
-        staged = stage_encoder(targets[0], repo, text, also.split(",") if also else (), log)
+        card_prose = read_prose(prose or Path(targets[0]).resolve().name)
+        staged = stage_encoder(targets[0], repo, card_prose, also.split(",") if also else (), log)
     with staged as publication:
         plan = plan_push(publication, private)
         log(plan.text())
         if plan.changes and not yes:
             if not sys.stdin.isatty():
-                raise PublishError("there is nobody to ask: look at the changes above, and add --yes.", exit_code=2)
+                raise PublishError("no terminal to confirm on: check the changes above, and add --yes.", exit_code=2)
             typer.confirm("Publish this?", abort=True)
-        pushed = carry_out(plan, log=log)
-        metadata = plan.to_dict() | {"commit": pushed.commit, "url": pushed.url, "kind": pushed.kind}
+        result = carry_out(plan, log=log)
+        report = plan.to_dict() | {"commit": result.commit, "url": result.url, "kind": result.kind}
         if collection is not None:
-            metadata["collection"], members = add_to_collection(collection, publication, private)
-            log(f"collection: {metadata['collection']} with {', '.join(members)}")
-    write(json_path, metadata)
-    log(f"{repo}: {pushed.kind} {pushed.commit[:8]}, {pushed.url}")
+            report["collection"], members = add_to_collection(collection, publication, private)
+            log(f"collection: {report['collection']} with {', '.join(members)}")
+    write(json_path, report)
+    log(f"{repo}: {result.kind} {result.commit[:8]}, {result.url}")
 
 
 @app.command()
 def pull(
-    repo: Annotated[str, typer.Argument(help="Its name on the Hub.")],
+    repo: Annotated[str, typer.Argument(help="Name on the Hub.")],
     output: Annotated[Path | None, typer.Argument(help="Folder of the repository; hub/REPO by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="A tag, branch or commit; the newest by default.")] = None,
 ) -> None:
@@ -144,24 +165,30 @@ def pull(
 
 @app.command()
 def encode(
-    folder: Annotated[Path, typer.Argument(help="Images, in it and below it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the images; subfolders are included.")],
     encoder: Annotated[str, typer.Option(help="Folder or Hub name of an encoder.")],
-    out_path: Annotated[Path, typer.Option("--out", help="The features, .parquet or .npy.")] = Path("features.parquet"),
-    tokens: Annotated[bool, typer.Option("--tokens", help="All patch tokens of an image, not their mean.")] = False,
-    batch: Annotated[int, typer.Option(help="Images of one pass.")] = 32,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, to compute in.")] = "float32",
-    workers: Annotated[int | None, typer.Option(help="Processes that decode; one a core by default.")] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="File of the features, .parquet or .npy.")] = Path(
+        "features.parquet"
+    ),
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Write all patch tokens of an image, not their mean.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32, float16 or bfloat16.")] = "float32",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images; one for each core by default.")
+    ] = None,
 ) -> None:
-    """Features of every image of a folder; a stopped run goes on where it was, corrupt images are listed.
+    """Compute features of every image in a folder; a stopped run resumes, and corrupt images are listed.
 
-    Example: `pivot encode photos --encoder hub/pivot/shapes-dpo --out features.parquet`
+    Example: `pivot encode images --encoder hub/pivot/shapes-dpo --out features.parquet`
     """
     from pivot_hub.encoder.encode import encode_folder
 
     with bar("images") as advance:
         report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
-    for bad in report["corrupt"]:
-        log(f"left out: {bad['reason']}")
+    for image in report["corrupt"]:
+        log(f"left out: {image['reason']}")
     for kind, paths in report["not_read"].items():
         if paths["count"]:
             log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
@@ -175,12 +202,16 @@ def encode(
 def export(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     output: Annotated[Path, typer.Argument(help="Folder of the export; replaced if it exists.")],
-    fp16: Annotated[bool, typer.Option("--fp16", help="Also float16.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Also int8, by ONNX Runtime and by optimum-quanto.")] = False,
-    images: Annotated[Path | None, typer.Option(help="A folder of pictures to check it on, besides our own.")] = None,
-    probe: Annotated[bool, typer.Option(help="Measure what int8 costs in probe accuracy.")] = True,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Export float16 too.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Export int8 too, by ONNX Runtime and by optimum-quanto.")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to check the export on, besides the built-in ones.")
+    ] = None,
+    probe: Annotated[bool, typer.Option(help="Measure the loss of probe accuracy by int8.")] = True,
 ) -> None:
-    """Export to ONNX, for ONNX Runtime and for Node and browsers, checked against torch.
+    """Export to ONNX, for ONNX Runtime, Node and browsers, and compare the outputs with torch.
 
     Example: `pivot export hub/pivot/shapes-dpo exported --fp16 --int8`
     """
@@ -189,8 +220,8 @@ def export(
     from pivot_hub.probes.run import probe_export
 
     files = image_files(images)[:16] if images else []
-    pictures = [open_image(f, "--images") for f in files]
-    report = export_encoder(encoder, output, fp16, int8, pictures, probe_export if probe else None, log=log)
+    check_images = [open_image(f, "--images") for f in files]
+    report = export_encoder(encoder, output, fp16, int8, check_images, probe_export if probe else None, log=log)
     for form, results in report.get("probe", {}).items():
         scores = ", ".join(f"{r['task'].split('/')[1]} {r['value']:.1f}" for r in results)
         log(f"probe of {form}: {scores}")

@@ -62,7 +62,7 @@ def search(
     Example: `pivot search shapes/3-dpo --rates 3e-5,1e-4,3e-4 --output search-dpo.json`
     """
     candidates = numbers("--rates", rates, float)
-    from pivot_hub.study.learning_rate import search_rate
+    from pivot_hub.study.learning_rate import search_learning_rate
 
-    record = search_rate(recipe, candidates, runs, output, overrides=overrides or [], log=log)
+    record = search_learning_rate(recipe, candidates, runs, output, overrides=overrides or [], log=log)
     log(f"chosen: {record['chosen']:g}; record: {output}")

@@ -29,9 +29,9 @@ def quickstart(
     from pivot_hub.quickstart import push_quickstart, run_quickstart
 
     if push_local:
-        from tests.local_server.serve import need_server
+        from pivot_hub.publish.push_local import load_local_server
 
-        need_server()
+        load_local_server()
     report = run_quickstart(output, seed=seed, log=log)
     out.print(report.table())
     log(f"report: {output / 'report.md'}; encoders: {output / 'hub' / 'pivot'}")

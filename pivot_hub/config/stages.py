@@ -72,7 +72,7 @@ def stage_of(name: str) -> Stage:
 def argument_types(stage: Stage) -> dict[str, Any]:
     """Return the type of each argument that a recipe of a stage may pass under `args`."""
     config = stage.config_class()
-    hints = get_type_hints(config)
+    hints = get_type_hints(config, include_extras=True)
     return {f.name: hints[f.name] for f in fields(config) if f.init}
 
 

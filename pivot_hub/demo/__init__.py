@@ -1,1 +1,1 @@
-"""The Space's work behind its page: two MLLMs, what they answer and see, and the panels that show it."""
+"""The Space's work behind its page: two MLLMs are compared on one image, and panels show the results."""

@@ -1,4 +1,4 @@
-"""What two MLLMs say and see of one picture: answers, probabilities, maps, scores, and one sentence about them."""
+"""Two MLLMs on one image: answers, probabilities, saliency maps, scores, and a one-sentence summary."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pivot_hub.data.synthetic import Kind, Pair, ShapesDataset
+from pivot_hub.data.synthetic import Kind, ShapesDataset
 from pivot_hub.demo.model_bundle import Mllm, ModelBundle
 from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import (
     Explain,
-    GradientMaps,
     Method,
     TokenMap,
     answer_batch,
@@ -28,42 +27,42 @@ from pivot_hub.explain.patch_features import patch_tokens
 from pivot_hub.probes.localization.gradient_maps import MapScores, score_map
 from pivot_hub.probes.vqa.synthetic import generate_answers
 
-MOST_CHARACTERS = 500  # of a question or an answer: a longer one is no question, and costs time by its square
-MOST_NEW_TOKENS = 80  # of an answer; the longest description of the built-in world has about 70
+MOST_CHARACTERS = 500  # of a question or an answer: the cost grows with the square of the length
+MOST_NEW_TOKENS = 80  # of an answer; the longest description in the Shapes dataset has about 70
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a picture, a question, and what is known about the answer.
+    """An image and a question, with what is known about the answer.
 
     Args:
-        image: any size.
-        question: what is asked.
-        right: the right answer; empty where it is not known.
-        wrong: a wrong one; empty where there is none.
-        mask: (px, px) of the thing that is asked about; None where it is not known.
+        image: RGB image of any size.
+        question: Question to both models.
+        right_answer: Right answer; empty if it is unknown.
+        wrong_answer: Wrong answer; empty if there is none.
+        mask: Mask (px, px) of the object that the question is about; None if it is unknown.
     """
 
     image: Image.Image
     question: str
-    right: str = ""
-    wrong: str = ""
+    right_answer: str = ""
+    wrong_answer: str = ""
     mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
-class View:
-    """One MLLM's side of a comparison.
+class ModelResult:
+    """The results of one MLLM in a comparison.
 
     Args:
-        name: of the MLLM.
-        answer: what it says, greedily.
-        explained: the answer its maps are of.
-        right_log_prob: of the right answer; None where there is none.
-        wrong_log_prob: of the wrong answer.
-        value: the quantity that was explained.
-        maps: by method, (H, W).
-        scores: of each map where the true mask is known.
+        name: Name of the MLLM.
+        answer: Answer that the MLLM generates greedily.
+        explained: Answer that the maps explain.
+        right_log_prob: Log-probability of the right answer; None if there is no right answer.
+        wrong_log_prob: Log-probability of the wrong answer; None if there is no wrong answer.
+        value: Value of the explained quantity.
+        maps: Saliency map (H, W) of each method.
+        scores: Scores of each map; None if the true mask is unknown.
     """
 
     name: str
@@ -82,180 +81,198 @@ class View:
             return None
         return 1 / (1 + math.exp(min(self.wrong_log_prob - self.right_log_prob, 700)))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, maps as nested lists."""
+        return {
+            "name": self.name,
+            "answer": self.answer,
+            "explained": self.explained,
+            "right_log_prob": self.right_log_prob,
+            "wrong_log_prob": self.wrong_log_prob,
+            "preference": self.preference,
+            "value": self.value,
+            "maps": {k: np.round(m, 7).tolist() for k, m in self.maps.items()},
+            "maps_times_even": {k: np.round(densities([m])[0], 4).tolist() for k, m in self.maps.items()},
+            "scores": None if self.scores is None else {k: asdict(s) for k, s in self.scores.items()},
+        }
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both sides, and what was explained of them."""
+    """The results of both MLLMs, with the subject and the settings of the maps."""
 
     subject: Subject
     explain: Explain
     layer: int | None
-    first: View
-    second: View
+    first: ModelResult
+    second: ModelResult
+
+    @property
+    def results(self) -> tuple[ModelResult, ModelResult]:
+        """Results of both MLLMs, the first one first."""
+        return self.first, self.second
 
     def overlap(self, method: Method) -> float:
-        """How much of the two maps falls on the same places, from 0 to 1."""
+        """Return the share of the two maps' mass that falls on the same places, from 0 to 1."""
         return overlap(self.first.maps[method], self.second.maps[method])
 
-    def sentence(self, method: Method) -> str:
-        """Say in plain words what the two maps show."""
-        one, other = self.first, self.second
-        blank = [v.name for v in (one, other) if v.maps[method].max() <= 0]
-        if len(blank) == 2:
-            return "Neither map shows anything here: no place raises this answer by Grad-CAM. Try the gradient map."
-        if blank:
-            return f"The map of {blank[0]} is empty here: no place raises this answer. Try the gradient map."
+    def summary(self, method: Method) -> str:
+        """Describe in one or two plain sentences what the two maps show."""
+        empty = [result.name for result in self.results if result.maps[method].max() <= 0]
+        if len(empty) == 2:
+            return "Both maps are empty: no place raises this answer by Grad-CAM. Try the gradient map."
+        if empty:
+            return f"The map of {empty[0]} is empty: no place raises this answer. Try the gradient map."
         percent = round(100 * self.overlap(method))
-        alike = (
-            "The two look at the same places"
-            if percent >= 90
-            else "The two look at much the same places"
-            if percent >= 75
-            else "The two look at partly different places"
-            if percent >= 50
-            else "The two look at different places"
-        )
-        alike = f"{alike} ({percent}% of their maps coincide)"
-        if one.scores is None or other.scores is None:
-            return f"{alike}."
-        inside = [v.name for v in (one, other) if v.scores and v.scores[method].peak_inside]
-        if len(inside) == 2:
-            return f"{alike}, and both point at the thing that was asked about."
-        if not inside:
-            return f"{alike}, and neither points at the thing that was asked about."
-        missed = other.name if inside == [one.name] else one.name
-        return f"{alike}: {inside[0]} points at the thing that was asked about, {missed} does not."
+        if percent >= 90:
+            places = "the same places"
+        elif percent >= 75:
+            places = "mostly the same places"
+        elif percent >= 50:
+            places = "partly different places"
+        else:
+            places = "different places"
+        text = f"The two encoders look at {places} ({percent}% of their maps overlap)"
+        if self.first.scores is None or self.second.scores is None:
+            return f"{text}."
+        pointing = [result.name for result in self.results if result.scores and result.scores[method].peak_inside]
+        if len(pointing) == 2:
+            return f"{text}, and both maps peak on the object of the question."
+        if not pointing:
+            return f"{text}, and neither map peaks on the object of the question."
+        missing = self.second.name if pointing == [self.first.name] else self.first.name
+        return f"{text}. The map of {pointing[0]} peaks on the object of the question, that of {missing} does not."
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, maps as nested lists."""
+        """Return everything as plain values, maps as nested lists."""
         return {
             "question": self.subject.question,
-            "right": self.subject.right or None,
-            "wrong": self.subject.wrong or None,
+            "right": self.subject.right_answer or None,
+            "wrong": self.subject.wrong_answer or None,
             "explain": self.explain,
             "layer": self.layer,
             "overlap": {method: round(self.overlap(method), 4) for method in self.first.maps},
-            "models": [_view_metadata(v) for v in (self.first, self.second)],
+            "models": [result.to_dict() for result in self.results],
         }
 
 
-def scene_subject(dataset: ShapesDataset, seed: int, kind: Kind) -> Subject:
-    """A scene of the built-in world with one of its questions; the mask is that of the one thing it is about."""
-    scene = dataset.scene("test", seed)
-    pair: Pair = scene.pair(kind, "question", dataset.scene_rng("test", seed, 1))
-    picture = scene.render()
-    mask = None if pair.target is None else picture.masks[pair.target]
-    return Subject(picture.image, pair.question, pair.chosen, pair.rejected, mask)
+def scene_subject(dataset: ShapesDataset, number: int, kind: Kind) -> Subject:
+    """Render a scene of the synthetic Shapes dataset with one of its questions.
+
+    Args:
+        dataset: Dataset of the scene.
+        number: Number of the scene in the test split.
+        kind: Kind of the question.
+
+    Returns:
+        The subject; its mask is that of the one object the question is about, or None if there is no such object.
+    """
+    scene = dataset.scene("test", number)
+    preference = scene.pair(kind, "question", dataset.scene_rng("test", number, 1))
+    rendered = scene.render()
+    mask = None if preference.target is None else rendered.masks[preference.target]
+    return Subject(rendered.image, preference.question, preference.chosen, preference.rejected, mask)
 
 
-def fit_picture(pair: ModelBundle, image: Image.Image) -> Image.Image:
-    """Cut a picture to what both encoders see of it: some take its middle square, others the whole."""
-    processors: list[Any] = [m.processor.image_processor for m in (pair.first, pair.second)]
-    if not any(getattr(p, "do_center_crop", False) for p in processors):
+def crop_for_encoders(bundle: ModelBundle, image: Image.Image) -> Image.Image:
+    """Crop an image to its middle square if one of the encoders does so itself; otherwise return it whole."""
+    image_processors: list[Any] = [mllm.processor.image_processor for mllm in (bundle.first, bundle.second)]
+    if not any(getattr(processor, "do_center_crop", False) for processor in image_processors):
         return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
-def compare(pair: ModelBundle, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
-    """Ask both MLLMs the same and explain the same answer.
+def compare(bundle: ModelBundle, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
+    """Ask both MLLMs the same question and explain the same answer.
 
-    Without a right answer each explains what it said itself.
+    Without a right answer, each model's own answer is explained.
 
     Args:
-        pair: the MLLMs.
-        subject: picture and question.
-        explain: as `gradient_map` takes it.
-        layer: hidden state that Grad-CAM looks at; by default each encoder's feature layer.
+        bundle: MLLMs to compare.
+        subject: Image and question.
+        explain: Quantity that is explained: answer, sft or dpo.
+        layer: Hidden state that Grad-CAM explains; each encoder's feature layer by default.
 
     Raises:
-        DataError: the question is empty, a text is too long, or the DPO loss lacks an answer or a parent.
+        DataError: The question is empty, a text is too long, or the DPO loss lacks an answer or a parent.
     """
-    for what, text in (
+    for name, text in (
         ("question", subject.question),
-        ("right answer", subject.right),
-        ("wrong answer", subject.wrong),
+        ("right answer", subject.right_answer),
+        ("wrong answer", subject.wrong_answer),
     ):
         if len(text) > MOST_CHARACTERS:
-            raise DataError(f"The {what} has {len(text):,} characters; at most {MOST_CHARACTERS} are read.")
+            raise DataError(f"The {name} has {len(text):,} characters; at most {MOST_CHARACTERS} are allowed.")
     if not subject.question.strip():
-        raise DataError("There is no question; ask something about the picture.")
-    if explain == "dpo" and not (subject.right and subject.wrong):
+        raise DataError("There is no question; ask something about the image.")
+    if explain == "dpo" and not (subject.right_answer and subject.wrong_answer):
         raise DataError("The DPO loss compares two answers: give a right and a wrong one.")
-    if explain == "dpo" and pair.parent is None:
+    if explain == "dpo" and bundle.parent is None:
         raise DataError("The DPO loss needs the parent of both encoders: name it beside them.")
-    with pair.alone():
-        views = [_view(mllm, pair, subject, explain, layer) for mllm in (pair.first, pair.second)]
-    return Comparison(subject, explain, layer, *views)
+    with bundle.exclusive():
+        first, second = (_model_result(mllm, bundle, subject, explain, layer) for mllm in (bundle.first, bundle.second))
+    return Comparison(subject, explain, layer, first, second)
 
 
-def compare_tokens(pair: ModelBundle, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
-    """Maps of each token of the explained answer, in both MLLMs."""
+def compare_tokens(bundle: ModelBundle, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
+    """Return the token attribution of both MLLMs: a saliency map of each token of the explained answer."""
     subject = comparison.subject
-    with pair.alone():
-        one, other = (
-            token_maps(mllm.model, mllm.processor, subject.image, subject.question, view.explained)
-            for mllm, view in ((pair.first, comparison.first), (pair.second, comparison.second))
+    with bundle.exclusive():
+        first, second = (
+            token_maps(mllm.model, mllm.processor, subject.image, subject.question, result.explained)
+            for mllm, result in zip((bundle.first, bundle.second), comparison.results, strict=True)
         )
-    return one, other
+    return first, second
 
 
-def compare_patches(pair: ModelBundle, image: Image.Image, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Patch features (H, W, D) of a picture in both encoders."""
-    with pair.alone():
-        one, other = (patch_tokens(m.model, m.processor, image, layer) for m in (pair.first, pair.second))
-    return one, other
+def compare_patches(bundle: ModelBundle, image: Image.Image, layer: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the patch features (H, W, D) of an image in both encoders."""
+    with bundle.exclusive():
+        first, second = (
+            patch_tokens(mllm.model, mllm.processor, image, layer) for mllm in (bundle.first, bundle.second)
+        )
+    return first, second
 
 
-def _view(mllm: Mllm, pair: ModelBundle, subject: Subject, explain: Explain, layer: int | None) -> View:
+def _model_result(
+    mllm: Mllm, bundle: ModelBundle, subject: Subject, explain: Explain, layer: int | None
+) -> ModelResult:
     model, processor, image = mllm.model, mllm.processor, subject.image
     answer = generate_answers(model, processor, [subject.question], [image], MOST_NEW_TOKENS)[0]
-    explained = subject.right or answer
-    known = [a for a in (subject.right, subject.wrong) if a]
-    scored: dict[str, float] = {}
-    if known:
-        with torch.inference_mode():
-            scored = dict(
-                zip(
-                    known,
-                    answer_log_probs(model, answer_batch(processor, image, subject.question, known)).tolist(),
-                    strict=True,
-                )
-            )
-    made: GradientMaps = gradient_map(
+    log_probs = _log_probs(mllm, subject)
+    explained = subject.right_answer or answer
+    explanation = gradient_map(
         model,
         processor,
         image,
         subject.question,
         explained,
         explain,
-        subject.wrong or None,
-        None if pair.parent is None else pair.parent.model,
+        subject.wrong_answer or None,
+        None if bundle.parent is None else bundle.parent.model,
         layer=layer,
     )
-    return View(
-        mllm.name,
-        answer,
-        explained,
-        scored.get(subject.right),
-        scored.get(subject.wrong),
-        made.value,
-        made.maps,
-        None if subject.mask is None else {k: score_map(m, subject.mask) for k, m in made.maps.items()},
+    maps, mask = explanation.maps, subject.mask
+    return ModelResult(
+        name=mllm.name,
+        answer=answer,
+        explained=explained,
+        right_log_prob=log_probs.get(subject.right_answer),
+        wrong_log_prob=log_probs.get(subject.wrong_answer),
+        value=explanation.value,
+        maps=maps,
+        scores=None if mask is None else {method: score_map(grid, mask) for method, grid in maps.items()},
     )
 
 
-def _view_metadata(view: View) -> dict[str, Any]:
-    return {
-        "name": view.name,
-        "answer": view.answer,
-        "explained": view.explained,
-        "right_log_prob": view.right_log_prob,
-        "wrong_log_prob": view.wrong_log_prob,
-        "preference": view.preference,
-        "value": view.value,
-        "maps": {k: np.round(m, 7).tolist() for k, m in view.maps.items()},
-        "maps_times_even": {k: np.round(densities([m])[0], 4).tolist() for k, m in view.maps.items()},
-        "scores": None if view.scores is None else {k: asdict(s) for k, s in view.scores.items()},
-    }
+def _log_probs(mllm: Mllm, subject: Subject) -> dict[str, float]:
+    """Log-probability of the right and the wrong answer, of those that the subject has."""
+    answers = [answer for answer in (subject.right_answer, subject.wrong_answer) if answer]
+    if not answers:
+        return {}
+    batch = answer_batch(mllm.processor, subject.image, subject.question, answers)
+    with torch.inference_mode():
+        values = answer_log_probs(mllm.model, batch).tolist()
+    return dict(zip(answers, values, strict=True))

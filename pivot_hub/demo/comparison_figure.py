@@ -6,61 +6,62 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
+from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps global state
 
 from pivot_hub.demo.comparison import Comparison
 from pivot_hub.explain.gradcam import Method
 from pivot_hub.explain.heatmaps import COLOURS, DIVERGING, densities, stretch
 
+TITLE_CHARACTERS = 48
+MAP_OPACITY = 0.72
+
 
 def draw_comparison(
     comparison: Comparison, file: Path | IO[bytes], method: Method = "gradcam", colours: str = COLOURS[0]
 ) -> None:
-    """Draw what the Space shows: the picture, both maps on one scale, their difference, with the scales beside them.
+    """Draw the image, both saliency maps on one scale and their difference, with the colour scales below them.
 
     Args:
-        comparison: of two MLLMs.
-        file: the PNG.
-        method: whose maps.
-        colours: of the maps; the difference has its own.
+        comparison: Comparison of two MLLMs.
+        file: PNG file that the figure is written to.
+        method: Method of the saliency maps.
+        colours: Colour scale of the maps; the difference has a diverging scale.
     """
-    subject, views = comparison.subject, (comparison.first, comparison.second)
+    subject, (first, second) = comparison.subject, comparison.results
     image = subject.image
-    large = [stretch(m, image.size) for m in densities([v.maps[method] for v in views])]
-    top = max(float(m.max()) for m in large) or 1.0
-    difference = large[1] - large[0]
+    maps = [stretch(m, image.size) for m in densities([result.maps[method] for result in comparison.results])]
+    highest = max(float(m.max()) for m in maps) or 1.0
+    difference = maps[1] - maps[0]
     reach = float(np.abs(difference).max()) or 1.0
     figure = Figure(figsize=(12.5, 3.9), layout="constrained")
     axes = figure.subplots(1, 4)
-    said = [f"says: {_plain(v.answer)}" for v in views]
-    for ax, (title, text) in zip(
-        axes,
-        [
-            ("The picture", _plain(subject.question)),
-            (views[0].name, said[0]),
-            (views[1].name, said[1]),
-            ("Difference", f"{views[1].name} minus {views[0].name}"),
-        ],
-        strict=True,
-    ):
+    titles = [
+        ("Image", _shorten(subject.question)),
+        (first.name, f"says: {_shorten(first.answer)}"),
+        (second.name, f"says: {_shorten(second.answer)}"),
+        ("Difference", f"{second.name} minus {first.name}"),
+    ]
+    for ax, (title, subtitle) in zip(axes, titles, strict=True):
         ax.imshow(image if ax is axes[0] else image.convert("L"), cmap="gray")
-        ax.set_title(f"{_plain(title)}\n{text}", fontsize=9, parse_math=False)
+        ax.set_title(f"{_shorten(title)}\n{subtitle}", fontsize=9, parse_math=False)
         if subject.mask is not None:
-            x, y = (
-                np.linspace(0, image.width - 1, subject.mask.shape[1]),
-                np.linspace(0, image.height - 1, subject.mask.shape[0]),
-            )
+            x = np.linspace(0, image.width - 1, subject.mask.shape[1])
+            y = np.linspace(0, image.height - 1, subject.mask.shape[0])
             ax.contour(x, y, subject.mask, levels=[0.5], colors="white", linewidths=1.2)
         ax.set_axis_off()
-    shown = [ax.imshow(m, cmap=colours, alpha=0.72, vmin=0, vmax=top) for ax, m in zip(axes[1:], large, strict=False)]
-    apart = axes[3].imshow(difference, cmap=DIVERGING, alpha=0.72, vmin=-reach, vmax=reach)
-    scale: Any = {"location": "bottom", "shrink": 0.9, "aspect": 40}
-    figure.colorbar(shown[0], ax=axes[1:3], label=f"{method} of {comparison.explain}, times an even spread", **scale)
-    figure.colorbar(apart, ax=axes[3], **scale)
+    drawn_maps = [
+        ax.imshow(m, cmap=colours, alpha=MAP_OPACITY, vmin=0, vmax=highest)
+        for ax, m in zip(axes[1:3], maps, strict=True)
+    ]
+    drawn_difference = axes[3].imshow(difference, cmap=DIVERGING, alpha=MAP_OPACITY, vmin=-reach, vmax=reach)
+    bar: Any = {"location": "bottom", "shrink": 0.9, "aspect": 40}
+    label = f"{method} of {comparison.explain}, relative to a uniform map"
+    figure.colorbar(drawn_maps[0], ax=axes[1:3], label=label, **bar)
+    figure.colorbar(drawn_difference, ax=axes[3], **bar)
     figure.savefig(file, dpi=130, format="png")
 
 
-def _plain(text: str) -> str:
-    """One line of at most 48 characters."""
+def _shorten(text: str) -> str:
+    """Return a text as one line of at most TITLE_CHARACTERS characters."""
     line = " ".join(text.split())
-    return line if len(line) <= 48 else f"{line[:47]}…"
+    return line if len(line) <= TITLE_CHARACTERS else f"{line[: TITLE_CHARACTERS - 1]}…"

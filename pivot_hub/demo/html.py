@@ -1,4 +1,4 @@
-"""The Space's panels: a comparison as HTML, every picture inside the page, every typed word escaped."""
+"""The Space's panels: a comparison as HTML, with every image embedded and every typed text escaped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from pivot_hub.demo.comparison import Comparison, Subject, View
-from pivot_hub.explain.gradcam import Method, TokenMap
+from pivot_hub.demo.comparison import Comparison, ModelResult, Subject
+from pivot_hub.explain.gradcam import Explain, Method, TokenMap
 from pivot_hub.explain.heatmaps import (
     DIVERGING,
     SIDE_PX,
@@ -28,202 +28,260 @@ from pivot_hub.explain.heatmaps import (
 )
 from pivot_hub.explain.patch_features import principal_colours, similarity
 
-WORD_PX = 96  # side of a word's map
+TOKEN_MAP_PX = 96
+PATCH_PX = 16  # side of a patch in a similarity map
 METHOD_NAMES: dict[Method, str] = {"gradcam": "Grad-CAM", "gradient": "Gradient map"}
+EXPLAIN_NAMES: dict[Explain, str] = {"answer": "the answer", "sft": "the SFT loss", "dpo": "the DPO loss"}
 
 
 class Panels:
-    """Draws the panels with the templates of a folder."""
+    """Renderer of the panels, with the templates of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Read `panels.html.jinja` of the folder."""
+        """Read the templates.
+
+        Args:
+            folder: Folder of `panels.html.jinja`.
+        """
         loader = FileSystemLoader(folder)
         env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         self._macros: Any = env.get_template("panels.html.jinja").module
 
-    def stage(self, comparison: Comparison, method: Method, colours: str) -> str:
-        """Picture, both maps on one scale, their difference, answers and scores."""
-        return str(self._macros.stage(_stage(comparison, method, colours)))
+    def comparison(self, comparison: Comparison, method: Method, colours: str) -> str:
+        """Render the image, both maps on one scale, their difference, the answers and the scores."""
+        return str(self._macros.comparison(_comparison_values(comparison, method, colours)))
 
     def swipe(self, comparison: Comparison, method: Method, colours: str) -> str:
-        """Both maps over one picture, with a line between them that moves."""
-        return str(self._macros.swipe(_stage(comparison, method, colours)))
+        """Render both maps over one image, with a movable divider between them."""
+        return str(self._macros.swipe(_comparison_values(comparison, method, colours)))
 
     def patches(
-        self, comparison: Comparison, tokens: tuple[np.ndarray, np.ndarray], place: tuple[int, int], colours: str
+        self,
+        comparison: Comparison,
+        features: tuple[np.ndarray, np.ndarray],
+        position: tuple[int, int],
+        colours: str,
     ) -> str:
-        """How alike both encoders find one patch and all others.
+        """Render the similarity of one patch with all others, in both encoders.
 
         Args:
-            tokens: (H, W, D) of both encoders.
-            place: row and column of the patch on the first encoder's grid.
+            comparison: Comparison that is shown.
+            features: Patch features (H, W, D) of both encoders.
+            position: Row and column of the patch on the first encoder's grid.
+            colours: Colour scale of the similarity.
         """
-        rows, columns = tokens[0].shape[:2]
-        row, column = min(place[0], rows - 1), min(place[1], columns - 1)
-        made = []
-        for grid in tokens:  # grids of other sizes: the patch at the same place of the picture
-            h, w = grid.shape[:2]
-            made.append(similarity(grid, int((row + 0.5) / rows * h), int((column + 0.5) / columns * w)))
-        low = min(float(m.min()) for m in made)
-        image = comparison.subject.image
-        views = [
+        rows, columns = features[0].shape[:2]
+        row, column = min(position[0], rows - 1), min(position[1], columns - 1)
+        similarities = []
+        for grid in features:  # grids may differ in size: take the patch at the same place of the image
+            height, width = grid.shape[:2]
+            similarities.append(
+                similarity(grid, int((row + 0.5) / rows * height), int((column + 0.5) / columns * width))
+            )
+        lowest = min(float(s.min()) for s in similarities)
+        models = [
             {
-                "name": view.name,
-                "heat": _patches_uri(colour(grid, colours, low, 1.0)),
-                "alt": f"Similarity in {view.name}: on average {grid.mean():.2f}.",
+                "name": result.name,
+                "heat": _enlarged_uri(colour(grid, colours, lowest, 1.0)),
+                "alt": f"Similarity in {result.name}: on average {grid.mean():.2f}.",
             }
-            for view, grid in zip((comparison.first, comparison.second), made, strict=True)
+            for result, grid in zip(comparison.results, similarities, strict=True)
         ]
-        cell = (
+        cell_style = (
             f"left:{100 * column / columns:.3f}%;top:{100 * row / rows:.3f}%;"
             f"width:{100 / columns:.3f}%;height:{100 / rows:.3f}%"
         )
-        metadata = {
+        values = {
             "rows": rows,
             "columns": columns,
             "row": row,
             "column": column,
-            "cell": cell,
-            "views": views,
-            "low": f"{low:.2f}",
-            "middle": f"{(1 + low) / 2:.2f}",
+            "cell": cell_style,
+            "models": models,
+            "lowest": f"{lowest:.2f}",
+            "middle": f"{(1 + lowest) / 2:.2f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.patches(metadata | _picture(image)))
+        return str(self._macros.patches(values | _image_values(comparison.subject.image)))
 
-    def colours(self, comparison: Comparison, tokens: tuple[np.ndarray, np.ndarray]) -> str:
-        """The main axes of both encoders' patch features as colour."""
-        pictures, share, joint = principal_colours(tokens)
-        views = [
+    def colours(self, comparison: Comparison, features: tuple[np.ndarray, np.ndarray]) -> str:
+        """Render the first three principal components of both encoders' patch features as colours.
+
+        Args:
+            comparison: Comparison that is shown.
+            features: Patch features (H, W, D) of both encoders.
+        """
+        images, variance_share, joint = principal_colours(features)
+        models = [
             {
-                "name": view.name,
-                "uri": data_uri(Image.fromarray(picture)),
-                "alt": f"Patch features of {view.name} as colour.",
+                "name": result.name,
+                "uri": data_uri(Image.fromarray(pixels)),
+                "alt": f"Patch features of {result.name} as colours.",
             }
-            for view, picture in zip((comparison.first, comparison.second), pictures, strict=True)
+            for result, pixels in zip(comparison.results, images, strict=True)
         ]
-        metadata = {"views": views, "share": round(100 * share), "joint": joint}
-        return str(self._macros.colours(metadata | _picture(comparison.subject.image)))
+        values = {"models": models, "percent": round(100 * variance_share), "joint": joint}
+        return str(self._macros.colours(values | _image_values(comparison.subject.image)))
 
-    def words(
+    def tokens(
         self,
         comparison: Comparison,
         tokens: tuple[Sequence[TokenMap], Sequence[TokenMap]],
         method: Method,
         colours: str,
     ) -> str:
-        """A small map of each token of the explained answers."""
-        sides = [densities([t.maps[method] for t in side]) for side in tokens]
-        top = max((float(m.max()) for side in sides for m in side), default=0.0) or 1.0
-        views = []
-        for view, side, maps in zip((comparison.first, comparison.second), tokens, sides, strict=True):
-            made = [
-                {
-                    "text": _shown(token.text),
-                    "probability": f"{100 * math.exp(token.log_prob):.0f}%" + ("" if grid.max() > 0 else ", no map"),
-                    "heat": data_uri(colour(stretch(grid, (WORD_PX, WORD_PX)), colours, 0, top)),
-                    "alt": f"Map of {_shown(token.text)} in {view.name}; {_peak(grid)}.",
-                }
-                for token, grid in zip(side, maps, strict=True)
-            ]
-            views.append({"name": view.name, "tokens": made})
+        """Render the token attribution: a small saliency map of each token of the explained answers.
+
+        Args:
+            comparison: Comparison that is shown.
+            tokens: Maps of each token, in both MLLMs.
+            method: Method of the maps.
+            colours: Colour scale of the maps.
+        """
+        grids_by_model = [densities([token.maps[method] for token in model_tokens]) for model_tokens in tokens]
+        highest = max((float(grid.max()) for grids in grids_by_model for grid in grids), default=0.0) or 1.0
+        models = [
+            {
+                "name": result.name,
+                "tokens": [
+                    _token_values(token, grid, result.name, colours, highest)
+                    for token, grid in zip(model_tokens, grids, strict=True)
+                ],
+            }
+            for result, model_tokens, grids in zip(comparison.results, tokens, grids_by_model, strict=True)
+        ]
         explained = comparison.first.explained
         same = explained == comparison.second.explained
-        text = f"Each token of “{explained}”" if same else "Each token of what the model says itself"
-        metadata = {
-            "text": f"{text}, given the tokens before it: its probability, and where its {METHOD_NAMES[method]} lies.",
-            "views": views,
-            "top": f"{top:.1f}",
-            "middle": f"{top / 2:.1f}",
+        subject = f"Each token of “{explained}”" if same else "Each token of the model's own answer"
+        text = f"{subject}, given the tokens before it: its probability and its saliency map ({METHOD_NAMES[method]})."
+        values = {
+            "text": text,
+            "models": models,
+            "highest": f"{highest:.1f}",
+            "middle": f"{highest / 2:.1f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.words(metadata | _picture(comparison.subject.image)))
+        return str(self._macros.tokens(values | _image_values(comparison.subject.image)))
 
     def gallery(self, scenes: Sequence[tuple[Subject, str]]) -> str:
-        """Examples as buttons, each with how the link of its look begins."""
-        shown = [
-            {"uri": data_uri(s.image), "question": s.question, "alt": f"Scene of shapes: {s.question}", "query": query}
-            for s, query in scenes
+        """Render the examples as buttons.
+
+        Args:
+            scenes: Subject of each example, and the beginning of its link.
+        """
+        examples = [
+            {
+                "uri": data_uri(subject.image),
+                "question": subject.question,
+                "alt": f"Scene of shapes: {subject.question}",
+                "query": query,
+            }
+            for subject, query in scenes
         ]
-        return str(self._macros.gallery(shown))
+        return str(self._macros.gallery(examples))
 
     def message(self, text: str, kind: str = "problem") -> str:
-        """One sentence to the visitor: a `problem` or a `note`; nothing for an empty text."""
+        """Render a message to the visitor.
+
+        Args:
+            text: Text of the message; nothing is rendered for an empty one.
+            kind: Kind of the message: `problem` or `note`.
+        """
         return str(self._macros.message(text, kind))
 
 
-def _stage(comparison: Comparison, method: Method, colours: str) -> dict[str, Any]:
-    subject, views = comparison.subject, (comparison.first, comparison.second)
+def _comparison_values(comparison: Comparison, method: Method, colours: str) -> dict[str, Any]:
+    subject, (first, second) = comparison.subject, comparison.results
     size = shown_size(subject.image)
-    large = [stretch(m, size) for m in densities([v.maps[method] for v in views])]
-    top = max(float(m.max()) for m in large) or 1.0
-    difference = large[1] - large[0]
+    grids = [stretch(m, size) for m in densities([result.maps[method] for result in comparison.results])]
+    highest = max(float(m.max()) for m in grids) or 1.0
+    difference = grids[1] - grids[0]
     reach = float(np.abs(difference).max()) or 1.0
-    edge = None if subject.mask is None else data_uri(outline(subject.mask, size))
-    what = f"{METHOD_NAMES[method]} of {_explained(comparison)}"
+    map_name = f"{METHOD_NAMES[method]} of {EXPLAIN_NAMES[comparison.explain]}"
     return {
-        "sentence": comparison.sentence(method),
+        "summary": comparison.summary(method),
         "question": subject.question,
-        "right": subject.right,
-        "wrong": subject.wrong,
-        "outline": edge,
-        "picture_alt": f"The picture that is asked about: {subject.question}",
-        "views": [_side(v, subject, method, heat, what, colours, top) for v, heat in zip(views, large, strict=True)],
+        "right_answer": subject.right_answer,
+        "wrong_answer": subject.wrong_answer,
+        "outline": None if subject.mask is None else data_uri(outline(subject.mask, size)),
+        "image_alt": f"The image of the question: {subject.question}",
+        "models": [
+            _model_values(result, subject, method, map_name)
+            | {
+                "heat": data_uri(translucent(grid, colours, 0, highest, 0)),
+                "alt": f"{map_name} in {result.name}, over the image; {_describe_peak(grid)}.",
+            }
+            for result, grid in zip(comparison.results, grids, strict=True)
+        ],
         "difference": data_uri(translucent(difference, DIVERGING, -reach, reach, 0)),
-        "difference_alt": f"{views[1].name} minus {views[0].name}: at most {reach:.1f} times an even spread apart.",
-        "coincide": f"{round(100 * comparison.overlap(method))}% of the two maps coincide.",
+        "difference_alt": f"{second.name} minus {first.name}: the largest difference is {reach:.1f} times the mean.",
+        "overlap": f"The two maps overlap by {round(100 * comparison.overlap(method))}%.",
         "bar": data_uri(scale_bar(colours)),
         "difference_bar": data_uri(scale_bar(DIVERGING)),
-        "top": f"{top:.1f}",
-        "middle": f"{top / 2:.1f}",
+        "highest": f"{highest:.1f}",
+        "middle": f"{highest / 2:.1f}",
         "reach": f"{reach:.1f}",
-        **_picture(subject.image),
+        **_image_values(subject.image),
     }
 
 
-def _side(
-    view: View, subject: Subject, method: Method, heat: np.ndarray, what: str, colours: str, top: float
-) -> dict[str, Any]:
-    scores = None if view.scores is None else view.scores[method]
-    if scores is None:
-        text = f"Map: {what}."
-    elif view.maps[method].max() <= 0:
-        text = "The map is empty here."
-    else:
-        peak = "on the thing" if scores.peak_inside else "elsewhere"
-        text = (
-            f"Peak {peak}; {100 * scores.energy_inside:.0f}% of the map on it (even spread {100 * scores.area:.0f}%); "
-            f"IoU {100 * scores.iou:.0f}%"
-        )
-    probability = None
-    if view.right_log_prob is not None and view.preference is None:
-        probability = _percent(math.exp(view.right_log_prob))
+def _model_values(result: ModelResult, subject: Subject, method: Method, map_name: str) -> dict[str, Any]:
+    correct = None
+    if subject.right_answer and subject.wrong_answer:
+        correct = result.answer.casefold() == subject.right_answer.casefold()
+    preference, probability = result.preference, None
+    if result.right_log_prob is not None and preference is None:
+        probability = _percent(math.exp(result.right_log_prob))
     return {
-        "name": view.name,
-        "answer": view.answer,
-        "correct": view.answer.casefold() == subject.right.casefold() if subject.right and subject.wrong else None,
-        "preference": None if view.preference is None else _percent(view.preference),
-        "width": None if view.preference is None else round(100 * view.preference, 1),
+        "name": result.name,
+        "answer": result.answer,
+        "correct": correct,
+        "preference": None if preference is None else _percent(preference),
+        "width": None if preference is None else round(100 * preference, 1),
         "probability": probability,
-        "heat": data_uri(translucent(heat, colours, 0, top, 0)),
-        "scores": text,
-        "alt": f"{what} in {view.name}, over the picture; {_peak(heat)}.",
+        "scores": _describe_scores(result, method, map_name),
     }
+
+
+def _describe_scores(result: ModelResult, method: Method, map_name: str) -> str:
+    if result.scores is None:
+        return f"Map: {map_name}."
+    if result.maps[method].max() <= 0:
+        return "The map is empty here."
+    scores = result.scores[method]
+    peak = "on the object" if scores.peak_inside else "elsewhere"
+    return (
+        f"Peak {peak}; {100 * scores.energy_inside:.0f}% of the map on the object "
+        f"(uniform map: {100 * scores.area:.0f}%); IoU {100 * scores.iou:.0f}%"
+    )
+
+
+def _token_values(token: TokenMap, grid: np.ndarray, model_name: str, colours: str, highest: float) -> dict[str, str]:
+    text = _token_text(token.text)
+    return {
+        "text": text,
+        "probability": f"{100 * math.exp(token.log_prob):.0f}%" + ("" if grid.max() > 0 else ", no map"),
+        "heat": data_uri(colour(stretch(grid, (TOKEN_MAP_PX, TOKEN_MAP_PX)), colours, 0, highest)),
+        "alt": f"Map of {text} in {model_name}; {_describe_peak(grid)}.",
+    }
+
+
+def _token_text(token: str) -> str:
+    """Return a token's text, and the meaning of a special token."""
+    if token.startswith("<|") or token in ("</s>", "<eos>", "<end_of_turn>"):
+        return "(end)"
+    return token.strip() or "␣"
 
 
 def _percent(share: float) -> str:
-    """A probability in words that never claim certainty."""
+    """Format a probability so that rounding never yields 0% or 100%."""
     if share > 0.9995:
         return "over 99.9%"
     return "under 0.1%" if share < 0.0005 else f"{100 * share:.1f}%"
 
 
-def _explained(comparison: Comparison) -> str:
-    return {"answer": "the answer", "sft": "the SFT loss", "dpo": "the DPO loss"}[comparison.explain]
-
-
-def _peak(grid: np.ndarray) -> str:
-    """Where a map is highest, in words."""
+def _describe_peak(grid: np.ndarray) -> str:
+    """Describe in words where a map is highest."""
     if grid.max() <= 0:
         return "it is empty"
     y, x = np.unravel_index(grid.argmax(), grid.shape)
@@ -232,26 +290,19 @@ def _peak(grid: np.ndarray) -> str:
     return f"it is strongest at the {row} {column}"
 
 
-def _picture(image: Image.Image) -> dict[str, Any]:
-    """The picture itself, small ones pixel by pixel, and the proportions of every frame around it."""
+def _image_values(image: Image.Image) -> dict[str, Any]:
+    """Return the image, which keeps its pixels if it is small, and the aspect ratio of the frames around it."""
     small = max(image.size) <= 128
     if not small:
         image = image.copy()
         image.thumbnail((2 * SIDE_PX, 2 * SIDE_PX))
     uri = data_uri(image, "PNG" if small else "WEBP")
     return {
-        "picture": {"uri": uri, "small": small},
+        "image": {"uri": uri, "small": small},
         "ratio": Markup(f"aspect-ratio: {image.width} / {image.height}"),
     }
 
 
-def _patches_uri(image: Image.Image) -> str:
-    """Patches as they are, with hard edges."""
-    return data_uri(image.resize((image.width * 16, image.height * 16), Image.Resampling.NEAREST))
-
-
-def _shown(token: str) -> str:
-    """A token's text, special ones by their meaning."""
-    if token.startswith("<|") or token in ("</s>", "<eos>", "<end_of_turn>"):
-        return "(end)"
-    return token.strip() or "␣"
+def _enlarged_uri(image: Image.Image) -> str:
+    """Enlarge each pixel to a square of PATCH_PX with hard edges."""
+    return data_uri(image.resize((image.width * PATCH_PX, image.height * PATCH_PX), Image.Resampling.NEAREST))

@@ -1,4 +1,4 @@
-"""Find, load and serve the Gradio app, which lies beside the package in a checkout and inside it in a wheel."""
+"""Find, load and serve the Gradio app, which is beside the package in a checkout and inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ SPACES = shipped_folder("spaces")
 
 
 def load_module(file: Path = SPACES / "gradcam" / "app.py") -> Any:
-    """The app's module, whose `build_app` makes the app and whose `LAUNCH` says how it is launched.
+    """Load the app's module. Its `build_app` builds the app, and its `LAUNCH` holds the launch options.
 
     Args:
-        file: of the app; the one that is shipped, or what `pivot push --space` lays out.
+        file: File of the app: the shipped one, or one that `pivot push --space` wrote.
 
     Raises:
         PivotError: gradio is not installed.
     """
     if find_spec("gradio") is None:
         raise PivotError("the Space needs gradio: pip install 'pivot-hub[space]'.")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it asks for its version
+    # Gradio looks for a newer version of itself when it is imported, so this comes first.
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     spec = importlib.util.spec_from_file_location("pivot_space_gradcam", file)
     assert spec is not None
     assert spec.loader is not None
@@ -36,12 +37,13 @@ def load_module(file: Path = SPACES / "gradcam" / "app.py") -> Any:
 
 
 def names_of_runs(runs: Path) -> BundleNames:
-    """The two branches of a quickstart and their parent, as the app takes them.
+    """Return the names of a quickstart's two branches and their parent, as the app takes them.
 
     Raises:
-        CheckpointError: a stage is missing.
+        CheckpointError: A stage is missing.
     """
-    if missing := [s for s in STAGES.values() if not (runs / s / "config.json").is_file()]:
+    missing = [stage for stage in STAGES.values() if not (runs / stage / "config.json").is_file()]
+    if missing:
         raise CheckpointError(f"{runs} has no finished {missing[0]}: run `pivot quickstart` first, or give --first.")
     return BundleNames(*(str(runs / STAGES[role]) for role in ("sft", "dpo", "parent")))
 
@@ -50,10 +52,10 @@ def serve(names: BundleNames, runs: Path | None, port: int, host: str = "127.0.0
     """Serve the app until it is stopped.
 
     Args:
-        names: of the pair to start with; the shipped pair by default.
-        runs: folder of checkpoints that visitors may name.
-        port: where it listens.
-        host: the address it listens at; this machine only by default.
+        names: Names of the bundle to start with; empty for the shipped bundle.
+        runs: Folder of checkpoints that visitors may name; None for no such folder.
+        port: Port that the app listens on.
+        host: Address that the app listens on; reachable from this machine only by default.
     """
     module = load_module()
     app = module.build_app(names, runs)

@@ -1,4 +1,4 @@
-"""The Space's work behind its page: a look becomes a comparison, a comparison becomes panels, figure and numbers."""
+"""The Space's work behind its page: a view state becomes a comparison, and that becomes panels, figure and numbers."""
 
 from __future__ import annotations
 
@@ -13,166 +13,188 @@ from PIL import Image
 
 from pivot_hub.data.image import read_upload
 from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.demo.bundle_cache import BundleCache
 from pivot_hub.demo.comparison import (
     Comparison,
     Subject,
     compare,
     compare_patches,
     compare_tokens,
-    fit_picture,
+    crop_for_encoders,
     scene_subject,
 )
 from pivot_hub.demo.html import Panels
-from pivot_hub.demo.model_bundle import BundleCache, BundleNames, ModelBundle
+from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
 from pivot_hub.demo.view_state import ViewState
 from pivot_hub.explain.gradcam import TokenMap
 from pivot_hub.explain.patch_features import principal_colours, similarity
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A look with what it shows; the look's texts are those that were asked in the end."""
+class ComparisonView:
+    """A comparison with the view state it is shown in.
 
-    view_state: ViewState
+    Args:
+        state: View state; its texts are the question and the answers that were compared.
+        comparison: Results of both models.
+    """
+
+    state: ViewState
     comparison: Comparison
 
+    def with_state(self, **changes: Any) -> ComparisonView:
+        """Return the same comparison with another view state, of which only the display may differ."""
+        return ComparisonView(replace(self.state, **changes), self.comparison)
 
-class Viewer:
-    """Shared by all visitors: models and templates. What is one visitor's comes and goes as arguments."""
 
-    def __init__(self, shelf: BundleCache, panels: Panels, on_gpu: Callable[[Any], Any] = lambda run: run) -> None:
-        """Load the pair to start with.
+class DemoService:
+    """Models and templates, shared by all visitors. The data of one visitor are passed as arguments."""
 
-        Args:
-            shelf: of pairs.
-            panels: that draw.
-            on_gpu: wraps what computes: a decorator that lends a GPU for the time of a call.
-
-        Raises:
-            CheckpointError: the pair cannot be loaded.
-        """
-        self.shelf, self.panels, self.start = shelf, panels, shelf.start()
-
-        # Arguments of these travel to another process under ZeroGPU: names, not models.
-        @on_gpu
-        def compare_named(names: BundleNames, *given: Any) -> Comparison:
-            return compare(shelf.get(names), *given)
-
-        @on_gpu
-        def tokens_named(names: BundleNames, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
-            return compare_tokens(shelf.get(names), comparison)
-
-        @on_gpu
-        def patches_named(names: BundleNames, image: Image.Image, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
-            return compare_patches(shelf.get(names), image, layer)
-
-        self._compare, self._tokens, self._patches = compare_named, tokens_named, patches_named
-
-    def pair(self, view_state: ViewState) -> ModelBundle:
-        """The pair a look names.
-
-        Raises:
-            CheckpointError: it cannot be had.
-        """
-        return self.shelf.get(view_state.names)
-
-    def see(self, view_state: ViewState, upload: str | Path | None = None) -> Seen:
-        """Compare both MLLMs as a look says.
+    def __init__(
+        self, bundles: BundleCache, panels: Panels, on_gpu: Callable[[Any], Any] = lambda function: function
+    ) -> None:
+        """Load the bundle that the app starts with.
 
         Args:
-            look: what was chosen; without a question a scene brings its own, with its answers.
-            upload: the visitor's own picture, which comes before the look's.
+            bundles: Cache of the model bundles.
+            panels: Renderer of the panels.
+            on_gpu: Decorator of the functions that run models; ZeroGPU's lends a GPU for the time of a call.
 
         Raises:
-            DataError: the picture, the question or an answer cannot be used.
-            CheckpointError: the pair cannot be had.
+            CheckpointError: The bundle cannot be loaded.
         """
-        pair = self.pair(view_state)
-        image = read_upload(Path(upload)) if upload else view_state.image()
+        self.bundles, self.panels = bundles, panels
+        self.default_bundle = bundles.default()
+
+        # Under ZeroGPU the arguments of these functions are sent to another process: pass names, not models.
+        @on_gpu
+        def compare_by_name(names: BundleNames, subject: Subject, explain: Any, layer: int | None) -> Comparison:
+            return compare(bundles.get(names), subject, explain, layer)
+
+        @on_gpu
+        def tokens_by_name(names: BundleNames, comparison: Comparison) -> tuple[list[TokenMap], list[TokenMap]]:
+            return compare_tokens(bundles.get(names), comparison)
+
+        @on_gpu
+        def patches_by_name(names: BundleNames, image: Image.Image, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
+            return compare_patches(bundles.get(names), image, layer)
+
+        self._compare, self._tokens, self._patches = compare_by_name, tokens_by_name, patches_by_name
+
+    def bundle(self, state: ViewState) -> ModelBundle:
+        """Return the bundle that a view state names.
+
+        Raises:
+            CheckpointError: The bundle cannot be loaded.
+        """
+        return self.bundles.get(state.bundle_names)
+
+    def compare(self, state: ViewState, upload: str | Path | None = None) -> ComparisonView:
+        """Compare both MLLMs as a view state says.
+
+        Args:
+            state: View state; a scene without a question gets its own question and answers.
+            upload: File of the visitor's own image, which takes precedence over the view state's image.
+
+        Returns:
+            The comparison; its view state contains the image of an upload and the texts that were used.
+
+        Raises:
+            DataError: The image, the question or an answer cannot be used.
+            CheckpointError: The bundle cannot be loaded.
+        """
+        bundle = self.bundle(state)
+        image = read_upload(Path(upload)) if upload else state.load_image()
         if image is None:
-            scene = scene_subject(ShapesDataset(image_px=pair.image_px), view_state.scene, view_state.ask)
-            own = bool(view_state.question)
-            # The outline is that of the thing the scene's own question is about.
-            mask = None if own and view_state.question.strip() != scene.question else scene.mask
-            subject = (
-                Subject(scene.image, view_state.question, view_state.right, view_state.wrong, mask) if own else scene
-            )
+            subject = _scene_subject(bundle, state)
         else:
-            subject = Subject(fit_picture(pair, image), view_state.question, view_state.right, view_state.wrong)
-            view_state = view_state.with_picture(subject.image) if upload else view_state
-        layer = view_state.layer if 0 < view_state.layer < pair.layers else None
-        comparison = self._compare(view_state.names, subject, view_state.explain, layer)
-        return Seen(
-            replace(view_state, question=subject.question, right=subject.right, wrong=subject.wrong), comparison
+            image = crop_for_encoders(bundle, image)
+            subject = Subject(image, state.question, state.right_answer, state.wrong_answer)
+            if upload:
+                state = state.with_image(image)
+        layer = state.layer if 0 < state.layer < bundle.layers else None
+        comparison = self._compare(state.bundle_names, subject, state.explain, layer)
+        return ComparisonView(state, comparison).with_state(
+            question=subject.question, right_answer=subject.right_answer, wrong_answer=subject.wrong_answer
         )
 
-    def stage(self, seen: Seen) -> str:
-        """The maps side by side, as HTML."""
-        return self.panels.stage(seen.comparison, seen.view_state.method, seen.view_state.colours)
+    def comparison_panel(self, view: ComparisonView) -> str:
+        """Render the saliency maps side by side, as HTML."""
+        return self.panels.comparison(view.comparison, view.state.method, view.state.colours)
 
-    def closer(self, seen: Seen) -> str:
-        """What the visitor chose to see below the maps, as HTML."""
-        view_state, comparison = seen.view_state, seen.comparison
-        if view_state.closer == "swipe":
-            return self.panels.swipe(comparison, view_state.method, view_state.colours)
-        if view_state.closer == "words":
-            return self.panels.words(
-                comparison, self._tokens(view_state.names, comparison), view_state.method, view_state.colours
-            )
-        tokens = self._patches(view_state.names, comparison.subject.image, comparison.layer)
-        if view_state.closer == "colours":
-            return self.panels.colours(comparison, tokens)
-        return self.panels.patches(comparison, tokens, (view_state.row, view_state.column), view_state.colours)
+    def details_panel(self, view: ComparisonView) -> str:
+        """Render the panel below the maps that the visitor chose, as HTML."""
+        state, comparison = view.state, view.comparison
+        if state.details == "swipe":
+            return self.panels.swipe(comparison, state.method, state.colours)
+        if state.details == "tokens":
+            tokens = self._tokens(state.bundle_names, comparison)
+            return self.panels.tokens(comparison, tokens, state.method, state.colours)
+        features = self._features(view)
+        if state.details == "colours":
+            return self.panels.colours(comparison, features)
+        return self.panels.patches(comparison, features, (state.row, state.column), state.colours)
 
-    def figure(self, seen: Seen) -> Image.Image:
-        """What is on the page as one picture, scales included."""
+    def figure(self, view: ComparisonView) -> Image.Image:
+        """Draw the content of the page as one image, colour scales included."""
         from pivot_hub.demo.comparison_figure import draw_comparison
 
         file = io.BytesIO()
-        draw_comparison(seen.comparison, file, seen.view_state.method, seen.view_state.colours)
+        draw_comparison(view.comparison, file, view.state.method, view.state.colours)
         return Image.open(file)
 
-    def numbers(self, seen: Seen) -> dict[str, Any]:
-        """What is on the page as numbers."""
-        view_state = seen.view_state
-        chosen = {
-            "scene": None if view_state.picture else view_state.scene,
-            "method": view_state.method,
-            "link": f"?{view_state.query()}",
+    def numbers(self, view: ComparisonView) -> dict[str, Any]:
+        """Return the content of the page as numbers."""
+        state = view.state
+        return {
+            **view.comparison.to_dict(),
+            "scene": None if state.image else state.scene,
+            "method": state.method,
+            "link": f"?{state.query()}",
+            "sentence": view.comparison.summary(state.method),
         }
-        return {**seen.comparison.to_dict(), **chosen, "sentence": seen.comparison.sentence(view_state.method)}
 
-    def patch_numbers(self, seen: Seen) -> dict[str, Any]:
-        """Similarity of the chosen patch with all, and the main axes as colour, in both encoders."""
-        view_state, comparison = seen.view_state, seen.comparison
-        tokens = self._patches(view_state.names, comparison.subject.image, comparison.layer)
-        colours, share, joint = principal_colours(tokens)
+    def patch_numbers(self, view: ComparisonView) -> dict[str, Any]:
+        """Return the chosen patch's similarity with all others and the features as colours, in both encoders."""
+        state, features = view.state, self._features(view)
+        colours, variance_share, joint = principal_colours(features)
         models = []
-        for view, grid, picture in zip((comparison.first, comparison.second), tokens, colours, strict=True):
-            row, column = min(view_state.row, grid.shape[0] - 1), min(view_state.column, grid.shape[1] - 1)
-            alike = np.round(similarity(grid, row, column), 4).tolist()
+        for result, grid, pixels in zip(view.comparison.results, features, colours, strict=True):
+            row, column = min(state.row, grid.shape[0] - 1), min(state.column, grid.shape[1] - 1)
+            similarities = np.round(similarity(grid, row, column), 4).tolist()
             models.append(
-                {"name": view.name, "row": row, "column": column, "similarity": alike, "rgb": picture.tolist()}
+                {"name": result.name, "row": row, "column": column, "similarity": similarities, "rgb": pixels.tolist()}
             )
-        return {"models": models, "variance_of_rgb": round(share, 4), "one_basis": joint}
+        return {"models": models, "variance_of_rgb": round(variance_share, 4), "one_basis": joint}
 
-    def word_numbers(self, seen: Seen) -> dict[str, Any]:
-        """Probability and map of each token of the explained answers."""
-        comparison = seen.comparison
-        sides = self._tokens(seen.view_state.names, comparison)
+    def token_numbers(self, view: ComparisonView) -> dict[str, Any]:
+        """Return the probability and the saliency map of each token of the explained answers."""
+        method = view.state.method
+        tokens = self._tokens(view.state.bundle_names, view.comparison)
         models = [
             {
-                "name": view.name,
-                "answer": view.explained,
+                "name": result.name,
+                "answer": result.explained,
                 "tokens": [
-                    {
-                        "text": t.text,
-                        "log_prob": t.log_prob,
-                        "map": np.round(t.maps[seen.view_state.method], 7).tolist(),
-                    }
-                    for t in side
+                    {"text": t.text, "log_prob": t.log_prob, "map": np.round(t.maps[method], 7).tolist()}
+                    for t in model_tokens
                 ],
             }
-            for view, side in zip((comparison.first, comparison.second), sides, strict=True)
+            for result, model_tokens in zip(view.comparison.results, tokens, strict=True)
         ]
-        return {"method": seen.view_state.method, "models": models}
+        return {"method": method, "models": models}
+
+    def _features(self, view: ComparisonView) -> tuple[np.ndarray, np.ndarray]:
+        """Patch features (H, W, D) of the compared image in both encoders."""
+        comparison = view.comparison
+        return self._patches(view.state.bundle_names, comparison.subject.image, comparison.layer)
+
+
+def _scene_subject(bundle: ModelBundle, state: ViewState) -> Subject:
+    """The scene of a view state, with the visitor's question if there is one and otherwise its own."""
+    scene = scene_subject(ShapesDataset(image_px=bundle.image_px), state.scene, state.kind)
+    if not state.question:
+        return scene
+    # The mask is that of the object in the scene's own question, so it does not fit any other question.
+    mask = scene.mask if state.question.strip() == scene.question else None
+    return Subject(scene.image, state.question, state.right_answer, state.wrong_answer, mask)

@@ -1,4 +1,4 @@
-"""A look: everything one visitor of the Space chose, and the link that restores it."""
+"""The view state: everything one visitor of the Space chose, and the link that restores it."""
 
 from __future__ import annotations
 
@@ -19,121 +19,135 @@ from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method
 from pivot_hub.explain.heatmaps import COLOURS
 
-CLOSER = ("swipe", "patches", "colours", "words")
+DETAILS = ("swipe", "patches", "colours", "tokens")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "ask": KINDS,
+    "kind": KINDS,
     "explain": EXPLAINS,
     "method": METHODS,
     "colours": COLOURS,
-    "closer": CLOSER,
+    "details": DETAILS,
 }
-KINDS_OF_VALUE = {int: "a whole number", str: "a text"}
+TYPE_NAMES = {int: "a whole number", str: "a text"}
 LARGEST = 999_999_999
-LINK_BYTES = 4000  # of a picture inside a link: servers and proxies take addresses of about 8 KB
+MOST_LINK_BYTES = 4000  # of an image inside a link: servers and proxies accept addresses of about 8 KB
+LINK_SIDES_PX = (160, 128, 96, 64, 48)  # longer sides that are tried until the image fits; the last one always does
 
 
 @dataclass(frozen=True)
 class ViewState:
-    """The choices of one visitor; a link names the scene, and of the others those that are not the defaults.
+    """The choices of one visitor. The fields are the parameters of the link and of the endpoints.
 
     Args:
-        scene: of the built-in world, where there is no picture.
-        ask: kind of question about the scene.
-        question: what is asked; empty for the scene's own.
-        right: answer, and wrong: another; empty for the scene's own, or unknown.
-        explain: answer, sft or dpo.
-        method: gradcam or gradient.
-        layer: that Grad-CAM looks at, 0 for the one the MLLM sees.
-        colours: of the maps.
-        opacity: of the maps over the picture, percent.
-        closer: what is shown below the maps.
-        row: of the patch that is compared with all others, from 0 at the top; column: from the left.
-        first: name of an MLLM, second and parent: empty for the pair that the app was started with.
-        picture: the visitor's own, small, as base64; empty for a scene.
+        scene: Number of the scene of the synthetic Shapes dataset; it counts only without an image.
+        kind: Kind of question about the scene.
+        question: Question to both models; empty for the scene's own question.
+        right_answer: Answer that is explained; empty if it is unknown or the scene's own.
+        wrong_answer: Answer that the right one is compared with; empty if there is none or for the scene's own.
+        explain: Quantity that is explained: answer, sft or dpo.
+        method: Method of the saliency maps: gradcam or gradient.
+        layer: Hidden state that Grad-CAM explains; 0 for the one that the language model receives.
+        colours: Name of the maps' colour scale.
+        opacity: Opacity of the maps over the image, in percent.
+        details: Name of the panel below the maps.
+        row: Row of the patch that is compared with all others, from 0 at the top.
+        column: Column of that patch, from 0 at the left.
+        first: Name of the first MLLM; empty for the bundle that the app was started with.
+        second: Name of the second MLLM.
+        parent: Name of the parent of both; empty if there is none.
+        image: The visitor's own image, reduced, as base64; empty for a scene.
     """
 
     scene: int = 27
-    ask: Kind = "colour"
+    kind: Kind = "colour"
     question: str = ""
-    right: str = ""
-    wrong: str = ""
+    right_answer: str = ""
+    wrong_answer: str = ""
     explain: Explain = "answer"
     method: Method = "gradcam"
     layer: int = 0
     colours: str = COLOURS[0]
     opacity: int = 85
-    closer: str = CLOSER[0]
+    details: str = DETAILS[0]
     row: int = 3
     column: int = 3
     first: str = ""
     second: str = ""
     parent: str = ""
-    picture: str = ""
+    image: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be chosen: looks come from links and programs, not from the page alone.
+        """Validate the values, which also come from links and programs.
 
         Raises:
-            DataError: a value is none of those allowed, or of another kind; the message names it.
+            DataError: A value is not allowed or has the wrong type; the message names it.
         """
         for name, allowed in CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise DataError(f"{name} is {str(value)[:40]!r}: it is one of {', '.join(allowed)}.")
-        for name, start in ((f.name, f.default) for f in fields(self)):
             value = getattr(self, name)
-            if type(value) is not type(start):
-                raise DataError(f"{name} is {str(value)[:40]!r}: it has to be {KINDS_OF_VALUE[type(start)]}.")
+            if value not in allowed:
+                raise DataError(f"{name} is {str(value)[:40]!r}: it must be one of {', '.join(allowed)}.")
+        for name, default in _defaults().items():
+            value = getattr(self, name)
+            if type(value) is not type(default):
+                raise DataError(f"{name} is {str(value)[:40]!r}: it must be {TYPE_NAMES[type(default)]}.")
             if isinstance(value, int) and not 0 <= value <= LARGEST:
-                raise DataError(f"{name} is {value}: it lies between 0 and {LARGEST:,}.")
+                raise DataError(f"{name} is {value}: it must be between 0 and {LARGEST:,}.")
 
     @property
-    def names(self) -> BundleNames:
-        """Of the pair."""
+    def bundle_names(self) -> BundleNames:
+        """Names of the models."""
         return BundleNames(self.first, self.second, self.parent)
 
     def query(self) -> str:
-        """What stands behind the `?` of the link."""
-        start = ViewState()
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return urlencode({k: v for k, v in chosen.items() if k in ("scene", "ask") or v != getattr(start, k)})
+        """Return the query string of the link: the scene, and every other choice that is not the default."""
+        defaults = _defaults()
+        choices = {name: getattr(self, name) for name in defaults}
+        return urlencode({k: v for k, v in choices.items() if k in ("scene", "kind") or v != defaults[k]})
 
-    def with_picture(self, image: Image.Image) -> ViewState:
-        """Put a picture into the link, as large as the link can carry."""
-        for side in (160, 128, 96, 64, 48):
-            small = image.copy()
-            small.thumbnail((side, side))
+    def with_image(self, image: Image.Image) -> ViewState:
+        """Store an image in the view state, at the largest of LINK_SIDES_PX at which it fits into the link."""
+        for side in LINK_SIDES_PX:
+            reduced = image.copy()
+            reduced.thumbnail((side, side))
             file = io.BytesIO()
-            small.save(file, "WEBP", quality=70)
-            if len(file.getvalue()) <= LINK_BYTES or side == 48:
+            reduced.save(file, "WEBP", quality=70)
+            if len(file.getvalue()) <= MOST_LINK_BYTES:
                 break
-        return replace(self, picture=base64.urlsafe_b64encode(file.getvalue()).decode())
+        return replace(self, image=base64.urlsafe_b64encode(file.getvalue()).decode())
 
-    def image(self) -> Image.Image | None:
-        """The picture inside the link.
+    def load_image(self) -> Image.Image | None:
+        """Decode the image of the link; None if the link holds none.
 
         Raises:
-            DataError: it is none.
+            DataError: The content is not an image.
         """
-        if not self.picture:
+        if not self.image:
             return None
         try:
-            content = base64.urlsafe_b64decode(self.picture)
+            content = base64.urlsafe_b64decode(self.image)
         except (binascii.Error, ValueError):
-            raise DataError("The picture inside this link is damaged; copy the whole link again.") from None
+            raise DataError("The image inside this link is damaged; copy the whole link again.") from None
         return read_upload(io.BytesIO(content))
 
 
 def read_view_state(query: Mapping[str, str]) -> ViewState:
-    """Read a look from the parameters of a link; parameters of others are left alone.
+    """Read a view state from the parameters of a link; unknown parameters are ignored.
 
     Raises:
-        DataError: a value is none that can be chosen; the message names it.
+        DataError: A value is not allowed; the message names it.
     """
-    chosen: dict[str, Any] = {}
-    for name, start in ((f.name, f.default) for f in fields(ViewState)):
-        if name in query:
-            value = query[name]
-            if isinstance(start, int) and not (value.isdecimal() and len(value) < 10):
-                raise DataError(f"{name} is {value[:40]!r}, which is no whole number.")
-            chosen[name] = int(value) if isinstance(start, int) else value
-    return ViewState(**chosen)
+    choices: dict[str, Any] = {}
+    for name, default in _defaults().items():
+        if name not in query:
+            continue
+        value = query[name]
+        if isinstance(default, int):
+            if not (value.isdecimal() and len(value) < 10):
+                raise DataError(f"{name} is {value[:40]!r}, which is not a whole number.")
+            choices[name] = int(value)
+        else:
+            choices[name] = value
+    return ViewState(**choices)
+
+
+def _defaults() -> dict[str, Any]:
+    return {field.name: field.default for field in fields(ViewState)}

@@ -1,4 +1,4 @@
-"""Encoders: the classes that expose them, registered with the Auto classes, and the repositories that hold them."""
+"""Encoders: their classes, registered with the Auto classes, and their repositories, exports and features."""
 
 from transformers import AutoBackbone, AutoConfig, AutoModel
 

@@ -1,4 +1,4 @@
-"""Features of many images, written to one file; what an encoder's user does first."""
+"""Encode many images and write their features to one file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ from pivot_hub.files import write_json
 from pivot_hub.provenance import machine, versions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Between two points that a stopped run can go on from: at most so many batches, and so many bytes of features.
+# Names and pixels (B, 3, image_px, image_px) of a batch's good images; names and reasons of its corrupt ones.
+_Batch = tuple[list[str], torch.Tensor, list[dict[str, str]]]
+# A stopped run resumes at the last complete shard, which holds at most so many batches and so many bytes of features.
 SHARD_BATCHES, SHARD_BYTES = 32, 64_000_000
-Progress = Callable[[int, int, float], None]  # images done, images in all, images per second
+Progress = Callable[[int, int, float], None]  # takes the images done, the images in all, and images per second
 
 
 def encode_folder(
@@ -42,25 +44,28 @@ def encode_folder(
     workers: int | None = None,
     progress: Progress = lambda done, total, rate: None,
 ) -> dict[str, Any]:
-    """Encode every image of a folder; a stopped run goes on where it was.
+    """Encode every image of a folder; a stopped run resumes when it is called again.
 
     Args:
-        encoder: folder or Hub name.
-        folder: images in it and below it.
-        output: `.parquet`, with columns `file` and `features`, or `.npy`, whose rows' files are in the report.
-        tokens: all patch tokens (H*W, D) of an image instead of their mean (D).
-        batch: images of one forward pass.
-        dtype: the encoder computes in: float32, float16 (stored as it is) or bfloat16 (stored as float32).
-        workers: processes that decode; one a core by default, 0 for none.
-        progress: called after every batch.
+        encoder: Folder or Hub name of the encoder.
+        folder: Folder that holds the images, also in its subfolders.
+        output: File to write: `.parquet`, with columns `file` and `features`, or `.npy`, for which the report lists
+            the file of each row.
+        tokens: Whether to write all patch tokens (H*W, D) of an image instead of their mean (D).
+        batch: Number of images in a forward pass.
+        dtype: Precision that the encoder computes in: float32, float16 (stored as it is) or bfloat16 (stored as
+            float32).
+        workers: Number of processes that decode images; by default one for each core, 0 for none.
+        progress: Function that is called after every batch.
 
     Returns:
-        The report, which also lies beside the output as `<output>.json`: encoder, shape of an image's features, files
-        in order, corrupt images with their reason, files and linked folders that were not read, rate.
+        The report, which is also written beside the output as `<output>.json`: encoder, shape of an image's features,
+        files in order, corrupt images with their reason, files and linked folders that were not read, images per
+        second.
 
     Raises:
-        CheckpointError: there is no such encoder.
-        DataError: there is no image, the output's kind is unknown, or another run's parts lie there.
+        CheckpointError: The encoder cannot be loaded.
+        DataError: There is no image, the output has an unknown suffix, or the parts of another run are in its place.
     """
     source, target = Path(folder), Path(output)
     if target.suffix not in (".parquet", ".npy"):
@@ -68,7 +73,7 @@ def encode_folder(
     if dtype not in DTYPES:
         raise DataError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     if not source.is_dir():
-        raise DataError(f"{source} is no folder; give the folder that holds the images.")
+        raise DataError(f"{source} is not a folder; give the folder that holds the images.")
     listing = list_folder(source)
     files = listing.images
     if not files:
@@ -85,18 +90,18 @@ def encode_folder(
 
 
 class Images(Protocol):
-    """Named images; worker processes get a copy."""
+    """Sequence of named images, which is copied to worker processes."""
 
     @property
     def names(self) -> Sequence[str]: ...
 
     def open(self, index: int) -> Image.Image:
-        """An RGB image; DataError naming it where it cannot be decoded."""
+        """Decode an image as RGB, or raise a DataError that names it if it cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files by their names from a folder."""
+    """Image files by their paths relative to a folder."""
 
     folder: Path
     names: Sequence[str]
@@ -117,29 +122,32 @@ def encode_images(
     workers: int | None = None,
     progress: Progress = lambda done, total, rate: None,
 ) -> dict[str, Any]:
-    """Encode named images into one file; a stopped run with the same facts goes on where it was.
+    """Encode named images into one file; a stopped run resumes when it is called again with the same metadata.
 
     Args:
-        model: the encoder, on its device in `dtype`.
-        processor: its image processor.
-        images: to encode, in order.
-        target: `.parquet` or `.npy`, see `encode_folder`.
-        facts: of the encoder and the images: a run with others does not go on from this one's parts.
-        tokens, batch, dtype, workers, progress: see `encode_folder`.
+        model: The encoder, on its device in `dtype`.
+        processor: Image processor of the encoder.
+        images: Images to encode, in order.
+        target: File to write, `.parquet` or `.npy` as in `encode_folder`.
+        metadata: Identity of the encoder and the images, which decides whether a stopped run can be resumed.
+        tokens: Whether to write all patch tokens of an image instead of their mean.
+        batch: Number of images in a forward pass.
+        dtype: Precision that the encoder computes in, as in `encode_folder`.
+        workers: Number of processes that decode images, as in `encode_folder`.
+        progress: Function that is called after every batch.
 
     Returns:
-        The report, see `encode_folder`.
+        The report that `encode_folder` describes.
 
     Raises:
-        DataError: another run's parts lie there.
+        DataError: The parts of another run are in the output's place.
     """
     started = time.monotonic()
-    names = images.names
+    count = len(images.names)
     grid = (model.config.image_size // model.config.patch_size) ** 2
     shape = [grid, model.config.hidden_size] if tokens else [model.config.hidden_size]
     stored = np.dtype("float16" if dtype == "float16" else "float32")
-    fitting = SHARD_BYTES // (int(np.prod(shape)) * stored.itemsize * batch)
-    per_shard = batch * max(1, min(SHARD_BATCHES, fitting))
+    per_shard = batch * _batches_per_shard(int(np.prod(shape)) * stored.itemsize * batch)
     job = {
         **metadata,
         "feature_layer": model.config.pivot["feature_layer"],
@@ -149,39 +157,27 @@ def encode_images(
     }
     parts = target.with_name(f"{target.name}.partial")
     _open_job(parts, job)
-    starts = range(0, len(names), per_shard)
-    resumed = sum(len(names[s : s + per_shard]) for s in starts if (parts / f"{s}.json").is_file())
-    done = resumed
-    for start in starts:
-        some = range(start, min(start + per_shard, len(names)))
-        if (parts / f"{start}.json").is_file():
+    shards = [_Shard(parts, range(start, min(start + per_shard, count))) for start in range(0, count, per_shard)]
+    resumed = done = sum(len(shard.indices) for shard in shards if shard.is_complete())
+    for shard in shards:
+        if shard.is_complete():
             continue
-        kept: list[str] = []
-        made: list[np.ndarray] = []
-        corrupt: list[dict[str, str]] = []
-        for batch_names, pixels, bad in _batches(processor, images, some, batch, workers):
-            corrupt += bad
-            if batch_names:
-                made.append(_features(model, pixels, tokens).astype(stored))
-                kept += batch_names
-            done += len(batch_names) + len(bad)
-            progress(done, len(names), (done - resumed) / (time.monotonic() - started))
-        np.save(parts / f"{start}.npy", np.concatenate(made) if made else np.empty((0, *shape), stored))
-        write_json(parts / f"{start}.json", {"files": kept, "corrupt": corrupt})  # last: it says the shard is whole
-    wholes = [json.loads((parts / f"{s}.json").read_text()) for s in starts]
-    kept = [name for whole in wholes for name in whole["files"]]
-    corrupt = [bad for whole in wholes for bad in whole["corrupt"]]
-    shards = (parts / f"{s}.npy" for s in starts)
-    _merge(target, shards, wholes, len(kept), shape, stored)
+        batches = _batches(processor, images, shard.indices, batch, workers)
+        for encoded in _encode_shard(model, batches, shard, tokens, np.empty((0, *shape), stored)):
+            done += encoded
+            progress(done, count, (done - resumed) / (time.monotonic() - started))
+    listings = [shard.listing() for shard in shards]
+    files = [file for listing in listings for file in listing["files"]]
+    _merge(target, shards, len(files), shape, stored)
     duration = time.monotonic() - started
     report = {
         **{k: v for k, v in job.items() if k not in ("per_shard", "files_sha256")},
-        "images": len(kept),
-        "corrupt": corrupt,
+        "images": len(files),
+        "corrupt": [entry for listing in listings for entry in listing["corrupt"]],
         "resumed_images": resumed,
         "duration_s": round(duration, 2),
-        "images_per_s": round((len(names) - resumed) / duration, 2),
-        "files": kept,
+        "images_per_s": round((count - resumed) / duration, 2),
+        "files": files,
         "machine": machine(),
         "versions": versions(),
     }
@@ -190,48 +186,107 @@ def encode_images(
     return report
 
 
-class _Decoded(Dataset[tuple[str, torch.Tensor | str]]):
-    """Each file's name, with its pixels (3, image_px, image_px) or the reason why there are none."""
+@dataclass(frozen=True)
+class _Shard:
+    """Features of consecutive images, kept in two files until all shards are complete.
 
-    def __init__(self, processor: Any, images: Images, some: range) -> None:
-        self.processor, self.images, self.some = processor, images, some
+    Args:
+        folder: Folder of all shards.
+        indices: Indices of the shard's images.
+    """
+
+    folder: Path
+    indices: range
+
+    @property
+    def features_file(self) -> Path:
+        return self.folder / f"{self.indices.start}.npy"
+
+    @property
+    def listing_file(self) -> Path:
+        return self.folder / f"{self.indices.start}.json"
+
+    def is_complete(self) -> bool:
+        return self.listing_file.is_file()
+
+    def write(self, features: np.ndarray, files: list[str], corrupt: list[dict[str, str]]) -> None:
+        np.save(self.features_file, features)
+        write_json(self.listing_file, {"files": files, "corrupt": corrupt})  # last, since it marks the shard complete
+
+    def listing(self) -> dict[str, Any]:
+        """Names of the encoded images (`files`), and names and reasons of those that are corrupt (`corrupt`)."""
+        listing: dict[str, Any] = json.loads(self.listing_file.read_text())
+        return listing
+
+
+def _encode_shard(
+    model: Any, batches: Iterator[_Batch], shard: _Shard, tokens: bool, empty: np.ndarray
+) -> Iterator[int]:
+    """Encode the batches of a shard and write it; yield the number of images after each batch.
+
+    Args:
+        model: The encoder.
+        batches: Decoded images of the shard.
+        shard: The shard to write.
+        tokens: Whether to keep all patch tokens of an image instead of their mean.
+        empty: Features of no image, in the shape and dtype that are written.
+    """
+    features = [empty]
+    files: list[str] = []
+    corrupt: list[dict[str, str]] = []
+    for batch_files, pixels, batch_corrupt in batches:
+        corrupt += batch_corrupt
+        if batch_files:
+            features.append(_features(model, pixels, tokens).astype(empty.dtype))
+            files += batch_files
+        yield len(batch_files) + len(batch_corrupt)
+    shard.write(np.concatenate(features), files, corrupt)
+
+
+def _batches_per_shard(batch_bytes: int) -> int:
+    return max(1, min(SHARD_BATCHES, SHARD_BYTES // batch_bytes))
+
+
+class _Decoded(Dataset[tuple[str, torch.Tensor | str]]):
+    """Name of each image, with its pixels (3, image_px, image_px), or with the reason why it cannot be decoded."""
+
+    def __init__(self, processor: Any, images: Images, indices: range) -> None:
+        self.processor, self.images, self.indices = processor, images, indices
 
     def __len__(self) -> int:
-        return len(self.some)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[str, torch.Tensor | str]:
-        name = self.images.names[self.some[index]]
+        name = self.images.names[self.indices[index]]
         try:
-            image = self.images.open(self.some[index])
+            image = self.images.open(self.indices[index])
         except DataError as error:
             return name, str(error)
         return name, self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
-def _batches(
-    processor: Any, images: Images, some: range, batch: int, workers: int | None
-) -> Iterator[tuple[list[str], torch.Tensor, list[dict[str, str]]]]:
-    """Names and pixels of each batch's good images, and its corrupt ones."""
+def _batches(processor: Any, images: Images, indices: range, batch: int, workers: int | None) -> Iterator[_Batch]:
+    """Decode images in batches."""
     count = min(os.cpu_count() or 1, 16) if workers is None else workers
     loader = DataLoader(
-        _Decoded(processor, images, some), batch, num_workers=min(count, len(some) // batch), collate_fn=list
+        _Decoded(processor, images, indices), batch, num_workers=min(count, len(indices) // batch), collate_fn=list
     )
     for rows in loader:
         good = {name: pixels for name, pixels in rows if isinstance(pixels, torch.Tensor)}
-        bad = [{"file": name, "reason": reason} for name, reason in rows if isinstance(reason, str)]
-        yield list(good), torch.stack(list(good.values())) if good else torch.empty(0), bad
+        corrupt = [{"file": name, "reason": reason} for name, reason in rows if isinstance(reason, str)]
+        yield list(good), torch.stack(list(good.values())) if good else torch.empty(0), corrupt
 
 
 @torch.inference_mode()
 def _features(model: Any, pixels: torch.Tensor, tokens: bool) -> np.ndarray:
-    made = model(pixels.to(model.device, model.dtype))
-    chosen = made.last_hidden_state if tokens else made.pooler_output
+    outputs = model(pixels.to(model.device, model.dtype))
+    chosen = outputs.last_hidden_state if tokens else outputs.pooler_output
     features: np.ndarray = chosen.float().cpu().numpy()
     return features
 
 
 def _listing_sha256(names: list[str], files: Sequence[Path]) -> str:
-    """What tells a folder's images from others, without reading them: their names and sizes."""
+    """Identify a folder's images by their names and sizes, without reading them, and how they are decoded."""
     listing = f"decoding {DECODING}\n" + "".join(
         f"{name}\0{file.stat().st_size}\n" for name, file in zip(names, files, strict=True)
     )
@@ -239,7 +294,7 @@ def _listing_sha256(names: list[str], files: Sequence[Path]) -> str:
 
 
 def _open_job(parts: Path, job: dict[str, Any]) -> None:
-    """Make the folder of parts, or find in it an unfinished run of the same job."""
+    """Create the folder of shards, or refuse one that belongs to another job."""
     file = parts / "job.json"
     if file.is_file() and json.loads(file.read_text()) != job:
         raise DataError(
@@ -250,34 +305,36 @@ def _open_job(parts: Path, job: dict[str, Any]) -> None:
     write_json(file, job)
 
 
-def _merge(
-    target: Path,
-    shards: Iterator[Path],
-    metadata: list[dict[str, Any]],
-    rows: int,
-    shape: list[int],
-    dtype: np.dtype[Any],
-) -> None:
-    """Join the shards into one file, a shard at a time in memory, and rename it in."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+def _merge(target: Path, shards: Sequence[_Shard], rows: int, shape: list[int], dtype: np.dtype[Any]) -> None:
+    """Join the shards into one file, with one shard at a time in memory, and rename it to its name when complete."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         if target.suffix == ".npy":
-            whole = np.lib.format.open_memmap(beside, mode="w+", dtype=dtype, shape=(rows, *shape))
-            at = 0
-            for shard in shards:
-                part = np.load(shard)
-                whole[at : at + len(part)] = part
-                at += len(part)
-            whole.flush()
+            _merge_npy(temporary, shards, rows, shape, dtype)
         else:
-            width = int(np.prod(shape))
-            kind = pa.list_(pa.from_numpy_dtype(dtype), width)
-            schema = pa.schema([("file", pa.string()), ("features", kind)], {"shape": json.dumps(shape)})
-            with pq.ParquetWriter(beside, schema) as writer:
-                for shard, fact in zip(shards, metadata, strict=True):
-                    values = pa.array(np.load(shard).reshape(-1))
-                    features = pa.FixedSizeListArray.from_arrays(values, width)
-                    writer.write_table(pa.table([pa.array(fact["files"], pa.string()), features], schema=schema))
-        beside.replace(target)
+            _merge_parquet(temporary, shards, shape, dtype)
+        temporary.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _merge_npy(path: Path, shards: Sequence[_Shard], rows: int, shape: list[int], dtype: np.dtype[Any]) -> None:
+    merged = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(rows, *shape))
+    start = 0
+    for shard in shards:
+        features = np.load(shard.features_file)
+        merged[start : start + len(features)] = features
+        start += len(features)
+    merged.flush()
+
+
+def _merge_parquet(path: Path, shards: Sequence[_Shard], shape: list[int], dtype: np.dtype[Any]) -> None:
+    width = int(np.prod(shape))
+    features_type = pa.list_(pa.from_numpy_dtype(dtype), width)
+    schema = pa.schema([("file", pa.string()), ("features", features_type)], {"shape": json.dumps(shape)})
+    with pq.ParquetWriter(path, schema) as writer:
+        for shard in shards:
+            values = pa.array(np.load(shard.features_file).reshape(-1))
+            features = pa.FixedSizeListArray.from_arrays(values, width)
+            files = pa.array(shard.listing()["files"], pa.string())
+            writer.write_table(pa.table([files, features], schema=schema))

@@ -1,4 +1,4 @@
-"""The protocol of a model that gives features: `PivotVisionModel`, or an export of one."""
+"""Protocol of a model that returns features: a `PivotVisionModel` or an export of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class FeatureModel(Protocol):
-    """What a probe asks of an encoder."""
+    """Interface that probes need from an encoder."""
 
     @property
     def config(self) -> Any: ...

@@ -1,7 +1,7 @@
-"""PivotVisionModel: one class over any backbone, whose output is what an MLLM sees of an image.
+"""PivotVisionModel: one class for every backbone, whose output is the features that enter an MLLM.
 
-This file travels with every published encoder: it imports torch, Pillow, transformers (with the safetensors it
-is made of) and its own configuration only, and runs under transformers 4.57 and 5.
+This file is copied into every published encoder and runs under transformers 4.57 and 5. It imports only torch,
+Pillow, transformers, safetensors (which transformers depends on) and its own configuration.
 """
 
 import json
@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 
 from .configuration_pivot import PivotVisionConfig, backbone_of, native_config
 
-try:  # transformers 5 collects hidden states by hooks that it puts in place at the first call
+try:  # transformers 5 collects hidden states with hooks, which it installs at the first call
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
-except ImportError:  # transformers 4 needs none
+except ImportError:  # transformers 4 has no such hooks
     maybe_install_capturing_hooks = None
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -33,7 +33,7 @@ AUTO_MAP = {
 
 
 class PivotVisionModel(PreTrainedModel):
-    """A vision encoder that returns patch tokens at its feature layer, prefix tokens dropped.
+    """Vision encoder that returns the patch tokens of its feature layer, without prefix tokens.
 
     Example:
         >>> encoder = PivotVisionModel.from_pretrained("google/siglip2-base-patch16-512")
@@ -62,7 +62,7 @@ class PivotVisionModel(PreTrainedModel):
             self.backbone = backbone
         self._processor = self._processor_source = None
         if maybe_install_capturing_hooks is not None:
-            # Here, because a first call inside torch.compile would break the graph.
+            # If the first call installed them inside torch.compile, the graph would break.
             maybe_install_capturing_hooks(self.backbone)
         if config.patch_size is None:
             self._measure_sizes()
@@ -73,34 +73,35 @@ class PivotVisionModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path, *args, config=None, feature_layer=None, out_indices=None, **kwargs
     ):
-        """Load any native repository: one of ours, or an untouched original (then stage is `base`).
+        """Load a native repository: one that this package wrote, or an original one (then stage is `base`).
 
         Args:
-            pretrained_model_name_or_path: folder or Hub name; of a two-tower model the vision tower is taken.
-            config: a PivotVisionConfig to use instead of the repository's.
-            feature_layer: hidden state to return instead of the repository's.
-            out_indices: hidden states that a `PivotVisionBackbone` gives as maps.
-            **kwargs: as for transformers' own `from_pretrained`: dtype, device_map, attn_implementation, ...
+            pretrained_model_name_or_path: Folder or Hub name. Of a two-tower model, the vision tower is loaded.
+            config: PivotVisionConfig that replaces the repository's.
+            feature_layer: Hidden state to return, if it is not the repository's.
+            out_indices: Hidden states that a `PivotVisionBackbone` returns as maps.
+            **kwargs: Options of transformers' own `from_pretrained`: dtype, device_map, attn_implementation, ...
 
         Raises:
-            ValueError: it is no whole encoder in safetensors: the message says what it is, and the remedy.
-            OSError: there is no such repository.
+            ValueError: The repository is not a complete encoder in safetensors. The message says what it is, and the
+                remedy.
+            OSError: The repository does not exist.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name, kwargs.get("subfolder", ""))
         if folder.is_dir():
             _refuse_folder(folder)
-        # The Auto classes hand remote-code settings through; the backbone is always a native class.
+        # The Auto classes pass on remote-code settings, but the backbone is always a native class.
         for setting in ("trust_remote_code", "code_revision", "adapter_kwargs"):
             kwargs.pop(setting, None)
-        wanted = kwargs.pop("output_loading_info", False)
-        where = {
+        return_info = kwargs.pop("output_loading_info", False)
+        hub_options = {
             k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
         }
-        found = AutoConfig.from_pretrained(name, **where)
-        pivot = vars(found).pop("pivot", None)
-        vars(found).pop("auto_map", None)
-        native = native_config(found)
+        repository_config = AutoConfig.from_pretrained(name, **hub_options)
+        pivot = vars(repository_config).pop("pivot", None)
+        vars(repository_config).pop("auto_map", None)
+        native = native_config(repository_config)
         if not isinstance(config, PivotVisionConfig):
             config = PivotVisionConfig(native, pivot)
         if feature_layer is not None:
@@ -119,52 +120,55 @@ class PivotVisionModel(PreTrainedModel):
             raise ValueError(
                 f"{name}: the weights do not have the sizes of config.json; give the config that belongs to them."
             ) from error
-        _complete(backbone, info, name)
+        _require_complete(backbone, info, name)
         config.backbone_config = backbone.config
         model = cls(config, backbone).eval()
         model.name_or_path = name
-        token = where.pop("token", None)
-        model._processor_source = (name, where)
-        if token is not None:  # used now, so that the model never holds it
-            model._processor = read_image_processor(name, native, token=token, **where)
-        return (model, info) if wanted else model
+        token = hub_options.pop("token", None)
+        model._processor_source = (name, hub_options)
+        if token is not None:  # read the image processor now, so that the model does not store the token
+            model._processor = read_image_processor(name, native, token=token, **hub_options)
+        return (model, info) if return_info else model
 
     @classmethod
     def from_mllm(cls, mllm, pivot=None, image_processor=None):
-        """Copy the encoder out of a LLaVA-style model, which is left as it is.
+        """Copy the encoder out of a LLaVA-style model, which is not changed.
 
         Args:
-            mllm: a LlavaForConditionalGeneration.
-            pivot: facts of its training for the config; feature_layer is read from the model.
-            image_processor: the MLLM's, for `forward_features` and `save_pretrained`.
+            mllm: A LlavaForConditionalGeneration.
+            pivot: Metadata of its training for the config; feature_layer is read from the model.
+            image_processor: Image processor of the MLLM, for `forward_features` and `save_pretrained`.
         """
         backbone = deepcopy(mllm.model.vision_tower)
-        facts = {**(pivot or {}), "feature_layer": mllm.config.vision_feature_layer}
-        model = cls(PivotVisionConfig(backbone.config, facts), backbone).eval()
+        metadata = {**(pivot or {}), "feature_layer": mllm.config.vision_feature_layer}
+        model = cls(PivotVisionConfig(backbone.config, metadata), backbone).eval()
         model._processor = image_processor
         return model
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Write a repository that opens by all three doors: native weights and config, processor, remote code.
+        """Write a repository that all three loading paths open: native weights and config, processor, remote code.
 
         Args:
-            save_directory: folder; made if absent.
-            **kwargs: as for transformers' own `save_pretrained`.
+            save_directory: Folder to write to; it is created if it does not exist.
+            **kwargs: Options of transformers' own `save_pretrained`.
 
         Raises:
-            ValueError: a pickle is asked for, or the Hub, where half of it would arrive; or the repository it was
-                loaded from has no image processor. Nothing was written.
+            ValueError: The options ask for a pickle, or for a push to the Hub, which would upload an incomplete
+                repository; or the repository that the model was loaded from has no image processor. In each case
+                nothing is written.
         """
         folder = Path(save_directory)
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes a folder only; call push_to_hub(repo_id) of the model after it.")
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("weights are written as safetensors, never as a pickle; leave safe_serialization out.")
-        if kwargs.get("state_dict") is not None:  # of this model, as transformers' Trainer gives it
+        if kwargs.get("state_dict") is not None:  # transformers' Trainer passes the keys of this class
             kwargs["state_dict"] = {k.removeprefix("backbone."): v for k, v in kwargs["state_dict"].items()}
-        known = self._processor is not None or self._processor_source is not None
-        processor = self.image_processor if known else None  # read before anything is written
-        # In one file: shards and their index would have to be renamed together.
+        has_processor = self._processor is not None or self._processor_source is not None
+        processor = (
+            self.image_processor if has_processor else None
+        )  # may fail, so it is read before anything is written
+        # One file, because renaming the keys of shards would mean changing their index too.
         self.backbone.save_pretrained(folder, **{"max_shard_size": "100GB", **kwargs})
         if prefix := backbone_of(self.backbone.config).key_prefix:
             weights = load_file(folder / "model.safetensors")
@@ -183,14 +187,14 @@ class PivotVisionModel(PreTrainedModel):
         """The repository's own image processor.
 
         Raises:
-            ValueError: the repository has none; the message names the class its images need.
+            ValueError: The repository has none; the message names the class that its images need.
         """
         if self._processor is None:
             if self._processor_source is None:
                 needed = backbone_of(self.config.backbone_config).image_processor
                 raise ValueError(f"this encoder has no image processor; set its image_processor to a {needed}.")
-            name, where = self._processor_source
-            self._processor = read_image_processor(name, self.config.backbone_config, **where)
+            name, hub_options = self._processor_source
+            self._processor = read_image_processor(name, self.config.backbone_config, **hub_options)
         return self._processor
 
     @image_processor.setter
@@ -208,77 +212,80 @@ class PivotVisionModel(PreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: (B, 3, height, width), as the repository's image processor makes them.
-            interpolate_pos_encoding: take an image size the encoder was not trained on.
+            pixel_values: Images (B, 3, height, width) from the repository's image processor.
+            output_hidden_states: Whether to return every hidden state of the backbone too.
+            output_attentions: Whether to return every attention of the backbone too.
+            interpolate_pos_encoding: Whether to accept an image size that the encoder was not trained on.
+            return_dict: False to return a tuple.
 
         Returns:
             last_hidden_state (B, H*W, D): patch tokens at the feature layer; pooler_output (B, D): their mean;
-            on request every hidden state and attention of the backbone.
+            hidden_states and attentions, if requested.
 
         Raises:
-            ValueError: the patch does not divide the images, or their size needs `interpolate_pos_encoding`.
+            ValueError: The patch size does not divide the image size, or the size needs `interpolate_pos_encoding`.
         """
         outputs = self._run_backbone(pixel_values, interpolate_pos_encoding, output_attentions)
         tokens = self._patch_tokens(outputs.hidden_states[self.config.pivot["feature_layer"]])
-        made = BaseModelOutputWithPooling(
+        features = BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=tokens.mean(dim=1),
             hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
             attentions=outputs.attentions if output_attentions else None,
         )
-        return made if return_dict is not False else made.to_tuple()
+        return features if return_dict is not False else features.to_tuple()
 
     def forward_features(self, images, **kwargs):
-        """Encode pictures, prepared by the repository's own image processor.
+        """Prepare images with the repository's own image processor and encode them.
 
         Args:
-            images: a PIL image, an array or a tensor, or a list of them; PIL images of any mode, transparency
-                on white.
-            **kwargs: as for `forward`.
+            images: A PIL image, an array or a tensor, or a list of them. PIL images may have any mode; transparent
+                pixels become white.
+            **kwargs: Options of `forward`.
 
         Returns:
-            As `forward` does, for the pictures in order.
+            The output of `forward` for the images in order.
         """
         images = [_rgb(i) if isinstance(i, Image.Image) else i for i in _listed(images)]
         pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return self(pixel_values.to(self.device, self.dtype), **kwargs)
 
     def feature_map(self, pixel_values, interpolate_pos_encoding=False):
-        """Patch tokens folded into the image grid: (B, D, H, W)."""
+        """Encode images and fold the patch tokens into the image grid: (B, D, H, W)."""
         tokens = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return to_grid(tokens, *self._grid(pixel_values))
 
     def _run_backbone(self, pixel_values, interpolate, output_attentions=None):
         height, width = pixel_values.shape[-2:]
-        made_for, patch = self.config.image_size, self.config.patch_size
+        own, patch = self.config.image_size, self.config.patch_size
         options = {"output_attentions": True} if output_attentions else {}
-        if (height, width) != (made_for, made_for):
+        if (height, width) != (own, own):
             if height % patch or width % patch:
                 raise ValueError(
                     f"the patch of {patch} px does not divide images of {height} x {width} px; "
-                    f"resize them to multiples of {patch}, or to the encoder's own {made_for}."
+                    f"resize them to multiples of {patch}, or to the encoder's own {own}."
                 )
             if backbone_of(self.config.backbone_config).interpolates:
                 if not interpolate:
                     raise ValueError(
-                        f"images of {height} x {width} px for an encoder of {made_for}; "
+                        f"images of {height} x {width} px for an encoder of {own}; "
                         "resize them, or set interpolate_pos_encoding=True."
                     )
                 options["interpolate_pos_encoding"] = True
         return self.backbone(pixel_values, output_hidden_states=True, **options)
 
     def _patch_tokens(self, hidden):
-        """(B, prefix + H*W, D), or of timm (B, D, H, W), to (B, H*W, D)."""
-        return (
-            hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, self.config.pivot["prefix_tokens"] :]
-        )
+        """Convert a hidden state (B, prefix + H*W, D), or timm's (B, D, H, W), to patch tokens (B, H*W, D)."""
+        if hidden.dim() == 4:
+            return hidden.flatten(2).transpose(1, 2)
+        return hidden[:, self.config.pivot["prefix_tokens"] :]
 
     def _grid(self, pixel_values):
         return tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
 
     @torch.no_grad()
     def _measure_sizes(self):
-        """Find D and the patch of a backbone whose config tells neither, by encoding one blank image."""
+        """Measure D and the patch size, which a timm config does not contain, by encoding one blank image."""
         side = self.config.image_size
         blank = torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)
         training = self.backbone.training
@@ -289,80 +296,80 @@ class PivotVisionModel(PreTrainedModel):
 
 
 class PivotVisionBackbone(PivotVisionModel):
-    """The encoder as transformers' segmentation and detection heads take one: feature maps, not tokens.
+    """Backbone for transformers' segmentation and detection heads, which returns feature maps instead of tokens.
 
-    Follows the AutoBackbone protocol: `AutoBackbone.from_config(PivotVisionConfig(...))`, or
-    `head.backbone = PivotVisionBackbone.from_pretrained(repo, out_indices=[3, 6, 9, 12])` for trained weights.
+    It follows the AutoBackbone protocol: `AutoBackbone.from_config(PivotVisionConfig(...))`. For trained weights,
+    set `head.backbone = PivotVisionBackbone.from_pretrained(repo, out_indices=[3, 6, 9, 12])`.
     """
 
     def __init__(self, config, backbone=None):
         super().__init__(config, backbone)
         depth = config.num_hidden_layers
         if depth is None:
-            raise ValueError("a timm model is no PivotVisionBackbone; take transformers' TimmBackbone.")
+            raise ValueError("a timm model cannot be a PivotVisionBackbone; use transformers' TimmBackbone.")
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(depth))]
         self.num_features = [config.hidden_size] * (depth + 1)
         layer = config.pivot["feature_layer"]
-        given = [layer] if config.out_indices is None else config.out_indices
-        self.out_indices = [i % (depth + 1) for i in given]
+        indices = [layer] if config.out_indices is None else config.out_indices
+        self.out_indices = [i % (depth + 1) for i in indices]
         self.out_features = [self.stage_names[i] for i in self.out_indices]
         self.channels = [config.hidden_size] * len(self.out_indices)
         self.out_feature_channels = dict.fromkeys(self.stage_names, config.hidden_size)
 
     def forward(self, pixel_values, output_hidden_states=None, output_attentions=None, return_dict=None, **kwargs):
-        """Encode images of any size that the patch divides.
+        """Encode images of any size that is a multiple of the patch size.
 
         Returns:
-            feature_maps: for each of out_indices (B, D, H, W), prefix tokens dropped.
+            feature_maps: one map (B, D, H, W) for each of out_indices, without prefix tokens.
         """
         outputs = self._run_backbone(pixel_values, True, output_attentions)
         grid = self._grid(pixel_values)
-        made = BackboneOutput(
+        features = BackboneOutput(
             feature_maps=tuple(to_grid(self._patch_tokens(outputs.hidden_states[i]), *grid) for i in self.out_indices),
             hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
             attentions=outputs.attentions if output_attentions else None,
         )
-        return made if return_dict is not False else made.to_tuple()
+        return features if return_dict is not False else features.to_tuple()
 
     def forward_with_filtered_kwargs(self, *args, **kwargs):
         return self(*args, **kwargs)
 
 
-def read_image_processor(name, config, **where):
+def read_image_processor(name, config, **hub_options):
     """Load a repository's image processor in its PIL form.
 
-    PIL makes the same pixels on every machine and is always there; torchvision's resizing differs, and some versions
-    of AutoImageProcessor demand it, and some classes (DINOv3's).
+    PIL gives the same pixels on every machine and is always installed. torchvision resizes differently and may not be
+    installed, although some versions of AutoImageProcessor and some classes (DINOv3's) need it.
 
     Args:
-        name: folder or Hub name.
-        config: the encoder's native config.
-        **where: revision, token, cache_dir, local_files_only, subfolder.
+        name: Folder or Hub name.
+        config: Native config of the encoder.
+        **hub_options: revision, token, cache_dir, local_files_only, subfolder.
 
     Raises:
-        ValueError: the repository has none, or one that PIL cannot do; the message names the remedy.
+        ValueError: The repository has no image processor, or one without a PIL form; the message names the remedy.
     """
     backbone = backbone_of(config)
     needed = backbone.image_processor
     default = _pil_class(needed) or getattr(transformers, needed)
     try:
-        facts, _ = default.get_image_processor_dict(name, **where)
+        values, _ = default.get_image_processor_dict(name, **hub_options)
     except OSError as error:
         raise ValueError(
             f"{name}: has no preprocessor_config.json; save a {needed} with the encoder's size, mean and std there."
         ) from error
-    given = (facts.get("image_processor_type") or needed).removesuffix("Fast")
-    found = default if given in (needed, backbone.replaces) else _pil_class(given)
-    if found is None:
+    class_name = (values.get("image_processor_type") or needed).removesuffix("Fast")
+    processor_class = default if class_name in (needed, backbone.replaces) else _pil_class(class_name)
+    if processor_class is None:
         raise ValueError(
-            f"{name}: its image processor {given} has no PIL form in transformers {transformers.__version__}; "
+            f"{name}: its image processor {class_name} has no PIL form in transformers {transformers.__version__}; "
             "load it yourself and set the encoder's image_processor to it."
         )
-    return found.from_pretrained(name, **where)
+    return processor_class.from_pretrained(name, **hub_options)
 
 
 def _pil_class(name):
-    """The PIL class of an image processor, by its plain name; None where this transformers has none."""
+    """Return the PIL class of an image processor by its plain name, or None if this transformers has none."""
     if transformers.__version__.startswith("4."):
         return getattr(transformers, name, None)
     return getattr(transformers, f"{name}Pil", None)
@@ -372,15 +379,15 @@ def to_grid(tokens, height, width):
     """Fold patch tokens back into their image grid.
 
     Args:
-        tokens: (B, height*width, D), prefix tokens already dropped.
-        height: patches from top to bottom.
-        width: patches from left to right.
+        tokens: Patch tokens (B, height*width, D), without prefix tokens.
+        height: Number of patches from top to bottom.
+        width: Number of patches from left to right.
 
     Returns:
-        (B, D, height, width).
+        Feature maps (B, D, height, width).
 
     Raises:
-        ValueError: the patch count is another; the message names both counts.
+        ValueError: The number of tokens is not height*width; the message names both.
     """
     if tokens.shape[1] != height * width:
         raise ValueError(f"{tokens.shape[1]} patch tokens do not fill a grid of {height} x {width}.")
@@ -388,7 +395,7 @@ def to_grid(tokens, height, width):
 
 
 def _refuse_folder(folder):
-    """Say in one sentence why a folder holds no encoder that can be loaded whole and safely."""
+    """Raise a ValueError that says why, if a folder does not hold an encoder that loads completely and safely."""
     names = {f.name for f in folder.iterdir()}
     if "adapter_config.json" in names:
         raise ValueError(
@@ -396,7 +403,7 @@ def _refuse_folder(folder):
             "and save the result."
         )
     if "config.json" not in names:
-        raise ValueError(f"{folder}: is no model repository, it has no config.json; give the folder that holds one.")
+        raise ValueError(f"{folder}: is not a model repository, it has no config.json; give the folder that holds one.")
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(name for name in names if name.endswith(PICKLES))
         if pickles:
@@ -413,8 +420,8 @@ def _refuse_folder(folder):
 
 
 @torch.no_grad()
-def _complete(backbone, info, name):
-    """Refuse weights that are missing, of another shape or not finite: random weights never pass for trained."""
+def _require_complete(backbone, info, name):
+    """Refuse weights that are missing, of another shape or not finite, so that random ones never pass for trained."""
     optional = backbone_of(backbone.config).optional
     missing = sorted(info["missing_keys"])
     for key in [k for k in missing if optional and k.startswith(optional)]:
@@ -436,7 +443,7 @@ def _complete(backbone, info, name):
 
 
 def _rgb(image):
-    """Plain colour; what is transparent becomes white."""
+    """Convert an image to RGB, with transparent pixels made white."""
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -444,5 +451,5 @@ def _rgb(image):
 
 
 def _listed(images):
-    """A list of images; a batched array or tensor counts as one."""
+    """Return images as a list; a single image, array or tensor becomes a list of one."""
     return list(images) if isinstance(images, (list, tuple)) else [images]

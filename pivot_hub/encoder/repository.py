@@ -1,4 +1,4 @@
-"""Encoder repositories: write an encoder in its native format, read it back, verify it."""
+"""Encoder repositories: write an encoder in its native format, read it back and verify it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pivot_hub.files import whole_folder
 from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
-# A golden vector is replayed on other machines, whose kernels sum in another order.
+# Relative; golden vectors are replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
-HUBS_OWN = {".gitattributes"}  # the Hub puts it into every repository
+HUBS_OWN = {".gitattributes"}  # the Hub adds it to every repository
 
 
 def write_repository(
@@ -36,20 +36,21 @@ def write_repository(
 ) -> Path:
     """Write an encoder as a repository that loads with plain `AutoModel`, `PivotVisionModel` and remote code.
 
-    The folder appears whole, after its weights were read back by two doors and gave the same features bit for bit.
+    The folder appears as a whole, after two loading paths have read the weights back and given features that are
+    equal bit for bit.
 
     Args:
-        output: folder of the repository; one that is there is replaced.
-        model: the encoder, with its image processor.
-        facts: where it came from, for provenance.json.
-        files: further files, by their name in the repository.
-        projector: weights of the projector it was trained with.
+        output: Folder that the repository is written to; an existing one is replaced.
+        model: The encoder, with its image processor.
+        metadata: Origin of the encoder, for provenance.json.
+        files: Further files, by their name in the repository.
+        projector: Weights of the projector that the encoder was trained with.
 
     Returns:
         The repository folder.
 
     Raises:
-        CheckpointError: the written weights do not read back equal, or the model has no image processor.
+        CheckpointError: The written weights do not read back equal, or the model has no image processor.
     """
     target = Path(output)
     with whole_folder(target) as folder:
@@ -64,10 +65,14 @@ def write_repository(
 
 
 def fill_repository(folder: Path, model: PivotVisionModel) -> None:
-    """Put into a folder what every repository holds, not yet sealed: weights, configs, code, golden vectors.
+    """Write the files that every repository has, except its manifest: weights, configs, code and golden vectors.
+
+    Args:
+        folder: Folder to write to.
+        model: The encoder, with its image processor.
 
     Raises:
-        CheckpointError: the model has no image processor.
+        CheckpointError: The model has no image processor.
     """
     try:
         model.image_processor.save_pretrained(folder)
@@ -79,7 +84,7 @@ def fill_repository(folder: Path, model: PivotVisionModel) -> None:
 
 @torch.no_grad()
 def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
-    """Two seeded random images and their features: what `verify_repository` replays.
+    """Encode two seeded random images, which `verify_repository` will encode again to compare the features.
 
     Returns:
         pixel_values (2, 3, image_px, image_px), last_hidden_state (2, H*W, D), pooler_output (2, D), on the CPU in
@@ -87,20 +92,20 @@ def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     """
     size = model.config.image_size
     pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    made = model(pixels.to(model.device, model.dtype))
-    vectors = {k: made[k].float().cpu().contiguous() for k in ("last_hidden_state", "pooler_output")}
+    outputs = model(pixels.to(model.device, model.dtype))
+    vectors = {k: outputs[k].float().cpu().contiguous() for k in ("last_hidden_state", "pooler_output")}
     return {"pixel_values": pixels, **vectors}
 
 
 def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, Any]:
-    """Load an encoder of any native repository with its image processor.
+    """Load the encoder of a native repository with its image processor.
 
     Args:
-        name: folder or Hub name.
-        **options: as for `PivotVisionModel.from_pretrained`; float32 unless `dtype` is given.
+        name: Folder or Hub name.
+        **options: Options of `PivotVisionModel.from_pretrained`; `dtype` is float32 by default.
 
     Raises:
-        CheckpointError: there is none, or it is not whole; the message names the remedy.
+        CheckpointError: There is no encoder, or it is not complete; the message names the remedy.
     """
     try:
         model = PivotVisionModel.from_pretrained(str(name), **{"dtype": torch.float32, **options})
@@ -112,7 +117,7 @@ def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, An
 
 
 def encoder_metadata(name: str | Path) -> dict[str, str]:
-    """What a result says of the encoder it was measured on.
+    """Identify the encoder that a result was measured on.
 
     Returns:
         encoder: the Hub name, or a folder's own name without its path; encoder_sha256: the hash of its weights, or the
@@ -125,22 +130,20 @@ def encoder_metadata(name: str | Path) -> dict[str, str]:
 
 
 def verify_repository(folder: str | Path) -> list[str]:
-    """Check a repository of ours: hashes, unexpected files, pickles, every key, golden vectors.
+    """Check a repository that this package wrote: hashes, unexpected files, pickles, every key, golden vectors.
 
     Returns:
-        What is wrong, a sentence each; empty for a sound repository.
+        One message for each problem; empty for an intact repository.
     """
     path, problems = Path(folder), []
     try:
         text = (path / "provenance.json").read_text()
         provenance = json.loads(text)
-        expected, own = provenance["files"], provenance["sha256"]
+        expected, own_sha256 = provenance["files"], provenance["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
-    if (
-        text != manifest_text(provenance)
-        or own != hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
-    ):
+    computed = hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
+    if text != manifest_text(provenance) or own_sha256 != computed:
         return ["provenance.json differs from its own hash; pull the repository again."]
     present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
     for name in sorted(expected.keys() - present):
@@ -154,33 +157,42 @@ def verify_repository(folder: str | Path) -> list[str]:
     if problems:
         return problems
     try:
-        off = _replay(path)
+        distance = _replay(path)
     except CheckpointError as error:
         return [str(error)]
-    if not off < GOLDEN_TOLERANCE:
-        problems.append(f"features differ from the golden vectors by {off:.1e} relative; check torch and its kernels.")
+    if not distance < GOLDEN_TOLERANCE:
+        problems.append(
+            f"features differ from the golden vectors by {distance:.1e} relative; check torch and its kernels."
+        )
     return problems
 
 
 def check_golden(name: str | Path, model: PivotVisionModel) -> None:
-    """Replay the golden vectors of the repository a model was loaded from, if it has any.
+    """Replay the golden vectors of the repository that a model was loaded from, if it has any.
+
+    Args:
+        name: Folder or Hub name of the repository.
+        model: The encoder that was loaded from it.
 
     Raises:
-        CheckpointError: the model gives other features than the repository was published with.
+        CheckpointError: The features differ from those that the repository was published with.
     """
     try:
         golden = cached_file(str(name), "golden.safetensors", _raise_exceptions_for_missing_entries=False)
-    except OSError:  # an original from the Hub, out of reach now: it has none
+    except OSError:  # an original encoder, which has no golden vectors, while the Hub is out of reach
         return
-    if golden is not None and not (off := _distance(model, Path(golden))) < GOLDEN_TOLERANCE:
+    if golden is None:
+        return
+    distance = _distance(model, Path(golden))
+    if not distance < GOLDEN_TOLERANCE:
         raise CheckpointError(
-            f"{name}: its features differ from the golden vectors by {off:.1e} relative, so it is not what was "
+            f"{name}: its features differ from the golden vectors by {distance:.1e} relative, so it is not what was "
             "published; pull the repository again, or check torch and its kernels."
         )
 
 
 def _replay(folder: Path) -> float:
-    """Relative distance of the golden vectors to what the repository gives now, every key used."""
+    """Relative distance of the repository's features from its golden vectors; refuse missing or unused keys."""
     model, _ = read_encoder(folder)
     _load_native(folder)
     return _distance(model, folder / "golden.safetensors")
@@ -188,16 +200,17 @@ def _replay(folder: Path) -> float:
 
 @torch.no_grad()
 def _distance(model: PivotVisionModel, golden_file: Path) -> float:
+    """Relative distance of a model's features from golden vectors."""
     try:
         golden = load_file(golden_file)
-        made = model(golden["pixel_values"].to(model.device, model.dtype)).last_hidden_state.float().cpu()
-        return ((made - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
+        features = model(golden["pixel_values"].to(model.device, model.dtype)).last_hidden_state.float().cpu()
+        return ((features - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error
 
 
 def _load_native(folder: Path) -> Any:
-    """Open the first door, plain AutoModel, and refuse a key that is missing or unused."""
+    """Load a repository with plain AutoModel, the first loading path, and refuse missing or unused keys."""
     native, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckpointError(
@@ -209,12 +222,12 @@ def _load_native(folder: Path) -> Any:
 
 @torch.no_grad()
 def _read_back(folder: Path) -> None:
-    """Load what was written by the first two doors and compare features bit for bit."""
+    """Load a written repository by the first two loading paths and compare the features bit for bit."""
     golden = load_file(folder / "golden.safetensors")
     pixels, features = golden["pixel_values"], golden["last_hidden_state"]
-    ours, _ = read_encoder(folder)
-    pivot = ours.config.pivot
-    hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[pivot["feature_layer"]]
-    seen = ours._patch_tokens(hidden)
-    if not (torch.equal(seen, features) and torch.equal(ours(pixels).last_hidden_state, features)):
+    encoder, _ = read_encoder(folder)
+    layer = encoder.config.pivot["feature_layer"]
+    hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[layer]
+    native_features = encoder._patch_tokens(hidden)
+    if not (torch.equal(native_features, features) and torch.equal(encoder(pixels).last_hidden_state, features)):
         raise CheckpointError(f"{folder}: the written weights give other features than the model they came from.")

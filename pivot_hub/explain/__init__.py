@@ -1,1 +1,1 @@
-"""Explanations: gradient maps and patch features of an encoder inside its MLLM, and figures of them."""
+"""Explanations: saliency maps and patch features of an encoder inside its MLLM, and figures of them."""

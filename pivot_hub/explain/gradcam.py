@@ -1,7 +1,8 @@
-"""Gradient maps: where on the image a loss or an answer depends, on the encoder's token grid.
+"""Saliency maps from gradients: which places of the image an answer or a loss depends on, on the encoder's token grid.
 
-Two methods: Grad-CAM (Selvaraju et al., 2017) at the feature layer, and the paper's gradient map, the L1 norm
-over channels of the gradient at the projector's output tokens, border cells replaced by inner neighbours.
+There are two methods: Grad-CAM (Selvaraju et al., 2017) at the feature layer, and the paper's gradient map, which is
+the L1 norm over channels of the gradient at the projector's output tokens, with border cells replaced by their inner
+neighbours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from pivot_hub.data.image import open_image
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
 from pivot_hub.errors import DataError
-from pivot_hub.mllm.load import chat_prompt, load_mllm, register_tokens
+from pivot_hub.mllm.chat_templates import chat_prompt
+from pivot_hub.mllm.load import load_mllm, register_tokens
 
 Explain = Literal["answer", "sft", "dpo"]
 Method = Literal["gradcam", "gradient"]
@@ -31,7 +33,7 @@ METHODS: tuple[Method, ...] = ("gradcam", "gradient")
 
 @dataclass(frozen=True)
 class GradientMaps:
-    """Maps of one image by method, each (H, W) float32 and non-negative, and the value explained."""
+    """Saliency maps of one image by method, each (H, W) float32 and non-negative, and the value that they explain."""
 
     maps: dict[Method, np.ndarray]
     value: float
@@ -49,60 +51,81 @@ def gradient_map(
     beta: float = 0.1,
     layer: int | None = None,
 ) -> GradientMaps:
-    """Explain one answer of an MLLM by gradients on its image tokens.
+    """Explain one answer of an MLLM by gradients at its image tokens.
 
     Args:
-        model: an MLLM; its weights get no gradient and are left as they are.
-        processor: the model's processor.
-        image: any size; the processor brings it to the encoder's.
-        question: what the user asks.
-        answer: the answer to explain; for `dpo` the chosen one.
-        explain: `answer`, the summed log-probability of the answer; `sft`, its mean negative; `dpo`, the sigmoid
-            loss of the pair.
-        rejected: the worse answer, for `dpo`.
-        reference: the frozen parent, for `dpo`.
-        beta: of the DPO loss.
-        layer: hidden state of the encoder that Grad-CAM looks at, 1 behind its first block; by default the feature
-            layer. The gradient map is of the projector's output at any layer.
+        model: The MLLM; its weights get no gradient and are not changed.
+        processor: Processor of the model.
+        image: Image of any size, which the processor resizes for the encoder.
+        question: The user's question.
+        answer: The answer to explain; for `dpo` the chosen one.
+        explain: Value to explain: `answer`, the summed log-probability of the answer; `sft`, the negative mean
+            log-probability of its tokens; `dpo`, the sigmoid loss of the preference pair.
+        rejected: The rejected answer, for `dpo`.
+        reference: The frozen parent, for `dpo`.
+        beta: The beta of the DPO loss.
+        layer: Hidden state of the encoder that Grad-CAM explains, where 1 is the output of the first block; by
+            default the feature layer. The gradient map explains the projector's output for any layer.
 
     Returns:
-        Both maps and the value they explain.
+        Both maps and the value that they explain.
 
     Raises:
-        ValueError: `dpo` without `rejected` or `reference`, or a layer that the MLLM does not see.
+        ValueError: `rejected` or `reference` is missing for `dpo`, or the MLLM does not depend on the layer.
     """
     if explain == "dpo" and (rejected is None or reference is None):
         raise ValueError("the dpo loss compares two answers under two models: give `rejected` and `reference`.")
-    seen = feature_layer(model)
-    if layer is not None and not 1 <= layer <= seen:
-        raise ValueError(f"layer {layer} is none of 1 to {seen}, which the language head depends on.")
-    inner = layer if layer != seen else None
+    inner_layer = _inner_layer(model, layer)
     answers = [answer] if explain != "dpo" else [answer, str(rejected)]
     batch = answer_batch(processor, image, question, answers)
-    with torch.no_grad():
-        anchor = answer_log_probs(reference, batch) if explain == "dpo" and reference is not None else None
-    if inner is not None:  # the weights get no gradient, so the way back to an inner layer starts at the pixels
+    reference_log_probs = None
+    if explain == "dpo" and reference is not None:
+        with torch.no_grad():
+            reference_log_probs = answer_log_probs(reference, batch)
+    if inner_layer is not None:
+        # The weights require no gradient, so the graph of an inner layer has to start at the pixels.
         batch["pixel_values"] = batch["pixel_values"].clone().requires_grad_()
-    with torch.enable_grad(), _tokens_of(model, inner) as tokens:
+    with torch.enable_grad(), _image_tokens(model, inner_layer) as tokens:
         log_probs = answer_log_probs(model, batch)
-        value = explained_value(explain, log_probs, batch, anchor, beta)
+        value = explained_value(explain, log_probs, batch, reference_log_probs, beta)
         features, projected = tokens["features"], tokens["projected"]
-        by_feature, by_token = torch.autograd.grad(value, [features, projected])
-    patches = slice(register_tokens(model), None)
-    before = patches if inner is None else slice(prefix_tokens(cast(Any, model.config.vision_config)), None)
-    # A loss falls where the evidence is: Grad-CAM looks at what raises the answer, so its sign is turned.
+        feature_gradient, projected_gradient = torch.autograd.grad(value, [features, projected])
+    projected_patches = slice(register_tokens(model), None)
+    feature_patches = projected_patches
+    if inner_layer is not None:
+        feature_patches = slice(prefix_tokens(cast(Any, model.config.vision_config)), None)
+    # Grad-CAM shows what raises the answer's probability; a loss falls there, so its gradient has the opposite sign.
     sign = 1.0 if explain == "answer" else -1.0
-    # Both answers of a pair look at copies of one image, whose gradients add up.
-    maps: dict[Method, np.ndarray] = {
-        "gradcam": _square(_grad_cam(features[0, before].detach(), sign * by_feature.sum(0)[before])),
-        "gradient": inner_border(_square(by_token.sum(0)[patches].abs().sum(-1))),
-    }
+    # The two answers of a preference pair have copies of one image, whose gradients are added up.
+    maps = _maps(
+        features[0, feature_patches],
+        sign * feature_gradient.sum(0)[feature_patches],
+        projected_gradient.sum(0)[projected_patches],
+    )
     return GradientMaps(maps, float(value.detach()))
+
+
+def _inner_layer(model: LlavaForConditionalGeneration, layer: int | None) -> int | None:
+    """Check a layer of the encoder; return None for the feature layer, which the projector's input holds."""
+    last = feature_layer(model)
+    if layer is None or layer == last:
+        return None
+    if not 1 <= layer <= last:
+        raise ValueError(f"layer {layer} is not one of 1 to {last}, the layers that the language model depends on.")
+    return layer
+
+
+def _maps(features: Tensor, feature_gradient: Tensor, projected_gradient: Tensor) -> dict[Method, np.ndarray]:
+    """Compute the map of each method from (H*W, D) features and gradients of the patches."""
+    return {
+        "gradcam": _square(_grad_cam(features.detach(), feature_gradient)),
+        "gradient": inner_border(_square(projected_gradient.abs().sum(-1))),
+    }
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """One token of an answer: its text, its log-probability, and maps of that log-probability."""
+    """Attribution of one token of an answer: its text, its log-probability, and saliency maps of the latter."""
 
     text: str
     log_prob: float
@@ -117,81 +140,96 @@ def token_maps(
     answer: str,
     limit: int = 24,
 ) -> list[TokenMap]:
-    """Explain each token of an answer on its own, given the tokens before it: one backward pass a token.
+    """Explain each token of an answer separately, given the tokens before it, with one backward pass for each.
 
     Args:
-        limit: tokens explained, from the first on; the last one of a whole answer ends the turn.
+        model: The MLLM.
+        processor: Processor of the model.
+        image: Image of any size.
+        question: The user's question.
+        answer: The answer to explain.
+        limit: Number of tokens to explain, from the first on. The last token of a complete answer ends the turn.
     """
     batch = answer_batch(processor, image, question, [answer])
     patches = slice(register_tokens(model), None)
-    made = []
-    with torch.enable_grad(), _tokens_of(model) as tokens:
+    token_attributions = []
+    with torch.enable_grad(), _image_tokens(model) as tokens:
         log_probs = token_log_probs(model, batch)[0]
         for position in batch["completion_mask"][0, 1:].nonzero().flatten().tolist()[:limit]:
-            value = log_probs[position]
-            by_feature, by_token = torch.autograd.grad(
-                value, [tokens["features"], tokens["projected"]], retain_graph=True
+            log_prob = log_probs[position]
+            feature_gradient, projected_gradient = torch.autograd.grad(
+                log_prob, [tokens["features"], tokens["projected"]], retain_graph=True
             )
-            maps: dict[Method, np.ndarray] = {
-                "gradcam": _square(_grad_cam(tokens["features"][0, patches].detach(), by_feature[0, patches])),
-                "gradient": inner_border(_square(by_token[0, patches].abs().sum(-1))),
-            }
+            maps = _maps(tokens["features"][0, patches], feature_gradient[0, patches], projected_gradient[0, patches])
             text = processor.tokenizer.decode(batch["input_ids"][0, position + 1])
-            made.append(TokenMap(text, float(value.detach()), maps))
-    return made
+            token_attributions.append(TokenMap(text, float(log_prob.detach()), maps))
+    return token_attributions
 
 
 def feature_layer(model: LlavaForConditionalGeneration) -> int:
-    """The hidden state that enters the projector, counted from the first block: 1 lies behind it."""
+    """Index of the hidden state that enters the projector, where 1 is the output of the first block."""
     layer = int(cast(int, model.config.vision_feature_layer))
     return layer if layer >= 0 else int(cast(Any, model.config.vision_config).num_hidden_layers) + 1 + layer
 
 
 def explained_value(
-    explain: Explain, log_probs: Tensor, batch: dict[str, Tensor], anchor: Tensor | None = None, beta: float = 0.1
+    explain: Explain,
+    log_probs: Tensor,
+    batch: dict[str, Tensor],
+    reference_log_probs: Tensor | None = None,
+    beta: float = 0.1,
 ) -> Tensor:
-    """What is explained of a pair's (A,) log-probabilities, a scalar.
+    """Compute the scalar to explain from the log-probabilities of the answers.
 
     Args:
-        explain: see `gradient_map`.
-        log_probs: of the answer, and for `dpo` of the rejected one.
-        batch: of the answers.
-        anchor: log-probabilities of both under the reference, for `dpo`.
-        beta: of the DPO loss.
+        explain: Value to explain, as in `gradient_map`.
+        log_probs: Log-probabilities (A,) of the answer and, for `dpo`, of the rejected one.
+        batch: Batch of the answers, from `answer_batch`.
+        reference_log_probs: Log-probabilities (A,) of both answers under the reference, for `dpo`.
+        beta: The beta of the DPO loss.
     """
     if explain == "answer":
         return log_probs[0]
     if explain == "sft":
         return -log_probs[0] / batch["completion_mask"][0].sum()
-    assert anchor is not None
-    ratio = log_probs - anchor
+    assert reference_log_probs is not None
+    ratio = log_probs - reference_log_probs
     return -torch.nn.functional.logsigmoid(beta * (ratio[0] - ratio[1]))
 
 
 def answer_batch(
     processor: LlavaProcessor, image: Image.Image, question: str, answers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Token ids of one question with each of several answers, right-padded.
+    """Tokenise one question with each of several answers, padded on the right.
+
+    Args:
+        processor: Processor of the MLLM.
+        image: Image of any size.
+        question: The user's question.
+        answers: The A answers.
 
     Returns:
         input_ids, attention_mask, completion_mask (A, S), and pixel_values (A, 3, height, width).
     """
     prompt = chat_prompt(processor, question)
-    first = processor(text=[prompt], images=[image], return_tensors="pt", add_special_tokens=False)
+    prompt_inputs = processor(text=[prompt], images=[image], return_tensors="pt", add_special_tokens=False)
     end = processor.tokenizer.eos_token
-    tails = [processor.tokenizer(f"{a}{end}", add_special_tokens=False)["input_ids"] for a in answers]
-    width, length = max(len(t) for t in tails), first["input_ids"].shape[1]
-    pad = processor.tokenizer.pad_token_id
-    ids = torch.full((len(answers), length + width), pad)
-    seen = torch.zeros_like(ids)
-    for i, tail in enumerate(tails):
-        ids[i, :length] = first["input_ids"][0]
-        ids[i, length : length + len(tail)] = torch.tensor(tail)
-        seen[i, : length + len(tail)] = 1
-    answered = seen.clone()
-    answered[:, :length] = 0
-    pixels = first["pixel_values"].expand(len(answers), -1, -1, -1)
-    return {"input_ids": ids, "attention_mask": seen, "completion_mask": answered, "pixel_values": pixels}
+    completions = [processor.tokenizer(f"{a}{end}", add_special_tokens=False)["input_ids"] for a in answers]
+    width, length = max(len(ids) for ids in completions), prompt_inputs["input_ids"].shape[1]
+    input_ids = torch.full((len(answers), length + width), processor.tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(completions):
+        input_ids[i, :length] = prompt_inputs["input_ids"][0]
+        input_ids[i, length : length + len(ids)] = torch.tensor(ids)
+        attention_mask[i, : length + len(ids)] = 1
+    completion_mask = attention_mask.clone()
+    completion_mask[:, :length] = 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "completion_mask": completion_mask,
+        "pixel_values": prompt_inputs["pixel_values"].expand(len(answers), -1, -1, -1),
+    }
 
 
 def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
@@ -200,37 +238,40 @@ def answer_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tens
 
 
 def token_log_probs(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probability of each token from the second on, 0 where it is not of an answer: (A, S - 1)."""
+    """Log-probability of each token from the second on, and 0 for tokens outside of the answer: (A, S - 1)."""
     inputs = {k: v.to(model.device) for k, v in batch.items()}
     logits = model(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         pixel_values=inputs["pixel_values"],
     ).logits
-    # At least float32: a sum of log-probabilities in bf16 loses the answer's last tokens.
+    # At least float32, because a sum of log-probabilities in bf16 loses the answer's last tokens.
     log_probs = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     picked = log_probs.gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
     return picked * inputs["completion_mask"][:, 1:]
 
 
 def inner_border(grid: np.ndarray) -> np.ndarray:
-    """Replace border cells by their inner neighbours, as the paper's maps do: attention sinks sit there."""
+    """Replace border cells, where attention sinks lie, by their inner neighbours, as the paper's maps do."""
     if min(grid.shape) < 3:
         return grid
     return np.pad(grid[1:-1, 1:-1], 1, mode="edge")
 
 
 def enlarge(grid: np.ndarray, image_px: int) -> np.ndarray:
-    """Bilinear interpolation of a (H, W) map to (image_px, image_px)."""
-    sheet = Image.fromarray(grid.astype(np.float32))
-    return np.asarray(sheet.resize((image_px, image_px), Image.Resampling.BILINEAR))
+    """Enlarge a (H, W) map to (image_px, image_px) by bilinear interpolation."""
+    values = Image.fromarray(grid.astype(np.float32))
+    return np.asarray(values.resize((image_px, image_px), Image.Resampling.BILINEAR))
 
 
 def seen_image(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
-    """What the encoder sees of an image: resized, cropped or padded by its own processor, colours as they were.
+    """Resize, crop or pad an image as the encoder's own processor does, but keep its colours.
+
+    Returns:
+        The image that the encoder sees.
 
     Raises:
-        DataError: the processor gives images that are not square, which maps cannot be laid over.
+        DataError: The processor returns images that are not square, on which maps cannot be drawn.
     """
     prepared = cast(Any, processor).image_processor(
         images=image, do_rescale=False, do_normalize=False, return_tensors="np"
@@ -241,63 +282,72 @@ def seen_image(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
 
 
 def seen_mask(processor: LlavaProcessor, mask: np.ndarray) -> np.ndarray:
-    """What the encoder sees of a (H, W) bool mask: its way is the image's, so no resize or crop is guessed.
+    """Resize and crop a (H, W) bool mask with the image processor, exactly as `seen_image` does with an image.
 
     Returns:
-        (image_px, image_px) bool, pixels of which at least half lies on the mask.
+        (image_px, image_px) bool, true for pixels that lie on the mask by at least half.
     """
     return np.asarray(seen_image(processor, Image.fromarray(mask).convert("RGB")))[..., 0] >= 128
 
 
 def _grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
-    """(H*W, D) features and gradients -> (H*W,): channels weighted by their mean gradient, positive part."""
+    """Sum the channels of (H*W, D) features, weighted by their mean gradient, and keep the positive part (H*W,)."""
     weights = gradient.mean(dim=0, keepdim=True)
     return (weights * features).sum(-1).relu()
 
 
 def _square(flat: Tensor) -> np.ndarray:
+    """Fold a value for each patch (H*W,) into the square grid (H, W)."""
     side = round(flat.numel() ** 0.5)
     return flat.reshape(side, side).detach().float().cpu().numpy()
 
 
 @contextmanager
-def _tokens_of(model: LlavaForConditionalGeneration, layer: int | None = None) -> Iterator[dict[str, Any]]:
-    """Catch what enters and leaves the projector, as leaves of the graph; the model is left as it was.
+def _image_tokens(model: LlavaForConditionalGeneration, layer: int | None = None) -> Iterator[dict[str, Any]]:
+    """Capture the input and the output of the projector, with gradients, while the weights require none.
 
-    With a layer, that hidden state of the encoder is caught in place of what enters the projector.
+    The model's hooks and `requires_grad` flags are restored afterwards.
+
+    Args:
+        model: The MLLM.
+        layer: Hidden state of the encoder that is captured instead of the projector's input.
+
+    Yields:
+        A dictionary that has `features` and `projected` after each forward pass.
     """
-    caught: dict[str, Any] = {}
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    captured: dict[str, Any] = {}
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    def enter(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        caught["features"] = inputs[0].detach().requires_grad_()
-        return (caught["features"], *inputs[1:])
+    def before_projector(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        captured["features"] = inputs[0].detach().requires_grad_()
+        return (captured["features"], *inputs[1:])
 
-    def leave(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        caught["projected"] = output
+    def after_projector(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        captured["projected"] = output
 
-    def ask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"output_hidden_states": True}  # LLaVA's classes ask for the feature layer alone
+    def before_tower(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | {"output_hidden_states": True}  # LLaVA's classes ask only for the feature layer
 
-    def inside(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        caught["features"] = output.hidden_states[layer]
+    def after_tower(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        captured["features"] = output.hidden_states[layer]
 
     projector = model.model.multi_modal_projector
-    hooks = [projector.register_forward_hook(leave)]
+    hooks = [projector.register_forward_hook(after_projector)]
     if layer is None:
-        hooks.append(projector.register_forward_pre_hook(enter))
+        hooks.append(projector.register_forward_pre_hook(before_projector))
     else:
         tower = cast(torch.nn.Module, model.model.vision_tower)
-        hooks += [tower.register_forward_pre_hook(ask, with_kwargs=True), tower.register_forward_hook(inside)]
-    for parameter, _ in frozen:
+        hooks.append(tower.register_forward_pre_hook(before_tower, with_kwargs=True))
+        hooks.append(tower.register_forward_hook(after_tower))
+    for parameter, _ in requires_grad:
         parameter.requires_grad_(False)
     try:
-        yield caught
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, wanted in frozen:
-            parameter.requires_grad_(wanted)
+        for parameter, required in requires_grad:
+            parameter.requires_grad_(required)
 
 
 def explain_file(
@@ -309,25 +359,30 @@ def explain_file(
     rejected: str | None = None,
     reference: str | Path | None = None,
 ) -> tuple[GradientMaps, Image.Image]:
-    """Explain an MLLM's answer on an image file.
+    """Explain an MLLM's answer to a question on an image file.
 
     Args:
-        checkpoint: folder of the MLLM.
-        image: the file.
-        reference: folder of the parent, for `dpo`.
+        checkpoint: Folder of the MLLM.
+        image: File of the image.
+        question: The user's question.
+        answer: The answer to explain; for `dpo` the chosen one.
+        explain: Value to explain: answer, sft or dpo, as in `gradient_map`.
+        rejected: The rejected answer, for `dpo`.
+        reference: Folder of the parent, for `dpo`.
 
     Returns:
         The maps, and the image as the encoder sees it.
 
     Raises:
-        DataError: the image cannot be decoded, or `dpo` lacks its rejected answer or its reference.
+        DataError: The image cannot be decoded, `explain` is unknown, or `dpo` lacks its rejected answer or its
+            reference.
     """
     if explain not in EXPLAINS:
         raise DataError(f"explain is {explain!r}: it is one of {', '.join(EXPLAINS)}.")
     if explain == "dpo" and (rejected is None or reference is None):
         raise DataError("the dpo loss compares two answers under two models: give --rejected and --reference.")
-    picture = open_image(image, "image")
+    decoded = open_image(image, "image")
     model, processor = load_mllm(checkpoint)
     parent = load_mllm(reference)[0].eval() if reference is not None else None
-    made = gradient_map(model.eval(), processor, picture, question, answer, explain, rejected, parent)
-    return made, seen_image(processor, picture)
+    maps = gradient_map(model.eval(), processor, decoded, question, answer, explain, rejected, parent)
+    return maps, seen_image(processor, decoded)

@@ -1,4 +1,4 @@
-"""Patch features of an encoder: how alike places of an image are to it, and their main axes as colour."""
+"""Patch features of an encoder: similarities of patches, and principal components as colours."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pivot_hub.explain.gradcam import feature_layer
 def patch_tokens(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, image: Image.Image, layer: int | None = None
 ) -> np.ndarray:
-    """Patch features inside an MLLM, CLS and registers dropped.
+    """Compute an image's patch features inside an MLLM, without CLS and registers.
 
     Args:
-        model: the MLLM.
-        processor: its processor, which brings the image to the encoder's size.
-        image: any size.
-        layer: hidden state of the encoder; by default the feature layer, which enters the projector.
+        model: The MLLM.
+        processor: Processor of the model, which resizes the image for the encoder.
+        image: Image of any size.
+        layer: Hidden state of the encoder; by default the feature layer, which enters the projector.
 
     Returns:
-        (H, W, D) float32.
+        Features (H, W, D) in float32.
     """
     tower: Any = model.model.vision_tower
     pixels = cast(Any, processor).image_processor(images=image, return_tensors="pt")["pixel_values"]
@@ -38,30 +38,32 @@ def patch_tokens(
 
 
 def similarity(tokens: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Cosine of one patch with every patch.
+    """Compute the cosine similarity of one patch with every patch.
 
     Args:
-        tokens: (H, W, D).
-        row: of the patch, from the top; column: from the left.
+        tokens: Patch features (H, W, D).
+        row: Row of the patch, counted from the top.
+        column: Column of the patch, counted from the left.
 
     Returns:
-        (H, W), from -1 to 1; 1 at the patch itself.
+        Similarities (H, W) from -1 to 1, with 1 at the patch itself.
     """
     unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True).clip(1e-12)
     return unit @ unit[row, column]
 
 
 def principal_colours(encoders: Sequence[np.ndarray]) -> tuple[list[np.ndarray], float, bool]:
-    """Show the three main axes of patch features as red, green and blue.
+    """Show the first three principal components of patch features as red, green and blue.
 
-    Encoders of one width get one basis, so that a colour means the same in each; others get one each.
+    Encoders with the same number of channels share one basis, so that a colour means the same for each. Otherwise,
+    each encoder has a basis of its own.
 
     Args:
-        encoders: (H, W, D) of each.
+        encoders: Patch features (H, W, D) of each encoder.
 
     Returns:
-        Of each (H, W, 3) uint8; the share of all variance that the three axes hold (the smallest, of several bases);
-        and whether the basis is one.
+        Colours (H, W, 3) in uint8 for each encoder; the share of the variance that the three components explain
+        (the smallest one if there are several bases); and whether the encoders share a basis.
     """
     joint = len({tokens.shape[-1] for tokens in encoders}) == 1
     groups = [list(encoders)] if joint else [[tokens] for tokens in encoders]
@@ -70,9 +72,9 @@ def principal_colours(encoders: Sequence[np.ndarray]) -> tuple[list[np.ndarray],
         rows = np.concatenate([tokens.reshape(-1, tokens.shape[-1]) for tokens in group])
         centre = rows.mean(0)
         _, lengths, axes = np.linalg.svd(rows - centre, full_matrices=False)
-        axes = axes[:3] * np.sign(axes[:3].sum(-1, keepdims=True) + 1e-12)  # an axis has no sign of its own
-        placed = (rows - centre) @ axes.T
-        low, high = np.percentile(placed, [2, 98], axis=0)
+        axes = axes[:3] * np.sign(axes[:3].sum(-1, keepdims=True) + 1e-12)  # the sign of an axis is arbitrary
+        components = (rows - centre) @ axes.T
+        low, high = np.percentile(components, [2, 98], axis=0)
         shares.append(float((lengths[:3] ** 2).sum() / (lengths**2).sum()))
         for tokens in group:
             scaled = ((tokens - centre) @ axes.T - low) / (high - low).clip(1e-12)

@@ -1,4 +1,4 @@
-"""Metrics as `evaluate` modules: each folder stands alone, loads by its path and is a Hub Space as it is."""
+"""Metrics as `evaluate` modules: each folder is self-contained, loads by its path, and is also a Hub Space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def load_metric(name: str) -> Any:
     """Load one of METRICS as `evaluate.load` does from its folder, with no network.
 
     Raises:
-        ValueError: there is no metric of this name.
+        ValueError: There is no metric of this name.
     """
     if name not in METRICS:
         raise ValueError(f"{name!r} is no metric of this package: it is one of {', '.join(METRICS)}.")

@@ -1,1 +1,1 @@
-"""MLLMs: build them, load them, choose what trains, and take their encoder out."""
+"""MLLMs: build and load them, choose what is trained, and extract their encoder."""

@@ -1,4 +1,4 @@
-"""Join a vision encoder, a projector and a language model into an MLLM of LLaVA's classes."""
+"""Build an MLLM of LLaVA's classes from a vision encoder, a new projector and a language model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -36,49 +37,51 @@ def build_mllm(
     language_revision: str | None = None,
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Join a vision encoder and a causal language model with a fresh projector.
+    """Join a vision encoder and a causal language model with a new projector.
 
     Args:
-        vision: folder or Hub name of the encoder; of a two-tower model the vision tower is taken.
-        language: folder or Hub name of the causal language model.
-        feature_layer: hidden state that enters the projector, -2 in the paper.
-        seed: of the projector's weights, the only new ones.
+        vision: Folder or Hub name of the encoder. A two-tower model contributes its vision tower.
+        language: Folder or Hub name of the causal language model.
+        feature_layer: Hidden state that enters the projector, -2 in the paper.
+        vision_revision: Hub revision of the encoder.
+        language_revision: Hub revision of the language model.
+        seed: Seed of the projector's weights, the only new ones.
 
     Returns:
-        The model in float32 and its processor, chat template included.
+        The model in float32 and its processor, which includes the chat template.
 
     Raises:
-        CheckpointError: a part is missing or some of its weights are.
+        CheckpointError: A part does not exist, or some of its weights are missing.
     """
     encoder, image_processor = _load_encoder(vision, vision_revision)
     tower = encoder.backbone
-    head = load_complete(AutoModelForCausalLM, language, language_revision)
+    language_model = load_complete(AutoModelForCausalLM, language, language_revision)
     tokenizer = _load_tokenizer(language, language_revision)
     chat = chat_format(tokenizer)
-    _add_tokens(tokenizer, head, chat)
+    _add_tokens(tokenizer, language_model, chat)
     prefix = encoder.config.pivot["prefix_tokens"]
     strategy: Literal["default", "full"] = "default" if prefix else "full"
     patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
     config = LlavaConfig(
         vision_config=tower.config,
-        text_config=head.config,
+        text_config=language_model.config,
         image_token_index=cast(int, tokenizer.convert_tokens_to_ids(chat.image_token)),
         projector_hidden_act="gelu",
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy=strategy,
-        # LLaVA's classes drop one prefix token, CLS; registers go on to the language head.
+        # LLaVA's classes drop one prefix token, CLS; registers enter the language model.
         image_seq_length=patches + max(prefix - 1, 0),
-        tie_word_embeddings=head.config.tie_word_embeddings,
+        tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
-    with torch.device("meta"):  # the parts bring their weights: none is drawn twice
+    with torch.device("meta"):  # the parts bring their weights, so none are initialised here
         model = LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         projector = LlavaMultiModalProjector(config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector
-    model.model.language_model = head.model
-    model.lm_head = head.lm_head
+    model.model.language_model = language_model.model
+    model.lm_head = language_model.lm_head
     model.tie_weights()
     stop = tokenizer.convert_tokens_to_ids(chat.turn_end)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
@@ -89,10 +92,16 @@ def build_mllm(
 def read_processor(
     vision: str, language: str, vision_revision: str | None = None, language_revision: str | None = None
 ) -> LlavaProcessor:
-    """The processor that `build_mllm` gives, without loading a weight.
+    """Build the processor that `build_mllm` returns, without loading any weights.
+
+    Args:
+        vision: Folder or Hub name of the encoder.
+        language: Folder or Hub name of the causal language model.
+        vision_revision: Hub revision of the encoder.
+        language_revision: Hub revision of the language model.
 
     Raises:
-        CheckpointError: a part's config, image processor or tokenizer cannot be read.
+        CheckpointError: A part's config, image processor or tokenizer cannot be read.
     """
     try:
         config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
@@ -105,6 +114,18 @@ def read_processor(
     chat = chat_format(tokenizer)
     _add_tokens(tokenizer, None, chat)
     return _processor(config, image_processor, tokenizer, chat)
+
+
+def randomise_vision(model: LlavaForConditionalGeneration, seed: int) -> None:
+    """Replace the vision tower's weights by the random ones that its training would start from.
+
+    The result is a baseline: what such a model shows does not come from the encoder's training.
+    """
+    tower = cast(PreTrainedModel, model.model.vision_tower)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random_tower = AutoModel.from_config(tower.config)
+    tower.load_state_dict(random_tower.state_dict())
 
 
 def _processor(
@@ -123,7 +144,7 @@ def _processor(
 
 
 def _load_encoder(name: str, revision: str | None) -> tuple[PivotVisionModel, Any]:
-    """Load an encoder with its image processor; one whose hidden states are maps does not fit LLaVA's classes."""
+    """Load an encoder and its image processor; refuse one whose hidden states are maps, which LLaVA cannot use."""
     encoder, image_processor = read_encoder(name, revision=revision)
     if backbone_of(encoder.config.backbone_config).maps:
         raise CheckpointError(
@@ -141,13 +162,15 @@ def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, head: PreTrainedModel | None, chat: ChatFormat) -> None:
-    """Give the tokenizer the image and turn tokens where it lacks them, and the embedding room for them."""
-    known = tokenizer.get_vocab()
-    new = [t for t in (chat.image_token, chat.turn_start, chat.turn_end) if t not in known]
-    if new:
-        tokenizer.add_special_tokens({"extra_special_tokens": new})
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None, chat: ChatFormat) -> None:
+    """Add the image and turn tokens that the tokenizer lacks, and enlarge the embedding where it is too small."""
+    vocabulary = tokenizer.get_vocab()
+    absent = [token for token in (chat.image_token, chat.turn_start, chat.turn_end) if token not in vocabulary]
+    if absent:
+        tokenizer.add_special_tokens({"extra_special_tokens": absent})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if head is not None and len(tokenizer) > cast(nn.Embedding, head.get_input_embeddings()).num_embeddings:
-        head.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if language_model is None:
+        return
+    if len(tokenizer) > cast(nn.Embedding, language_model.get_input_embeddings()).num_embeddings:
+        language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,12 +1,14 @@
-"""Chat formats of language heads: how a conversation becomes text, and which token stands for an image."""
+"""Chat formats of language models: how a conversation becomes text, and which token represents an image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 SYSTEM = "You are a helpful assistant."
-# The parts of a message; an image is its token and a newline.
+# Renders the content of one message: text as it is, and an image as its token and a newline.
 _CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}IMAGE\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -15,14 +17,14 @@ _CONTENT = (
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The format of one family of language heads.
+    """Chat format of one family of language models.
 
     Args:
-        template: Jinja, as transformers' tokenizers take it.
-        image_token: a token that the family's vocabulary has and text never holds.
-        turn_start: opens a turn; a vocabulary that has it is of this family.
-        turn_end: closes a turn, and ends what the model says.
-        markers: texts of one token each around what is said.
+        template: Jinja chat template for transformers' tokenizers.
+        image_token: Token of the family's vocabulary that never occurs in text; it represents an image.
+        turn_start: Token that opens a turn; a tokenizer that has it belongs to this family.
+        turn_end: Token that closes a turn and ends the model's answer.
+        markers: Texts of one token each that surround the content of a turn.
     """
 
     template: str
@@ -32,48 +34,67 @@ class ChatFormat:
     markers: tuple[str, ...]
 
 
-# The paper's qwen_1_5. <|image_pad|> is a token of Qwen2.5's vocabulary, so its embedding keeps its size.
+# The paper's qwen_1_5 format. <|image_pad|> is in Qwen2.5's vocabulary, so the embedding keeps its size.
 QWEN = ChatFormat(
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    + _CONTENT.replace("IMAGE", "<|image_pad|>")
-    + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "<|image_pad|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    ("<|im_start|>", "<|im_end|>", "\n"),
+    template=(
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        + _CONTENT.replace("IMAGE", "<|image_pad|>")
+        + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    image_token="<|image_pad|>",
+    turn_start="<|im_start|>",
+    turn_end="<|im_end|>",
+    markers=("<|im_start|>", "<|im_end|>", "\n"),
 )
 LLAMA3 = ChatFormat(
-    "<|begin_of_text|>{% for message in messages %}"
-    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    + _CONTENT.replace("IMAGE", "<|reserved_special_token_0|>")
-    + "<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-    "<|reserved_special_token_0|>",
-    "<|start_header_id|>",
-    "<|eot_id|>",
-    ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n"),
+    template=(
+        "<|begin_of_text|>{% for message in messages %}"
+        "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+        + _CONTENT.replace("IMAGE", "<|reserved_special_token_0|>")
+        + "<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    image_token="<|reserved_special_token_0|>",
+    turn_start="<|start_header_id|>",
+    turn_end="<|eot_id|>",
+    markers=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n"),
 )
-# Gemma knows the roles user and model only.
+# Gemma knows only the roles user and model.
 GEMMA = ChatFormat(
-    "<bos>{% for message in messages %}"
-    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
-    + _CONTENT.replace("IMAGE", "<unused0>")
-    + "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-    "<unused0>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    ("<start_of_turn>", "<end_of_turn>", "\n"),
+    template=(
+        "<bos>{% for message in messages %}"
+        "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else 'user' }}\n"
+        + _CONTENT.replace("IMAGE", "<unused0>")
+        + "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+    image_token="<unused0>",
+    turn_start="<start_of_turn>",
+    turn_end="<end_of_turn>",
+    markers=("<start_of_turn>", "<end_of_turn>", "\n"),
 )
 
 
 def chat_format(tokenizer: Any) -> ChatFormat:
-    """The format whose turns a tokenizer knows; Qwen's, whose tokens can be added, where it knows none."""
-    known = tokenizer.get_vocab()
-    return next((f for f in (QWEN, LLAMA3, GEMMA) if f.turn_start in known), QWEN)
+    """Choose the format whose turn token the tokenizer has, or Qwen's, whose tokens can be added to any tokenizer."""
+    vocabulary = tokenizer.get_vocab()
+    return next((chat for chat in (QWEN, LLAMA3, GEMMA) if chat.turn_start in vocabulary), QWEN)
+
+
+def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, images: int = 1) -> str:
+    """Format one question as a prompt, up to the place where the answer begins.
+
+    Args:
+        processor: Processor or tokenizer with a chat template.
+        question: The user's question.
+        images: Number of images in front of the question.
+    """
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    turns: Any = [{"role": "user", "content": content}]
+    return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def markers_of(tokenizer: Any) -> list[int]:
-    """Ids of the tokens around what is said: turn marks, and the newline as the format writes it."""
+    """Ids of the tokens around the content of turns: turn tokens, and the newline as the format writes it."""
     texts = list(chat_format(tokenizer).markers)
     return [ids[0] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if len(ids) == 1]

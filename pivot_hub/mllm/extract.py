@@ -1,4 +1,4 @@
-"""Detach the encoder of an MLLM."""
+"""Extract the encoder of an MLLM checkpoint and write it as an encoder repository."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pivot_hub.provenance import weights_sha256
 
 
 def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | None = None) -> Path:
-    """Detach the encoder of a stage checkpoint and write it as a repository.
+    """Extract the encoder of a stage checkpoint and write it as a repository.
 
-    Its features equal those inside the MLLM bit for bit, which is checked before the folder appears.
+    Its features equal those inside the MLLM bit for bit. This is checked before the folder appears.
 
     Args:
-        checkpoint: folder of a finished align, instruct, sft or dpo stage.
-        output: folder of the repository; one that is there is replaced.
-        command: what makes this encoder again, for provenance.json; where all of its recipes are shipped ones, they
-            are it.
+        checkpoint: Folder of a finished align, instruct, sft or dpo stage.
+        output: Folder that the repository is written to; an existing one is replaced.
+        command: Command that reproduces this encoder, for provenance.json. By default it is derived from the
+            recipes, provided that all of them are shipped ones.
 
     Returns:
         The repository folder.
 
     Raises:
-        CheckpointError: the checkpoint is no MLLM of ours, or the written weights do not read back equal.
+        CheckpointError: The checkpoint is not a stage's MLLM, or the written weights do not read back equal.
     """
     source = Path(checkpoint)
     mllm, processor = load_mllm(source)
@@ -45,7 +45,11 @@ def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | N
 
 
 def extract_once(checkpoint: str | Path, output: str | Path, command: str | None = None) -> bool:
-    """Like `extract_encoder`, where `output` is not this checkpoint's encoder already; whether it was not."""
+    """Call `extract_encoder` unless `output` already holds this checkpoint's encoder.
+
+    Returns:
+        Whether the encoder was extracted by this call.
+    """
     file = Path(output) / "provenance.json"
     if file.is_file() and json.loads(file.read_text()).get("mllm_weights_sha256") == weights_sha256(Path(checkpoint)):
         return False
@@ -54,7 +58,7 @@ def extract_once(checkpoint: str | Path, output: str | Path, command: str | None
 
 
 def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
-    """What is known of a checkpoint's making: its provenance, and the `pivot` entry of the config."""
+    """Read a checkpoint's provenance, and derive the `pivot` entry of its encoder's config from it."""
     file = checkpoint / "provenance.json"
     if not file.is_file():
         raise CheckpointError(f"{checkpoint} has no provenance.json; give the output folder of a finished stage.")
@@ -73,15 +77,15 @@ def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def _commands(provenance: dict[str, Any]) -> list[str] | None:
-    """What makes this encoder again; None where a recipe of its lineage is no shipped one, or was overridden."""
+    """Commands that reproduce this encoder, or None if a recipe of its lineage is not shipped or was overridden."""
     name = provenance["recipe"]
     step: dict[str, Any] | None = provenance
     while step:
         try:
-            shipped = load_recipe(step["recipe"]).recipe.sha256()
+            shipped = load_recipe(step["recipe"]).recipe
         except RecipeError:
             return None
-        if shipped != step["recipe_sha256"]:
+        if not shipped.has_sha256(step["recipe_sha256"]):
             return None
         step = (step["parent"] or {}).get("provenance")
     return [f"pivot train {name} --parents", f"pivot extract runs/{name} encoder"]

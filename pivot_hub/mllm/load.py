@@ -1,4 +1,4 @@
-"""Load an MLLM, and ask it what a caller must know: its image size and its chat prompt."""
+"""Load the MLLM of a stage checkpoint, refuse incomplete weights, and read sizes off a loaded model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
@@ -25,8 +24,11 @@ from pivot_hub.errors import CheckpointError
 def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a stage checkpoint in float32.
 
+    Args:
+        folder: Folder of the checkpoint.
+
     Raises:
-        CheckpointError: the folder holds no LLaVA model, or not all of its weights.
+        CheckpointError: The folder does not hold a LLaVA model, or some of its weights are missing.
     """
     path = Path(folder)
     mllm_config(path)
@@ -36,10 +38,10 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
 
 
 def mllm_config(path: Path) -> LlavaConfig:
-    """The config of a stage checkpoint.
+    """Read the config of a stage checkpoint.
 
     Raises:
-        CheckpointError: the folder holds no LLaVA model.
+        CheckpointError: The folder does not hold a LLaVA model.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
@@ -50,24 +52,29 @@ def mllm_config(path: Path) -> LlavaConfig:
 
 
 def image_px(model: LlavaForConditionalGeneration) -> int:
-    """Side of the square images the model's encoder takes."""
+    """Side of the square images that the model's encoder takes, in pixels."""
     return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
 
 
 def register_tokens(model: LlavaForConditionalGeneration) -> int:
-    """Tokens before the patches that enter the projector: LLaVA's classes drop CLS, and registers go on."""
+    """Number of tokens before the patches that enter the projector: LLaVA's classes drop CLS but keep registers."""
     return max(prefix_tokens(cast(PreTrainedConfig, model.config.vision_config)) - 1, 0)
 
 
-def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, images: int = 1) -> str:
-    """One question, on one image, several or none, in the chat format up to where the answer begins."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    turns: Any = [{"role": "user", "content": content}]
-    return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-
-
 def load_complete(loader: Any, name: str, revision: str | None, **options: Any) -> Any:
-    """Load a model in float32 and refuse one with weights missing: random weights must never pass for trained."""
+    """Load a model in float32 and refuse one whose weights are incomplete.
+
+    transformers fills missing weights with random ones and only warns, so they would pass for trained weights.
+
+    Args:
+        loader: Class of transformers with a `from_pretrained`.
+        name: Folder or Hub name of the model.
+        revision: Hub revision of the model.
+        **options: Further options for `from_pretrained`.
+
+    Raises:
+        CheckpointError: The model cannot be loaded, or weights are missing or have another shape.
+    """
     try:
         model, info = loader.from_pretrained(
             name, revision=revision, dtype=torch.float32, output_loading_info=True, **options
@@ -75,11 +82,10 @@ def load_complete(loader: Any, name: str, revision: str | None, **options: Any) 
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: cannot be loaded: {reason}") from error
-    missing = sorted(info["missing_keys"])
-    if missing or info["mismatched_keys"]:
-        named = missing or [str(k[0]) for k in info["mismatched_keys"]]
+    wrong = sorted(info["missing_keys"]) or [str(key[0]) for key in info["mismatched_keys"]]
+    if wrong:
         raise CheckpointError(
-            f"{name}: {len(named)} weights are missing or of another shape, {named[0]} first; "
+            f"{name}: {len(wrong)} weights are missing or of another shape, {wrong[0]} first; "
             "download the checkpoint again or give its config.json the sizes of its weights."
         )
     return model

@@ -1,4 +1,4 @@
-"""LoRA on the language head, beside an encoder that is trained in full."""
+"""LoRA adapters on the language model, while the encoder is trained in full."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from pivot_hub.errors import RecipeError
 
 
 def add_lora(model: LlavaForConditionalGeneration, spec: LoraSpec, seed: int) -> None:
-    """Put adapters on every linear layer of the language model; of the head they alone train.
+    """Put adapters on every linear layer of the language model and freeze its other parameters.
 
-    The model stays a LLaVA model: whatever runs it runs it as before. Adapters begin as zero.
+    The model remains a LLaVA model and is called as before. Adapters start at zero, so they change no output at first.
+
+    Args:
+        model: The MLLM.
+        spec: Rank, alpha and dropout of the adapters.
+        seed: Seed of the adapters' weights.
 
     Raises:
-        RecipeError: peft is not installed.
+        RecipeError: The package peft is not installed.
     """
     if find_spec("peft") is None:
         raise RecipeError("`lora` needs peft; install it with `pip install 'pivot-hub[lora]'`, or leave `lora` out.")
@@ -40,7 +45,7 @@ def add_lora(model: LlavaForConditionalGeneration, spec: LoraSpec, seed: int) ->
 
 
 def merge_lora(model: LlavaForConditionalGeneration) -> None:
-    """Add the adapters into the weights that they stand beside, and take them away; nothing where there are none."""
+    """Add the adapters to the weights that they adapt and remove them; a model without adapters is left as it is."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "lora_A"):
@@ -50,5 +55,5 @@ def merge_lora(model: LlavaForConditionalGeneration) -> None:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether adapters are on the model."""
+    """Tell whether the model has adapters."""
     return any(hasattr(module, "lora_A") for module in model.modules())

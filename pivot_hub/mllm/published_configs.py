@@ -1,4 +1,4 @@
-"""The parts of an MLLM without their weights: configs of published ones by name, and the model they make."""
+"""Configs of published MLLM parts by Hub name, and the MLLM that two configs describe, without any weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pivot_hub.errors import CheckpointError
 
 @lru_cache
 def published_parts() -> dict[str, dict[str, Any]]:
-    """What `recipes/parts.yaml` says of each Hub name: config, parameters, licence."""
+    """Read `recipes/parts.yaml`: config, number of parameters and licence of each part, by its Hub name."""
     return cast(dict[str, dict[str, Any]], yaml.safe_load((RECIPES / "parts.yaml").read_text()))
 
 
@@ -25,14 +25,14 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Find the config of an encoder or a language model, without its weights.
 
     Args:
-        name: a folder; or a Hub name, which is looked up in `recipes/parts.yaml` before the Hub is asked.
-        revision: of the Hub repository; one that is given is read from the Hub.
+        name: Folder or Hub name. A Hub name is looked up in `recipes/parts.yaml` first, and on the Hub second.
+        revision: Revision of the Hub repository; if given, the config is always read from the Hub.
 
     Returns:
-        The native config; of a two-tower model that of its vision tower.
+        The native config. For a two-tower model it is the config of the vision tower.
 
     Raises:
-        CheckpointError: there is no config, or it is of an architecture that transformers does not know.
+        CheckpointError: There is no config, or transformers does not know its architecture.
     """
     try:
         if revision is None and not Path(name).is_dir() and name in published_parts():
@@ -50,7 +50,7 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def image_tokens(vision: PreTrainedConfig) -> int:
-    """Tokens of an image in the language model: its patches and registers; LLaVA's classes drop CLS."""
+    """Number of tokens that an image takes in the language model: patches and registers; LLaVA's classes drop CLS."""
     side = backbone_of(vision).image_px(vision) // int(cast(Any, vision).patch_size)
     return side**2 + max(prefix_tokens(vision) - 1, 0)
 
@@ -58,12 +58,18 @@ def image_tokens(vision: PreTrainedConfig) -> int:
 def meta_mllm(
     vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int
 ) -> LlavaForConditionalGeneration:
-    """Make the MLLM that `mllm.build_mllm` makes of two parts, on the meta device: shapes and no weights.
+    """Build the MLLM of two parts on the meta device, with shapes but without weights.
 
-    The vocabulary is the language model's own; `build_mllm` adds the tokens that its tokenizer lacks.
+    It has the same parameters as the one that `mllm.build.build_mllm` builds, except that the vocabulary is the
+    language model's own, whereas `build_mllm` adds the tokens that its tokenizer lacks.
+
+    Args:
+        vision_config: Native config of the encoder.
+        text_config: Config of the language model.
+        feature_layer: Hidden state of the encoder that enters the projector.
 
     Raises:
-        CheckpointError: the parts do not go together in transformers' LLaVA classes.
+        CheckpointError: transformers' LLaVA classes cannot combine the parts.
     """
     if backbone_of(vision_config).maps:
         raise CheckpointError("timm models give feature maps, which transformers' LLaVA does not take.")

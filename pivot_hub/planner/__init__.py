@@ -1,1 +1,1 @@
-"""Planner: what a stage will cost, before it runs."""
+"""Planner: the cost of a stage, computed before it runs."""

@@ -1,9 +1,9 @@
-"""A training step rehearsed on tensors without storage: the FLOPs it asks for, and the bytes it holds at its peak.
+"""Profile of a training step on fake tensors: the FLOPs that it needs, and the bytes that it holds at its peak.
 
-The step is the trainer's own: transformers' classes, their gradient checkpointing, autocast, and TRL's fused head run
-on fake CPU tensors, so nothing is computed and no weight is needed. CUDA kernels differ where the work is the same:
-grouped keys and values are repeated here, and TRL's head folds its tiles with temporary copies; both make the figure a
-little larger than a GPU's.
+The step is the trainer's own: transformers' classes, their gradient checkpointing, autocast, and TRL's fused lm_head
+run on fake CPU tensors, which have no storage, so nothing is computed and no weight is needed. A GPU uses a little less
+memory than this profile gives: here grouped keys and values are repeated, and TRL's lm_head makes temporary copies of
+its tiles, for which CUDA has kernels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pivot_hub.training.tree_layout import ATTENTION, Layout, branch_mask
 
 Phase = Literal["forward", "backward", "recompute", "reference"]
 aten = torch.ops.aten
-# torch's counter has no formula for what only CPUs run.
+# torch's FLOP counter has no formulas for the operators that only CPUs run.
 CPU_FORMULAS: dict[Any, Callable[..., Any]] = {
     aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
@@ -40,27 +40,28 @@ CPU_FORMULAS: dict[Any, Callable[..., Any]] = {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-# Attention's are of the full square of queries and keys, causal or not.
+# The formulas of attention count the full square of queries and keys, causal or not.
 FORMULAS = {**flop_registry, **CPU_FORMULAS}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process runs at a time, all rows of one length.
+    """The batch that one process runs at a time, with rows of one length.
 
     Args:
-        rows: of the language model's input; width: tokens of each, image tokens included.
-        images: that the vision tower encodes.
-        shown: images in the rows; one that two answers share may be encoded once and shown twice.
-        answers: hidden states that are picked for the loss, one row an answer; 0 where the loss reads them in place.
-        scored: positions that the head projects.
-        layout: trees of pairs that share a row; None for rows of plain causal text.
+        rows: Rows of the language model's input.
+        width: Tokens of each row, image tokens included.
+        images: Images that the vision tower encodes.
+        image_occurrences: Images in the rows. An image that two answers share may be encoded once and occur twice.
+        scored: Positions that lm_head projects.
+        answers: Answers whose hidden states are selected for the loss; 0 if the loss reads the hidden states in place.
+        layout: Trees of preference pairs that share a row; None for rows of plain causal text.
     """
 
     rows: int
     width: int
     images: int
-    shown: int
+    image_occurrences: int
     scored: int
     answers: int = 0
     layout: Layout | None = None
@@ -68,12 +69,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepProfile:
-    """FLOPs of a step on one process, and the bytes it holds beside weights and optimizer.
+    """FLOPs of a step on one process, and the bytes that it holds in addition to weights and optimizer.
 
     Args:
-        flops: of each part (vision, projector, language with its head) in each phase.
-        activations, copies, gradients: at the moment when most is held; copies are of weights, in autocast's dtype.
-        activations_alone: most that is held of activations, at any moment.
+        flops: FLOPs by part (vision, projector, language with lm_head) and phase.
+        activations: Bytes of activations at the peak of all three kinds together.
+        copies: Bytes of copies of weights in autocast's dtype, at the same peak.
+        gradients: Bytes of gradients, at the same peak.
+        activations_alone: Most bytes of activations at any time.
     """
 
     flops: dict[str, dict[Phase, int]]
@@ -84,7 +87,11 @@ class StepProfile:
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the FLOPs of every operator and the bytes of every storage that lives, weights left out."""
+    """Counts the FLOPs of every operator and the bytes of every live storage, without the weights'.
+
+    Args:
+        weights: Keys of the storages of weights, which are not counted.
+    """
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
@@ -92,7 +99,7 @@ class _Ledger(TorchDispatchMode):
         self.part = "vision"
         self.phase: Phase = "forward"
         self.flops: Counter[tuple[str, Phase]] = Counter()
-        self.kinds: dict[int, str] = {}  # of each storage that lives
+        self.kinds: dict[int, str] = {}  # activations, copies or gradients, for each live storage
         self.sizes: dict[int, int] = {}
         self.watched: dict[int, weakref.ref[Any]] = {}
         self.held: Counter[str] = Counter()
@@ -101,15 +108,15 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            self.flops[self.part, self.phase] += formula(*args, **kwargs, out_val=made)
+            self.flops[self.part, self.phase] += formula(*args, **kwargs, out_val=result)
         is_copy = func is aten._to_copy.default and _key(args[0]) in self.weights
-        for tensor in tree_leaves(made):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 self._hold(tensor, "copies" if is_copy else "activations")
-        return made
+        return result
 
     def _hold(self, tensor: torch.Tensor, kind: str) -> None:
         storage, key = tensor.untyped_storage(), _key(tensor)
@@ -129,8 +136,8 @@ class _Ledger(TorchDispatchMode):
             self.peak = self.held.copy()
         self.activations_alone = max(self.activations_alone, self.held["activations"])
 
-    def call_gradient(self, tensor: torch.Tensor) -> None:
-        """Count a tensor that the optimizer will read among the gradients."""
+    def count_as_gradient(self, tensor: torch.Tensor) -> None:
+        """Move a tensor that the optimizer will read from its kind to the gradients."""
         key = _key(tensor)
         size, kind = self.sizes[key], self.kinds[key]
         self.kinds[key] = "gradients"
@@ -139,24 +146,28 @@ class _Ledger(TorchDispatchMode):
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        before, self.phase = self.phase, "recompute"
+        """Count the FLOPs inside the block as recomputed."""
+        previous, self.phase = self.phase, "recompute"
         try:
             yield
         finally:
-            self.phase = before
+            self.phase = previous
 
     def follow(self, projector: nn.Module) -> None:
-        """Tell the parts apart by the projector, which lies between them: forward and, by its gradients, backward."""
+        """Follow which part runs, by hooks on the projector, which runs between vision tower and language model.
+
+        Its gradients mark the same borders in the backward pass.
+        """
 
         def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self.part = "projector"
             if args[0].requires_grad:
                 args[0].register_hook(lambda gradient: setattr(self, "part", "vision"))
 
-        def leave(module: nn.Module, args: Any, made: torch.Tensor) -> None:
+        def leave(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             self.part = "language"
-            if made.requires_grad:
-                made.register_hook(lambda gradient: setattr(self, "part", "projector"))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: setattr(self, "part", "projector"))
 
         projector.register_forward_pre_hook(enter)
         projector.register_forward_hook(leave)
@@ -171,15 +182,16 @@ def profile_step(
     reference: bool = False,
     training: bool = True,
 ) -> StepProfile:
-    """Run one batch forward and backward without computing it.
+    """Run one batch forward and backward on fake tensors, without computing it.
 
     Args:
-        model: on the meta device, fresh, its frozen weights without gradients.
-        autocast: dtype of the forward pass; None leaves it in float32, the dtype of the weights.
-        checkpointing: layers keep their input only and are run again in the backward pass.
-        accumulating: gradients of an earlier batch are there already.
-        reference: the policy's forward pass is followed by the reference model's.
-        training: with a backward pass; else forward only and nothing kept for it.
+        model: A new model on the meta device, whose frozen weights need no gradients.
+        batch: The batch.
+        autocast: Data type of the forward pass; None leaves it in float32, the data type of the weights.
+        checkpointing: Whether layers keep their inputs only and run again in the backward pass.
+        accumulating: Whether gradients of an earlier batch exist already.
+        reference: Whether the reference model's forward pass follows the policy's.
+        training: Whether there is a backward pass. Without it, the forward pass keeps nothing for one.
     """
     network = cast(nn.Module, model)
     with FakeTensorMode():
@@ -187,7 +199,7 @@ def profile_step(
         model.tie_weights()
         network.train()
         if not training:
-            network.requires_grad_(False)  # as the reference is, whose weights autocast does not keep copies of
+            network.requires_grad_(False)  # as in the reference: autocast keeps no copies of frozen weights
         ledger = _Ledger({_key(t) for t in (*network.parameters(), *network.buffers())})
         ledger.follow(cast(nn.Module, model.model.multi_modal_projector))
         _prepare(model, batch, checkpointing, ledger)
@@ -196,9 +208,9 @@ def profile_step(
             for weight in trained:
                 if accumulating:
                     weight.grad = torch.zeros_like(weight)
-                    ledger.call_gradient(weight.grad)
+                    ledger.count_as_gradient(weight.grad)
                 else:
-                    weight.register_post_accumulate_grad_hook(_told(ledger))
+                    weight.register_post_accumulate_grad_hook(partial(_count_gradient, ledger))
             targets = torch.zeros(1, batch.scored, dtype=torch.long)
             with torch.autocast("cpu", autocast, enabled=autocast is not None), torch.set_grad_enabled(training):
                 loss = network(fused_lm_head=True, shift_labels=targets).loss
@@ -216,27 +228,24 @@ def profile_step(
     return StepProfile(flops, activations_alone=ledger.activations_alone, **peak)
 
 
-def _told(ledger: _Ledger) -> Callable[[torch.Tensor], None]:
-    def tell(weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        ledger.call_gradient(weight.grad)
-
-    return tell
+def _count_gradient(ledger: _Ledger, weight: torch.Tensor) -> None:
+    assert weight.grad is not None
+    ledger.count_as_gradient(weight.grad)
 
 
 def _prepare(model: LlavaForConditionalGeneration, batch: Batch, checkpointing: bool, ledger: _Ledger) -> None:
-    """Give the model TRL's head over a forward pass that makes its own batch."""
+    """Give the model TRL's fused lm_head, over a forward pass that creates its own batch."""
     inner: Any = model.model
     if batch.layout is not None:
         inner.language_model.set_attn_implementation(ATTENTION)
     if checkpointing:
         options = {
             "use_reentrant": False,
-            "preserve_rng_state": False,  # there is no state to keep of tensors that hold nothing
+            "preserve_rng_state": False,  # fake tensors have no random state
             "context_fn": lambda: (nullcontext(), ledger.recomputing()),
         }
         with warnings.catch_warnings():
-            # The name that our floor of transformers has.
+            # The oldest transformers that we support has this name only.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(options)
 
@@ -248,23 +257,23 @@ def _prepare(model: LlavaForConditionalGeneration, batch: Batch, checkpointing: 
 
 
 def _hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """What the head projects: (1, scored, D). The steps are those of LLaVA's forward and of `training.pairs`."""
+    """Return the hidden states that lm_head projects, (1, scored, D), by the steps of LLaVA and `tree_layout`."""
     inner: Any = model.model
     config: Any = model.config.vision_config
     side = backbone_of(config).image_px(config)
     pixels = torch.zeros(batch.images, config.num_channels, side, side)
     features = torch.stack(list(inner.get_image_features(pixels, return_dict=True).pooler_output))
-    shown = features[torch.zeros(batch.shown, dtype=torch.long)].flatten(0, 1)
+    image_embeds = features[torch.zeros(batch.image_occurrences, dtype=torch.long)].flatten(0, 1)
     ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
     embeds = inner.get_input_embeddings()(ids)
-    places = (ids == model.config.image_token_id).unsqueeze(-1).expand_as(embeds)
-    embeds = embeds.masked_scatter(places, shown.to(embeds.dtype))
+    is_image = (ids == model.config.image_token_id).unsqueeze(-1).expand_as(embeds)
+    embeds = embeds.masked_scatter(is_image, image_embeds.to(embeds.dtype))
     options: dict[str, Any] = {"use_cache": False}
     if batch.layout is not None:
         masks = tuple(tuple(branch_mask(tree, embeds.device) for tree in trees) for trees in batch.layout)
         options |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": ids}
         options |= {"pair_layout": batch.layout, "pair_masks": masks}
-    elif batch.rows > 1:  # rows of a batch differ in length, so that it has a mask
+    elif batch.rows > 1:  # real rows differ in length, so their batch has a mask
         options["attention_mask"] = torch.ones_like(ids)
     states = inner.language_model(inputs_embeds=embeds, **options).last_hidden_state.flatten(0, 1)
     if batch.answers:
@@ -274,5 +283,5 @@ def _hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> torch.
 
 
 def _key(tensor: Any) -> int:
-    """What two tensors share that are views of the same bytes."""
+    """Return a number that all views of the same bytes share."""
     return int(tensor.untyped_storage()._cdata)

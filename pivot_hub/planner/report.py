@@ -1,4 +1,4 @@
-"""The planner's result: a stage's cost as values and as one screen of text."""
+"""The planner's result: the cost of a stage, as values and as one screen of text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ Precision = Literal["bf16", "fp16", "float32"]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A GPU's memory when most of it is taken, in bytes by what takes it."""
+class MemoryPeak:
+    """A moment at which a run holds much of a GPU's memory.
+
+    Args:
+        name: What the run is doing.
+        terms: Bytes, by what takes them.
+    """
 
     name: str
     terms: dict[str, int]
@@ -24,13 +29,17 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a stage is on one kind of GPU.
+class GpuEstimate:
+    """A stage's hours and memory on one kind of GPU.
 
     Args:
-        fits: rows of mean length; fits_longest: a whole batch of rows of max_length too.
-        advice: the first changes that were found to make it fit: overrides of the recipe, `machine`, `processes`.
-            Empty where it fits, None where nothing that was tried did.
+        gpu: Name of the GPU.
+        gpu_hours: Hours of all GPUs together.
+        wall_hours: Hours from start to end.
+        fits: Whether rows of mean length fit into its memory.
+        fits_longest: Whether a whole batch of rows of max_length fits too.
+        advice: The first changes that make the stage fit: overrides of the recipe, `machine` (the Accelerate config)
+            and `processes`. Empty if the stage fits, None if nothing that was tried makes it fit.
     """
 
     gpu: str
@@ -43,15 +52,36 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage's cost and what it was counted with.
+    """The cost of a stage, and the settings that it was computed for.
 
     Args:
-        parameters: of each part, trained and frozen.
-        flops_per_step: of each part in each phase, over all processes; flops: of the whole run by phase, with the
-            reference forward that fills the cache.
-        memory: moments of one GPU.
-        disk: bytes of a checkpoint, of the final one, and the most that lies there at a time.
-        assumptions: what was not known and taken for granted, a sentence each.
+        recipe: Name of the recipe.
+        stage: Name of the stage.
+        machine: Name of the Accelerate config.
+        processes: Number of processes, one per GPU.
+        device: Device that the trainer runs on.
+        precision: Data type of the forward pass.
+        mfu: Share of the GPU's peak at which all FLOPs are assumed to run, recomputed ones included.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        optim: Name of the optimizer.
+        per_device_train_batch_size: Rows that a process runs at a time.
+        gradient_accumulation_steps: Batches of a process in an optimizer step.
+        parameters: Trained and frozen parameters of each part.
+        image_tokens: Tokens of an image.
+        prompt_tokens: Mean tokens of a row's prompts.
+        answer_tokens: Mean tokens of a row's answers; for a preference pair, of one answer.
+        rows: Rows of an epoch.
+        rows_per_step: Rows of an optimizer step over all processes.
+        steps: Optimizer steps of the run.
+        epochs: Epochs of the run.
+        tokens_per_step: Tokens of an optimizer step over all processes.
+        tokens: Tokens of the run.
+        flops_per_step: FLOPs of an optimizer step over all processes, by part and phase.
+        flops: FLOPs of the run by phase, including the reference's forward pass that fills the cache.
+        memory: Memory peaks of one GPU.
+        disk: Bytes on disk of a checkpoint, of the final model, and of everything at its largest.
+        gpus: Hours and memory on each kind of GPU.
+        assumptions: Assumptions about what the recipe does not say, one phrase each.
     """
 
     recipe: str
@@ -77,19 +107,19 @@ class Plan:
     tokens: int
     flops_per_step: dict[str, dict[str, float]]
     flops: dict[str, float]
-    memory: tuple[Moment, ...]
+    memory: tuple[MemoryPeak, ...]
     disk: dict[str, int]
-    gpus: tuple[Verdict, ...]
+    gpus: tuple[GpuEstimate, ...]
     assumptions: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON."""
-        made = asdict(self)
-        made["memory"] = [{**asdict(moment), "total": moment.total} for moment in self.memory]
-        return made
+        """Return everything as plain values for JSON."""
+        values = asdict(self)
+        values["memory"] = [{**asdict(peak), "total": peak.total} for peak in self.memory]
+        return values
 
     def table(self) -> str:
-        """One screen of text."""
+        """Return the plan as one screen of text."""
         lines = [
             f"{self.recipe}: {self.stage} on {self.processes} process(es), {self.machine}, {self.precision}, "
             f"gradient checkpointing {'on' if self.gradient_checkpointing else 'off'}, {self.optim}",
@@ -110,17 +140,17 @@ class Plan:
         for part, phases in self.flops_per_step.items():
             lines.append(f"  {part:<16}" + "".join(f"{phases[p] / 1e12:>12,.2f}" for p in PHASES))
         lines.append("  run, PFLOPs     " + "".join(f"{self.flops[p] / 1e15:>12,.2f}" for p in PHASES))
-        names = [name for name in _TERMS if any(name in m.terms for m in self.memory)]
+        names = [name for name in _TERMS if any(name in peak.terms for peak in self.memory)]
         lines += ["", f"  {'GiB a GPU':<30}" + "".join(f"{n:>12}" for n in names) + f"{'total':>8}"]
-        for moment in self.memory:
-            cells = "".join(f"{moment.terms.get(n, 0) / GIB:>12,.1f}" for n in names)
-            lines.append(f"  {moment.name:<30}{cells}{moment.total / GIB:>8,.1f}")
+        for peak in self.memory:
+            cells = "".join(f"{peak.terms.get(n, 0) / GIB:>12,.1f}" for n in names)
+            lines.append(f"  {peak.name:<30}{cells}{peak.total / GIB:>8,.1f}")
         lines += ["", f"  {f'at {self.mfu:.0%} of peak':<16}{'GPU-hours':>12}{'wall hours':>12}  memory"]
         for gpu in self.gpus:
-            lines.append(f"  {gpu.gpu:<16}{gpu.gpu_hours:>12,.1f}{gpu.wall_hours:>12,.1f}  {_said(gpu)}")
+            lines.append(f"  {gpu.gpu:<16}{gpu.gpu_hours:>12,.1f}{gpu.wall_hours:>12,.1f}  {_memory_text(gpu)}")
         disk = {k: f"{v / 1e9:,.1f} GB" for k, v in self.disk.items()}
         lines += ["", f"  disk    checkpoint {disk['checkpoint']}, final {disk['final']}, at most {disk['most']}"]
-        return "\n".join([*lines, *(f"  assumed {each}" for each in self.assumptions)])
+        return "\n".join([*lines, *(f"  assumed {assumption}" for assumption in self.assumptions)])
 
 
 PHASES = ("forward", "backward", "recompute", "reference")
@@ -134,12 +164,13 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
-def _said(verdict: Verdict) -> str:
-    if verdict.fits_longest:
+def _memory_text(estimate: GpuEstimate) -> str:
+    if estimate.fits_longest:
         return "fits"
-    if verdict.fits:
+    if estimate.fits:
         return "fits, but not a batch of rows of max_length"
-    if not verdict.advice:
-        return "does not fit, whatever was tried; take smaller parts"
+    if not estimate.advice:
+        return "does not fit, and no change that was tried helps; choose smaller parts"
     options = {"machine": "--machine ", "processes": "--processes "}
-    return "does not fit; fits with " + " ".join(f"{options.get(k, f'{k}=')}{v}" for k, v in verdict.advice.items())
+    changes = [f"{options.get(name, f'{name}=')}{value}" for name, value in estimate.advice.items()]
+    return "does not fit; fits with " + " ".join(changes)

@@ -1,1 +1,1 @@
-"""Probes: measurements of a frozen encoder, each with the conditions it was made under."""
+"""Probes: measurements of a frozen encoder, each with the conditions that it was measured under."""

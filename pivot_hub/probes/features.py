@@ -1,4 +1,4 @@
-"""Frozen features: what a probe sees of images, computed once for an encoder and kept on disk."""
+"""Frozen features: computed once for each encoder and set of images, and cached on disk."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.image import DECODING
 from pivot_hub.encoder.encode import Progress, encode_images
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.classification.labelled_images import Labelled, ProbeImages
 
-LAYOUT = 1  # of the cache's files
-BLOCK = 8192  # pooled features that are looked at together
-CELLS = 16_000_000  # numbers that are looked at together
+LAYOUT = 1  # version of the layout of cached files
+BLOCK = 8192  # pooled features that are processed together
+CELLS = 16_000_000  # numbers that are checked together
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Features:
     """Features of labelled images.
 
     Args:
-        values: (N, D), or of all tokens (N, H*W, D), mapped from disk.
+        values: (N, D) pooled features or (N, H*W, D) features of all tokens, memory-mapped from disk.
         labels: (N,) class numbers.
-        skipped: a sentence for each image that could not be decoded.
+        skipped: One error message for each image that could not be decoded.
     """
 
     values: np.ndarray
@@ -46,7 +47,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Chosen rows of pooled features, L2-normalised: the paper's image feature. Read a slice at a time."""
+    """Selected rows of pooled features, L2-normalised as in the paper. Indexing with a slice reads that slice."""
 
     values: np.ndarray
     rows: np.ndarray
@@ -58,9 +59,28 @@ class Pooled:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, some: slice) -> np.ndarray:
-        values = np.asarray(self.values[self.rows[some]], np.float32)
+    def __getitem__(self, selection: slice) -> np.ndarray:
+        values = np.asarray(self.values[self.rows[selection]], np.float32)
         return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How images are encoded and where their features are cached.
+
+    Args:
+        dtype: Type that the encoder computes in. Features are stored as float32, or as float16 if this is float16.
+        cache: Folder of the cached features; a folder below HF_HOME by default.
+        batch: Number of images in one forward pass.
+        workers: Number of processes that decode images; one for each core by default.
+        progress: Function that is called after every batch.
+    """
+
+    dtype: str = "float32"
+    cache: Path | None = None
+    batch: int = 32
+    workers: int | None = None
+    progress: Progress = lambda done, total, rate: None
 
 
 def cached_features(
@@ -68,25 +88,30 @@ def cached_features(
     image_processor: Any,
     data: Labelled,
     metadata: dict[str, Any],
-    on_bad_row: str = "stop",
-    **options: Any,
+    on_bad_row: OnBadRow = OnBadRow.STOP,
+    tokens: bool = False,
+    options: EncodingOptions = EncodingOptions(),
 ) -> Features:
-    """Features of labelled images.
+    """Compute the features of labelled images, or read them from the cache.
 
     Args:
-        model, image_processor, facts, **options: see `cached_values`.
-        data: the images with their labels.
-        on_bad_row: `stop` at an image that cannot be decoded, or `skip` it and say so.
+        model: The encoder, see `cached_values`.
+        image_processor: Image processor of the encoder.
+        data: The images and their labels.
+        metadata: Name and hash of the encoder, see `cached_values`.
+        on_bad_row: Whether an image that cannot be decoded raises an error, or is skipped and reported.
+        tokens: Whether to keep all patch tokens of an image instead of their mean.
+        options: How images are encoded.
 
     Raises:
-        DataError: an image cannot be decoded and `on_bad_row` says stop.
-        ProbeError: a feature is not finite.
+        DataError: An image cannot be decoded and `on_bad_row` is STOP.
+        ProbeError: A feature is not finite.
     """
-    values, names, skipped = cached_values(model, image_processor, data.images, metadata, **options)
-    if skipped and on_bad_row == "stop":
+    values, names, skipped = cached_values(model, image_processor, data.images, metadata, tokens, options)
+    if skipped and on_bad_row == OnBadRow.STOP:
         raise DataError(skipped[0])
-    place = {name: i for i, name in enumerate(data.images.names)}
-    return Features(values, data.labels[[place[name] for name in names]], skipped)
+    positions = {name: i for i, name in enumerate(data.images.names)}
+    return Features(values, data.labels[[positions[name] for name in names]], skipped)
 
 
 def cached_values(
@@ -95,33 +120,26 @@ def cached_values(
     images: ProbeImages,
     metadata: dict[str, Any],
     tokens: bool = False,
-    dtype: str = "float32",
-    cache: Path | None = None,
-    batch: int = 32,
-    workers: int | None = None,
-    progress: Progress = lambda done, total, rate: None,
+    options: EncodingOptions = EncodingOptions(),
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Features of images, or those that were computed before of the same encoder, processor, images and layer.
+    """Compute the features of images, or read them if they were cached for the same encoder, processor and images.
 
-    A stopped run goes on where it was.
+    A stopped run resumes where it was stopped.
 
     Args:
-        model: the encoder, on its device in `dtype`.
-        image_processor: its own.
-        images: to encode.
-        facts: encoder and encoder_sha256, which tell its weights from others.
-        tokens: all patch tokens of an image instead of their mean.
-        dtype: the encoder computes in; what is kept is float32, of float16 float16.
-        cache: folder; below HF_HOME by default.
-        batch: images of one pass.
-        workers: processes that decode; one a core by default.
-        progress: called after every batch.
+        model: The encoder, on its device and in `options.dtype`.
+        image_processor: Image processor of the encoder.
+        images: The images to encode.
+        metadata: The encoder's name and `encoder_sha256`, which distinguish its weights from others.
+        tokens: Whether to keep all patch tokens of an image instead of their mean.
+        options: How images are encoded.
 
     Returns:
-        (N, D) or (N, H*W, D), mapped from disk; the names of their images; a sentence for each that cannot be decoded.
+        (N, D) or (N, H*W, D) features, memory-mapped from disk; the names of the images; one error message for each
+        image that cannot be decoded.
 
     Raises:
-        ProbeError: a feature is not finite.
+        ProbeError: A feature is not finite.
     """
     job = {
         **metadata,
@@ -129,59 +147,75 @@ def cached_values(
         "processor": image_processor.to_dict(),
         "images": images.stamp(),
         "tokens": tokens,
-        "dtype": dtype,
+        "dtype": options.dtype,
         "layout": LAYOUT,
         "decoding": DECODING,
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
-    file = (cache or Path(HF_HOME) / "pivot_hub" / "features") / f"{key}.npy"
-    report = file.with_name(f"{file.name}.json")  # written last
-    if not report.is_file():
+    file = (options.cache or Path(HF_HOME) / "pivot_hub" / "features") / f"{key}.npy"
+    report_file = file.with_name(f"{file.name}.json")  # written last
+    if not report_file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        told = {**metadata, "key": key}
-        encode_images(model, image_processor, images, file, told, tokens, batch, dtype, workers, progress)
-    made = json.loads(report.read_text())
-    values = np.load(file, mmap_mode="c")  # pages that nobody writes to stay on disk
-    rows = max(1, CELLS // int(np.prod(values.shape[1:])))
+        encode_images(
+            model,
+            image_processor,
+            images,
+            file,
+            {**metadata, "key": key},
+            tokens,
+            options.batch,
+            options.dtype,
+            options.workers,
+            options.progress,
+        )
+    report = json.loads(report_file.read_text())
+    values = np.load(file, mmap_mode="c")  # pages that are never written to stay on disk
+    _check_finite(values, report["files"])
+    return values, report["files"], [image["reason"] for image in report["corrupt"]]
+
+
+def _check_finite(values: np.ndarray, names: list[str]) -> None:
+    """Raise a ProbeError that names the first image whose features are not finite."""
+    cells = int(np.prod(values.shape[1:]))
+    rows = max(1, CELLS // cells)
     for start in range(0, len(values), rows):
-        finite = np.isfinite(values[start : start + rows]).reshape(-1, int(np.prod(values.shape[1:]))).all(1)
+        finite = np.isfinite(values[start : start + rows]).reshape(-1, cells).all(1)
         if not finite.all():
             raise ProbeError(
-                f"the features of {made['files'][start + int(finite.argmin())]} are not finite (NaN or infinite); "
+                f"the features of {names[start + int(finite.argmin())]} are not finite (NaN or infinite); "
                 "check the encoder, or compute in float32 or bfloat16."
             )
-    return values, made["files"], [bad["reason"] for bad in made["corrupt"]]
 
 
 @torch.no_grad()
 def patch_features(
     model: FeatureModel, image_processor: Any, images: Iterable[Image.Image], batch: int = 64
 ) -> np.ndarray:
-    """Patch tokens of images at the feature layer.
+    """Compute the patch tokens of images at the feature layer.
 
     Returns:
         (N, H*W, D) float32.
     """
-    made = []
-    for some in _batched(images, batch):
-        pixels = image_processor(images=some, return_tensors="pt")["pixel_values"]
-        made.append(model(pixels.to(model.device)).last_hidden_state.float().cpu().numpy())
-    return np.concatenate(made)
+    features = []
+    for batch_images in _batched(images, batch):
+        pixels = image_processor(images=batch_images, return_tensors="pt")["pixel_values"]
+        features.append(model(pixels.to(model.device)).last_hidden_state.float().cpu().numpy())
+    return np.concatenate(features)
 
 
 def pooled(tokens: np.ndarray) -> np.ndarray:
-    """Mean over patches, L2-normalised: the paper's image feature. (N, H*W, D) -> (N, D)."""
+    """Average over patches and L2-normalise, as in the paper. (N, H*W, D) -> (N, D)."""
     mean = tokens.mean(axis=1)
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
 def standardised(train: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Scale columns to the mean and spread they have on the training part, so one C fits every encoder."""
+    """Return a function that scales columns by the mean and spread of the train split, so one C fits every encoder."""
     mean, spread = train.mean(axis=0), train.std(axis=0) + 1e-8
     return lambda features: (features - mean) / spread
 
 
 def _batched(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    rest = iter(images)
-    while some := list(islice(rest, size)):
-        yield some
+    remaining = iter(images)
+    while batch := list(islice(remaining, size)):
+        yield batch

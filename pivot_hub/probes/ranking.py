@@ -1,4 +1,4 @@
-"""Ranking: the share of held-out preference pairs whose better answer an MLLM holds to be the more probable."""
+"""Ranking: the share of held-out preference pairs whose better answer an MLLM considers more probable."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def rank_pairs(
     split: str = "test",
     seed: int = 0,
 ) -> ProbeResult:
-    """Compare the summed log-probabilities of both answers of each pair.
+    """Compare the summed log-probabilities of the two answers of each preference pair.
 
     Args:
-        model: an MLLM.
-        processor: its own.
-        pairs: of the built-in world.
-        images: one a pair.
-        conditions: encoder, encoder_sha256, feature_layer, partner of the results.
+        model: The MLLM.
+        processor: Processor of the MLLM.
+        pairs: Preference pairs of the synthetic Shapes dataset.
+        images: One image for each pair.
+        conditions: Fields of the result: encoder, encoder_sha256, feature_layer, partner.
+        split: Split that the pairs are from.
+        seed: Seed of the bootstrap.
     """
     model.eval()
     started, right = time.monotonic(), []

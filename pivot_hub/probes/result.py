@@ -1,11 +1,11 @@
-"""A result: one number with the conditions it was measured under, and its bootstrap interval."""
+"""Probe results: one number with the conditions it was measured under, and its bootstrap interval."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,37 @@ from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_acc
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Statistic, bootstrap, mean
 from pivot_hub.provenance import versions
 
+# Raised when the meaning of a field changes or a field is removed. A new field alone needs no new version, because
+# readers keep the fields that they do not know.
+SCHEMA_VERSION = 1
+
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A number never travels without its conditions.
+    """One measured number together with the conditions it was measured under.
 
     Args:
-        task: what was asked, as in `shapes/colour`.
-        metric: as in `balanced_accuracy`.
-        value: in `unit`.
-        unit: `percent`, or `ratio` for numbers in 0 to 1 that are no percentage.
-        n: test items the value and its interval are over.
-        split: the data the value was measured on; settings were chosen elsewhere.
-        seed: of sampling and bootstrap.
-        protocol: how, in one line, with the chosen settings and the value of chance.
-        feature_layer: hidden state the features are of.
-        encoder: base, sft or dpo, or the name of a repository.
-        encoder_sha256: of its weights.
-        partner: the MLLM that answered or whose loss was differentiated, None for the encoder alone.
-        ci95: bootstrap interval over test items.
-        duration_s: time to fit and measure.
-        data_sha256: of the items and labels that were fitted and tested on; results of one hash can be paired.
-        tallies: (n, ...) what each test item adds to the metric; kept beside the JSON, for paired comparisons.
+        task: What was measured, such as `shapes/colour`.
+        metric: Name of the metric, such as `balanced_accuracy`.
+        value: The measured number, in `unit`.
+        unit: `percent`, or `ratio` for a number from 0 to 1 that is not a percentage.
+        n: Number of test items that the value and its interval are computed over.
+        split: Split of the data that was measured; settings were chosen on other splits.
+        seed: Seed of the sampling and of the bootstrap.
+        protocol: One line that describes the method, the chosen settings and the chance level.
+        feature_layer: Hidden state that the features are taken from.
+        encoder: `base`, `sft`, `dpo` or the name of a repository.
+        encoder_sha256: Hash of the encoder's weights.
+        partner: The MLLM that answered or whose loss was differentiated; None if the encoder was measured alone.
+        ci95: Bootstrap interval over the test items.
+        duration_s: Time to fit and measure, in seconds.
+        versions: Versions of the packages that the number depends on.
+        data_sha256: Hash of the items and labels that were fitted and tested on. Results with the same hash can be
+            compared item by item.
+        example_scores: (n, ...) what each test item adds to the metric. Stored beside the JSON file, for paired
+            comparisons.
+        schema_version: Version of the file format that the result was read from.
+        extra: Fields of a newer file format that this version does not know. They are written back unchanged.
     """
 
     task: str
@@ -58,10 +67,30 @@ class ProbeResult:
     versions: dict[str, str | None] = field(default_factory=versions)
     data_sha256: str | None = None
     example_scores: np.ndarray | None = field(default=None, repr=False, compare=False)
+    schema_version: int = field(default=SCHEMA_VERSION, repr=False, compare=False)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the tallies, as JSON takes it."""
-        return {k: v for k, v in asdict(replace(self, example_scores=None)).items() if k != "example_scores"}
+        """Return all fields except the per-example scores, ready for JSON."""
+        stored = asdict(replace(self, example_scores=None, extra={}))
+        del stored["example_scores"], stored["extra"]
+        return {"schema_version": stored.pop("schema_version"), **stored, **self.extra}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> ProbeResult:
+        """Build a result from what `to_dict` returned, in this or in any other version of the file format.
+
+        Raises:
+            KeyError: The interval is missing.
+            TypeError: Another required field is missing, or the schema version is not an integer.
+        """
+        known = {f.name for f in fields(cls)} - {"example_scores", "extra"}
+        version = stored.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int):
+            raise TypeError(f"schema_version is {version!r}, not an integer")
+        values = {name: value for name, value in stored.items() if name in known}
+        unknown = {name: value for name, value in stored.items() if name not in known}
+        return cls(**{**values, "ci95": tuple(stored["ci95"]), "extra": unknown})
 
 
 def measure(
@@ -76,21 +105,22 @@ def measure(
     partner: str | None = None,
     **conditions: Any,
 ) -> ProbeResult:
-    """A result in percent from what each test item adds to it.
+    """Compute a result in percent from the scores of single test items.
 
     Args:
-        task: as in `shapes/colour`.
-        metric: its statistic is that of STATISTICS, or the mean.
-        tallies: (n,) one value in 0 to 1 an item, or (n, ...) as the metric's statistic takes them.
-        protocol: how, in one line.
-        seed: of sampling and bootstrap.
-        duration_s: time to fit and measure.
-        split: measured on.
-        partner: see ProbeResult.
-        **conditions: encoder, encoder_sha256, feature_layer, data_sha256.
+        task: What was measured, such as `shapes/colour`.
+        metric: Name of the metric; its statistic is the one in STATISTICS, or the mean.
+        example_scores: (n,) one value from 0 to 1 for each item, or (n, ...) in the form that the metric's statistic
+            takes.
+        protocol: One line that describes the method.
+        seed: Seed of the sampling and of the bootstrap.
+        duration_s: Time to fit and measure, in seconds.
+        split: Split of the data that was measured.
+        partner: MLLM that answered, see `ProbeResult`.
+        **conditions: Further fields of the result: encoder, encoder_sha256, feature_layer, data_sha256.
 
     Raises:
-        ProbeError: there is no item, or one is not finite.
+        ProbeError: There is no item, or a score is not finite.
     """
     if not len(example_scores) or not np.isfinite(example_scores).all():
         raise ProbeError(
@@ -117,7 +147,7 @@ def measure(
 
 
 def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
-    """Write results as a JSON list, and their tallies beside it as `.npz`, for paired comparisons."""
+    """Write results as a JSON list, and their per-example scores beside it as `.npz`, for paired comparisons."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     example_scores: dict[str, Any] = {
@@ -132,32 +162,34 @@ def write_results(path: Path, results: Sequence[ProbeResult]) -> None:
 
 
 def results_text(results: Sequence[ProbeResult]) -> str:
-    """Results as the JSON list that `read_results` reads."""
+    """Return results as the JSON list that `read_results` reads."""
     return json.dumps([r.to_dict() for r in results], indent=2) + "\n"
 
 
 def read_results(path: Path) -> list[ProbeResult]:
-    """Read what `write_results` wrote; without its `.npz` beside it, results have no tallies.
+    """Read a file that `write_results` wrote, in this or in another version of the format.
+
+    Fields that only a newer version knows are kept in `ProbeResult.extra`. Without the `.npz` file beside the JSON,
+    results have no per-example scores.
 
     Raises:
-        ProbeError: the file is no list of results.
+        ProbeError: The file is not a list of results, or a result lacks a required field.
     """
     try:
-        metadata = json.loads(path.read_text())
-        results = [ProbeResult(**{**r, "ci95": tuple(r["ci95"])}) for r in metadata]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        results = [ProbeResult.from_dict(stored) for stored in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ProbeError(f"{path} holds no probe results ({error}); give a file that `pivot probe` wrote.") from error
     if not path.with_suffix(".npz").is_file():
         return results
-    with np.load(path.with_suffix(".npz")) as kept:
-        return [replace(r, example_scores=kept.get(str(i))) for i, r in enumerate(results)]
+    with np.load(path.with_suffix(".npz")) as stored_scores:
+        return [replace(r, example_scores=stored_scores.get(str(i))) for i, r in enumerate(results)]
 
 
 def balanced_accuracy(sums: np.ndarray) -> np.ndarray:
     """(draws, 4, values) true positives, positives, true negatives, negatives -> (draws,).
 
-    Recall of positives and of negatives, averaged, then over values. A value that a small resample never or always
-    holds has no recall on one side and is left out of that draw.
+    The recall of positives and the recall of negatives are averaged for each value, then over all values. If a
+    resample contains a value always or never, one of its two recalls is undefined and that draw leaves the value out.
     """
     with np.errstate(invalid="ignore"):
         return np.nanmean((sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3]) / 2, axis=1)
@@ -174,12 +206,11 @@ STATISTICS: dict[str, Statistic] = {
     "mean_recall": mean_recall,
     "pixel_accuracy": pixel_accuracy,
     "balanced_accuracy": balanced_accuracy,
-    # Of MME and of CV-Bench.
-    "perception_score": mean_over_parts,
-    "mean_2d_3d": mean_over_parts,
+    "perception_score": mean_over_parts,  # MME
+    "mean_2d_3d": mean_over_parts,  # CV-Bench
 }
 
 
 def statistic_of(metric: str) -> Statistic:
-    """How a metric comes from summed tallies; the mean of the items where nothing else is said."""
+    """Return the function that computes a metric from summed per-example scores; the mean by default."""
     return STATISTICS.get(metric, mean)

@@ -1,4 +1,4 @@
-"""Comparisons of encoders: the same test items, paired bootstrap, p-values corrected over all that is compared."""
+"""Comparisons of encoders on the same test items, by paired bootstrap with corrected p-values."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from pivot_hub.errors import ProbeError
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import Difference, paired_difference, resample
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 
-LEVEL = 0.05  # of the corrected p-values
+LEVEL = 0.05  # significance level for corrected p-values
 NONE_SHOWN = "no difference shown"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One probe of two encoders.
+    """Comparison of two encoders on one probe.
 
     Args:
-        task, metric, n: see ProbeResult; n items are the pairs.
-        first, other: names of the encoders.
-        first_value, other_value: in percent.
-        difference: other minus first, in points.
-        ci95: paired bootstrap interval of the difference.
-        p: two-sided, from the same bootstrap.
-        p_holm: corrected over all comparisons that were made together (Holm, 1979).
-        verdict: which is better, or that no difference is shown, at 5% by `p_holm`.
+        task: Task of the results, see `ProbeResult`.
+        metric: Metric of the results.
+        n: Number of test items that both encoders were measured on.
+        first: Name of the first encoder.
+        other: Name of the other encoder.
+        first_value: Value of the first encoder, in percent.
+        other_value: Value of the other encoder, in percent.
+        difference: `other_value` minus `first_value`, in points.
+        ci95: Paired bootstrap interval of the difference.
+        p: Two-sided p-value from the same bootstrap.
+        p_holm: p-value corrected over all comparisons of one call (Holm, 1979).
+        verdict: Which encoder is better, or that no difference is shown, at 5% by `p_holm`.
     """
 
     task: str
@@ -51,16 +55,24 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Every probe that encoders have in common, each against the first."""
+    """Comparisons of each encoder with the first, on every probe that they have in common.
+
+    Args:
+        encoders: Names of the encoders.
+        rows: The comparisons.
+        draws: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
+        seeds: Number of training seeds of each encoder, None if each was trained once.
+    """
 
     encoders: list[str]
     rows: list[Comparison]
     draws: int
     seed: int
-    seeds: int | None = None  # trainings of each encoder, where there are several
+    seeds: int | None = None
 
     def table(self) -> Table:
-        table = Table(box=SIMPLE, title=f"Against {self.encoders[0]}, percent", title_justify="left")
+        table = Table(box=SIMPLE, title=f"Compared with {self.encoders[0]}, percent", title_justify="left")
         for column in self._header():
             table.add_column(column, no_wrap=True)
         for cells in self._cells():
@@ -74,18 +86,19 @@ class Comparisons:
         return "\n".join([*lines, "", self.method(), ""])
 
     def method(self) -> str:
-        """How the numbers came about, in two sentences."""
+        """Describe in two sentences how the numbers were computed."""
         if self.seeds is not None:
             return (
-                f"Differences are means over {self.seeds} training seeds, each of the same test items, with 95% "
-                f"intervals and two-sided p-values of a t-test whose variance is that between seeds and that of "
+                f"Differences are means over {self.seeds} training seeds on the same test items, with 95% intervals "
+                f"and two-sided p-values of a t-test. Its variance is the variance between seeds plus the variance of "
                 f"{self.draws} paired bootstrap draws of the items, seed {self.seed}. p is corrected by Holm's method "
                 f"over the {len(self.rows)} comparisons; a difference is called below 0.05."
             )
         return (
-            f"Differences are of the same test items, with 95% intervals and two-sided p-values of {self.draws} paired "
-            f"bootstrap draws, seed {self.seed}; they say nothing of other seeds, of training or of a probe's own fit. "
-            f"p is corrected by Holm's method over the {len(self.rows)} comparisons; a difference is called below 0.05."
+            f"Differences are measured on the same test items, with 95% intervals and two-sided p-values of "
+            f"{self.draws} paired bootstrap draws, seed {self.seed}; they do not cover other seeds of the training or "
+            f"of a probe's fit. p is corrected by Holm's method over the {len(self.rows)} comparisons; a difference is "
+            "called below 0.05."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,53 +120,54 @@ class Comparisons:
 
 
 def compare_results(results: Mapping[str, Sequence[ProbeResult]], draws: int = 10_000, seed: int = 0) -> Comparisons:
-    """Compare encoders with the first on every task and metric that they share.
+    """Compare encoders with the first one on every task and metric that they share.
 
     Args:
-        results: of each encoder, by name, with tallies.
-        draws: of the bootstrap.
-        seed: of it.
+        results: Results of each encoder by its name, with per-example scores.
+        draws: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ProbeError: fewer than two encoders, nothing shared, other data or seeds, or results without tallies.
+        ProbeError: There are fewer than two encoders, they share no task, their data or seeds differ, or a result has
+            no per-example scores.
     """
     if len(results) < 2:
         raise ProbeError("a comparison needs two encoders or more; give another one.")
     names = list(results)
-    found = {name: {(r.task, r.metric): r for r in some} for name, some in results.items()}
+    by_key = {name: {(r.task, r.metric): r for r in listed} for name, listed in results.items()}
     pairs = []
     for other in names[1:]:
-        for key, first in found[names[0]].items():
-            if key in found[other]:
-                _check_pair(names[0], first, other, found[other][key])
-                pairs.append((other, first, found[other][key]))
+        for key, first in by_key[names[0]].items():
+            if key in by_key[other]:
+                _check_pair(names[0], first, other, by_key[other][key])
+                pairs.append((other, first, by_key[other][key]))
     if not pairs:
         raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
-    measured = [
+    differences = [
         paired_difference(_example_scores(b), _example_scores(a), statistic_of(a.metric), seed, draws)
         for _, a, b in pairs
     ]
     values = [(a.value, b.value) for _, a, b in pairs]
-    return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed)
+    return Comparisons(names, _comparison_rows(names[0], pairs, values, differences), draws, seed)
 
 
 def compare_seeds(
     results: Mapping[str, Mapping[str, Sequence[ProbeResult]]], draws: int = 2000, seed: int = 0
 ) -> Comparisons:
-    """Compare encoders that were trained once for each seed with the first, seed by seed.
+    """Compare encoders with the first one, seed by seed, where each was trained once per seed.
 
     Args:
-        results: of each encoder by name, and of each training by its seed's name.
-        draws: of the bootstrap.
-        seed: of it.
+        results: Results by the encoder's name and by the name of the training seed.
+        draws: Number of bootstrap draws.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ProbeError: as `compare_results`, or two encoders share fewer than two seeds.
+        ProbeError: Two encoders share fewer than two seeds, or `compare_results` would refuse the results.
     """
     if len(results) < 2:
         raise ProbeError("a comparison needs two encoders or more; give another one.")
     names = list(results)
-    pairs, values, measured, fewest = [], [], [], None
+    pairs, values, differences, fewest = [], [], [], None
     for other in names[1:]:
         shared = [s for s in results[names[0]] if s in results[other]]
         if len(shared) < 2:
@@ -163,45 +177,45 @@ def compare_seeds(
             [{(r.task, r.metric): r for r in results[name][s]} for s in shared] for name in (names[0], other)
         )
         for key in firsts[0]:
-            if not all(key in some for some in (*firsts, *others)):
+            if not all(key in trained for trained in (*firsts, *others)):
                 continue
             for a, b in zip(firsts, others, strict=True):
                 _check_pair(names[0], a[key], other, b[key])
             statistic = statistic_of(key[1])
             drawn = [
-                [100 * statistic(resample(_example_scores(some[key]), seed, draws)) for some in side]
+                [100 * statistic(resample(_example_scores(trained[key]), seed, draws)) for trained in side]
                 for side in (firsts, others)
             ]
-            scores = np.array([[some[key].value for some in side] for side in (firsts, others)])
-            made = seed_difference(scores[0], scores[1], np.array(drawn[0]), np.array(drawn[1]))
-            low, high = made.ci95
-            measured.append(Difference(made.value / 100, (low / 100, high / 100), made.p_value))
+            scores = np.array([[trained[key].value for trained in side] for side in (firsts, others)])
+            difference = seed_difference(scores[0], scores[1], np.array(drawn[0]), np.array(drawn[1]))
+            low, high = difference.ci95
+            differences.append(Difference(difference.value / 100, (low / 100, high / 100), difference.p_value))
             pairs.append((other, firsts[0][key], others[0][key]))
             values.append((float(scores[0].mean()), float(scores[1].mean())))
     if not pairs:
         raise ProbeError(f"{' and '.join(names)} share no task; run the same probes on each.")
-    return Comparisons(names, _compared(names[0], pairs, values, measured), draws, seed, fewest)
+    return Comparisons(names, _comparison_rows(names[0], pairs, values, differences), draws, seed, fewest)
 
 
 def read_seeds(folders: Sequence[str]) -> dict[str, dict[str, list[ProbeResult]]] | None:
-    """Results of encoders that were trained once for each seed, from a study's folders of `seed-<n>.json`.
+    """Read results of encoders that were trained once per seed, from a study's folders of `seed-<n>.json`.
 
     Returns:
-        By the folder's name and the file's; None where none of the folders is one.
+        Results by the folder's name and by the file's name; None if no folder holds such files.
 
     Raises:
-        ProbeError: some are such folders and some are not, or two have one name.
+        ProbeError: Only some of the folders hold such files, or two folders have the same name.
     """
-    found = {folder: sorted(Path(folder).glob("seed-*.json")) for folder in folders}
-    if not any(found.values()):
+    seed_files = {folder: sorted(Path(folder).glob("seed-*.json")) for folder in folders}
+    if not any(seed_files.values()):
         return None
-    if lacking := [folder for folder, files in found.items() if not files]:
+    if lacking := [folder for folder, files in seed_files.items() if not files]:
         raise ProbeError(f"{lacking[0]} holds no seed-<n>.json, as the others do; compare folders of one kind.")
     names = [Path(folder).name for folder in folders]
     if len(set(names)) < len(names):
-        raise ProbeError("two folders have one name; rename one, so that a table can tell them.")
+        raise ProbeError("two folders have the same name; rename one, so that a table can tell them apart.")
     return {
-        name: {file.stem: read_results(file) for file in found[folder]}
+        name: {file.stem: read_results(file) for file in seed_files[folder]}
         for name, folder in zip(names, folders, strict=True)
     }
 
@@ -209,30 +223,32 @@ def read_seeds(folders: Sequence[str]) -> dict[str, dict[str, list[ProbeResult]]
 def seed_difference(
     first: np.ndarray, other: np.ndarray, first_draws: np.ndarray | None, other_draws: np.ndarray | None
 ) -> Difference:
-    """How far one encoder's score lies above another's, over training seeds and test items.
+    """Estimate how far one encoder's score lies above another's, over training seeds and test items.
 
-    Its variance is that of the mean over seeds, plus that of the test items, which all seeds share: what seeds and
-    items vary together is in both, so the interval errs on the wide side. Degrees of freedom are Satterthwaite's.
+    The variance of the difference is the variance of its mean over seeds plus the variance due to the test items,
+    which all seeds share. The interaction of seeds and items contributes to both terms, so the interval is rather too
+    wide than too narrow. The degrees of freedom follow Satterthwaite.
 
     Args:
-        first: (S,) scores of each seed.
-        other: (S,) of the same seeds.
-        first_draws: (S, draws) of resampled items, the same resamples for all; None for what is not of items.
-        other_draws: likewise.
+        first: (S,) score of the first encoder for each seed.
+        other: (S,) score of the other encoder for the same seeds.
+        first_draws: (S, draws) scores of the first encoder on resampled items, with the same resamples for all seeds
+            and for both encoders. None for a score that does not depend on test items.
+        other_draws: (S, draws) scores of the other encoder on the same resamples, or None.
 
     Returns:
-        `other` minus `first`, in the scores' unit.
+        `other` minus `first`, in the unit of the scores.
     """
-    each = other - first
-    seeds, value = len(each), float(np.mean(each))
-    between = float(np.var(each, ddof=1)) / seeds
+    per_seed = other - first
+    seeds, value = len(per_seed), float(np.mean(per_seed))
+    between = float(np.var(per_seed, ddof=1)) / seeds
     items, draws = 0.0, 2
     if first_draws is not None and other_draws is not None:
         drawn = (other_draws - first_draws).mean(0)
         drawn = drawn[np.isfinite(drawn)]
         items, draws = float(np.var(drawn, ddof=1)), len(drawn)
     variance = between + items
-    if variance < 1e-18:  # nothing varies: of equal scores, or of one part that neither trained
+    if variance < 1e-18:  # nothing varies: the scores are equal, or belong to a part that was not trained
         return Difference(value, (value, value), 1.0 if abs(value) < 1e-9 else 0.0)
     freedom = variance**2 / (between**2 / (seeds - 1) + items**2 / (draws - 1))
     half = float(scipy.stats.t.ppf(0.975, freedom)) * variance**0.5
@@ -240,17 +256,19 @@ def seed_difference(
     return Difference(value, (value - half, value + half), p)
 
 
-def _compared(
+def _comparison_rows(
     first: str,
     pairs: Sequence[tuple[str, ProbeResult, ProbeResult]],
     values: Sequence[tuple[float, float]],
-    measured: Sequence[Difference],
+    differences: Sequence[Difference],
 ) -> list[Comparison]:
-    """Rows of a table, with p corrected over all of them."""
-    corrected = holm([made.p_value for made in measured])
+    """Build the rows of a comparison, with p-values corrected over all of them."""
+    corrected = holm([d.p_value for d in differences])
     rows = []
-    for (other, a, _), (before, after), made, p_holm in zip(pairs, values, measured, corrected, strict=True):
-        better = other if made.value > 0 else first
+    for (other, a, _), (first_value, other_value), difference, p_holm in zip(
+        pairs, values, differences, corrected, strict=True
+    ):
+        better = other if difference.value > 0 else first
         rows.append(
             Comparison(
                 task=a.task,
@@ -258,11 +276,11 @@ def _compared(
                 n=a.n,
                 first=first,
                 other=other,
-                first_value=before,
-                other_value=after,
-                difference=100 * made.value,
-                ci95=(100 * made.ci95[0], 100 * made.ci95[1]),
-                p=made.p_value,
+                first_value=first_value,
+                other_value=other_value,
+                difference=100 * difference.value,
+                ci95=(100 * difference.ci95[0], 100 * difference.ci95[1]),
+                p=difference.p_value,
                 p_holm=p_holm,
                 verdict=f"{better} better" if p_holm < LEVEL else NONE_SHOWN,
             )
@@ -271,7 +289,10 @@ def _compared(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values that are below a level together keep the family's error below it."""
+    """Correct p-values by Holm's step-down method.
+
+    The probability that any corrected p-value of true null hypotheses is below a level is at most that level.
+    """
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate([(len(p) - i) * p[j] for i, j in enumerate(order)])
     corrected = np.empty(len(p))
@@ -279,12 +300,12 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(value) for value in corrected]
 
 
-def draw_comparisons(made: Comparisons, path: Path) -> None:
-    """Draw each difference with its interval, a panel an encoder; those that are called are filled."""
+def draw_comparisons(comparisons: Comparisons, path: Path) -> None:
+    """Draw each difference with its interval, one panel per encoder; significant differences have filled markers."""
     from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
 
-    others = made.encoders[1:]
-    rows = {other: [r for r in made.rows if r.other == other] for other in others}
+    others = comparisons.encoders[1:]
+    rows = {other: [r for r in comparisons.rows if r.other == other] for other in others}
     height = 1.3 + 0.24 * max(map(len, rows.values()))
     figure = Figure(figsize=(3.6 + 3.6 * len(others), height))
     for ax, other in zip(figure.subplots(1, len(others), squeeze=False, sharey=True)[0], others, strict=True):
@@ -293,7 +314,7 @@ def draw_comparisons(made: Comparisons, path: Path) -> None:
             ax.plot(r.ci95, (y, y), color="#33608c", linewidth=1.6)
             ax.plot(r.difference, y, "o", color="#33608c", markerfacecolor="#33608c" if called else "white")
         ax.axvline(0, color="#888888", linewidth=0.8)
-        ax.set_title(f"{other} minus {made.encoders[0]}", fontsize=9)
+        ax.set_title(f"{other} minus {comparisons.encoders[0]}", fontsize=9)
         ax.set_xlabel("points", fontsize=8)
         ax.tick_params(labelsize=7.5)
         ax.set_yticks(range(len(rows[other])), [f"{r.task}: {r.metric}" for r in rows[other]])
@@ -305,17 +326,18 @@ def draw_comparisons(made: Comparisons, path: Path) -> None:
 
 
 def _check_pair(first: str, a: ProbeResult, other: str, b: ProbeResult) -> None:
-    for what in ("n", "split", "seed", "data_sha256"):
-        if getattr(a, what) != getattr(b, what):
+    for condition in ("n", "split", "seed", "data_sha256"):
+        if getattr(a, condition) != getattr(b, condition):
             raise ProbeError(
-                f"{a.task}: {first} and {other} differ in {what}, so their test items are no pairs; probe both on the "
-                "same data with the same seed."
+                f"{a.task}: {first} and {other} differ in {condition}, so their test items cannot be paired; probe "
+                "both on the same data with the same seed."
             )
 
 
 def _example_scores(result: ProbeResult) -> np.ndarray:
     if result.example_scores is None:
         raise ProbeError(
-            f"{result.task} of {result.encoder} has no tallies (.npz) beside its JSON; write it anew with `--json`."
+            f"{result.task} of {result.encoder} has no per-example scores (.npz) beside its JSON; write it again with "
+            "`--json`."
         )
     return result.example_scores

@@ -1,1 +1,1 @@
-"""Publishing: cards, staging, secret scan, push and pull."""
+"""Publishing: model cards, staging, secret scan, push and pull."""

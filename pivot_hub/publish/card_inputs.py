@@ -1,12 +1,11 @@
-"""What a card is made of: the facts of an encoder repository, and prose that no run can know."""
+"""The inputs of a card: the metadata of an encoder repository, and prose that no run can know."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from pivot_hub.errors import CardError, ProbeError
 from pivot_hub.files import shipped_folder
 from pivot_hub.probes.result import ProbeResult, read_results
 
-# A share or a score, as in 47%, 3.7 points: not a name, as in So400m/16 or Qwen2.5-1.5B.
-NUMBER = re.compile(r"\d\s*(?:%|percent\b|points?\b)")
 CARDS = shipped_folder("model_cards")
+# Endings of tasks whose saliency maps explain a training loss and not an answer; cards leave these results out.
+LOSS_MAPS = (" of sft", " of dpo")
 
 
 class DataProse(Strict):
@@ -31,28 +30,30 @@ class DataProse(Strict):
 
 
 class Prose(Strict):
-    """What a card says that no run can know: `model_cards/<encoder>.yaml`.
+    """The text of a card that no run can know: `model_cards/<encoder>.yaml`.
 
     Args:
-        repository: where the encoder lies on the Hub.
-        version: of the published encoder; the tag of its commit.
-        recipe: that makes it.
-        about: what it is, in a few sentences.
-        license: of the weights, by the Hub's identifier; license_name and license_link go with `other`.
-        names: what recipes name, as a folder beside them, and what it is called on the Hub.
-        data: each source of the lineage, by the path its recipes give.
-        benchmarks: Hub ids of the data sets that results are on.
-        pair: repositories of the SFT and the DPO encoder that are held against each other.
-        paper: what the paper reports, quoted as the paper's.
-        limits: what to know before using it.
-        commands: what makes it again, where the repository does not know.
-        tags: further tags.
+        repository: Name of the encoder's repository on the Hub.
+        version: Version of the published encoder, which is also the tag of its commit.
+        recipe: Recipe that trains the encoder.
+        about: Description of the encoder in a few sentences.
+        intended_uses: Uses that the encoder is meant for; a general sentence is printed where the list is empty.
+        license: Licence of the weights, by the Hub's identifier; license_name and license_link go with `other`.
+        names: Hub names by the names that recipes use, such as a folder beside them.
+        data: Sources of the lineage's data by the path that its recipes give.
+        benchmarks: Hub ids of the data sets that the results are on.
+        pair: Repositories of the SFT and the DPO encoder that are compared with each other.
+        paper: Numbers that the paper reports, quoted as the paper's.
+        limits: Limitations that a user should know.
+        commands: Commands that reproduce the encoder, where the repository does not know them.
+        tags: Further tags.
     """
 
     repository: str
     version: str
     recipe: str
     about: str
+    intended_uses: list[str] = Field([])
     license: str
     license_name: str | None = None
     license_link: str | None = None
@@ -68,7 +69,7 @@ class Prose(Strict):
 
 @dataclass(frozen=True)
 class EncoderMetadata:
-    """What is known of an encoder: the contents of its repository's files."""
+    """Everything a card reports of an encoder: the contents of its repository's files."""
 
     config: dict[str, Any]
     provenance: dict[str, Any]
@@ -79,16 +80,16 @@ class EncoderMetadata:
 
     @property
     def encoder_sha256(self) -> str:
-        """Hash of the weights, as results name it: `provenance.weights_sha256` from the sealed hashes of the files."""
-        sealed = required_fact(self.provenance, "provenance", "files")
-        weights = sorted(name for name in sealed if name.endswith(".safetensors") and "/" not in name)
-        return hashlib.sha256("".join(f"{name}{sealed[name]}" for name in weights).encode()).hexdigest()
+        """Hash of the weights as results name it: `provenance.weights_sha256` from the checksums in the manifest."""
+        checksums = required_value(self.provenance, "provenance", "files")
+        weights = sorted(name for name in checksums if name.endswith(".safetensors") and "/" not in name)
+        return hashlib.sha256("".join(f"{name}{checksums[name]}" for name in weights).encode()).hexdigest()
 
     def own_results(self) -> list[ProbeResult]:
-        """Results measured on these weights; maps that explain a training loss and no answer stay in results/.
+        """Select the results that were measured on these weights, without those of `LOSS_MAPS`.
 
         Raises:
-            CardError: there are none.
+            CardError: There are no results for these weights.
         """
         own = [r for r in self.results if r.encoder_sha256 == self.encoder_sha256]
         own = [r for r in own if not r.task.endswith(LOSS_MAPS)]
@@ -99,97 +100,114 @@ class EncoderMetadata:
             )
         return own
 
+    def with_results(self, results: Sequence[ProbeResult]) -> EncoderMetadata:
+        """Return the same metadata with other results."""
+        return replace(self, results=list(results))
+
 
 def read_metadata(folder: str | Path) -> EncoderMetadata:
-    """Read the facts of an encoder repository.
+    """Read the metadata of an encoder repository.
+
+    Args:
+        folder: Folder of the encoder repository.
 
     Raises:
-        CardError: a file is missing or cannot be read.
+        CardError: A file is missing or cannot be read.
     """
     path = Path(folder)
-    results = [r for file in sorted((path / "results").glob("*.json")) for r in _results(file)]
+    results = [r for file in sorted((path / "results").glob("*.json")) for r in _read_results(file)]
     return EncoderMetadata(
-        config=_read(path / "config.json"),
-        provenance=_read(path / "provenance.json"),
-        recipe=_read(path / "recipe.yaml"),
+        config=_read_mapping(path / "config.json"),
+        provenance=_read_mapping(path / "provenance.json"),
+        recipe=_read_mapping(path / "recipe.yaml"),
         results=results,
-        report=_read(path / "report.json") if (path / "report.json").is_file() else None,
-        export=_read(path / "export.json") if (path / "export.json").is_file() else None,
+        report=_read_mapping(path / "report.json") if (path / "report.json").is_file() else None,
+        export=_read_mapping(path / "export.json") if (path / "export.json").is_file() else None,
     )
 
 
 def read_prose(path: str | Path) -> Prose:
-    """Read the prose of a card: a file, or the name of an encoder that `model_cards` has prose for.
+    """Read the prose of a card.
+
+    Args:
+        path: A YAML file, or the name of an encoder that `model_cards` has prose for.
 
     Raises:
-        CardError: there is none, it is not as `Prose` says, or it holds a number that belongs to results.
+        CardError: There is no such prose, or its keys are not those of `Prose`.
     """
     file = Path(path) if Path(path).suffix == ".yaml" else CARDS / f"{path}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in CARDS.glob("*.yaml")))
         raise CardError(f"{file.name}: there is no prose of this name; give a file with --prose, or one of {known}.")
     raw, where = read_yaml(file, "the prose of a card is a mapping of keys; start with `about:`", CardError)
-    prose = check_keys(Prose, raw, where, CardError)
-    for text in (prose.about, *prose.limits):
-        if found := NUMBER.search(text):
-            said = text[max(0, found.start() - 20) : found.end()]
-            raise CardError(f"{file.name} says {said!r}: numbers come from results, or stand under `paper` as its own.")
-    return prose
+    return check_keys(Prose, raw, where, CardError)
 
 
 def stage_chain(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """The provenance of each stage, the first one first."""
-    step = provenance if "stage" in provenance else required_fact(provenance, "provenance", "mllm")
-    made = []
+    """Return the provenance of each training stage, the first stage first."""
+    step = provenance if "stage" in provenance else required_value(provenance, "provenance", "mllm")
+    chain = []
     while step:
-        made.append(step)
+        chain.append(step)
         step = (step.get("parent") or {}).get("provenance")
-    return made[::-1]
+    return chain[::-1]
 
 
-def required_fact(metadata: Mapping[str, Any], where: str, key: str, may_be_none: bool = False) -> Any:
-    found: Any = metadata
+def required_value(metadata: Mapping[str, Any], where: str, key: str, may_be_none: bool = False) -> Any:
+    """Look up a dotted key.
+
+    Args:
+        metadata: Nested mapping.
+        where: Name of the mapping in the error message.
+        key: Keys of each level, joined by dots.
+        may_be_none: Whether None is accepted as a value.
+
+    Raises:
+        CardError: The key is missing; the message names it.
+    """
+    value: Any = metadata
     for part in key.split("."):
-        if not isinstance(found, Mapping) or part not in found or (found[part] is None and not may_be_none):
+        if not isinstance(value, Mapping) or part not in value or (value[part] is None and not may_be_none):
             raise CardError(f"{where}.{key} is missing.")
-        found = found[part]
-    return found
+        value = value[part]
+    return value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def data_sources(stages: Sequence[Sequence[dict[str, Any]]], prose: Prose) -> list[dict[str, Any]]:
+    """List each data source once, with its Hub id and licence from the prose.
+
+    Args:
+        stages: Data sources of each stage, as recipes describe them.
+        prose: Prose of the card.
+
+    Raises:
+        CardError: The prose lacks one of the sources.
+    """
+    sources: dict[str, dict[str, Any]] = {}
+    for source in [s for stage in stages for s in stage]:
+        path = "shapes" if source["format"] == "shapes" else source["path"]
+        # Provenance records only the last part of a folder's path.
+        known = [key for key in prose.data if Path(key).name == Path(path).name]
+        if not known:
+            raise CardError(f"prose.data.{path} is missing: give the licence of this source, and its Hub id.")
+        sources[known[0]] = {"name": known[0], **prose.data[known[0]].model_dump()}
+    return list(sources.values())
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        made = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
+        content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
     except OSError as error:
         raise CardError(f"{path.name} is missing: give the folder of an encoder repository.") from error
     except (ValueError, yaml.YAMLError) as error:
         raise CardError(f"{path.name} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(made, dict):
-        raise CardError(f"{path.name} is no mapping of facts.")
-    return made
+    if not isinstance(content, dict):
+        raise CardError(f"{path.name} is not a mapping of keys.")
+    return content
 
 
-def _results(path: Path) -> list[ProbeResult]:
+def _read_results(path: Path) -> list[ProbeResult]:
     try:
         return read_results(path)
     except ProbeError as error:
         raise CardError(str(error)) from error
-
-
-def data_sources(stages: Sequence[Sequence[dict[str, Any]]], prose: Prose) -> list[dict[str, Any]]:
-    """Each source once, with what the prose says of it.
-
-    Raises:
-        CardError: the prose says nothing of one.
-    """
-    made: dict[str, dict[str, Any]] = {}
-    for source in [s for stage in stages for s in stage]:
-        path = "shapes" if source["format"] == "shapes" else source["path"]
-        # Provenance keeps of a folder its name alone.
-        known = [key for key in prose.data if Path(key).name == Path(path).name]
-        if not known:
-            raise CardError(f"prose.data.{path} is missing: say the licence of this source, and its Hub id.")
-        made[known[0]] = {"name": known[0], **prose.data[known[0]].model_dump()}
-    return list(made.values())
-
-
-LOSS_MAPS = (" of sft", " of dpo")

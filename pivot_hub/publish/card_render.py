@@ -1,4 +1,4 @@
-"""Render cards: facts and prose in, a model card out; a fact that is missing raises."""
+"""Render model cards from metadata and prose; a missing value raises an error."""
 
 from __future__ import annotations
 
@@ -19,63 +19,68 @@ from pivot_hub.publish.card_inputs import (
     EncoderMetadata,
     Prose,
     data_sources,
-    required_fact,
+    required_value,
     stage_chain,
 )
-from pivot_hub.publish.card_metadata import card_metadata, check_metadata, hub_name, language_name
+from pivot_hub.publish.card_metadata import card_metadata, hub_name, language_model_name
 from pivot_hub.publish.eval_results import eval_files
 
 FIGURE = "sft-against-dpo.png"
 NOT_TRAINED = "**Not trained yet: there are no weights and no results, only the plan.**"
-ORDER = ("base", "sft", "dpo")
+COLUMNS = ("base", "sft", "dpo")  # order of the encoders in a table of results
+Comparison = list[tuple[ProbeResult, ProbeResult]]
 
 
 def render_card(metadata: EncoderMetadata, prose: Prose, repository: str | None = None) -> ModelCard:
     """Render the card of a trained encoder.
 
     Args:
-        facts: of its repository.
-        prose: its text.
-        repository: its name on the Hub, where it is not the prose's.
+        metadata: Metadata of the encoder repository.
+        prose: Prose of the card.
+        repository: Name on the Hub, where it differs from the prose's.
 
     Raises:
-        CardError: a fact is missing; the message names it.
+        CardError: A required value is missing; the message names it.
     """
     name = repository or prose.repository
     chain = stage_chain(metadata.provenance)
-    stages = [_stage(step, prose, metadata) for step in chain]
+    stages = [_stage_row(step, prose, metadata) for step in chain]
     header = card_metadata(metadata, prose, name, chain)
+    language_model = hub_name(language_model_name(metadata), prose)
+    comparison = _compared_results(metadata)
     text = _template().render(
         trained=True,
         name=name,
         prose=prose,
-        stage=required_fact(metadata.config, "config", "pivot.stage"),
+        stage=required_value(metadata.config, "config", "pivot.stage"),
         base_model=header.base_model,
-        language=hub_name(language_name(metadata), prose),
+        language_model=language_model,
         shape=_shape(metadata.config),
-        tables=result_tables(metadata),
-        apart=_apart(metadata),
-        figure=FIGURE if _pair(metadata) else None,
+        tables=_result_tables(metadata),
+        comparison=_describe_comparison(comparison),
+        figure=FIGURE if comparison else None,
         results=metadata.own_results(),
-        lineage=_lineage(stages, name, header.get("base_model"), hub_name(language_name(metadata), prose), prose),
-        sources=data_sources([required_fact(step, "provenance", "data") for step in chain], prose),
+        lineage=_lineage_tree(stages, name, header.get("base_model"), language_model, prose),
+        sources=data_sources([required_value(step, "provenance", "data") for step in chain], prose),
         stages=stages,
-        gpu_hours=_sum([s["gpu_hours"] for s in stages]),
-        energy_kwh=_sum([s["energy_kwh"] for s in stages]),
+        gpu_hours=_total([s["gpu_hours"] for s in stages]),
+        energy_kwh=_total([s["energy_kwh"] for s in stages]),
         commands=_commands(metadata, prose),
-        commit=required_fact(chain[-1], "provenance", "commit", may_be_none=True),
-        versions=required_fact(chain[-1], "provenance", "versions"),
-        weights=metadata.encoder_sha256,
-        exports=_exports(metadata.export),
+        commit=required_value(chain[-1], "provenance", "commit", may_be_none=True),
+        versions=required_value(chain[-1], "provenance", "versions"),
+        exports=_export_rows(metadata.export),
     )
-    return check_metadata(ModelCard(f"---\n{header.to_yaml()}\n---\n{text}"))
+    return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}")
 
 
 def render_plan(prose: Prose) -> str:
-    """The page of an encoder that is not trained yet: prose and recipe, said so in its first line.
+    """Render the page of an encoder that is not trained yet, from prose and recipe; its first line says so.
+
+    Args:
+        prose: Prose of the card.
 
     Raises:
-        CardError: a fact is missing; the message names it.
+        CardError: A required value is missing; the message names it.
     """
     loaded = load_recipe(prose.recipe)
     assert loaded.recipe.model is not None
@@ -85,156 +90,180 @@ def render_plan(prose: Prose) -> str:
         prose=prose,
         stage=loaded.recipe.stage,
         base_model=hub_name(loaded.recipe.model.vision, prose),
-        language=hub_name(loaded.recipe.model.language, prose),
-        plan=[_planned(step) for step in loaded.lineage()],
+        language_model=hub_name(loaded.recipe.model.language, prose),
+        plan=[_plan_row(step) for step in loaded.lineage()],
         sources=data_sources([[d.model_dump(mode="json") for d in s.recipe.data] for s in loaded.lineage()], prose),
         commands=prose.commands or [f"pivot train {prose.recipe} --parents"],
     )
 
 
 def card_files(metadata: EncoderMetadata, prose: Prose, repository: str | None = None) -> dict[str, bytes]:
-    """What a card consists of, by file name: README.md, its figure and `.eval_results/*.yaml`.
+    """Render all files of a card: README.md, its figure and `.eval_results/*.yaml`.
+
+    Args:
+        metadata: Metadata of the encoder repository.
+        prose: Prose of the card.
+        repository: Name on the Hub, where it differs from the prose's.
+
+    Returns:
+        Content of each file by its name.
 
     Raises:
-        CardError: a fact is missing.
+        CardError: A required value is missing; the message names it.
     """
-    made = {"README.md": str(render_card(metadata, prose, repository)).encode()}
-    if pair := _pair(metadata):
-        made[FIGURE] = _draw(pair)
-    return made | {n: t.encode() for n, t in eval_files(metadata.own_results(), prose.benchmarks).items()}
+    files = {"README.md": str(render_card(metadata, prose, repository)).encode()}
+    if comparison := _compared_results(metadata):
+        files[FIGURE] = _draw_comparison(comparison)
+    evaluations = eval_files(metadata.own_results(), prose.benchmarks)
+    return files | {name: text.encode() for name, text in evaluations.items()}
 
 
-def _stage(step: dict[str, Any], prose: Prose, metadata: EncoderMetadata) -> dict[str, Any]:
-    """A stage of the lineage with its cost; what was not measured is None."""
-    where = f"provenance of {required_fact(step, 'provenance', 'recipe')}"
-    machine = required_fact(step, where, "machine")
+def _stage_row(step: dict[str, Any], prose: Prose, metadata: EncoderMetadata) -> dict[str, Any]:
+    """A stage of the lineage with its cost; a cost that was not measured is None."""
+    where = f"provenance of {required_value(step, 'provenance', 'recipe')}"
+    machine = required_value(step, where, "machine")
     cost = step.get("cost")
     if cost is None and metadata.report is not None and metadata.report.get("recipe") == step["recipe"]:
         cost = {"duration_s": metadata.report["duration_s"], "processes": 1, "energy_kwh": None}
     if cost is None:
         raise CardError(f"{where}: cost is missing: train it with this version, which records it.")
     duration, processes = cost["duration_s"], cost["processes"]
-    gpu = required_fact(machine, where, "gpu", may_be_none=True)
+    gpu = required_value(machine, where, "gpu", may_be_none=True)
+    hours = None if duration is None else duration / 3600
+    gpu_hours = None if hours is None else hours * processes
     return {
         "recipe": step["recipe"],
-        "stage": required_fact(step, where, "stage"),
-        "data": "; ".join(_amount(source, prose) for source in required_fact(step, where, "data")),
-        "hours": None if duration is None else duration / 3600,
+        "stage": required_value(step, where, "stage"),
+        "data": "; ".join(_describe_amount(source) for source in required_value(step, where, "data")),
+        "hours": hours,
         "on": f"{processes} x {gpu}" if gpu else f"{machine['cpu_cores']} CPU cores ({machine['processor']})",
-        "gpu_hours": (None if duration is None else duration / 3600 * processes) if gpu else 0.0,
+        "gpu_hours": gpu_hours if gpu else 0.0,
         "energy_kwh": cost["energy_kwh"],
-        "weights": required_fact(step, where, "weights_sha256")[:12],
+        "weights": required_value(step, where, "weights_sha256")[:12],
     }
 
 
-def _planned(step: LoadedRecipe) -> dict[str, Any]:
-    rates = step.recipe.learning_rate.trained()
-    rows = []
+def _plan_row(step: LoadedRecipe) -> dict[str, Any]:
+    """A stage that is still to be trained."""
+    counts = []
     for source in step.recipe.data:
         if isinstance(source, ShapesData):
-            drawn: int | None = source.rows
+            count: int | None = source.rows
         else:
-            drawn = source.sample or (source.expect.rows if source.expect else None)
-        rows.append("unknown" if drawn is None else f"{drawn:,}")
-    return {"recipe": step.name, "stage": step.recipe.stage, "trains": ", ".join(rates), "rows": " + ".join(rows)}
+            count = source.sample or (source.expect.rows if source.expect else None)
+        counts.append("unknown" if count is None else f"{count:,}")
+    return {
+        "recipe": step.name,
+        "stage": step.recipe.stage,
+        "trains": ", ".join(step.recipe.learning_rate.trained()),
+        "rows": " + ".join(counts),
+    }
 
 
-def _amount(source: dict[str, Any], prose: Prose) -> str:
+def _describe_amount(source: dict[str, Any]) -> str:
     name = "shapes" if source["format"] == "shapes" else source["path"]
-    drawn = source.get("sample") or source.get("rows")
-    return f"{drawn:,} rows of {name}" if drawn else name
+    count = source.get("sample") or source.get("rows")
+    return f"{count:,} rows of {name}" if count else name
 
 
-def _lineage(stages: list[dict[str, Any]], name: str, base: str | None, language: str | None, prose: Prose) -> str:
-    """A tree of the stages, for a code block: it shows wherever Markdown does."""
+def _lineage_tree(
+    stages: list[dict[str, Any]], name: str, base: str | None, language_model: str | None, prose: Prose
+) -> str:
+    """The stages as a text tree, for a code block, which every Markdown viewer renders."""
     width = max(len(s["recipe"]) + 3 * (i + bool(base)) for i, s in enumerate(stages))
-    lines = [f"{base} + {language}"] if base else []
+    lines = [f"{base} + {language_model}"] if base else []
     for depth, stage in enumerate(stages, start=len(lines)):
-        lead = ("   " * (depth - 1) + "└─ ") if depth else ""
-        lines.append(f"{lead + stage['recipe']:{width}}  {stage['stage']:8}  {stage['data']}")
+        indent = ("   " * (depth - 1) + "└─ ") if depth else ""
+        lines.append(f"{indent + stage['recipe']:{width}}  {stage['stage']:8}  {stage['data']}")
     lines[-1] += f"  -> {name}"
-    for kind, other in prose.pair.items():
-        if kind != stages[-1]["stage"] and stages[-1]["stage"] in prose.pair:
-            lines.append(f"{'':{width}}  held against {other} ({kind.upper()})")
+    last_stage = stages[-1]["stage"]
+    for branch, other in prose.pair.items():
+        if branch != last_stage and last_stage in prose.pair:
+            lines.append(f"{'':{width}}  compared with {other} ({branch.upper()})")
     return "\n".join(lines)
 
 
-def result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
-    """Results as rows of text: of the encoder alone, then with its MLLM, encoders side by side."""
+def _result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
+    """Lay out results as tables with one column for each encoder.
+
+    Args:
+        metadata: Metadata of the encoder repository.
+
+    Returns:
+        The table of the encoder alone, then that with its MLLM, each with `title`, `head` and `rows`; a table without
+        rows is left out.
+    """
     own_name = metadata.own_results()[0].encoder
     names = {r.encoder for r in metadata.results}
-    columns = [name for name in ORDER if name in names] + sorted(names - set(ORDER))
-    cells: dict[tuple[str, str], dict[str, ProbeResult]] = {}
+    columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
+    measures: dict[tuple[str, str], dict[str, ProbeResult]] = {}
     for result in metadata.results:
-        cells.setdefault((result.task, result.metric), {})[result.encoder] = result
+        measures.setdefault((result.task, result.metric), {})[result.encoder] = result
     tables = []
     for title, alone in (("The encoder alone, frozen", True), ("With the MLLM it was trained in", False)):
         rows = []
-        for (task, metric), found in cells.items():
-            own = found.get(own_name)
+        for (task, metric), by_encoder in measures.items():
+            own = by_encoder.get(own_name)
             if own is None or (own.partner is None) != alone or task.endswith(LOSS_MAPS):
                 continue
-            shown = [_cell(found[c]) if c in found else "-" for c in columns]
+            cells = [_cell(by_encoder[c]) if c in by_encoder else "-" for c in columns]
             partner = [] if alone else [own.partner or "-"]
-            rows.append(
-                [task, metric, *shown, *partner, str(own.n), f"{own.protocol}; {own.split} split, seed {own.seed}"]
-            )
+            conditions = f"{own.protocol}; {own.split} split, seed {own.seed}"
+            rows.append([task, metric, *cells, *partner, str(own.n), conditions])
         if rows:
-            heads = [f"**{c}** (this)" if c == own_name else c for c in columns]
+            headings = [f"**{c}** (this)" if c == own_name else c for c in columns]
             partner = [] if alone else ["partner"]
-            tables.append(
-                {"title": title, "head": ["probe", "metric", *heads, *partner, "n", "conditions"], "rows": rows}
-            )
+            head = ["probe", "metric", *headings, *partner, "n", "conditions"]
+            tables.append({"title": title, "head": head, "rows": rows})
     return tables
 
 
-def _pair(metadata: EncoderMetadata) -> list[tuple[ProbeResult, ProbeResult]]:
+def _compared_results(metadata: EncoderMetadata) -> Comparison:
     """SFT's and DPO's results on the same task, in order; empty for an encoder that is neither.
 
     Raises:
-        CardError: the other one's results are missing.
+        CardError: The results of one of the two encoders are missing.
     """
-    if required_fact(metadata.config, "config", "pivot.stage") not in ("sft", "dpo"):
+    if required_value(metadata.config, "config", "pivot.stage") not in ("sft", "dpo"):
         return []
     by_name = {name: {(r.task, r.metric): r for r in metadata.results if r.encoder == name} for name in ("sft", "dpo")}
-    for name, found in by_name.items():
-        if not found:
+    for name, measures in by_name.items():
+        if not measures:
             raise CardError(
-                f"results of the {name} encoder are missing: the card holds SFT against DPO; put them in with "
+                f"results of the {name} encoder are missing: the card compares SFT with DPO; put them in with "
                 f"`pivot card ENCODER --results {name}.json`."
             )
-    tasks = [k for k in by_name["sft"] if k in by_name["dpo"] and not k[0].endswith(LOSS_MAPS)]
-    return [(by_name["sft"][k], by_name["dpo"][k]) for k in tasks]
+    shared = [k for k in by_name["sft"] if k in by_name["dpo"] and not k[0].endswith(LOSS_MAPS)]
+    return [(by_name["sft"][k], by_name["dpo"][k]) for k in shared]
 
 
-def _apart(metadata: EncoderMetadata) -> str | None:
-    """What the intervals of SFT and DPO show, in a sentence."""
-    pair = _pair(metadata)
-    if not pair:
+def _describe_comparison(comparison: Comparison) -> str | None:
+    """What the intervals of SFT and DPO show, in one sentence."""
+    if not comparison:
         return None
     better: dict[str, list[str]] = {"DPO": [], "SFT": []}
-    for sft, dpo in pair:
+    for sft, dpo in comparison:
         if dpo.ci95[0] > sft.ci95[1]:
             better["DPO"].append(f"{dpo.task} ({dpo.metric})")
         elif sft.ci95[0] > dpo.ci95[1]:
             better["SFT"].append(f"{sft.task} ({sft.metric})")
-    said = [f"{name} is higher on {', '.join(tasks)}" for name, tasks in better.items() if tasks]
-    if not said:
-        return f"On all {len(pair)} measures the intervals of SFT and DPO overlap: no difference is shown."
-    rest = len(pair) - sum(map(len, better.values()))
-    return f"Of {len(pair)} measures, {'; '.join(said)}; on {rest} the intervals overlap."
+    differences = [f"{name} is higher on {', '.join(tasks)}" for name, tasks in better.items() if tasks]
+    if not differences:
+        return f"On all {len(comparison)} measures the intervals of SFT and DPO overlap: no difference is shown."
+    rest = len(comparison) - sum(map(len, better.values()))
+    return f"Of {len(comparison)} measures, {'; '.join(differences)}; on {rest} the intervals overlap."
 
 
-def _draw(pair: list[tuple[ProbeResult, ProbeResult]]) -> bytes:
+def _draw_comparison(comparison: Comparison) -> bytes:
     from pivot_hub.publish.card_figure import draw_intervals
 
     rows = [
         (f"{sft.task.partition('/')[2]}\n{sft.metric}", {"SFT": (sft.value, *sft.ci95), "DPO": (dpo.value, *dpo.ci95)})
-        for sft, dpo in pair
+        for sft, dpo in comparison
     ]
-    picture = io.BytesIO()
-    draw_intervals(rows, picture, pair[0][0].unit)
-    return picture.getvalue()
+    png = io.BytesIO()
+    draw_intervals(rows, png, comparison[0][0].unit)
+    return png.getvalue()
 
 
 def _cell(result: ProbeResult) -> str:
@@ -244,35 +273,35 @@ def _cell(result: ProbeResult) -> str:
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
-    image_px, patch_px = required_fact(config, "config", "image_size"), required_fact(config, "config", "patch_size")
+    image_px, patch_px = required_value(config, "config", "image_size"), required_value(config, "config", "patch_size")
     return {
-        "native": required_fact(config, "config", "architectures")[0],
+        "native": required_value(config, "config", "architectures")[0],
         "image_px": image_px,
         "patch_px": patch_px,
         "tokens": (image_px // patch_px) ** 2,
-        "width": required_fact(config, "config", "hidden_size"),
-        "layers": required_fact(config, "config", "num_hidden_layers"),
-        "feature_layer": required_fact(config, "config", "pivot.feature_layer"),
+        "width": required_value(config, "config", "hidden_size"),
+        "layers": required_value(config, "config", "num_hidden_layers"),
+        "feature_layer": required_value(config, "config", "pivot.feature_layer"),
     }
 
 
-def _exports(export: dict[str, Any] | None) -> list[dict[str, Any]]:
-    files = {} if export is None else required_fact(export, "export", "files")
+def _export_rows(export: dict[str, Any] | None) -> list[dict[str, Any]]:
+    files = {} if export is None else required_value(export, "export", "files")
     return [
-        {"name": name, "mb": metadata["bytes"] / 1e6, "error": max(metadata["relative_error"].values())}
-        for name, metadata in files.items()
+        {"name": name, "mb": entry["bytes"] / 1e6, "error": max(entry["relative_error"].values())}
+        for name, entry in files.items()
     ]
 
 
 def _commands(metadata: EncoderMetadata, prose: Prose) -> list[str]:
-    made: list[str] | None = metadata.provenance.get("commands") or prose.commands
-    if not made:
-        raise CardError("prose.commands is missing: its recipes are not all shipped ones; say what makes it again.")
-    return made
+    commands: list[str] | None = metadata.provenance.get("commands") or prose.commands
+    if not commands:
+        raise CardError("prose.commands is missing: not all recipes are shipped ones; give commands that reproduce it.")
+    return commands
 
 
-def _sum(values: Sequence[float | None]) -> float | None:
-    """A total, unknown where one part is."""
+def _total(values: Sequence[float | None]) -> float | None:
+    """The sum; None where one of the values is unknown."""
     return None if None in values else sum(v for v in values if v is not None)
 
 
@@ -283,6 +312,6 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, of files that are ours
+        autoescape=False,  # Markdown, rendered from trusted files
     )
     return environment.get_template("encoder.md.jinja")

@@ -1,4 +1,4 @@
-"""Pull: download a repository, check it, and only then put it in its place."""
+"""Pull: download a repository, check it, and only then move it to its folder."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import (
-    HfApi,
-    hf_hub_download,
-)
+from huggingface_hub import HfApi, hf_hub_download
 
 from pivot_hub.errors import PublishError
 from pivot_hub.files import whole_folder
 from pivot_hub.publish.card_check import card_problems
-from pivot_hub.publish.remote import HUBS_OWN, repository_info
-from pivot_hub.publish.retry import RetryPolicy, in_words
+from pivot_hub.publish.remote import HUB_OWN_FILE, repository_info
+from pivot_hub.publish.retry import RetryPolicy, explain_hub_errors
 
 
 def pull(
@@ -26,23 +23,33 @@ def pull(
     retry_policy: RetryPolicy = RetryPolicy(),
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Download an encoder repository, check it as `verify` does, and only then put it in its place.
+    """Download an encoder repository, check it as `verify` does, and only then move it to its folder.
 
-    A download that was stopped goes on from the Hub's cache.
+    A download that was stopped resumes from the Hub's cache.
+
+    Args:
+        repo: Name of the repository on the Hub.
+        output: Folder that the repository is written to; replaced if it exists.
+        revision: Tag, branch or commit; the newest commit of `main` by default.
+        retry_policy: How long a Hub that does not answer is tried again.
+        log: Callback that receives progress messages.
+
+    Returns:
+        The output folder.
 
     Raises:
-        PublishError: it cannot be downloaded, or is not what was published.
+        PublishError: The repository cannot be downloaded, or fails the checks.
     """
     snapshot = fetch(repo, revision, retry_policy, log)
     problems = published_problems(snapshot)
     if problems:
-        log(f"{problems[0]} The cached copy is fetched once more.")
-        snapshot = fetch(repo, revision, retry_policy, log, fresh=True)
+        log(f"{problems[0]} The cached copy is downloaded once more.")
+        snapshot = fetch(repo, revision, retry_policy, log, force=True)
         problems = published_problems(snapshot)
     if problems:
         raise PublishError(f"{repo} is not what was published: {problems[0]}")
-    with in_words(repo), whole_folder(Path(output)) as folder:
-        for file in (f for f in snapshot.rglob("*") if f.is_file() and f.name != HUBS_OWN):
+    with explain_hub_errors(repo), whole_folder(Path(output)) as folder:
+        for file in (f for f in snapshot.rglob("*") if f.is_file() and f.name != HUB_OWN_FILE):
             (folder / file.relative_to(snapshot)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / file.relative_to(snapshot))
     return Path(output)
@@ -53,36 +60,49 @@ def fetch(
     revision: str | None = None,
     retry_policy: RetryPolicy = RetryPolicy(),
     log: Callable[[str], None] = print,
-    fresh: bool = False,
+    force: bool = False,
 ) -> Path:
-    """Download a repository into the Hub's cache; the folder of its snapshot.
+    """Download a repository into the Hub's cache.
+
+    Args:
+        repo: Name of the repository on the Hub.
+        revision: Tag, branch or commit; the newest commit of `main` by default.
+        retry_policy: How long a Hub that does not answer is tried again.
+        log: Callback that receives progress messages.
+        force: Whether files that are in the cache are downloaded again.
+
+    Returns:
+        Folder of the snapshot in the cache.
 
     Raises:
-        PublishError: it is not there, or cannot be downloaded.
+        PublishError: The repository does not exist, or cannot be downloaded.
     """
-    # Not snapshot_download: some of its requests wait for ever on a hub that is silent.
-    with in_words(repo):
+    # Not snapshot_download: some of its requests have no time-out and wait indefinitely for a silent hub.
+    with explain_hub_errors(repo):
         info = repository_info(HfApi(), repo, "model", retry_policy, revision)
         names = sorted(s.rfilename for s in info.siblings)
         if not names:
             raise PublishError(f"{repo} is empty: nothing was published there yet.")
         for name in names:
-            download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=fresh)
+            download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=force)
             file = Path(retry_policy.call(download, log))
         return file.parents[names[-1].count("/")]
 
 
 def published_problems(folder: str | Path) -> list[str]:
-    """What is wrong with a repository: hashes, keys, golden vectors, and the card's numbers against its results.
+    """Check a published repository: hashes, keys, golden vectors, and the card's numbers against its results.
+
+    Args:
+        folder: Folder of the encoder repository.
 
     Returns:
-        A sentence each; empty for a sound one.
+        One message for each problem; empty for a sound repository.
     """
     return repository_problems(folder) or card_problems(folder)
 
 
 def repository_problems(folder: str | Path) -> list[str]:
-    """What is wrong with a repository that needs no card: hashes, keys, golden vectors."""
-    from pivot_hub.encoder.repository import verify_repository  # loads torch, which the rest here does without
+    """Check a repository without its card: hashes, keys and golden vectors."""
+    from pivot_hub.encoder.repository import verify_repository  # loads torch, which this module does not need elsewhere
 
     return verify_repository(folder)

@@ -1,4 +1,7 @@
-"""What is published: an encoder repository with results, card and exports, or the Space; sealed, free of leaks."""
+"""Stage a publication: an encoder repository with results, card and exports, or the Space.
+
+A staged folder has a manifest with the checksum of every file, and has passed the secret scan.
+"""
 
 from __future__ import annotations
 
@@ -17,24 +20,26 @@ from pivot_hub.errors import PublishError
 from pivot_hub.files import shipped_folder, write_json, write_whole
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import source_commit, versions, write_manifest
-from pivot_hub.publish.card_inputs import EncoderMetadata, Prose, read_metadata
+from pivot_hub.publish.card_inputs import Prose, read_metadata
 from pivot_hub.publish.card_render import card_files
-from pivot_hub.publish.secret_scan import find_leaks
+from pivot_hub.publish.secret_scan import scan_for_secrets
 
 EXPORTS = ("onnx", "int8")
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A folder as it will lie on the Hub.
+    """A folder as it will be on the Hub.
 
     Args:
-        folder: of the files.
-        repo: owner and name on the Hub; type: model or space.
-        summary: first line of the commit.
-        tag: of the commit, or None.
-        stage: of the encoder, None for a Space; base: the Hub name of what it was trained from.
-        pair: the SFT and the DPO encoder's names on the Hub.
+        folder: Folder of the files.
+        repo: Owner and name on the Hub.
+        type: Type of the repository, model or space.
+        summary: First line of the commit message.
+        tag: Tag of the commit, or None.
+        stage: Stage of the encoder; None for a Space.
+        base: Hub name of the encoder that it was trained from.
+        branches: Hub names of the SFT and the DPO encoder by stage.
     """
 
     folder: Path
@@ -44,7 +49,7 @@ class Publication:
     tag: str | None = None
     stage: str | None = None
     base: str | None = None
-    pair: Mapping[str, str] | None = None
+    branches: Mapping[str, str] | None = None
 
 
 def write_card(
@@ -53,35 +58,35 @@ def write_card(
     repository: str | None = None,
     results: Mapping[str, Sequence[ProbeResult]] | None = None,
 ) -> bool:
-    """Put results and card into an encoder repository and seal it again.
+    """Write results and card into an encoder repository, and its manifest again.
 
     Args:
-        folder: of the repository.
-        prose: of its card.
-        repository: its name on the Hub, where it is not the prose's.
-        results: by the name of their file in `results/`, beside those that are there or in their place.
+        folder: Folder of the encoder repository.
+        prose: Prose of the card.
+        repository: Name on the Hub, where it differs from the prose's.
+        results: Results by the name of their file in `results/`; they join or replace those that are there.
 
     Returns:
         Whether anything changed.
 
     Raises:
-        CardError: a fact is missing; nothing was written.
+        CardError: A required value is missing; nothing was written.
     """
     path = Path(folder)
     metadata = read_metadata(path)
     if results is not None:
         known: dict[str, Sequence[ProbeResult]] = {f.stem: read_results(f) for f in (path / "results").glob("*.json")}
         known |= results
-        metadata = EncoderMetadata(**{**vars(metadata), "results": [r for name in sorted(known) for r in known[name]]})
-    made = card_files(metadata, prose, repository)
+        metadata = metadata.with_results([r for name in sorted(known) for r in known[name]])
+    files = card_files(metadata, prose, repository)
     for name, listed in (results or {}).items():
-        made[f"results/{name}.json"] = results_text(listed).encode()
-    stale = [f for f in (path / ".eval_results").glob("*.yaml") if str(f.relative_to(path)) not in made]
-    changed = [n for n, content in made.items() if not (path / n).is_file() or (path / n).read_bytes() != content]
+        files[f"results/{name}.json"] = results_text(listed).encode()
+    stale = [f for f in (path / ".eval_results").glob("*.yaml") if str(f.relative_to(path)) not in files]
+    changed = [n for n, content in files.items() if not (path / n).is_file() or (path / n).read_bytes() != content]
     for file in stale:
         file.unlink()
     for name in changed:
-        write_whole(path / name, made[name])
+        write_whole(path / name, files[name])
     if stale or changed:
         _rewrite_manifest(path)
     return bool(stale or changed)
@@ -95,18 +100,18 @@ def stage_encoder(
     also: Sequence[str] = (),
     log: Callable[[str], None] = print,
 ) -> Iterator[Publication]:
-    """Lay out what will be published of an encoder, in a folder that goes when the block ends.
+    """Stage an encoder in a temporary folder, which is deleted when the block ends.
 
     Args:
-        encoder: folder of its repository, which stays as it is.
-        repo: its name on the Hub.
-        prose: of its card.
-        also: exports to add: onnx; int8, which comes with onnx.
-        say: gets progress.
+        encoder: Folder of the encoder repository, which is not changed.
+        repo: Name on the Hub.
+        prose: Prose of the card.
+        also: Exports to add: onnx; int8, which includes onnx.
+        log: Callback that receives progress messages.
 
     Raises:
-        CardError: a fact of the card is missing.
-        PublishError: the repository is not sound, or a file holds what must not be published.
+        CardError: A value of the card is missing.
+        PublishError: The repository is not sound, or the secret scan has findings.
     """
     from pivot_hub.encoder.repository import verify_repository
 
@@ -115,8 +120,8 @@ def stage_encoder(
         raise PublishError(f"--also {unknown[0]}: give any of {', '.join(EXPORTS)}.")
     if problems := verify_repository(source):
         raise PublishError(f"{source} is not sound, so nothing was published: {problems[0]}")
-    with TemporaryDirectory(prefix="pivot-push-") as made:
-        folder = Path(made)
+    with TemporaryDirectory(prefix="pivot-push-") as temporary:
+        folder = Path(temporary)
         for name in json.loads((source / "provenance.json").read_text())["files"]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source / name).resolve())
@@ -125,7 +130,7 @@ def stage_encoder(
             _add_exports(source, folder, also, log)
         write_card(folder, prose, repo)
         metadata = read_metadata(folder)
-        _refuse_leaks(folder, repo)
+        _refuse_secrets(folder, repo)
         stage = metadata.config["pivot"]["stage"]
         base = metadata.config["pivot"].get("base_model")
         yield Publication(
@@ -136,25 +141,25 @@ def stage_encoder(
             tag=f"v{prose.version}",
             stage=stage,
             base=prose.names.get(base, base) if base else None,
-            pair={str(stage): name for stage, name in prose.pair.items()},
+            branches={str(branch): name for branch, name in prose.pair.items()},
         )
 
 
 @contextmanager
 def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -> Iterator[Publication]:
-    """Lay out the Space: the app, with the models it is about named in its header's `models`.
+    """Stage the Space: the app, whose card lists the models it shows.
 
     Args:
-        repo: the Space's name on the Hub.
-        encoders: Hub names, of encoders or of MLLMs.
-        mllms: those that are MLLMs: of two or three, the first, the second and their parent, the app starts with them,
-            else with the pair it ships.
+        repo: Name of the Space on the Hub.
+        encoders: Hub names of all models, encoders or MLLMs.
+        mllms: Hub names of those that are MLLMs. The app starts with two or three of them, as the first, the second
+            and their parent; with fewer it starts with the bundle that it ships.
 
     Raises:
-        PublishError: a file holds what must not be published.
+        PublishError: The secret scan has findings.
     """
-    with TemporaryDirectory(prefix="pivot-push-") as made:
-        folder = Path(made) / "space"
+    with TemporaryDirectory(prefix="pivot-push-") as temporary:
+        folder = Path(temporary) / "space"
         shutil.copytree(
             shipped_folder("spaces") / "gradcam", folder, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )
@@ -164,7 +169,7 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
         if len(mllms) >= 2:
             write_json(folder / "pair.json", dict(zip(("first", "second", "parent"), mllms, strict=False)))
         write_manifest(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
-        _refuse_leaks(folder, repo)
+        _refuse_secrets(folder, repo)
         yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}")
 
 
@@ -183,10 +188,11 @@ def _add_exports(source: Path, folder: Path, also: Sequence[str], log: Callable[
     _rewrite_manifest(folder)
 
 
-def _refuse_leaks(folder: Path, repo: str) -> None:
-    if leaks := find_leaks(folder, allowed=repo):
-        more = f" ({len(leaks)} findings; the others: {' '.join(leaks[1:4])})" if len(leaks) > 1 else ""
-        raise PublishError(f"nothing was published: {leaks[0]}{more}")
+def _refuse_secrets(folder: Path, repo: str) -> None:
+    """Raise an error if the secret scan has findings."""
+    if findings := scan_for_secrets(folder, allowed=repo):
+        others = f" ({len(findings)} findings; the others: {' '.join(findings[1:4])})" if len(findings) > 1 else ""
+        raise PublishError(f"nothing was published: {findings[0]}{others}")
 
 
 def _rewrite_manifest(folder: Path) -> None:

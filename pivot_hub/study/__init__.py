@@ -1,1 +1,1 @@
-"""Studies: a grid of recipes over seeds and factors, trained, measured, and reported from one table."""
+"""Studies: a grid of recipes over seeds and factors, trained and measured, and reported from one table."""

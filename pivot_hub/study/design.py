@@ -1,4 +1,4 @@
-"""A study's file: which runs, over which seeds, how they are measured and compared; checked before any is trained."""
+"""The file of a study: its runs and seeds, and how they are measured and compared; checked before any run starts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients
 
 
 class RunSpec(Strict):
-    """One run of a study; it is trained once for each seed, a base part once in all.
+    """One run of a study. It is trained once for each seed; a base part is trained once in all.
 
     Args:
-        label: in figures and tables.
-        recipe: beside the study's file, as in `3-dpo`; None for an encoder that is there.
-        encoder: folder beside the study's file, of an encoder that is measured and not trained.
-        parent: the run whose checkpoint this one starts from.
-        vision, language: runs whose encoder or language head take the place of the base part.
-        change: overrides of the recipe; {seed} stands for the seed.
-        frozen: parts that the recipe trains and this run does not.
-        rates: candidates for the rate of every trained part; the best on validation questions is taken.
-        rate_of: the run whose rate this one shares.
-        measure: what is measured of it: probes of its `encoder`, gradient `maps`, `answers` and ranked pairs, both on
-            `harder` worlds too, the `distance` from its parent, `gradients` of words and pairs.
+        label: Name of the run in figures and tables.
+        recipe: Name of a recipe beside the study's file, such as `3-dpo`; None for an encoder that exists already.
+        encoder: Folder beside the study's file that holds an encoder, which is measured and not trained.
+        parent: Run whose checkpoint this one starts from.
+        vision, language: Runs whose encoder or language model replaces the recipe's base part.
+        change: Overrides of the recipe; {seed} is replaced by the seed.
+        frozen: Parts that the recipe trains and this run does not.
+        rates: Candidates for the learning rate of every trained part; the one with the best validation score is used.
+        rate_of: Run whose learning rate this one shares.
+        measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers and ranked
+            pairs), `harder` (probes and answers on the harder datasets too), `distance` (from the parent), `gradients`
+            (of words and of pairs).
     """
 
     label: str
@@ -54,30 +55,30 @@ class RunSpec(Strict):
 
 
 class Curve(Strict):
-    """Runs along an axis: for each line the run at each place."""
+    """Runs along an axis: for each line, the run at each position of the axis."""
 
     axis: str
     lines: dict[str, dict[float, str]]
 
 
 class Levels(Strict):
-    """Runs whose means over seeds are listed, on some of the measures."""
+    """Runs whose means over seeds are listed, and the measures that are listed."""
 
     runs: list[str]
     measures: list[str]
 
 
 class FactorSpec(Strict):
-    """One question of a study: runs held against others, on some of the measures.
+    """One question of a study: runs that are compared with others on a list of measures.
 
     Args:
-        title: of its section.
-        question: in one sentence.
-        pairs: [first, other]: the difference is `other` minus `first`.
-        measures: names of `StudySpec.measures`.
-        curve: drawn besides.
-        levels: listed besides.
-        note: what a reader must know of it.
+        title: Title of the section in the report.
+        question: Question of the section, in one sentence.
+        pairs: Pairs [first, other] of runs; a difference is `other` minus `first`.
+        measures: Names of entries of `StudySpec.measures`.
+        curve: Curve that is drawn besides the differences.
+        levels: Means that are listed besides the differences.
+        note: Note that a reader of the section needs.
     """
 
     title: str
@@ -90,22 +91,22 @@ class FactorSpec(Strict):
 
 
 class StudySpec(Strict):
-    """A study: see `recipes/shapes/study.yaml`.
+    """A study as its file has it; `recipes/shapes/study.yaml` is an example.
 
     Args:
-        title, question: of the report.
-        method: paragraphs of the report, written before the runs.
-        threats: likewise, to validity.
-        seeds: of training; runs of one seed share parents and rows.
-        search_seed: of the runs that choose rates; none of `seeds`.
-        change: overrides of the recipes of all runs but base parts.
-        world: that probes are fitted and tested on.
-        harder: worlds by name that the same probes and questions are tested on too.
-        sizes: of the probes.
-        measures: names of tasks and their metric, as in `Shape: shapes/shape balanced_accuracy`.
-        runs: by name, each after those it needs.
-        factors: sections of the report; the first is the primary one.
-        remarks: written after the runs, and so no part of the plan and its hash.
+        title, question: Title and question of the report.
+        method: Paragraphs of the report on the method, written before the runs.
+        threats: Paragraphs of the report on threats to validity, written before the runs.
+        seeds: Seeds of training; runs of one seed share parents and rows.
+        search_seed: Seed of the runs that choose learning rates; it is none of `seeds`.
+        change: Overrides of the recipes of all runs except base parts.
+        world: Settings of the Shapes dataset that probes are fitted and tested on.
+        harder: Settings of further Shapes datasets, by name, on which the same probes and questions are tested.
+        sizes: Sizes of the probes.
+        measures: Task and metric of each measure, by name, as in `Shape: shapes/shape balanced_accuracy`.
+        runs: Runs by name; each comes after those it needs.
+        factors: Sections of the report; the first is the primary comparison.
+        remarks: Remarks written after the runs; they are not part of the plan and its hash.
     """
 
     title: str
@@ -126,28 +127,28 @@ class StudySpec(Strict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training, or one encoder that is there.
+    """One training, or one encoder that exists already.
 
     Args:
-        run: its name in the study.
-        seed: None for what is made once: base parts, and encoders that are there.
-        rate: of a candidate that takes part in the choice of a rate.
+        run: Name of the run in the study.
+        seed: Seed of the training; None for a run that all seeds share.
+        learning_rate: Learning rate of a candidate in the search for one; None for every other cell.
     """
 
     run: str
     seed: int | None
-    rate: float | None = None
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
-        """As in `dpo/seed-0`, `dpo@0.0001/seed-100`, `language-64/once`: its place in every folder of the output."""
-        run = self.run if self.rate is None else f"{self.run}@{self.rate:g}"
+        """Path of the cell in every folder of the output: `dpo/seed-0`, `dpo@0.0001/seed-100`, `language-64/once`."""
+        run = self.run if self.learning_rate is None else f"{self.run}@{self.learning_rate:g}"
         return f"{run}/once" if self.seed is None else f"{run}/seed-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """A checked study and the file it came from."""
+    """A checked study and the file it was read from."""
 
     spec: StudySpec
     path: Path
@@ -159,6 +160,7 @@ class Study:
 
     @cached_property
     def sha256(self) -> str:
+        """Hash of the plan: everything in the file except the remarks."""
         plan = self.spec.model_dump(mode="json", exclude={"remarks"})
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
@@ -172,68 +174,74 @@ class Study:
 
     @cached_property
     def harder(self) -> dict[str, ShapesDataset]:
-        return {name: ShapesDataset(**dataset.model_dump()) for name, dataset in self.spec.harder.items()}
+        return {name: ShapesDataset(**settings.model_dump()) for name, settings in self.spec.harder.items()}
 
     def stage(self, run: str) -> str | None:
-        """Stage of a run's recipe, None for an encoder that is there."""
+        """Return the stage of a run's recipe; None for an encoder that exists already."""
         return None if self.spec.runs[run].recipe is None else self._recipes[run].recipe.stage
 
-    def made_once(self, run: str) -> bool:
-        """Whether a run is made once and not for each seed: a base part, or an encoder that is there already."""
+    def shared_by_seeds(self, run: str) -> bool:
+        """Whether all seeds share one cell of a run, as they do for a base part and an encoder that exists already."""
         stage = self.stage(run)
         return stage is None or stage_of(stage).base_part
 
     def cells(self) -> list[Cell]:
-        """All of them: base parts, the search's and the final ones, in the order of the runs."""
+        """All cells in the order of the runs: base parts, candidates of searches, and final ones."""
         return [cell for run in self.spec.runs for cell in (*self.candidates(run), *self.finals(run))]
 
     def finals(self, run: str) -> list[Cell]:
-        """The cells of a run that are reported: one a seed, or one in all. What a search starts from is with them."""
-        if self.made_once(run):
+        """The cells of a run that are reported, one a seed or one in all.
+
+        A run that a search starts from has one more, for the seed of the search.
+        """
+        if self.shared_by_seeds(run):
             return [Cell(run, None)]
-        seeds = [*([self.spec.search_seed] if run in self._searched_from else []), *self.spec.seeds]
-        return [Cell(run, seed) for seed in seeds]
+        search_seeds = [self.spec.search_seed] if run in self._parents_of_searches else []
+        return [Cell(run, seed) for seed in (*search_seeds, *self.spec.seeds)]
 
     def candidates(self, run: str) -> list[Cell]:
+        """The cells of the search for a run's learning rate."""
         return [Cell(run, self.spec.search_seed, rate) for rate in self.spec.runs[run].rates or []]
 
     def needs(self, cell: Cell) -> list[Cell]:
-        """What must be finished before a cell starts."""
+        """The cells that must be finished before a cell starts."""
         spec = self.spec.runs[cell.run]
         needed = [self.same_seed(run, cell) for run in (spec.parent, spec.vision, spec.language) if run]
-        if cell.rate is None:
+        if cell.learning_rate is None:
             needed += self.candidates(spec.rate_of or cell.run)
         return needed
 
     def same_seed(self, run: str, cell: Cell) -> Cell:
         """The cell of another run that a cell builds on."""
-        return Cell(run, None if self.made_once(run) else cell.seed)
+        return Cell(run, None if self.shared_by_seeds(run) else cell.seed)
 
-    def overrides(self, cell: Cell, rate: float | None, parts: Mapping[str, str]) -> list[str]:
+    def overrides(self, cell: Cell, learning_rate: float | None, parts: Mapping[str, str]) -> list[str]:
         """Overrides of a cell's recipe.
 
         Args:
-            rate: of every trained part; None leaves the recipe's own.
-            parts: encoder and language head by the name they have in `model`, where they are not the base parts.
+            cell: Cell of a run with a recipe.
+            learning_rate: Learning rate of every trained part; None keeps the recipe's own.
+            parts: Folders of the encoder and language model that replace the base parts, by their name in `model`.
         """
         spec = self.spec.runs[cell.run]
         seed = 0 if cell.seed is None else cell.seed
         shared = [] if cell.seed is None else self.spec.change
-        made = [c.replace("{seed}", str(seed)) for c in (*shared, *spec.change)] + [f"seed={seed}"]
-        if rate is not None:
-            made += [f"learning_rate.{part}={rate}" for part in self._recipes[cell.run].recipe.learning_rate.trained()]
-        made += [f"learning_rate.{part}=null" for part in spec.frozen]
-        return made + [f"model.{part}={place}" for part, place in parts.items()]
+        overrides = [change.replace("{seed}", str(seed)) for change in (*shared, *spec.change)] + [f"seed={seed}"]
+        if learning_rate is not None:
+            trained = self._recipes[cell.run].recipe.learning_rate.trained()
+            overrides += [f"learning_rate.{part}={learning_rate}" for part in trained]
+        overrides += [f"learning_rate.{part}=null" for part in spec.frozen]
+        return overrides + [f"model.{part}={folder}" for part, folder in parts.items()]
 
-    def load(self, cell: Cell, rate: float | None = None, parts: Mapping[str, str] = {}) -> LoadedRecipe:
-        """The recipe of a cell."""
+    def load(self, cell: Cell, learning_rate: float | None = None, parts: Mapping[str, str] = {}) -> LoadedRecipe:
+        """Load the recipe of a cell; see `overrides` for the arguments."""
         recipe = self.spec.runs[cell.run].recipe
         assert recipe is not None
-        return load_recipe(self.path.parent / f"{recipe}.yaml", self.overrides(cell, rate, parts))
+        return load_recipe(self.path.parent / f"{recipe}.yaml", self.overrides(cell, learning_rate, parts))
 
     @cached_property
     def _recipes(self) -> dict[str, LoadedRecipe]:
-        """Each run's recipe as its file has it."""
+        """Each run's recipe without overrides."""
         return {
             name: load_recipe(self.path.parent / f"{run.recipe}.yaml")
             for name, run in self.spec.runs.items()
@@ -241,25 +249,26 @@ class Study:
         }
 
     @cached_property
-    def _searched_from(self) -> set[str]:
-        """Runs that candidates start from, directly or through others."""
-        found: set[str] = set()
-        ahead = [run for run, spec in self.spec.runs.items() if spec.rates]
-        while ahead:
-            spec = self.spec.runs[ahead.pop()]
-            ahead += (new := {run for run in (spec.parent, spec.vision) if run} - found)
-            found |= new
-        return found
+    def _parents_of_searches(self) -> set[str]:
+        """Runs that candidates start from, directly or through other runs."""
+        parents: set[str] = set()
+        pending = [run for run, spec in self.spec.runs.items() if spec.rates]
+        while pending:
+            spec = self.spec.runs[pending.pop()]
+            new = {run for run in (spec.parent, spec.vision) if run} - parents
+            pending += new
+            parents |= new
+        return parents
 
 
 def load_study(path: str | Path) -> Study:
-    """Read and check a study: every recipe with its overrides, every name that is referred to.
+    """Read and check a study: every recipe with its overrides, and every name that is referred to.
 
     Args:
-        path: the YAML file; a name such as `shapes/study` finds the shipped one.
+        path: YAML file of the study, or the name of a shipped one, such as `shapes/study`.
 
     Raises:
-        RecipeError: naming the file and what is wrong in it.
+        RecipeError: The file is missing or wrong; the message names the file and the mistake.
     """
     file = next((p for p in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml") if p.is_file()), None)
     if file is None:
@@ -274,30 +283,31 @@ def load_study(path: str | Path) -> Study:
 
 
 def _problems(study: Study) -> Iterator[str]:
-    """What is wrong in a study whose keys are right."""
+    """Yield the mistakes in a study whose keys are right."""
     spec, known = study.spec, list(study.spec.runs)
     if spec.search_seed in spec.seeds:
-        yield f"`search_seed` {spec.search_seed} is one of `seeds`: rates are chosen on a seed that is not reported."
+        yield f"`search_seed` {spec.search_seed} is one of `seeds`; choose learning rates on another seed."
     if unknown := set(spec.sizes) - set(Sizes.__dataclass_fields__):
         yield f"`sizes.{min(unknown)}` is not known; give some of {', '.join(Sizes.__dataclass_fields__)}."
     for place, (name, run) in enumerate(spec.runs.items()):
         if (run.recipe is None) == (run.encoder is None):
-            yield f"`runs.{name}` needs `recipe` or `encoder`, one of the two."
+            yield f"`runs.{name}` needs either `recipe` or `encoder`."
         for key in ("parent", "vision", "language", "rate_of"):
             other = getattr(run, key)
             if other is not None and other not in known[:place]:
-                yield f"`runs.{name}.{key}` {other!r} is no run before it{nearest(other, known)}."
+                yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
         if run.rate_of and not spec.runs[run.rate_of].rates:
             yield f"`runs.{name}.rate_of` {run.rate_of!r} has no `rates`."
     for i, factor in enumerate(spec.factors):
         curve = [run for line in (factor.curve.lines.values() if factor.curve else ()) for run in line.values()]
-        listed = factor.levels or Levels(runs=[], measures=[])
-        for name in (*(n for pair in factor.pairs for n in pair), *curve, *listed.runs):
+        levels = factor.levels or Levels(runs=[], measures=[])
+        for name in (*(n for pair in factor.pairs for n in pair), *curve, *levels.runs):
             if name not in known:
-                yield f"`factors.{i}` names {name!r}, which is no run{nearest(name, known)}."
-        for measure in (*factor.measures, *listed.measures):
+                yield f"`factors.{i}` names {name!r}, which is not a run{nearest(name, known)}."
+        for measure in (*factor.measures, *levels.measures):
             if measure not in spec.measures:
-                yield f"`factors.{i}.measures` names {measure!r}, which is no measure{nearest(measure, spec.measures)}."
+                hint = nearest(measure, spec.measures)
+                yield f"`factors.{i}.measures` names {measure!r}, which is not a measure{hint}."
     for cell in study.cells():
         if spec.runs[cell.run].recipe is not None:
-            study.load(cell, cell.rate)
+            study.load(cell, cell.learning_rate)

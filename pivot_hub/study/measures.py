@@ -1,18 +1,19 @@
-"""What a study measures of one run: probes, answers, maps, how far weights moved, where answers' gradients lie."""
+"""The measures of one run of a study: probes, answers, maps, distance of the weights, and gradients of words."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pivot_hub.data.synthetic import ERROR_TYPES, KINDS, ShapesDataset, draw_fact
+from pivot_hub.data.synthetic import ERROR_TYPES, KINDS, ErrorType, ShapesDataset, draw_fact
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.explain.gradcam import gradient_map, token_maps
 from pivot_hub.mllm.load import load_mllm
@@ -32,7 +33,7 @@ from pivot_hub.probes.run import (
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.study.design import Measure
 
-WORDS = ("seen", "known", "other")  # of an answer: what only the image tells, what is a fact, and the rest
+WORD_KINDS = ("seen", "known", "other")  # words that only the image tells, words of a fact, and all others
 
 
 def measure_run(
@@ -48,14 +49,14 @@ def measure_run(
     """Measure one run of a study.
 
     Args:
-        encoder: its repository.
-        checkpoint: its MLLM, None for an encoder alone.
-        parent: the MLLM it started from.
-        name: of the run in the results.
-        measures: which.
-        world: that probes are fitted and tested on, and questions are about.
-        harder: that they are tested on too, where `measures` says so.
-        sizes: of the probes.
+        encoder: Folder of the run's encoder.
+        checkpoint: Folder of the run's MLLM; None for an encoder alone.
+        parent: Folder of the MLLM that the run started from.
+        name: Name of the run in the results.
+        measures: Names of what is measured.
+        dataset: Dataset that probes are fitted and tested on, and that questions are about.
+        harder: Further datasets by name, on which probes and questions are tested if `measures` has `harder`.
+        sizes: Sizes of the probes.
     """
     harder = harder if "harder" in measures else {}
     sha256 = encoder_metadata(str(encoder))["encoder_sha256"]
@@ -68,8 +69,12 @@ def measure_run(
         return results
     mllm, processor = load_mllm(checkpoint)
     mllm.to(device()).eval()  # type: ignore[arg-type]
-    conditions = {"feature_layer": mllm.config.vision_feature_layer, "encoder": name, "encoder_sha256": sha256}
-    conditions["partner"] = name
+    conditions = {
+        "feature_layer": mllm.config.vision_feature_layer,
+        "encoder": name,
+        "encoder_sha256": sha256,
+        "partner": name,
+    }
     if "maps" in measures:
         targets = {
             "validation": probe_targets(dataset, "validation", sizes.targets_validation),
@@ -77,14 +82,7 @@ def measure_run(
         }
         results += localize(mllm, processor, None, targets, conditions, explains=("answer",))
     if "answers" in measures:
-        for other, asked in {"": dataset, **harder}.items():
-            images, questions = probe_questions(asked, "test", sizes.harder if other else sizes.questions)
-            made = answer_questions(mllm, processor, questions, images, conditions)
-            results += (
-                [replace(r, task=r.task.replace("shapes/", f"shapes/{other}/")) for r in made[:1]] if other else made
-            )
-        images, pairs = probe_pairs(dataset, "test", sizes.pairs)
-        results.append(rank_pairs(mllm, processor, pairs, images, conditions))
+        results += _measure_answers(mllm, processor, dataset, harder, sizes, conditions)
     if "distance" in measures and parent is not None:
         results += distances(mllm.cpu(), load_mllm(parent)[0], conditions)
         mllm.to(device())  # type: ignore[arg-type]
@@ -93,23 +91,42 @@ def measure_run(
     return results
 
 
+def _measure_answers(
+    mllm: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    dataset: ShapesDataset,
+    harder: Mapping[str, ShapesDataset],
+    sizes: Sizes,
+    conditions: dict[str, Any],
+) -> list[ProbeResult]:
+    """Answers to test questions by kind, answers to all questions on each harder dataset, and ranked test pairs."""
+    images, questions = probe_questions(dataset, "test", sizes.questions)
+    results = answer_questions(mllm, processor, questions, images, conditions)
+    for name, harder_dataset in harder.items():
+        images, questions = probe_questions(harder_dataset, "test", sizes.harder)
+        overall = answer_questions(mllm, processor, questions, images, conditions)[0]
+        results.append(replace(overall, task=overall.task.replace("shapes/", f"shapes/{name}/")))
+    images, pairs = probe_pairs(dataset, "test", sizes.pairs)
+    return [*results, rank_pairs(mllm, processor, pairs, images, conditions)]
+
+
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def distances(
     model: LlavaForConditionalGeneration, parent: LlavaForConditionalGeneration, conditions: dict[str, Any]
 ) -> list[ProbeResult]:
-    """How far training moved each part: the norm of the change over the norm of the parent's weights, in percent."""
+    """Measure how far training moved each part: norm of the change over norm of the parent's weights, in percent."""
     results = []
-    before = parts_of(parent)
+    parent_parts = parts_of(parent)
     for part, modules in parts_of(model).items():
-        moved, size = 0.0, 0.0
-        for module, old in zip(modules, before[part], strict=True):
-            for a, b in zip(module.parameters(), old.parameters(), strict=True):
-                moved += float((a - b).detach().double().square().sum())
-                size += float(b.detach().double().square().sum())
+        moved, size = 0.0, 0.0  # squared norms
+        for module, parent_module in zip(modules, parent_parts[part], strict=True):
+            for weight, before in zip(module.parameters(), parent_module.parameters(), strict=True):
+                moved += float((weight - before).detach().double().square().sum())
+                size += float(before.detach().double().square().sum())
         results.append(
             measure(
                 f"shapes/distance/{part}",
@@ -124,6 +141,25 @@ def distances(
     return results
 
 
+@dataclass(frozen=True)
+class _Example:
+    """One test question whose answer has two sentences: what the image shows, and a fact that is known without it.
+
+    Args:
+        image: Image of the scene.
+        question: Question about the scene.
+        chosen: True answer, with the fact behind it.
+        rejected: Wrong answer by its error type, in the order of `ERROR_TYPES`.
+        word_kinds: Kind of each word of the true answer, out of `WORD_KINDS`.
+    """
+
+    image: Image.Image
+    question: str
+    chosen: str
+    rejected: dict[ErrorType, str]
+    word_kinds: list[str]
+
+
 def word_gradients(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -131,86 +167,130 @@ def word_gradients(
     count: int,
     conditions: dict[str, Any],
 ) -> list[ProbeResult]:
-    """How much of an answer's gradient on the image tokens belongs to which of its words, and to which pairs.
+    """Measure how an answer's gradient on the image tokens divides among kinds of words, and among error types.
 
-    Magnitude is the L1 norm over image tokens and channels at the projector's output, as in the paper. Of single words
-    it is that of their log-probability; of a pair that of the DPO loss with the model as its own reference, where
-    every pair has the same weight. 100 is the mean word of the answer, or the pair whose error is visual.
+    The size of a gradient is its L1 norm over image tokens and channels at the projector's output, as in the paper.
+    For a word it is the gradient of the log-probability of its tokens; 100 is the mean token of the answer. For a
+    preference pair it is the gradient of the DPO loss with the model as its own reference, so that every pair has the
+    same weight; 100 is the pair whose rejected answer has a visual error.
 
     Args:
-        count: test scenes, one question on each, of all kinds in turn.
+        model: MLLM that is measured.
+        processor: Processor of the MLLM.
+        dataset: Dataset of the scenes.
+        count: Number of test scenes; each has one question, and the kinds of question take turns.
+        conditions: Values of encoder, encoder_sha256, feature_layer and partner in the results.
+
+    Returns:
+        One result for each kind of word, and one for each error type except the visual one.
     """
     started = time.monotonic()
-    part = probe_scenes(dataset, "test", count)
-    words, pairs = [], []
-    for i, (scene, picture) in enumerate(zip(part.scenes, part.pictures, strict=True)):
+    by_word_kind, by_error_type = [], []
+    for example in _draw_examples(dataset, count):
+        by_word_kind.append(_token_gradients(model, processor, example))
+        by_error_type.append(_pair_gradients(model, processor, example))
+    shared = {**conditions, "seed": 0, "duration_s": time.monotonic() - started}
+    return [*_word_results(np.array(by_word_kind), shared), *_pair_results(np.array(by_error_type), shared)]
 
-        def drawn(slip: Any, i: int = i, scene: Any = scene) -> Any:
-            streams = (dataset.scene_rng("test", FIRST_SCENE + i, purpose) for purpose in (7, 8))
-            return scene.pair_with_fact(KINDS[i % len(KINDS)], "question", slip, *streams)
 
-        some = {slip: drawn(slip) for slip in ERROR_TYPES}
-        chosen, question = some["visual"].chosen, some["visual"].question
+def _draw_examples(dataset: ShapesDataset, count: int) -> Iterator[_Example]:
+    """Draw one question on each test scene, with a rejected answer of every error type."""
+    scenes = probe_scenes(dataset, "test", count)
+    for i, (scene, rendered) in enumerate(zip(scenes.scenes, scenes.rendered, strict=True)):
+        pairs = {}
+        for error_type in ERROR_TYPES:
+            # Each draw starts from the same random streams, so the pairs differ in the rejected answer alone.
+            pair_rng = dataset.scene_rng("test", FIRST_SCENE + i, 7)
+            fact_rng = dataset.scene_rng("test", FIRST_SCENE + i, 8)
+            pairs[error_type] = scene.pair_with_fact(KINDS[i % len(KINDS)], "question", error_type, pair_rng, fact_rng)
         fact = draw_fact(dataset.scene_rng("test", FIRST_SCENE + i, 8))
-        answer = chosen.removesuffix(f" {fact.true}")
-        told = some["visual"].rejected.removesuffix(f" {fact.true}")
-        kinds = [*_differing(answer, told, "seen"), *_differing(fact.true, fact.wrong, "known")]
-        made = token_maps(model, processor, picture.image, question, chosen, limit=64)[:-1]  # the last ends the turn
-        sizes = [float(m.maps["gradient"].sum()) for m in made]
-        of = _words_of([m.text for m in made], kinds)
-        words.append([[sum(s for s, k in zip(sizes, of, strict=True) if k == w), of.count(w)] for w in WORDS])
-        pairs.append(
-            [
-                float(
-                    gradient_map(model, processor, picture.image, question, chosen, "dpo", some[slip].rejected, model)
-                    .maps["gradient"]
-                    .sum()
-                )
-                for slip in ERROR_TYPES
-            ]
+        visual = pairs["visual"]
+        true_answer, wrong_answer = (text.removesuffix(f" {fact.true}") for text in (visual.chosen, visual.rejected))
+        yield _Example(
+            image=rendered.image,
+            question=visual.question,
+            chosen=visual.chosen,
+            rejected={error_type: pair.rejected for error_type, pair in pairs.items()},
+            word_kinds=[
+                *_kinds_of_words(true_answer, wrong_answer, "seen"),
+                *_kinds_of_words(fact.true, fact.wrong, "known"),
+            ],
         )
-    metadata = {**conditions, "seed": 0, "duration_s": time.monotonic() - started}
-    tallied = np.array(words)  # (N, 3, 2): summed magnitudes and tokens
-    average = tallied[:, :, 0].sum() / tallied[:, :, 1].sum()
-    results = [
+
+
+def _token_gradients(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, example: _Example
+) -> list[list[float]]:
+    """Summed gradient size and number of tokens for each kind of word: (3, 2), in the order of `WORD_KINDS`."""
+    maps = token_maps(model, processor, example.image, example.question, example.chosen, limit=64)
+    answer = maps[:-1]  # the last token ends the turn
+    sizes = [float(token.maps["gradient"].sum()) for token in answer]
+    kinds = _kinds_of_tokens([token.text for token in answer], example.word_kinds)
+    return [
+        [sum(size for size, of_token in zip(sizes, kinds, strict=True) if of_token == kind), kinds.count(kind)]
+        for kind in WORD_KINDS
+    ]
+
+
+def _pair_gradients(model: LlavaForConditionalGeneration, processor: LlavaProcessor, example: _Example) -> list[float]:
+    """Gradient size of the DPO loss for each error type: (3,), in the order of `ERROR_TYPES`."""
+    sizes = []
+    for rejected in example.rejected.values():
+        explained = gradient_map(
+            model, processor, example.image, example.question, example.chosen, "dpo", rejected, reference=model
+        )
+        sizes.append(float(explained.maps["gradient"].sum()))
+    return sizes
+
+
+def _word_results(sums: np.ndarray, shared: dict[str, Any]) -> list[ProbeResult]:
+    """One result for each kind of word, from summed sizes and numbers of tokens (N, 3, 2)."""
+    mean_token = sums[:, :, 0].sum() / sums[:, :, 1].sum()
+    return [
         measure(
             f"shapes/gradient/{kind} words",
             "relative_gradient",
-            tallied[:, j] / (average, 1),
+            sums[:, j] / (mean_token, 1),
             protocol="L1 norm at the projector's output of a token's log-probability; 100 is the mean token",
-            **metadata,
+            **shared,
         )
-        for j, kind in enumerate(WORDS)
+        for j, kind in enumerate(WORD_KINDS)
     ]
-    norms = np.array(pairs)
-    return results + [
+
+
+def _pair_results(sizes: np.ndarray, shared: dict[str, Any]) -> list[ProbeResult]:
+    """One result for each error type except the visual one, the first column of the sizes (N, 3)."""
+    return [
         measure(
-            f"shapes/gradient/{slip} pairs",
+            f"shapes/gradient/{error_type} pairs",
             "relative_gradient",
-            norms[:, [j, 0]],
+            sizes[:, [j, 0]],
             protocol="L1 norm at the projector's output of the DPO loss; 100 is the same pair with a visual error",
-            **metadata,
+            **shared,
         )
-        for j, slip in enumerate(ERROR_TYPES)
-        if j
+        for j, error_type in enumerate(ERROR_TYPES)
+        if error_type != "visual"
     ]
 
 
-def _differing(true: str, wrong: str, kind: str) -> list[str]:
-    """For each word of a true sentence: `kind` where a wrong one of as many words differs, else `other`.
+def _kinds_of_words(true: str, wrong: str, kind: str) -> list[str]:
+    """For each word of a true sentence: `kind` if the wrong sentence differs there, else `other`.
 
-    Sentences of other lengths differ in the words that only the true one has.
+    Sentences of as many words are compared word by word. Otherwise a word differs if the wrong sentence lacks it.
     """
-    words, others = true.split(), wrong.split()
-    if len(words) == len(others):
-        return [kind if a != b else "other" for a, b in zip(words, others, strict=True)]
-    return [kind if w not in others else "other" for w in words]
+    words, wrong_words = true.split(), wrong.split()
+    if len(words) == len(wrong_words):
+        differs = [a != b for a, b in zip(words, wrong_words, strict=True)]
+    else:
+        differs = [word not in wrong_words for word in words]
+    return [kind if different else "other" for different in differs]
 
 
-def _words_of(tokens: Sequence[str], kinds: Sequence[str]) -> list[str]:
-    """The kind of each token's word; tokens that begin with a space begin a word."""
-    made, word = [], -1
+def _kinds_of_tokens(tokens: Sequence[str], word_kinds: Sequence[str]) -> list[str]:
+    """The kind of each token's word; a token that begins with a space begins a word."""
+    kinds, word = [], -1
     for token in tokens:
-        word += 1 if word < 0 or token[:1].isspace() else 0
-        made.append(kinds[min(word, len(kinds) - 1)])
-    return made
+        if word < 0 or token[:1].isspace():
+            word += 1
+        kinds.append(word_kinds[min(word, len(word_kinds) - 1)])
+    return kinds

@@ -1,7 +1,7 @@
-"""A study's table: one row for each result of each run, with its conditions, in one Parquet file.
+"""The table of a study: one row for each result of each run, with its conditions, in one Parquet file.
 
-It holds what the report needs and no more: values, and the same few resamples of the test items for every run, from
-which differences of runs have their variance over items.
+It holds exactly what the report needs: values, and values on resamples of the test items. The resamples are the same
+for every run, so that they give the variance over items of a difference between runs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pivot_hub.provenance import source_commit, versions
 from pivot_hub.study.design import Study
 from pivot_hub.study.runner import cell_metadata
 
-DRAWS = 200  # resamples of the test items: the standard error they give is right to 5 in 100
-STEP = 0.01  # percent: resampled values are kept in whole steps
+DRAWS = 200  # resamples of the test items; the standard errors they give are accurate to 5%
+STEP = 0.01  # percent; resampled values are rounded to multiples of it
 SCHEMA = pa.schema(
     [
         ("run", pa.string()),
-        ("seed", pa.int32()),  # none of what is made once
-        ("candidate", pa.float64()),  # the rate of a run that took part in a search
-        ("status", pa.string()),  # done, failed, not started
-        ("reason", pa.string()),  # of those that are not done
+        ("seed", pa.int32()),  # null for a run that all seeds share
+        ("candidate", pa.float64()),  # learning rate of a candidate in a search; null for other runs
+        ("status", pa.string()),  # done, failed or not started
+        ("reason", pa.string()),  # why a run is not done
         ("recipe", pa.string()),
         ("recipe_sha256", pa.string()),
         ("stage", pa.string()),
-        ("rate", pa.float64()),  # of every trained part; none where the recipe's own stand
+        ("rate", pa.float64()),  # learning rate of every trained part; null where the recipe's own are used
         ("rows", pa.int32()),
-        ("change", pa.string()),  # JSON: overrides of the recipe
+        ("change", pa.string()),  # overrides of the recipe, as JSON
         ("steps", pa.int32()),
         ("train_loss", pa.float64()),
         ("duration_s", pa.float64()),  # training and measuring
@@ -51,25 +51,25 @@ SCHEMA = pa.schema(
         ("protocol", pa.string()),
         ("encoder_sha256", pa.string()),
         ("data_sha256", pa.string()),
-        ("draws", pa.list_(pa.int32())),  # values of DRAWS resamples, in steps of STEP percent
+        ("draws", pa.list_(pa.int32())),  # values on the DRAWS resamples, in multiples of STEP
     ]
 )
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """The rows of a study, and the study and machine they were made with.
+    """The rows of a study with their metadata.
 
     Args:
-        rows: as SCHEMA has them.
-        facts: study_sha256, commit, versions, machine.
+        rows: Rows with the columns of `SCHEMA`.
+        metadata: Values of study, study_sha256, commit, versions and machine.
     """
 
     rows: list[dict[str, Any]]
     metadata: dict[str, Any]
 
     def values(self, run: str, task: str, metric: str) -> dict[int | None, tuple[float, np.ndarray]]:
-        """Value and resampled values (DRAWS,) of a measure of a run, by seed, in percent."""
+        """Return a measure of a run by seed: its value and its values on resamples (DRAWS,), in percent."""
         return {
             row["seed"]: (row["value"], np.array(row["draws"]) * STEP)
             for row in self.rows
@@ -78,58 +78,66 @@ class StudyTable:
 
 
 def collect_table(study: Study, output: Path) -> StudyTable:
-    """Read what a study has made so far, in the study's order."""
+    """Read the results of a study so far, in the study's order.
+
+    Args:
+        study: Study whose results are read.
+        output: Folder of the study's output.
+    """
     rows, machines = [], []
     for cell, metadata in cell_metadata(study, output):
-        made = metadata.get("training", {})
+        training = metadata.get("training", {})
         common = {
             **dict.fromkeys(SCHEMA.names),
             **{k: metadata.get(k) for k in ("run", "seed", "candidate", "status", "reason", "recipe", "recipe_sha256")},
             **{k: metadata.get(k) for k in ("stage", "rate", "rows", "duration_s")},
             "change": json.dumps([*study.spec.change, *study.spec.runs[cell.run].change]),
-            **{k: made.get(k) for k in ("steps", "train_loss")},
+            **{k: training.get(k) for k in ("steps", "train_loss")},
         }
         machines.append(metadata.get("machine"))
         file = output / "results" / f"{cell.name}.json"
         results = read_results(file) if metadata["status"] == "done" and file.is_file() else []
-        rows += [common | _result(r) for r in results] or [common]
-    metadata = {
-        "study": study.name,
-        "study_sha256": study.sha256,
-        "commit": source_commit(),
-        "versions": versions(),
-        "machine": machines[0] if machines else None,
-    }
-    return StudyTable(rows, metadata)
+        rows += [common | _result_columns(result) for result in results] or [common]
+    return StudyTable(
+        rows,
+        {
+            "study": study.name,
+            "study_sha256": study.sha256,
+            "commit": source_commit(),
+            "versions": versions(),
+            "machine": machines[0] if machines else None,
+        },
+    )
 
 
 def write_table(table: StudyTable, path: Path) -> None:
-    """Write the Parquet file in one step."""
+    """Write the table as a Parquet file, which appears at its path when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     schema = SCHEMA.with_metadata({"study": json.dumps(table.metadata)})
     try:
-        pq.write_table(pa.Table.from_pylist(table.rows, schema=schema), beside, compression="zstd")
-        beside.replace(path)
+        pq.write_table(pa.Table.from_pylist(table.rows, schema=schema), temporary, compression="zstd")
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_table(path: Path) -> StudyTable:
-    """Read what `write_table` wrote.
+    """Read a table that `write_table` wrote.
 
     Raises:
-        ProbeError: there is no such file, or it is no study's table.
+        ProbeError: The file does not exist, or is not the table of a study.
     """
     try:
         table = pq.read_table(path)
         metadata = json.loads(table.schema.metadata[b"study"])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise ProbeError(f"{path} is no study's table ({error}); `pivot study` writes one.") from error
+        raise ProbeError(f"{path} is not the table of a study ({error}); `pivot study` writes one.") from error
     return StudyTable(table.to_pylist(), metadata)
 
 
-def _result(result: ProbeResult) -> dict[str, Any]:
+def _result_columns(result: ProbeResult) -> dict[str, Any]:
+    """The columns of a row that come from a result."""
     assert result.example_scores is not None
     drawn = 100 * statistic_of(result.metric)(resample(result.example_scores, 0, DRAWS))
     return {

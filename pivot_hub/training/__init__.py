@@ -1,4 +1,4 @@
-"""Training: one module for each trainer; `stage` runs any of them from a recipe to a finished checkpoint."""
+"""Training: one module per trainer. `stage` runs any of them, from a recipe to a finished checkpoint."""
 
 from pivot_hub.config.stages import Stage, register_stages
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
+from pydantic import BeforeValidator
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -21,29 +22,41 @@ from pivot_hub.errors import CheckpointError, TrainingError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.lora import add_lora
 from pivot_hub.mllm.trainable import freeze_parts
+from pivot_hub.training.losses import check_loss_types, is_own_loss, load_loss, own_loss, validate_loss_types
 from pivot_hub.training.part_trainer import PartTrainer
 from pivot_hub.training.reference_cache import ReferenceCache, model_hash, processor_hash, row_key
 from pivot_hub.training.row_check import rows_of
 from pivot_hub.training.tree_layout import PairCollator, share_forward
 
-SWITCHES = ("encode_once", "share_prefix", "cache_reference", "pack")
+# The options of PivotDPOConfig that leave out repeated work.
+SPEED_OPTIONS = ("encode_once", "share_prefix", "cache_reference", "pack")
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PivotDPOConfig(DPOConfig):
-    """TRL's DPOConfig, and which repeated work is left out. None of the switches changes the loss.
+    """TRL's DPOConfig, with options that leave out repeated work. None of these options changes the loss.
 
     Args:
-        encode_once: prepare and encode each distinct image of a batch once.
-        share_prefix: run prompt and image once for both answers.
-        cache_reference: compute reference log-probabilities once, keep them on disk, and let the reference model go.
-        pack: lay pairs out one after the other instead of padding them to the longest.
-        pack_tokens: run a step's pairs in chunks of at most so many tokens each, one after the other; their losses are
-            weighted so that the step is that of the whole batch. None runs them together. For one process.
-        reference_cache: folder of the cached values; below HF_HOME by default.
+        loss_type: Names of TRL's losses, or functions as `module:function`, in any mixture; `loss_weights` weights
+            them. A function gets the keyword arguments chosen_logps, rejected_logps, ref_chosen_logps and
+            ref_rejected_logps, (B,) float32 each, and beta, and returns the loss of each pair, (B,). Checking the
+            config imports the function's module, which runs its code: only take such a recipe from someone you trust.
+        encode_once: Whether each distinct image of a batch is prepared and encoded once.
+        share_prefix: Whether prompt and image run once for both answers.
+        cache_reference: Whether reference log-probabilities are computed once and kept on disk, and the reference
+            model is then dropped.
+        pack: Whether preference pairs are laid out one after the other instead of being padded to the longest.
+        pack_tokens: Largest number of tokens of one forward pass. The pairs of a step run in chunks of at most that
+            many tokens, one after the other, and their losses are weighted so that the step is that of the whole
+            batch. None runs all pairs together. It is for one process only.
+        reference_cache: Folder of the cached log-probabilities; below HF_HOME by default.
     """
 
+    loss_type: Annotated[list[str], BeforeValidator(validate_loss_types)] = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Names of TRL's losses, or functions as `module:function`."},
+    )
     encode_once: bool = field(default=True, metadata={"help": "Encode each distinct image of a batch once."})
     share_prefix: bool = field(default=True, metadata={"help": "Run prompt and image once for both answers."})
     cache_reference: bool = field(default=True, metadata={"help": "Keep reference log-probabilities on disk."})
@@ -51,19 +64,33 @@ class PivotDPOConfig(DPOConfig):
     pack_tokens: int | None = field(default=None, metadata={"help": "Tokens of one pass; a step may take several."})
     reference_cache: str | None = field(default=None, metadata={"help": "Folder of reference log-probabilities."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_loss_types(self.loss_type)
+        if not any(is_own_loss(name) for name in self.loss_type):
+            return
+        changes_log_probabilities = {
+            "use_weighting": self.use_weighting,
+            "ld_alpha": self.ld_alpha is not None,
+            "f_divergence_type": self.f_divergence_type != "reverse_kl",
+        }
+        for name, is_set in changes_log_probabilities.items():
+            if is_set:
+                raise TrainingError(f"{name} does not reach a loss function of your own; leave {name} out.")
+
 
 class PivotDPOTrainer(PartTrainer, DPOTrainer):
     """TRL's DPOTrainer without its repeated work, and with a learning rate per part.
 
-    Takes what DPOTrainer takes. The switches of `PivotDPOConfig` are for LLaVA-style models; for others they are
-    turned off, which is logged. Where a setting does not go with a switch, the error names the switch.
+    The constructor takes what DPOTrainer takes. The options encode_once, share_prefix, cache_reference and pack of
+    `PivotDPOConfig` are for LLaVA-style models; for other models they are turned off, and a warning is logged.
 
     Args:
-        rates: learning rate of each part of the MLLM (vision, projector, language); `args.learning_rate` for all
-            where it is None.
+        rates: Learning rate of each part of the MLLM (vision, projector, language). None trains every part at
+            `args.learning_rate`.
 
     Raises:
-        TrainingError: a switch that is on does not go with another setting.
+        TrainingError: An option that is on cannot be combined with another setting; the message names the option.
     """
 
     def __init__(
@@ -79,13 +106,14 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
         **options: Any,
     ) -> None:
         args = PivotDPOConfig() if args is None else args
-        on = _switches(model, processing_class, args, train_dataset, options)
-        asked = ref_model is None and options.get("peft_config") is None and not args.precompute_ref_log_probs
-        if asked and isinstance(model, torch.nn.Module) and not _is_peft(model):
-            # TRL would load it by the model's hub name, which a model of a folder or of a config does not have.
+        enabled = _enabled_options(model, processing_class, args, train_dataset, options)
+        needs_reference = ref_model is None and options.get("peft_config") is None and not args.precompute_ref_log_probs
+        if needs_reference and isinstance(model, torch.nn.Module) and not _is_peft(model):
+            # TRL would load the reference by the model's Hub name, but a model that was loaded from a folder or
+            # built from a config has none.
             ref_model = deepcopy(model).eval().requires_grad_(False)
         cache = None
-        if on["cache_reference"]:
+        if enabled["cache_reference"]:
             cache = ReferenceCache(
                 args.reference_cache or Path(HF_HOME) / "pivot_hub" / "reference",
                 {
@@ -96,9 +124,15 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
                     "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
                 },
             )
-        if any(on.values()):
-            layout = (on["encode_once"], on["share_prefix"], on["pack"], args.pack_tokens if on["pack"] else None)
-            options["data_collator"] = PairCollator(processing_class, args.max_length, *layout)
+        if any(enabled.values()):
+            options["data_collator"] = PairCollator(
+                processing_class,
+                args.max_length,
+                encode_once=enabled["encode_once"],
+                share_prefix=enabled["share_prefix"],
+                pack=enabled["pack"],
+                max_tokens=args.pack_tokens if enabled["pack"] else None,
+            )
             for each in (model, ref_model):
                 share_forward(each)
         super().__init__(
@@ -111,61 +145,101 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
             **options,
         )
         self.rates = rates
-        self._share = 1.0  # of the chunk that is being run
+        self._chunk_share = 1.0  # share of the batch's pairs in the chunk that is running
+        self._take_own_losses()
         if cache is not None:
             self._fill(cache)
             cast(PairCollator, self.data_collator).references = cache.find
             self.ref_model, self.precompute_ref_logps = None, True
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One batch, forward and backward; with `pack_tokens`, chunk by chunk."""
+        """Run one batch forward and backward; with `pack_tokens`, chunk by chunk."""
         if "chunks" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        parts = _shares(inputs["chunks"])
+        chunks = _with_shares(inputs["chunks"])
         metrics = self._metrics["train"]
-        before = {name: len(values) for name, values in metrics.items()}
+        counts_before = {name: len(values) for name, values in metrics.items()}
         losses = []
-        for self._share, chunk in parts:
+        for self._chunk_share, chunk in chunks:
             losses.append(super().training_step(model, chunk, num_items_in_batch))
-        self._share = 1.0
+        self._chunk_share = 1.0
         for name, values in metrics.items():
-            new = values[before.get(name, 0) :]
-            if len(new) == len(parts):  # one value a chunk becomes one of the batch
-                total = sum(share * value for (share, _), value in zip(parts, new, strict=True))
-                values[before.get(name, 0) :] = [total]
+            start = counts_before.get(name, 0)
+            chunk_values = values[start:]
+            if len(chunk_values) == len(chunks):  # one value per chunk becomes one value of the batch
+                values[start:] = [sum(share * value for (share, _), value in zip(chunks, chunk_values, strict=True))]
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "chunks" not in inputs:
-            computed = super().compute_loss(model, inputs, *args, **kwargs)
-            return computed if self._share == 1 else computed * self._share
-        # Evaluation: a training step takes its chunks one by one.
-        losses = [share * super(PivotDPOTrainer, self).compute_loss(model, c) for share, c in _shares(inputs["chunks"])]
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss if self._chunk_share == 1 else loss * self._chunk_share
+        # Only evaluation arrives here: a training step takes its chunks one by one.
+        compute_chunk_loss = super().compute_loss
+        losses = [share * compute_chunk_loss(model, chunk) for share, chunk in _with_shares(inputs["chunks"])]
         return torch.stack(losses).sum()
 
-    def _fill(self, cache: ReferenceCache) -> None:
-        """Compute what the cache lacks of every data set, each process its share.
+    def _take_own_losses(self) -> None:
+        """Take the user's loss functions out of the list of losses that TRL will compute."""
+        weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self._own_losses = [(load_loss(name), weight) for name, weight in weighted if is_own_loss(name)]
+        self.loss_types = [name for name, _ in weighted if not is_own_loss(name)]
+        self.loss_weights = [weight for name, weight in weighted if not is_own_loss(name)]
 
-        A reference whose weights are sharded runs in all processes at once: one that has no rows left repeats some.
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Add the user's losses to TRL's. TRL's metrics, and the model's one forward pass, serve both."""
+        if not self._own_losses:
+            return super()._compute_loss(model, inputs, return_outputs)
+        precomputed = self.precompute_ref_logps
+        if not precomputed:
+            reference = self.model if self.ref_model is None else self.ref_model
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(reference, inputs)
+            inputs = {**inputs, "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+        outputs: list[Any] = []
+
+        def recording_model(*args: Any, **kwargs: Any) -> Any:
+            outputs.append(model(*args, **kwargs))
+            return outputs[-1]
+
+        self.precompute_ref_logps = True  # TRL then reads the reference's values from the inputs
+        try:
+            result = super()._compute_loss(recording_model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+        answer_tokens = inputs["completion_mask"].shape[1] - 1
+        logps = outputs[0].log_probs[:, -answer_tokens:].sum(dim=1)
+        references = (inputs["ref_chosen_logps"], inputs["ref_rejected_logps"])
+        own_losses = [
+            weight * own_loss(function, logps.chunk(2), references, self.beta) for function, weight in self._own_losses
+        ]
+        if return_outputs:
+            return result[0] + sum(own_losses), result[1]
+        return result + sum(own_losses)
+
+    def _fill(self, cache: ReferenceCache) -> None:
+        """Compute what the cache lacks of every dataset, each process its share.
+
+        A reference model whose weights are sharded runs in all processes at once: a process that has no rows left
+        repeats an earlier batch.
         """
         cache.read()
-        repeated: dict[str, Any] = {}
+        last_rows: dict[str, Any] = {}
         first = cast(Dataset, self.train_dataset)[0]
         for rows in self._lacking(cache):
-            repeated = rows
-            self._meet(True)
+            last_rows = rows
+            self._any_process_has_more(True)
             self._compute_rows(cache, rows)
-        while self._meet(False):
-            self._compute_rows(cache, repeated or {row_key(first): first})
+        while self._any_process_has_more(False):
+            self._compute_rows(cache, last_rows or {row_key(first): first})
         self.accelerator.wait_for_everyone()
         cache.read()
 
     def _lacking(self, cache: ReferenceCache) -> Iterator[dict[str, Any]]:
-        """Batches of this process's share of the rows that the cache lacks."""
+        """Yield batches of this process's share of the rows that the cache lacks."""
         index, count = self.accelerator.process_index, self.accelerator.num_processes
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        eval_datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         size = self.args.per_device_train_batch_size
-        for dataset in (self.train_dataset, *sets.values()):
+        for dataset in (self.train_dataset, *eval_datasets.values()):
             if dataset is None:
                 continue
             rows: dict[str, Any] = {}
@@ -178,87 +252,108 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
                     yield rows
                     rows = {}
 
-    def _meet(self, more: bool) -> bool:
-        """Whether any process has more rows, where all must run together; elsewhere each runs alone."""
+    def _any_process_has_more(self, more: bool) -> bool:
+        """Whether any process has more rows. Only sharded processes ask each other: the others run alone."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return more
-        told = torch.tensor(int(more), device=self.accelerator.device)
-        return int(cast(torch.Tensor, self.accelerator.reduce(told))) > 0
+        count = torch.tensor(int(more), device=self.accelerator.device)
+        return int(cast(torch.Tensor, self.accelerator.reduce(count))) > 0
 
     def _compute_rows(self, cache: ReferenceCache, rows: dict[str, Any]) -> None:
         inputs = self._prepare_inputs(self.data_collator(list(rows.values())))
-        made = [self.compute_ref_log_probs(self.ref_model, batch) for batch in inputs.get("chunks", [inputs])]
-        chosen, rejected = (torch.cat(part).float().cpu().tolist() for part in zip(*made, strict=True))
+        logps = [self.compute_ref_log_probs(self.ref_model, batch) for batch in inputs.get("chunks", [inputs])]
+        chosen, rejected = (torch.cat(part).float().cpu().tolist() for part in zip(*logps, strict=True))
         cache.write(list(rows), chosen, rejected)
         cache.known |= dict(zip(rows, zip(chosen, rejected, strict=True), strict=True))
 
 
-def _shares(chunks: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
-    """Chunks of a batch, each with its share of the batch's pairs."""
+def _with_shares(chunks: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any]]]:
+    """Return the chunks of a batch, each with its share of the batch's pairs."""
     sizes = [len(chunk["completion_mask"]) for chunk in chunks]
     return [(size / sum(sizes), chunk) for size, chunk in zip(sizes, chunks, strict=True)]
 
 
-def _switches(
-    model: Any, processor: Any, args: PivotDPOConfig, train_dataset: Any, options: dict[str, Any]
+def _enabled_options(
+    model: Any, processor: Any, args: PivotDPOConfig, train_dataset: Any, trainer_options: dict[str, Any]
 ) -> dict[str, bool]:
-    """Which switches are on for this model and these settings.
+    """Return which of SPEED_OPTIONS are on for this model and these settings.
 
     Raises:
-        TrainingError: one that is on does not go with a setting.
+        TrainingError: An option that is on cannot be combined with another setting.
     """
-    on = {name: getattr(args, name) for name in SWITCHES}
-    if not any(on.values()):
-        return on
+    enabled = {name: getattr(args, name) for name in SPEED_OPTIONS}
+    if not any(enabled.values()):
+        return enabled
     if not isinstance(model, LlavaForConditionalGeneration) and not _is_peft(model):
         kind = f"{model!r}, a name and not a model," if isinstance(model, str) else type(model).__name__
-        logger.warning("%s is not a LlavaForConditionalGeneration: %s are off.", kind, ", ".join(SWITCHES))
-        return dict.fromkeys(SWITCHES, False)
+        logger.warning("%s is not a LlavaForConditionalGeneration: %s are off.", kind, ", ".join(SPEED_OPTIONS))
+        return dict.fromkeys(SPEED_OPTIONS, False)
     if not isinstance(processor, LlavaProcessor):
-        logger.warning("processing_class is no LlavaProcessor: %s are off.", ", ".join(SWITCHES))
-        return dict.fromkeys(SWITCHES, False)
+        logger.warning("processing_class is not a LlavaProcessor: %s are off.", ", ".join(SPEED_OPTIONS))
+        return dict.fromkeys(SPEED_OPTIONS, False)
     if args.pack_tokens is not None:
-        whole = {"aot", "aot_unpaired", "sft"} & set(args.loss_type)
-        if whole:
-            raise TrainingError(f"loss_type {min(whole)!r} is not a mean over pairs; set pack_tokens=None.")
-        if args.world_size > 1:
-            raise TrainingError(
-                "pack_tokens is for one process, TRL gathers batches of one size; set pack_tokens=None and a smaller "
-                "per_device_train_batch_size."
-            )
-        if options.get("compute_metrics") is not None:
-            raise TrainingError("compute_metrics reads the outputs of whole batches; set pack_tokens=None.")
-        if not args.pack:
-            raise TrainingError("pack_tokens counts packed tokens; set pack=True or pack_tokens=None.")
-    refusals = [
+        _check_pack_tokens(args, trainer_options)
+    for applies, names, reason in _refusals(model, args, train_dataset, trainer_options):
+        conflicting = [name for name in names if enabled[name]]
+        if applies and conflicting:
+            raise TrainingError(f"{reason}; set {', '.join(f'{name}=False' for name in conflicting)}.")
+    return enabled
+
+
+def _check_pack_tokens(args: PivotDPOConfig, trainer_options: dict[str, Any]) -> None:
+    """Refuse settings that need a batch in one piece.
+
+    Raises:
+        TrainingError: A setting cannot be combined with `pack_tokens`.
+    """
+    whole_batch_losses = {"aot", "aot_unpaired", "sft"} & set(args.loss_type)
+    if whole_batch_losses:
+        raise TrainingError(f"loss_type {min(whole_batch_losses)!r} is not a mean over pairs; set pack_tokens=None.")
+    if args.world_size > 1:
+        raise TrainingError(
+            "pack_tokens is for one process, because TRL gathers batches of one size; set pack_tokens=None and a "
+            "smaller per_device_train_batch_size."
+        )
+    if trainer_options.get("compute_metrics") is not None:
+        raise TrainingError("compute_metrics reads the outputs of whole batches; set pack_tokens=None.")
+    if not args.pack:
+        raise TrainingError("pack_tokens counts packed tokens; set pack=True or pack_tokens=None.")
+
+
+def _refusals(
+    model: Any, args: PivotDPOConfig, train_dataset: Any, trainer_options: dict[str, Any]
+) -> list[tuple[bool, tuple[str, ...], str]]:
+    """Return the conflicts of options with settings: whether one applies, the options that it concerns, the reason."""
+    conflicts = [
         (
-            options.get("peft_config") is not None or _is_peft(model),
-            SWITCHES,
-            "PEFT wraps the model these switches run inside",
+            trainer_options.get("peft_config") is not None or _is_peft(model),
+            SPEED_OPTIONS,
+            "PEFT wraps the model inside which these options work",
         ),
-        (args.use_liger_kernel, SWITCHES, "use_liger_kernel replaces the forward these switches run"),
+        (args.use_liger_kernel, SPEED_OPTIONS, "use_liger_kernel replaces the forward pass that these options run"),
         (args.sync_ref_model, ("cache_reference",), "sync_ref_model changes the reference as it trains"),
-        (args.precompute_ref_log_probs, SWITCHES, "precompute_ref_log_probs adds columns that they do not read"),
+        (args.precompute_ref_log_probs, SPEED_OPTIONS, "precompute_ref_log_probs adds columns that they do not read"),
         (
             not isinstance(train_dataset, Dataset),
             ("cache_reference",),
-            "a data set that is no datasets.Dataset cannot be read twice",
+            "only a datasets.Dataset can be read a second time",
         ),
     ]
     if isinstance(model, LlavaForConditionalGeneration):
         language: Any = model.model.language_model
         attention = language.config._attn_implementation
         sliding = "sliding_attention" in (getattr(language.config, "layer_types", None) or ())
-        refusals += [
-            (attention not in ("sdpa", "pivot_pairs"), SWITCHES, f"they are for sdpa attention, not {attention}"),
-            (sliding, SWITCHES, "they do not know sliding windows"),
-            (hasattr(language.config, "output_router_logits"), SWITCHES, "they do not know mixtures of experts"),
+        mixture = hasattr(language.config, "output_router_logits")
+        conflicts += [
+            (
+                attention not in ("sdpa", "pivot_pairs"),
+                SPEED_OPTIONS,
+                f"these options are for sdpa attention, not {attention}",
+            ),
+            (sliding, SPEED_OPTIONS, "these options do not support sliding windows"),
+            (mixture, SPEED_OPTIONS, "these options do not support mixtures of experts"),
         ]
-    for applies, names, reason in refusals:
-        wrong = [name for name in names if on[name]]
-        if applies and wrong:
-            raise TrainingError(f"{reason}; set {', '.join(f'{name}=False' for name in wrong)}.")
-    return on
+    return conflicts
 
 
 def _is_peft(model: Any) -> bool:
@@ -272,21 +367,24 @@ def build_trainer(
     report: RowReport,
     callbacks: list[TrainerCallback],
 ) -> PivotDPOTrainer:
-    """Make the trainer of a dpo recipe; the frozen reference is the parent itself.
+    """Build the trainer of a dpo recipe. The frozen reference is the parent itself.
 
     Args:
-        args: a PivotDPOConfig.
-        parent: the checkpoint that policy and reference start from.
-        report: filled with what was read and left out.
+        loaded: The recipe.
+        args: Config of the trainer.
+        parent: Checkpoint that policy and reference start from.
+        report: Report that receives what was read and what was left out.
+        callbacks: Callbacks of the trainer.
 
     Raises:
-        CheckpointError, DataError: the parent or a row cannot be used.
+        CheckpointError: The parent is missing or cannot be used.
+        DataError: A row cannot be used.
     """
     if parent is None:
         raise CheckpointError(f"{loaded.path}: dpo starts from a checkpoint; name its recipe as `parent`.")
     model, processor = load_mllm(parent)
-    rates = loaded.recipe.learning_rate.trained()
-    freeze_parts(model, rates)
+    learning_rates = loaded.recipe.learning_rate.trained()
+    freeze_parts(model, learning_rates)
     if loaded.recipe.lora is not None:
         add_lora(model, loaded.recipe.lora, loaded.recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
@@ -297,7 +395,7 @@ def build_trainer(
         train_dataset=rows.as_dataset("preference", processor.image_token),
         processing_class=processor,
         callbacks=callbacks,
-        rates=rates,
+        rates=learning_rates,
     )
     trainer.row_ids, trainer.blocks = rows.ids, rows.blocks()
     return trainer

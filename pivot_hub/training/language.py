@@ -1,8 +1,8 @@
-"""Stage language: a small Qwen2 with a byte-level BPE tokenizer, trained on what the built-in world says.
+"""Stage language: a small Qwen2 with a byte-level BPE tokenizer, trained on text of the synthetic Shapes dataset.
 
-It plays the part that Qwen2.5 plays in the paper: it speaks the chat format and answers questions on a scene
-that it is told of, in sentences or as a scan (a word for each cell of a grid). An MLLM then only has to learn to put
-image tokens in the words' place.
+It has the role of Qwen2.5 in the paper. It learns the chat format and answers questions about a scene that is given
+as text: sentences, or a scan with one word for each cell of a grid. An MLLM then only has to learn to read image
+tokens in place of these words.
 """
 
 from __future__ import annotations
@@ -40,16 +40,24 @@ def build_trainer(
     report: RowReport,
     callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
-    """Make the trainer of a language recipe: TRL's SFTTrainer on text alone.
+    """Build the trainer of a language recipe: TRL's SFTTrainer on text alone.
+
+    Args:
+        loaded: The recipe.
+        args: Config of the trainer.
+        parent: None: a base part has no parent.
+        report: Report that receives the number of rows.
+        callbacks: Callbacks of the trainer.
 
     Raises:
-        RecipeError: the architecture names a setting that Qwen2Config does not have, or sizes that do not fit.
+        RecipeError: The architecture has a setting that Qwen2Config does not know, or sizes that do not fit together.
     """
     recipe = loaded.recipe
     assert recipe.architecture is not None
-    spoken = [m for spec in recipe.data if isinstance(spec, ShapesData) for m in conversations(ShapesSource(spec))]
-    report.rows = len(spoken)
-    texts = (turn["content"] for m in spoken for turns in m.values() for turn in turns)
+    specs = [spec for spec in recipe.data if isinstance(spec, ShapesData)]
+    rows = [row for spec in specs for row in conversations(ShapesSource(spec))]
+    report.rows = len(rows)
+    texts = (turn["content"] for row in rows for turns in row.values() for turn in turns)
     tokenizer = train_tokenizer(texts, recipe.tokenizer_size or 512)
     torch.manual_seed(recipe.seed)
     try:
@@ -62,32 +70,42 @@ def build_trainer(
         )
         model = Qwen2ForCausalLM(config)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{loaded.path}: `architecture` does not make a Qwen2 model: {error}") from error
+        raise RecipeError(f"{loaded.path}: `architecture` does not give a Qwen2 model: {error}") from error
     return SFTTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(spoken),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
 
 
 def conversations(source: ShapesSource) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Talk about scenes without showing them: most questions follow a scan, some a description in sentences."""
+    """Yield one question and answer per scene, with the scene as text in place of its image.
+
+    Two thirds of the scenes are given as a scan and one third as a description in sentences. A quarter of the requests
+    ask for a description; the others are questions, of each kind in turn.
+    """
     spec, dataset = source.spec, source.dataset
     for i in range(spec.start, spec.start + spec.rows):
         scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 2)
-        asked = scene.question(KINDS[i % 5], rng)
-        question, answer = (DESCRIBE, scene.caption()) if i // 5 % 4 == 0 else (asked.text, asked.answer)
-        told = scene.caption() if i // 20 % 3 == 0 else scene.scan(SCAN_SIDE, rng)
+        question = scene.question(KINDS[i % 5], rng)  # drawn for every scene, so that the random draws keep their order
+        asks_for_description = i // 5 % 4 == 0
+        request, answer = (DESCRIBE, scene.caption()) if asks_for_description else (question.text, question.answer)
+        scene_text = scene.caption() if i // 20 % 3 == 0 else scene.scan(SCAN_SIDE, rng)
         yield {
-            "prompt": [{"role": "user", "content": f"{told}\n{question}"}],
+            "prompt": [{"role": "user", "content": f"{scene_text}\n{request}"}],
             "completion": [{"role": "assistant", "content": answer}],
         }
 
 
 def train_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with Qwen2.5's special tokens and chat format."""
+    """Train a byte-level BPE tokenizer with Qwen2.5's special tokens and chat format.
+
+    Args:
+        texts: Texts to train on.
+        size: Number of tokens of the vocabulary.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -97,7 +115,7 @@ def train_tokenizer(texts: Iterator[str], size: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The roles and the system line of the chat format are text too.
+    # The roles and the system prompt of the chat format are text too.
     bpe.train_from_iterator([*texts, *[f"system\n{SYSTEM}\nuser\nassistant\n"] * 50], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

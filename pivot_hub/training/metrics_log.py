@@ -1,4 +1,4 @@
-"""What a run says while it trains: one JSON line a log, and plain progress lines where there is no terminal."""
+"""Logs of a training run: metrics as JSON lines, and plain progress lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class MetricsLog(TrainerCallback):
-    """Append each log of the trainer to a JSONL file, each line with its step."""
+    """Appends each log of the trainer to a JSONL file, each line with its step.
+
+    Args:
+        path: The JSONL file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def cut_to(self, step: int) -> None:
-        """Drop lines after a step, and the summary of a run that was stopped: a resumed run logs those again."""
+        """Drop the lines after a step, and the summary of a stopped run: a resumed run logs them again."""
         if self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            metadata = [json.loads(line) for line in lines]
-            kept = [t for t, f in zip(lines, metadata, strict=True) if f["step"] <= step and "train_runtime" not in f]
-            self.path.write_text("".join(kept))
+            records = [json.loads(line) for line in lines]
+            kept_lines = [
+                line
+                for line, record in zip(lines, records, strict=True)
+                if record["step"] <= step and "train_runtime" not in record
+            ]
+            self.path.write_text("".join(kept_lines))
 
     def on_log(
         self,
@@ -39,7 +47,13 @@ class MetricsLog(TrainerCallback):
 
 
 class PlainProgress(TrainerCallback):
-    """Say step, loss, rate and time left, at most every few seconds."""
+    """Logs step, loss, steps per second and the remaining time, at most every few seconds.
+
+    Args:
+        name: Name of the run, with which each line begins.
+        log: Function that takes each line.
+        every_s: Shortest time between two lines, in seconds.
+    """
 
     def __init__(self, name: str, log: Callable[[str], None], every_s: float = 10.0) -> None:
         self.name, self.log, self.every_s = name, log, every_s
@@ -68,9 +82,10 @@ class PlainProgress(TrainerCallback):
         if now - self.last < self.every_s and state.global_step < state.max_steps:
             return
         self.last = now
-        rate = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
-        left = (state.max_steps - state.global_step) / rate
+        steps_per_s = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
+        left_s = (state.max_steps - state.global_step) / steps_per_s
         loss = "" if self.loss is None else f", loss {float(self.loss):.3f}"
         self.log(
-            f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {rate:.2f} steps/s, {left:.0f} s left"
+            f"{self.name}: step {state.global_step}/{state.max_steps}{loss}, {steps_per_s:.2f} steps/s, "
+            f"{left_s:.0f} s left"
         )

@@ -1,4 +1,4 @@
-"""Log-probabilities under the reference model, computed once and kept on disk by what they depend on."""
+"""Log-probabilities under the reference model, computed once and cached on disk by everything they depend on."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ from pivot_hub.training.tree_layout import Logps, image_key
 
 
 class ReferenceCache:
-    """A folder of log-probabilities of answers, for one reference model, processor and settings.
+    """A folder of log-probabilities of answers, for one reference model, one processor and one choice of settings.
 
-    A row is found by its content, so other rows, another order or another epoch never mix; another model, processor
-    or setting has another folder. Files are only added, each whole: several processes and runs may share a folder.
+    A row is looked up by its content, so other rows, another order or another epoch never mix. Another model,
+    processor or setting has another folder. Files are only added, each in one piece, so several processes and runs
+    may share a folder.
 
     Args:
-        folder: of all caches.
-        facts: everything but the rows that the values depend on.
+        folder: Folder of all caches.
+        metadata: Everything except the rows that the values depend on; it is hashed.
+
+    Attributes:
+        known: The values that were read, by the key of their row.
     """
 
     def __init__(self, folder: str | Path, metadata: dict[str, Any]) -> None:
@@ -35,41 +39,47 @@ class ReferenceCache:
         self.known: dict[str, Logps] = {}
 
     def read(self) -> None:
-        """Learn what lies on disk."""
+        """Read all values that are on disk."""
         for file in sorted(self.folder.glob("*.npz")):
             with np.load(file) as part:
                 pairs = zip(part["chosen"].tolist(), part["rejected"].tolist(), strict=True)
                 self.known |= dict(zip(part["rows"].tolist(), pairs, strict=True))
 
     def write(self, rows: list[str], chosen: Iterable[float], rejected: Iterable[float]) -> None:
-        """Keep the values of rows."""
+        """Write the values of rows to disk.
+
+        Args:
+            rows: Keys of the rows.
+            chosen: Log-probability of the chosen answer of each row.
+            rejected: Log-probability of the rejected answer of each row.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         name = uuid.uuid4().hex
-        beside = self.folder / f".{name}.{os.getpid()}"
+        temporary = self.folder / f".{name}.{os.getpid()}"
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 np.savez(file, rows=np.array(rows), chosen=np.array(chosen), rejected=np.array(rejected))
-            beside.replace(self.folder / f"{name}.npz")
+            temporary.replace(self.folder / f"{name}.npz")
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def find(self, example: dict[str, Any]) -> Logps:
-        """Values of a row.
+        """Return the log-probabilities of a row's chosen and rejected answers.
 
         Raises:
-            DataError: it was not among the trainer's data sets.
+            DataError: The row was not in any of the trainer's datasets.
         """
         key = row_key(example)
         if key not in self.known:
             raise DataError(
-                "a row has no cached reference log-probabilities: give every data set to the trainer's constructor, or "
+                "a row has no cached reference log-probabilities: give every dataset to the trainer's constructor, or "
                 "set cache_reference=False."
             )
         return self.known[key]
 
 
 def row_key(example: dict[str, Any]) -> str:
-    """Hash of a preference row: its texts and the pixels of its images."""
+    """Return the hash of a preference row: of its texts and the pixels of its images."""
     images = [example["image"]] if "image" in example else example.get("images") or []
     texts = {side: example[side] for side in ("prompt", "chosen", "rejected")}
     metadata = {"texts": texts, "images": [image_key(i) for i in images]}
@@ -77,18 +87,18 @@ def row_key(example: dict[str, Any]) -> str:
 
 
 def model_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over the weights and the config of a model."""
-    made = hashlib.sha256()
+    """Return the SHA-256 of a model's weights and config."""
+    digest = hashlib.sha256()
     config: Any = model.config
-    made.update(config.to_json_string(use_diff=False).encode())
+    digest.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        made.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        made.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return made.hexdigest()
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def processor_hash(processor: LlavaProcessor) -> str:
-    """SHA-256 over how a processor prepares images and text."""
+    """Return the SHA-256 of how a processor prepares images and text."""
     image_processor: Any = processor.image_processor
     parts = [
         image_processor.to_json_string(),
@@ -100,12 +110,12 @@ def processor_hash(processor: LlavaProcessor) -> str:
 
 
 def tokenizer_text(tokenizer: Any) -> str:
-    """All that decides how text becomes tokens."""
+    """Return everything that decides how text becomes tokens, as JSON."""
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-    # These two are how the last call was padded and cut.
+    # These two hold the padding and truncation of the last call, which are not the tokenizer's own.
     return json.dumps(vocabulary | {"padding": None, "truncation": None}, sort_keys=True)
 
 
-def _without_pixels(thing: Any) -> str:
-    """An image inside a message: its pixels are hashed with the row's images."""
-    return type(thing).__name__
+def _without_pixels(value: Any) -> str:
+    """Stand in for an image inside a message, whose pixels are hashed with the row's images."""
+    return type(value).__name__

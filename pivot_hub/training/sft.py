@@ -1,4 +1,4 @@
-"""Stages align, instruct and sft: TRL's SFTTrainer, the loss on the answer only."""
+"""Stages align, instruct and sft: TRL's SFTTrainer, with the loss on the answers only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pivot_hub.training.row_check import columns_of, rows_of
 
 
 class PivotSFTTrainer(PartTrainer, SFTTrainer):
-    """TRL's SFTTrainer with a learning rate per part."""
+    """TRL's SFTTrainer with one learning rate per part."""
 
 
 def build_trainer(
@@ -29,15 +29,18 @@ def build_trainer(
     report: RowReport,
     callbacks: list[TrainerCallback],
 ) -> PivotSFTTrainer:
-    """Make the trainer of an align, instruct or sft recipe.
+    """Build the trainer of an align, instruct or sft recipe.
 
     Args:
-        args: an SFTConfig; `max_length` bounds prompt and answer together, image tokens included.
-        parent: the checkpoint to start from; an align stage without one joins the recipe's parts.
-        report: filled with what was read and left out.
+        loaded: The recipe.
+        args: Config of the trainer; `max_length` limits prompt and answer together, image tokens included.
+        parent: Checkpoint to start from. An align stage without one joins the recipe's parts.
+        report: Report that receives what was read and what was left out.
+        callbacks: Callbacks of the trainer.
 
     Raises:
-        CheckpointError, DataError: a part or a row cannot be used.
+        CheckpointError: The parent or a part cannot be used.
+        DataError: A row cannot be used.
     """
     recipe = loaded.recipe
     if parent is not None:
@@ -53,8 +56,8 @@ def build_trainer(
             spec.language_revision,
             recipe.seed,
         )
-    rates = recipe.learning_rate.trained()
-    freeze_parts(model, rates)
+    learning_rates = recipe.learning_rate.trained()
+    freeze_parts(model, learning_rates)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, recipe.seed)
     rows = rows_of(loaded, processor, args.max_length)
@@ -68,5 +71,5 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.row_ids, trainer.blocks = rows.ids, rows.blocks()
-    trainer.rates = rates
+    trainer.rates = learning_rates
     return trainer

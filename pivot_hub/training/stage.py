@@ -1,11 +1,11 @@
-"""Run a stage: from a checked recipe to a finished checkpoint folder, through any number of kills.
+"""Run a stage: from a checked recipe to a finished checkpoint folder, however often the run is killed and resumed.
 
-A run works in `<output>.partial`, where its checkpoints lie, and is renamed to `<output>` when whole: an
+A run works in `<output>.partial`, which holds its checkpoints, and the folder is renamed to `<output>` at the end: an
 output folder that exists is finished.
 
-A run may have several processes, on one machine or many, started by `accelerate launch`, `torchrun` or `srun`. The
-main one makes, writes, renames and deletes what lies in the output folder, which all of them must see: on several
-machines it lies on a shared filesystem.
+A run may have several processes on one or more nodes, started by `accelerate launch`, `torchrun` or `srun`. Only the
+main process creates, writes, renames and deletes in the output folder. All processes must see this folder, so several
+nodes need a shared filesystem.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, load_recipe, write_recipe
+from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, is_recorded_recipe, load_recipe, write_recipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
@@ -46,7 +46,7 @@ from pivot_hub.training.metrics_log import MetricsLog, PlainProgress
 from pivot_hub.training.part_trainer import SHARDS, stopped_file
 from pivot_hub.training.preemption import Preemption
 
-BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # in names of optimizers that it brings
+BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # parts of the names of its optimizers
 
 T = TypeVar("T")
 
@@ -60,36 +60,36 @@ def run_stage(
 ) -> Path:
     """Train one stage and return its checkpoint folder.
 
-    A finished run of the same recipe is returned as it is; an interrupted one goes on from its last
-    checkpoint and ends with the weights it would have had.
+    A finished run of the same recipe is returned as it is. An interrupted run resumes from its last checkpoint and
+    ends with the weights that it would have had without the interruption.
 
     Args:
-        loaded: the recipe.
-        runs: folder of all runs; a stage's place below it is the recipe's name, as in `shapes/3-dpo`.
-        output: the stage's folder, when not below `runs`.
-        parent: the parent's checkpoint folder, when not below `runs`.
-        say: gets progress, one line at a time.
+        loaded: The recipe.
+        runs: Folder of all runs. A stage's folder below it has the recipe's name, as in `shapes/3-dpo`.
+        output: The stage's folder, when it is not below `runs`.
+        parent: The parent's checkpoint folder, when it is not below `runs`.
+        log: Function that takes progress, one line at a time.
 
     Raises:
-        RecipeError: another recipe's run lies at the output.
-        CheckpointError: the parent has no checkpoint.
-        DataError, TrainingError: see their classes; the last good checkpoint stays.
+        RecipeError: The output folder holds a run of another recipe.
+        CheckpointError: The parent has no checkpoint.
+        DataError: A row, an image or a data file cannot be used.
+        TrainingError: Training cannot continue; the last good checkpoint is kept.
     """
     folder = Path(output) if output is not None else Path(runs) / loaded.name
     work = folder.with_name(f"{folder.name}.partial")
     state = _processes(loaded.recipe)
     if state.num_processes > 1 and stage_of(loaded.recipe.stage).base_part:
-        raise RecipeError(f"{loaded.path}: a base part is made by one process: run `pivot train` without a launcher.")
-    main = state.is_main_process
-    log = log if main else _say_nothing
-    if _on_main(lambda: _is_finished(folder, work, loaded.recipe.sha256())):
+        raise RecipeError(f"{loaded.path}: one process trains a base part: run `pivot train` without a launcher.")
+    log = log if state.is_main_process else _ignore
+    if _on_main(lambda: _is_finished(folder, work, loaded.recipe)):
         log(f"{loaded.name}: finished before, at {folder}")
         return folder
     parent_folder = _on_main(lambda: _parent_checkpoint(loaded, Path(runs), parent))
     try:
         return _train(loaded, folder, work, parent_folder, log)
     except Exception as error:
-        if main and not _last_checkpoint(work):  # nothing worth resuming: leave nothing behind
+        if state.is_main_process and not _last_checkpoint(work):  # there is nothing to resume from
             shutil.rmtree(work, ignore_errors=True)
         if _disk_is_full(error):
             raise TrainingError(
@@ -101,7 +101,7 @@ def run_stage(
 def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, log: Callable[[str], None]) -> Path:
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
-    resume = _on_main(lambda: _make_work(loaded, work))
+    checkpoint = _on_main(lambda: _prepare_work(loaded, work))
     metrics_log = MetricsLog(work / "metrics.jsonl")
     module = import_module(stage_of(recipe.stage).module)
     args = trainer_arguments(loaded, work)
@@ -112,27 +112,28 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         trainer.add_callback(PlainProgress(loaded.name, log))
     if report.skipped:
         first = f"the first: {report.skipped[0]}"
-        log(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` looks again)")
-    if resume is not None:
-        log(f"{loaded.name}: resuming from step {_step_of(resume)}")
-    _on_main(lambda: metrics_log.cut_to(_step_of(resume) if resume else 0))
+        log(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` checks them again)")
+    if checkpoint is not None:
+        log(f"{loaded.name}: resuming from step {_step_of(checkpoint)}")
+    _on_main(lambda: metrics_log.cut_to(_step_of(checkpoint) if checkpoint else 0))
     with Preemption() as preemption:
         trainer.add_callback(preemption)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if preemption.asked and trainer.state.global_step < trainer.state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if preemption.requested and trainer.state.global_step < trainer.state.max_steps:
         raise TrainingError(
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
-            "run the same command again to go on."
+            "run the same command again to resume."
         )
+    train_losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
     metadata = {
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
         "steps": trainer.state.global_step,
         "duration_s": round(time.monotonic() - started, 1),
-        "resumed": resume is not None,
+        "resumed": checkpoint is not None,
         "processes": PartialState().num_processes,
         "peak_memory_mb": peak_memory_mb(),
-        "train_loss": next((h["train_loss"] for h in reversed(trainer.state.log_history) if "train_loss" in h), None),
+        "train_loss": train_losses[-1] if train_losses else None,
         "data": report.to_dict(),
     }
     whole = work / "whole"
@@ -146,17 +147,17 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
 
 
 def _processes(recipe: Recipe) -> PartialState:
-    """This process among those of the run; where there is no accelerator they speak over gloo."""
+    """Return the state of this process in the run. Without an accelerator the processes communicate over gloo."""
     cpu = recipe.args.get("use_cpu", not torch.accelerator.is_available())
     return PartialState(cpu=cpu, timeout=timedelta(seconds=recipe.args.get("ddp_timeout", 1800)))
 
 
 def leave_processes() -> None:
-    """End this process's part in the run, before the interpreter ends.
+    """Leave the process group before the interpreter ends.
 
-    Gloo's threads let go of the last message's tensors under the interpreter's lock, for which they wait while this
-    thread is busy. One that still waits when the interpreter ends aborts the process, whose run was finished: see
-    https://github.com/pytorch/pytorch/pull/179291. Whoever sleeps gives the lock away.
+    Gloo's threads need the interpreter's lock to release the tensors of the last message. A thread that still waits
+    for the lock when the interpreter ends aborts the process, although its run was finished: see
+    https://github.com/pytorch/pytorch/pull/179291. Sleeping releases the lock, so the threads get their turn.
     """
     state = PartialState()
     state.destroy_process_group()
@@ -164,35 +165,37 @@ def leave_processes() -> None:
         time.sleep(0.1)
 
 
-def _on_main(act: Callable[[], T]) -> T:
-    """Let the main process act; what it returns or raises, every process returns or raises."""
+def _on_main(function: Callable[[], T]) -> T:
+    """Call a function in the main process. Every process returns its result, or raises its exception."""
     state = PartialState()
-    made: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # the result and the exception
     if state.is_main_process:
         try:
-            made[0] = act()
+            outcome[0] = function()
         except Exception as error:
-            made[1] = error
+            outcome[1] = error
     if state.num_processes > 1:
-        broadcast_object_list(made)
-    if made[1] is not None:
-        raise made[1]
-    return made[0]
+        broadcast_object_list(outcome)
+    result, exception = outcome
+    if exception is not None:
+        raise exception
+    return result
 
 
-def _say_nothing(line: str) -> None:
-    """Be a process that is not the main one."""
+def _ignore(line: str) -> None:
+    """Log nothing: only the main process logs."""
 
 
-def _is_finished(folder: Path, work: Path, sha: str) -> bool:
+def _is_finished(folder: Path, work: Path, recipe: Recipe) -> bool:
+    """Return whether the run is finished, after refusing folders of other runs."""
     for each in (folder, work):
         if each.exists():
-            _same_recipe(each, sha)
+            _check_same_recipe(each, recipe)
     return folder.exists()
 
 
-def _make_work(loaded: LoadedRecipe, work: Path) -> Path | None:
-    """Make the folder a run works in; return the checkpoint to go on from."""
+def _prepare_work(loaded: LoadedRecipe, work: Path) -> Path | None:
+    """Create the folder that a run works in, and return the checkpoint to resume from."""
     work.mkdir(parents=True, exist_ok=True)
     write_recipe(loaded, work / "recipe.yaml")
     stopped_file(work).unlink(missing_ok=True)
@@ -200,54 +203,56 @@ def _make_work(loaded: LoadedRecipe, work: Path) -> Path | None:
 
 
 def _save_gathered(trainer: Trainer, whole: Path) -> None:
-    """Write the whole model as one checkpoint, from however many processes hold it."""
+    """Write the model as one checkpoint, however many processes its weights are sharded over."""
     if not trainer.is_fsdp_enabled:
         merge_lora(cast(LlavaForConditionalGeneration, trainer.model))
         trainer.save_model(str(whole))
         return
     weights = trainer.accelerator.get_state_dict(trainer.model)
-    for tied in cast(Any, trainer.model).all_tied_weights_keys:  # once gathered they no longer share their storage
+    for tied in cast(Any, trainer.model).all_tied_weights_keys:  # gathered weights no longer share storage
         weights.pop(tied, None)
     trainer._save(str(whole), state_dict=weights)
 
 
 def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path, metadata: dict[str, Any]) -> None:
-    """Complete the whole checkpoint with its facts and put it in its place."""
+    """Complete the final checkpoint with its metadata and move it to its folder."""
     whole = work / "whole"
-    (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and recipe.yaml says it all
+    (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
     for name in ("recipe.yaml", "metrics.jsonl"):
         shutil.copy2(work / name, whole / name)
     write_json(whole / "report.json", metadata)
     write_manifest(whole, _provenance(loaded, parent, whole, metadata))
-    if (work / "runs").is_dir():  # TensorBoard's events, unsealed: their names hold the host's
+    if (work / "runs").is_dir():  # TensorBoard's events are not in the manifest: their file names hold the host name
         shutil.copytree(work / "runs", whole / "tensorboard")
     whole.replace(folder)
     shutil.rmtree(work)
 
 
 def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
-    """The stage's trainer config: the recipe's arguments over the defaults that every stage shares."""
+    """Build the stage's trainer config: the recipe's arguments over defaults that all stages share.
+
+    Raises:
+        RecipeError: The arguments do not fit together, or do not fit the number of processes.
+    """
     recipe = loaded.recipe
-    rates = recipe.learning_rate.trained()
+    learning_rates = recipe.learning_rate.trained()
     if recipe.global_batch is not None:
-        together = recipe.args.get("per_device_train_batch_size", 8) * PartialState().num_processes
-        if recipe.global_batch % together:
+        rows_at_once = recipe.args.get("per_device_train_batch_size", 8) * PartialState().num_processes
+        if recipe.global_batch % rows_at_once:
             raise RecipeError(
-                f"{loaded.path}: `global_batch` {recipe.global_batch} is not a multiple of {together} rows, a batch of "
-                "every process; change `args.per_device_train_batch_size` or the number of processes."
+                f"{loaded.path}: `global_batch` {recipe.global_batch} is not a multiple of {rows_at_once} rows, one "
+                "batch of every process; change `args.per_device_train_batch_size` or the number of processes."
             )
-        shared = {"gradient_accumulation_steps": recipe.global_batch // together}
+        accumulation = {"gradient_accumulation_steps": recipe.global_batch // rows_at_once}
     else:
-        shared = {}
+        accumulation = {}
     optim = str(recipe.args.get("optim", ""))
     if any(name in optim for name in BITSANDBYTES) and find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            f"{loaded.path}: `args.optim` {optim} needs bitsandbytes; `pip install bitsandbytes` brings it."
-        )
+        raise RecipeError(f"{loaded.path}: `args.optim` {optim} needs bitsandbytes: run `pip install bitsandbytes`.")
     loggers = [name for name in ("tensorboard", "trackio") if find_spec(name)]
     options: dict[str, Any] = {
         "save_strategy": "steps",
-        "save_steps": 0.25,  # four checkpoints a run
+        "save_steps": 0.25,  # four checkpoints per run
         "save_total_limit": 2,
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
@@ -255,11 +260,11 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
         "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,  # every parameter that trains has a gradient in every step
         "use_cpu": PartialState().device.type == "cpu",
-        "bf16": torch.cuda.is_available() and not recipe.args.get("fp16"),  # TRL's default, which stops on a CPU
+        "bf16": torch.cuda.is_available() and not recipe.args.get("fp16"),  # TRL's default, but off on a CPU
         **recipe.args,
-        **shared,
+        **accumulation,
         "output_dir": str(work),
-        "learning_rate": max(rates.values()),
+        "learning_rate": max(learning_rates.values()),
         "seed": recipe.seed,
         "data_seed": recipe.seed,
         "remove_unused_columns": False,
@@ -290,7 +295,11 @@ def _parent_checkpoint(loaded: LoadedRecipe, runs: Path, given: str | Path | Non
 def _check_parent(loaded: LoadedRecipe, model: ModelSpec, folder: Path) -> None:
     """Refuse a parent that joins other parts than the recipe names, before any of its weights is read.
 
-    Names are compared as they are written: a parent that was trained in another checkout has its parts elsewhere.
+    Names are compared as they are written in the recipes: a parent that was trained in another checkout has its parts
+    at other absolute paths.
+
+    Raises:
+        CheckpointError: The parent has other parts, or is not an MLLM.
     """
     remedy = "give the checkpoint of this recipe's parent with --parent, or change `model` where it is named"
     config = json.loads((folder / "config.json").read_text())
@@ -299,39 +308,45 @@ def _check_parent(loaded: LoadedRecipe, model: ModelSpec, folder: Path) -> None:
         raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not an MLLM; {remedy}.")
     provenance = folder / "provenance.json"
     recorded = json.loads(provenance.read_text()).get("model") if provenance.is_file() else None
-    had = {**(recorded or {}), "feature_layer": config.get("vision_feature_layer")}
-    for key, wanted in model.model_dump().items():
-        if (recorded or key == "feature_layer") and had.get(key) != wanted:
+    parent_model = {**(recorded or {}), "feature_layer": config.get("vision_feature_layer")}
+    for key, expected in model.model_dump().items():
+        if (recorded or key == "feature_layer") and parent_model.get(key) != expected:
             raise CheckpointError(
-                f"{loaded.path}: the parent at {folder} has `model.{key}` {had.get(key)}, not {wanted}; {remedy}."
+                f"{loaded.path}: the parent at {folder} has `model.{key}` {parent_model.get(key)}, not {expected}; "
+                f"{remedy}."
             )
 
 
-def _same_recipe(folder: Path, sha: str) -> None:
-    """Refuse a folder that holds another recipe's run: mixing the two would be silent."""
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder that holds another recipe's run, so that two runs are never mixed.
+
+    Raises:
+        RecipeError: The folder holds another run, or no run.
+    """
     file = folder / "recipe.yaml"
     if not file.is_file():
-        raise RecipeError(f"{folder} exists and is no run of a recipe; choose another --output.")
-    if sha not in file.read_text():
+        raise RecipeError(f"{folder} exists but holds no run of a recipe; choose another --output.")
+    if not is_recorded_recipe(file, recipe):
         raise RecipeError(
             f"{folder} holds a run of another version of this recipe; delete it or choose another --output."
         )
 
 
 def _last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end.
+    """Return the newest checkpoint that was written completely.
 
-    trainer_state.json is the last file of each, and .metadata the last of a folder of shards.
+    trainer_state.json is the last file of a checkpoint, and .metadata the last file of a folder of shards.
     """
-    whole = []
+    complete = []
     for folder in work.glob("checkpoint-*"):
         try:
             json.loads((folder / "trainer_state.json").read_text())
         except (OSError, ValueError):
             continue
-        if all((shards / ".metadata").is_file() for name in SHARDS if (shards := folder / name).is_dir()):
-            whole.append(folder)
-    return max(whole, key=_step_of, default=None)
+        shard_folders = [folder / name for name in SHARDS if (folder / name).is_dir()]
+        if all((shards / ".metadata").is_file() for shards in shard_folders):
+            complete.append(folder)
+    return max(complete, key=_step_of, default=None)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -341,7 +356,7 @@ def _step_of(checkpoint: Path) -> int:
 def _disk_is_full(error: BaseException | None) -> bool:
     while error is not None:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and torch report the same in their own exceptions, by text only.
+        # safetensors and torch raise their own exceptions for it, which only the text tells apart.
         if full or "No space left on device" in str(error) or "file write failed" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -351,33 +366,33 @@ def _disk_is_full(error: BaseException | None) -> bool:
 def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     recipe, sources, data = loaded.recipe, metadata["data"]["sources"], []
     for spec, source in zip(recipe.data, sources or [{}] * len(recipe.data), strict=True):
-        named = spec.model_dump(mode="json", exclude_none=True)
-        # Of a folder on this machine the name is enough; a name on the Hub stays whole.
-        for key in {"path", "images"} & named.keys():
-            place = Path(loaded.locate(named[key]))
-            named[key] = place.resolve().name if place.exists() else named[key]
-        data.append({**named, **source})
-    before = None
+        entry = spec.model_dump(mode="json", exclude_none=True)
+        # A local folder is recorded by its name without its path; a repository on the Hub by its full name.
+        for key in {"path", "images"} & entry.keys():
+            path = Path(loaded.locate(entry[key]))
+            entry[key] = path.resolve().name if path.exists() else entry[key]
+        data.append({**entry, **source})
+    parent_entry = None
     if parent is not None:
-        before = {
+        parent_entry = {
             "name": loaded.parent.name if loaded.parent else parent.name,
             "weights_sha256": weights_sha256(parent),
         }
         if (parent / "provenance.json").is_file():
-            before["provenance"] = json.loads((parent / "provenance.json").read_text())
+            parent_entry["provenance"] = json.loads((parent / "provenance.json").read_text())
     return {
         "stage": recipe.stage,
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
         "model": recipe.model.model_dump(exclude_none=True) if recipe.model else None,
         "parts": _part_hashes(loaded) if parent is None and recipe.model else None,
-        "parent": before,
+        "parent": parent_entry,
         "data": data,
         "cost": {
-            # Of a run that was stopped in between, only its last part was timed.
+            # Only the last part of a resumed run was timed.
             "duration_s": None if metadata["resumed"] else metadata["duration_s"],
             "processes": metadata["processes"],
-            "energy_kwh": None,  # nothing here measures it yet
+            "energy_kwh": None,  # not measured yet
         },
         "weights_sha256": weights_sha256(whole),
         "commit": source_commit(),
@@ -387,24 +402,30 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata
 
 
 def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """What tells the parts that were joined: of folders their weights' hash, of Hub repositories the commit."""
+    """Return what identifies the parts that were joined: a folder's weights hash, or a Hub repository's commit."""
     spec = loaded.recipe.model
     assert spec is not None
-    made = {}
+    hashes = {}
     for part, name, revision in (
         ("vision", spec.vision, spec.vision_revision),
         ("language", spec.language, spec.language_revision),
     ):
         folder = Path(loaded.locate(name))
         if folder.is_dir():
-            made[part] = weights_sha256(folder)
+            hashes[part] = weights_sha256(folder)
         elif commit := cached_commit(name, revision):
-            made[part] = commit
-    return made
+            hashes[part] = commit
+    return hashes
 
 
 def run_lineage(recipe: str | Path, runs: str | Path, log: Callable[[str], None] = print) -> Path:
-    """Run a recipe after whichever of its ancestors are not finished yet."""
+    """Run a recipe and, before it, those of its ancestors that are not finished.
+
+    Args:
+        recipe: Recipe file, or the name of a shipped recipe.
+        runs: Folder of all runs.
+        log: Function that takes progress, one line at a time.
+    """
     for loaded in load_recipe(recipe).lineage():
         folder = run_stage(loaded, runs, log=log)
     return folder

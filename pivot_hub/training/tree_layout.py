@@ -1,9 +1,9 @@
-"""Preference pairs without repeated work: a prompt and its image run once for both answers, and nothing is padding.
+"""Preference pairs without repeated work: a prompt and its image run once for both answers, without padding.
 
-TRL lays a batch of B pairs out as 2B sequences, prompt and answer each, padded to the longest. Here the same tokens
-are laid out as trees, a prefix and the branches that follow it, and hidden states are handed back to TRL's loss in
-rows of its own order: the last token of the prompt, then the answer. Positions restart at each branch, and attention
-is computed tree by tree, so no branch sees another. Nothing of TRL's loss is changed.
+TRL lays out a batch of B pairs as 2B sequences of prompt and answer, padded to the longest. Here the same tokens are
+laid out as trees: a prefix, and branches that continue it. Hidden states are then returned to TRL's loss in the rows
+that it expects: the last token of the prompt, then the answer. Positions restart at each branch, and attention is
+computed tree by tree, so no branch attends to another. TRL's loss is unchanged.
 """
 
 from __future__ import annotations
@@ -27,12 +27,18 @@ from pivot_hub.errors import DataError
 from pivot_hub.training.conversation import padded, prepare_images
 
 ATTENTION = "pivot_pairs"
-Logps = tuple[float, float]  # of the chosen and of the rejected answer
+Logps = tuple[float, float]  # log-probabilities of the chosen and the rejected answer
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Tokens that follow each other in a row: a prefix, then branches that each continue the prefix alone."""
+    """Consecutive tokens of a row: a prefix, then branches, each of which continues the prefix alone.
+
+    Args:
+        start: Position of the prefix's first token in the row.
+        prefix: Number of tokens of the prefix.
+        branches: Number of tokens of each branch.
+    """
 
     start: int
     prefix: int
@@ -47,13 +53,15 @@ class PairCollator:
     """Turns preference rows into the batch that `share_forward` runs and TRL's loss reads.
 
     Args:
-        processor: of a LLaVA-style model: an image is a run of one token.
-        max_length: of prompt and answer together; answers are cut, as TRL does.
-        encode_once: process and encode an image once, however many pairs show it; otherwise once an occurrence.
-        share_prefix: one tree a pair; otherwise two, each with the prompt and one answer.
-        pack: all trees in one row without padding; otherwise one row a tree, padded to the longest.
-        max_tokens: split the pairs into chunks of at most so many tokens (a pair that has more is alone).
-        references: finds the reference log-probabilities of a row.
+        processor: Processor of a LLaVA-style model, in whose text an image is a run of one token.
+        max_length: Largest number of tokens of prompt and answer together; answers are cut, as TRL does.
+        encode_once: Whether an image is processed and encoded once, however many pairs have it. Otherwise it is
+            encoded once per occurrence.
+        share_prefix: Whether a pair is one tree. Otherwise it is two, each with the prompt and one answer.
+        pack: Whether all trees are in one row without padding. Otherwise each tree has a row, padded to the longest.
+        max_tokens: Largest number of tokens of a chunk; the pairs are split into chunks, and a pair that is longer is
+            a chunk of its own. None makes no chunks.
+        references: Function that returns the reference log-probabilities of a row.
     """
 
     processor: LlavaProcessor
@@ -68,17 +76,16 @@ class PairCollator:
         """Collate B pairs.
 
         Returns:
-            input_ids, completion_mask (2B, 1 + answer), chosen first: the prompt's last token, then the answer;
-            attention_mask (2B, prompt + answer), TRL's, for its token count; pair_ids, pair_positions (rows, tokens);
-            pair_take (2B, 1 + answer), where each of input_ids lies in the flattened rows; pair_layout;
-            pixel_values (images, ...) and pair_images, the image of each run of image tokens; row (B,) where examples
-            carry it. With `max_tokens`, a
-            list of such batches under `chunks`.
+            input_ids and completion_mask (2B, 1 + answer), chosen answers first: the prompt's last token, then the
+            answer; attention_mask (2B, prompt + answer), from which TRL counts tokens; pair_ids and pair_positions
+            (rows, tokens); pair_take (2B, 1 + answer), the index of each of input_ids in the flattened rows;
+            pair_layout; pixel_values (images, ...) and pair_images, the image of each run of image tokens; row (B,)
+            if the examples have numbers. With `max_tokens`, a list of such batches under `chunks`.
         """
         references = [self.references(e) for e in examples] if self.references else None
-        pictures = [_images(e) for e in examples]
-        rows = [_rendered(e, i, self.processor) for e, i in zip(examples, pictures, strict=True)]
-        distinct, image_of = self._distinct(pictures)
+        images = [_images(e) for e in examples]
+        rows = [_rendered(e, i, self.processor) for e, i in zip(examples, images, strict=True)]
+        distinct, image_of = self._distinct(images)
         pixels, runs = prepare_images(self.processor, distinct)
         prompts = self._prompts([r["prompt"] for r in rows], image_of, runs)
         tokenizer: Any = self.processor.tokenizer
@@ -87,27 +94,28 @@ class PairCollator:
             for side in ("chosen", "rejected")
         ]
 
-        def batch(some: range) -> dict[str, Any]:
-            made = self._laid_out([prompts[i] for i in some], [[side[i] for i in some] for side in answers])
-            shown = [image for i in some for image in image_of[i]]
-            if pixels is not None and shown:
-                needed = sorted(set(shown))
-                made |= {"pixel_values": pixels[needed], "pair_images": torch.tensor([needed.index(i) for i in shown])}
+        def batch_of(pairs: range) -> dict[str, Any]:
+            batch = self._laid_out([prompts[i] for i in pairs], [[side[i] for i in pairs] for side in answers])
+            occurrences = [image for i in pairs for image in image_of[i]]
+            if pixels is not None and occurrences:
+                needed = sorted(set(occurrences))
+                batch["pixel_values"] = pixels[needed]
+                batch["pair_images"] = torch.tensor([needed.index(image) for image in occurrences])
             if "row" in examples[0]:
-                made["row"] = torch.tensor([examples[i]["row"] for i in some])
+                batch["row"] = torch.tensor([examples[i]["row"] for i in pairs])
             if references is not None:
-                chosen, rejected = zip(*(references[i] for i in some), strict=True)
-                made |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
-            return made
+                chosen, rejected = zip(*(references[i] for i in pairs), strict=True)
+                batch |= {"ref_chosen_logps": torch.tensor(chosen), "ref_rejected_logps": torch.tensor(rejected)}
+            return batch
 
         if self.max_tokens is None:
-            return batch(range(len(examples)))
+            return batch_of(range(len(examples)))
         copies = 1 if self.share_prefix else 2
         costs = [copies * len(p) + len(a) + len(b) for p, a, b in zip(prompts, *answers, strict=True)]
-        return {"chunks": [batch(some) for some in _within(costs, self.max_tokens)]}
+        return {"chunks": [batch_of(pairs) for pairs in _chunks(costs, self.max_tokens)]}
 
     def _prompts(self, texts: list[str], image_of: list[list[int]], runs: list[int]) -> list[list[int]]:
-        """Token ids, each image token as many times as its image has features."""
+        """Return the token ids of prompts; each image token is repeated once per feature of its image."""
         tokenizer: Any = self.processor.tokenizer
         token = self.processor.image_token_id
         prompts = []
@@ -117,23 +125,31 @@ class PairCollator:
             widths = iter(runs[i] for i in images)
             named = ids.count(token) * (1 if self.share_prefix else 2)
             if named != len(images):
-                raise DataError(f"a prompt names another number of images than its row has: {text!r}.")
+                raise DataError(f"the prompt of a row names another number of images than the row has: {text!r}.")
             prompts.append([t for i in ids for t in [i] * (next(widths) if i == token else 1)])
         return prompts
 
-    def _distinct(self, pictures: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
-        """The images to process, and which of them each occurrence of each pair shows, in the order of its trees."""
+    def _distinct(self, images: list[list[Any]]) -> tuple[list[Any], list[list[int]]]:
+        """Select the images to process.
+
+        Args:
+            images: Images of each pair.
+
+        Returns:
+            The images to process; and for each pair, the number of the image of each occurrence, in the order of the
+            pair's trees.
+        """
         distinct: list[Any] = []
         known: dict[str, int] = {}
         image_of: list[list[int]] = []
-        for pair, some in enumerate(pictures):
+        for pair, pair_images in enumerate(images):
             image_of.append([])
             for copy in range(1 if self.share_prefix else 2):
-                for k, picture in enumerate(some):
-                    key = image_key(picture) if self.encode_once else f"{pair}/{copy}/{k}"
+                for k, image in enumerate(pair_images):
+                    key = image_key(image) if self.encode_once else f"{pair}/{copy}/{k}"
                     if key not in known:
                         known[key] = len(distinct)
-                        distinct.append(picture)
+                        distinct.append(image)
                     image_of[-1].append(known[key])
         return distinct, image_of
 
@@ -143,6 +159,12 @@ class PairCollator:
         return [a[: max(0, self.max_length - len(p))] for p, a in zip(prompts, answers, strict=True)]
 
     def _laid_out(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> dict[str, Any]:
+        """Lay out B pairs as trees.
+
+        Args:
+            prompts: Token ids of each prompt.
+            answers: Token ids of the chosen answers, and of the rejected ones.
+        """
         trees: list[tuple[list[int], list[list[int]]]] = []
         chosens, rejecteds = answers
         for prompt, chosen, rejected in zip(prompts, chosens, rejecteds, strict=True):
@@ -169,12 +191,13 @@ class PairCollator:
             layout.append(tuple(row_trees))
         width = max(map(len, ids))
         take, tails, masks, lengths = [], [], [], []
-        for side, some in enumerate(answers):
-            for i, (prompt, answer) in enumerate(zip(prompts, some, strict=True)):
-                at, start = starts[i] if self.share_prefix else starts[2 * i + side]
-                last = at * width + start + len(prompt) - 1
-                before = len(answers[0][i]) if self.share_prefix and side == 1 else 0
-                take.append([last, *range(last + 1 + before, last + 1 + before + len(answer))])
+        for side, side_answers in enumerate(answers):
+            for i, (prompt, answer) in enumerate(zip(prompts, side_answers, strict=True)):
+                row_number, start = starts[i] if self.share_prefix else starts[2 * i + side]
+                prompt_end = row_number * width + start + len(prompt) - 1
+                chosen_length = len(answers[0][i]) if self.share_prefix and side == 1 else 0
+                answer_start = prompt_end + 1 + chosen_length
+                take.append([prompt_end, *range(answer_start, answer_start + len(answer))])
                 tails.append([prompt[-1], *answer])
                 masks.append([0] + [1] * len(answer))
                 lengths.append(len(prompt) + len(answer))
@@ -191,10 +214,10 @@ class PairCollator:
 
 
 def share_forward(model: Any) -> None:
-    """Let a LLaVA-style model run the batches of `PairCollator`; other batches run as before.
+    """Make a LLaVA-style model run the batches of `PairCollator`; other batches run as before.
 
     Args:
-        model: a LlavaForConditionalGeneration; its language model must use sdpa attention.
+        model: A LlavaForConditionalGeneration whose language model uses sdpa attention.
     """
     inner = model.model
     inner.language_model.set_attn_implementation(ATTENTION)
@@ -204,7 +227,7 @@ def share_forward(model: Any) -> None:
     def forward(self: Any, *args: Any, pair_layout: Layout | None = None, **kwargs: Any) -> Any:
         if pair_layout is None:
             return original(*args, **kwargs)
-        # The whole model hands on what it was not given, as None.
+        # The outer model passes on the arguments that it did not get, as None.
         return _run_trees(self, pair_layout, **{k: v for k, v in kwargs.items() if v is not None})
 
     inner.forward = types.MethodType(forward, inner)
@@ -222,19 +245,20 @@ def _run_trees(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> LlavaModelOutputWithPast:
-    """Hidden states of the last prompt token and the answer of each of the 2B rows: (2B, 1 + answer, D)."""
+    """Return hidden states (2B, 1 + answer, D): those of the prompt's last token and of the answer, for each row."""
     embeds = model.get_input_embeddings()(pair_ids)
     if pixel_values is not None:
         features = torch.stack(list(model.get_image_features(pixel_values, return_dict=True).pooler_output))
-        shown = features[pair_images].flatten(0, 1).to(embeds.device, embeds.dtype)
-        places = pair_ids == model.config.image_token_id
-        if int(places.sum()) != len(shown):
+        image_embeds = features[pair_images].flatten(0, 1).to(embeds.device, embeds.dtype)
+        is_image = pair_ids == model.config.image_token_id
+        if int(is_image.sum()) != len(image_embeds):
             raise DataError(
-                f"{int(places.sum())} image tokens for {len(shown)} image features: processor and model disagree; give "
-                "the processor the model's patch_size, vision_feature_select_strategy and num_additional_image_tokens."
+                f"{int(is_image.sum())} image tokens for {len(image_embeds)} image features: processor and model "
+                "disagree; give the processor the model's patch_size, vision_feature_select_strategy and "
+                "num_additional_image_tokens."
             )
-        embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), shown)
-    # A 4-D mask passes transformers' mask code untouched; the attention below reads the layout instead.
+        embeds = embeds.masked_scatter(is_image.unsqueeze(-1).expand_as(embeds), image_embeds)
+    # transformers passes a 4-D mask on unchanged; `attend` reads the layout and not the mask.
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
     masks = tuple(tuple(branch_mask(tree, embeds.device) for tree in trees) for trees in layout)
     states = model.language_model(
@@ -249,7 +273,7 @@ def _run_trees(
 
 
 def branch_mask(tree: Tree, device: torch.device) -> torch.Tensor | None:
-    """What the branches of a tree see: (branch tokens, tree tokens), true for the prefix and their own past."""
+    """Return what the branches of a tree attend to, (branch tokens, tree tokens): the prefix and their own past."""
     if not any(tree.branches):
         return None
     own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool).tril() for n in tree.branches)).bool()
@@ -268,15 +292,22 @@ def attend(
     pair_masks: tuple[tuple[torch.Tensor | None, ...], ...] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of trees: a prefix sees itself, a branch its prefix and itself, all causally.
+    """Compute attention in trees: a prefix attends to itself, a branch to its prefix and itself, both causally.
 
     Args:
-        query: (rows, heads, tokens, d); key and value may have fewer heads.
-        pair_layout: the trees of each row; without it this is sdpa.
-        pair_masks: of each tree, `branch_mask`.
+        module: The attention layer.
+        query: Queries, (rows, heads, tokens, d).
+        key: Keys, which may have fewer heads.
+        value: Values, with as many heads as the keys.
+        attention_mask: Mask of sdpa, which is only read without a layout.
+        scaling: Factor of the scores; None for sdpa's default.
+        dropout: Probability of dropping an attention weight.
+        pair_layout: Trees of each row; without them this function is sdpa.
+        pair_masks: The `branch_mask` of each tree, by row.
+        kwargs: Further arguments of sdpa.
 
     Returns:
-        (rows, tokens, heads, d); what lies in no tree, padding, is zero.
+        The output, (rows, tokens, heads, d), which is zero at padding; and None, for no attention weights.
     """
     if pair_layout is None:
         return sdpa_attention_forward(
@@ -284,7 +315,7 @@ def attend(
         )
     groups = query.shape[1] // key.shape[1]
     grouped = query.is_cuda and groups > 1
-    if not grouped:  # off CUDA grouped heads would take the slow path
+    if not grouped:  # without CUDA, grouped heads would take sdpa's slow path
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     dot_product = functools.partial(
         F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=grouped
@@ -292,18 +323,18 @@ def attend(
     rows = []
     for row, (trees, masks) in enumerate(zip(pair_layout, pair_masks, strict=True)):
         q, k, v = query[row : row + 1], key[row : row + 1], value[row : row + 1]
-        made = []
+        pieces = []
         end = 0
         for tree, mask in zip(trees, masks, strict=True):
-            own = slice(tree.start, tree.start + tree.prefix)
-            made.append(dot_product(q[:, :, own], k[:, :, own], v[:, :, own], is_causal=True))
-            end = own.stop + sum(tree.branches)
+            prefix = slice(tree.start, tree.start + tree.prefix)
+            pieces.append(dot_product(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], is_causal=True))
+            end = prefix.stop + sum(tree.branches)
             if mask is not None:
-                new, whole = slice(own.stop, end), slice(tree.start, end)
-                made.append(dot_product(q[:, :, new], k[:, :, whole], v[:, :, whole], attn_mask=mask))
+                branches, whole = slice(prefix.stop, end), slice(tree.start, end)
+                pieces.append(dot_product(q[:, :, branches], k[:, :, whole], v[:, :, whole], attn_mask=mask))
         if end < q.shape[2]:
-            made.append(q.new_zeros(1, q.shape[1], q.shape[2] - end, v.shape[3]))
-        rows.append(torch.cat([m.transpose(1, 2) for m in made], dim=1))
+            pieces.append(q.new_zeros(1, q.shape[1], q.shape[2] - end, v.shape[3]))
+        rows.append(torch.cat([piece.transpose(1, 2) for piece in pieces], dim=1))
     return rows[0] if len(rows) == 1 else torch.cat(rows), None
 
 
@@ -312,9 +343,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def image_key(image: Any) -> str:
-    """What tells a decoded image from others: its mode, size and pixels."""
-    metadata = f"{image.mode}{image.size}".encode()
-    return hashlib.blake2b(metadata + image.tobytes(), digest_size=16).hexdigest()
+    """Return a hash of a decoded image: of its mode, size and pixels."""
+    header = f"{image.mode}{image.size}".encode()
+    return hashlib.blake2b(header + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _images(example: dict[str, Any]) -> list[Any]:
@@ -324,7 +355,7 @@ def _images(example: dict[str, Any]) -> list[Any]:
 
 
 def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProcessor) -> dict[str, str]:
-    """Prompt and answers as text, through the chat template where they are messages."""
+    """Return prompt and answers as text; messages go through the chat template."""
     texts: dict[str, Any] = {side: example[side] for side in ("prompt", "chosen", "rejected")}
     if is_conversational(texts):
         texts = {
@@ -336,12 +367,12 @@ def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProces
     return texts
 
 
-def _within(costs: list[int], most: int) -> list[range]:
-    """Ranges of neighbours whose costs sum to at most `most`, or of one."""
+def _chunks(costs: list[int], limit: int) -> list[range]:
+    """Divide items into ranges whose costs sum to at most `limit`; an item that costs more has its own range."""
     ranges: list[range] = []
     spent = 0
     for i, cost in enumerate(costs):
-        if ranges and spent + cost <= most:
+        if ranges and spent + cost <= limit:
             ranges[-1] = range(ranges[-1].start, i + 1)
             spent += cost
         else:

@@ -1,8 +1,8 @@
-"""Stage vision: a small SigLIP-architecture encoder, trained from images and what is said of them.
+"""Stage vision: a small encoder of SigLIP's architecture, trained on images with captions.
 
-It plays the part that SigLIP2 plays in the paper. Two losses on captions: each patch names in words what lies on
-it (region captions, as LocCa, Wan et al. 2024), and the mean patch names the words of the whole caption
-(SuperClass, Huang et al. 2024). Both are linear heads, thrown away afterwards.
+It has the role of SigLIP2 in the paper. There are two losses on captions: each patch names the words of the object on
+it (region captions, as in LocCa, Wan et al. 2024), and the mean patch names the words of the whole caption
+(SuperClass, Huang et al. 2024). Both losses use linear heads, which are dropped after training.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from pivot_hub.errors import RecipeError
 
 NOTHING = "nothing"
 WORDS = (NOTHING, *SIZES, *COLOUR_NAMES, *SHAPES, *POSITIONS)
-SLOTS = ("size", "colour", "shape")  # words of a region caption, one each
-COUNTS = 9  # most things a caption's number can say
-# Colour and place are learnt within a few steps, shape is not. What the base part's captions dwell on is chosen so
+SLOTS = ("size", "colour", "shape")  # a region caption has one word for each
+COUNTS = 9  # largest number of objects that a caption can name
+# Colour and position are learnt within a few steps, shape is not. The weights of the captions' words are chosen so
 # that no attribute is at its ceiling while another is still at its floor.
 SLOT_WEIGHTS = {"size": 0.4, "colour": 0.15, "shape": 3.0}
 WORD_WEIGHTS = {**dict.fromkeys(COLOUR_NAMES, 0.1), **dict.fromkeys(POSITIONS, 0.1)}
 COUNT_WEIGHT = 0.5
 REGION_WEIGHT, CAPTION_WEIGHT = 3.0, 6.0
-COVERED = 0.25  # share of a patch that a thing must cover to be named there
+COVERED = 0.25  # share of a patch that an object must cover to be named there
 
 
 class CaptionedEncoder(nn.Module):
@@ -64,19 +64,19 @@ class CaptionedEncoder(nn.Module):
         self.register_buffer("slot_weights", slots, persistent=False)
 
     def forward(self, pixel_values: Tensor, regions: Tensor, words: Tensor) -> dict[str, Tensor]:
-        """Loss of both heads.
+        """Compute the weighted sum of both losses.
 
         Args:
-            pixel_values: (B, 3, image_px, image_px).
-            regions: (B, H*W, 3) ids into WORDS, `nothing` where no thing lies.
-            words: (B, len(WORDS) - 1 + COUNTS) 0 or 1: the words of the caption, then its number.
+            pixel_values: Images, (B, 3, image_px, image_px).
+            regions: Ids into WORDS, (B, H*W, 3); `nothing` where a patch has no object.
+            words: Words of the caption and then its number of objects, 0 or 1 each, (B, len(WORDS) - 1 + COUNTS).
         """
         tokens = self.encoder(pixel_values).last_hidden_state  # (B, H*W, D)
-        named = self.region_head(tokens).unflatten(-1, (len(SLOTS), len(WORDS)))
-        region = nn.functional.cross_entropy(named.flatten(0, 2), regions.flatten(), reduction="none")
+        region_logits = self.region_head(tokens).unflatten(-1, (len(SLOTS), len(WORDS)))
+        region = nn.functional.cross_entropy(region_logits.flatten(0, 2), regions.flatten(), reduction="none")
         region = (region.unflatten(0, (-1, len(SLOTS))) * self.slot_weights).mean()
-        said = self.caption_head(tokens.mean(1))
-        caption = nn.functional.binary_cross_entropy_with_logits(said, words, weight=self.word_weights)
+        caption_logits = self.caption_head(tokens.mean(1))
+        caption = nn.functional.binary_cross_entropy_with_logits(caption_logits, words, weight=self.word_weights)
         return {"loss": REGION_WEIGHT * region + CAPTION_WEIGHT * caption}
 
 
@@ -87,10 +87,18 @@ def build_trainer(
     report: RowReport,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """Make the trainer of a vision recipe.
+    """Build the trainer of a vision recipe.
+
+    Args:
+        loaded: The recipe.
+        args: Config of the trainer.
+        parent: None: a base part has no parent.
+        report: Report that receives the number of rows.
+        callbacks: Callbacks of the trainer.
 
     Raises:
-        RecipeError: the architecture names a setting that SiglipVisionConfig does not have, or sizes that do not fit.
+        RecipeError: The architecture has a setting that SiglipVisionConfig does not know, or sizes that do not fit
+            together.
     """
     recipe = loaded.recipe
     assert recipe.architecture is not None
@@ -99,44 +107,52 @@ def build_trainer(
         config = SiglipVisionConfig(**recipe.architecture, vision_use_head=False)
         model = CaptionedEncoder(config)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{loaded.path}: `architecture` does not make a SigLIP encoder: {error}") from error
+        raise RecipeError(f"{loaded.path}: `architecture` does not give a SigLIP encoder: {error}") from error
     sources = [ShapesSource(spec) for spec in recipe.data if isinstance(spec, ShapesData)]
-    if wrong := [s for s in sources if s.dataset.image_px != config.image_size]:
-        raise RecipeError(
-            f"{loaded.path}: images of {wrong[0].dataset.image_px} px for an encoder of {config.image_size}: "
-            "set `architecture.image_size` and `data.world.image_px` alike."
-        )
+    for source in sources:
+        if source.dataset.image_px != config.image_size:
+            raise RecipeError(
+                f"{loaded.path}: images of {source.dataset.image_px} px for an encoder of {config.image_size} px: set "
+                "`architecture.image_size` and `data.world.image_px` alike."
+            )
     side = cast(int, config.image_size) // cast(int, config.patch_size)
-    where = [(s, i) for s, source in enumerate(sources) for i in range(source.spec.rows)]
-    report.rows = len(where)
+    rows = [(source, i) for source in sources for i in range(source.spec.rows)]
+    report.rows = len(rows)
 
     def render(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        made = []
-        for index in batch["row"]:
-            source = sources[where[index][0]]
-            scene = source.dataset.scene(source.spec.split, source.spec.start + where[index][1])
-            made.append(labelled(scene, scene.render(), side))
-        return {key: [m[key] for m in made] for key in made[0]}
+        examples = []
+        for number in batch["row"]:
+            source, i = rows[number]
+            scene = source.dataset.scene(source.spec.split, source.spec.start + i)
+            examples.append(labelled(scene, scene.render(), side))
+        return {key: [example[key] for example in examples] for key in examples[0]}
 
     return Trainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_dict({"row": list(range(len(where)))}).with_transform(render),
+        train_dataset=Dataset.from_dict({"row": list(range(len(rows)))}).with_transform(render),
         callbacks=callbacks,
     )
 
 
-def labelled(scene: Scene, picture: RenderedScene, side: int) -> dict[str, Tensor]:
-    """Pixels and caption words of one scene; `side` patches along an edge."""
-    pixels = np.asarray(picture.image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+def labelled(scene: Scene, rendered: RenderedScene, side: int) -> dict[str, Tensor]:
+    """Return pixels, region labels and caption words of one scene.
+
+    Args:
+        scene: The scene.
+        rendered: The scene's image, with the mask of each object.
+        side: Number of patches along an edge.
+    """
+    pixels = np.asarray(rendered.image, np.float32).transpose(2, 0, 1) / 127.5 - 1
     regions = np.zeros((side, side, len(SLOTS)), np.int64)
     words = np.zeros(len(WORDS) - 1 + COUNTS, np.float32)
     words[len(WORDS) - 2 + len(scene.objects)] = 1
-    patch = picture.image.width // side
-    for thing, mask in zip(scene.objects, picture.masks, strict=True):
-        said = [WORDS.index(w) for w in (thing.size, thing.colour, thing.shape)]
-        words[np.array([*said, WORDS.index(POSITIONS[thing.position])]) - 1] = 1
-        regions[mask.reshape(side, patch, side, patch).mean((1, 3)) > COVERED] = said
+    patch_px = rendered.image.width // side
+    for scene_object, mask in zip(scene.objects, rendered.masks, strict=True):
+        word_ids = [WORDS.index(w) for w in (scene_object.size, scene_object.colour, scene_object.shape)]
+        words[np.array([*word_ids, WORDS.index(POSITIONS[scene_object.position])]) - 1] = 1
+        covered = mask.reshape(side, patch_px, side, patch_px).mean((1, 3))
+        regions[covered > COVERED] = word_ids
     return {
         "pixel_values": torch.from_numpy(pixels),
         "regions": torch.from_numpy(regions.reshape(side * side, len(SLOTS))),
@@ -145,7 +161,7 @@ def labelled(scene: Scene, picture: RenderedScene, side: int) -> dict[str, Tenso
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """Keep the encoder alone, as a repository like any other."""
+    """Write the encoder, without the training heads, as an encoder repository."""
     assert isinstance(trainer.model, CaptionedEncoder)
     encoder = trainer.model.encoder.eval().cpu()
     config = encoder.config
@@ -159,17 +175,17 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 
 def _set_sincos_positions(encoder: SiglipVisionModel) -> None:
-    """Start position embeddings as 2-D sines and cosines (big_vision's posemb_sincos_2d).
+    """Initialise position embeddings with 2-D sines and cosines (big_vision's posemb_sincos_2d).
 
-    SigLIP's own start is normal noise a sixth as strong as the patches, from which a short run does not learn
-    where a patch lies: after 250 steps 6% of position words were right, with sines 82%.
+    SigLIP initialises them with normal noise that is a sixth as strong as the patches. A short run does not learn
+    positions from it: after 250 steps 6% of the position words were right, and with sines 82%.
     """
     weight = encoder.embeddings.position_embedding.weight
     side, width = round(weight.shape[0] ** 0.5), weight.shape[1]
     if width % 4:
         raise ValueError(f"hidden_size {width} is not a multiple of 4")
-    rates = 1 / 100 ** (np.arange(width // 4) / (width // 4 - 1))
+    frequencies = 1 / 100 ** (np.arange(width // 4) / (width // 4 - 1))
     rows, columns = np.mgrid[:side, :side].reshape(2, -1, 1)
-    waves = [wave(place * rates) for place, wave in itertools.product((columns, rows), (np.sin, np.cos))]
+    waves = [wave(place * frequencies) for place, wave in itertools.product((columns, rows), (np.sin, np.cos))]
     with torch.no_grad():
         weight.copy_(torch.from_numpy(np.concatenate(waves, axis=1)))

@@ -1,7 +1,7 @@
-"""The Space in a real browser: Debian's Chromium, clicked by Playwright, on a desktop and on a phone.
+"""The Space in a real browser: Debian's Chromium, driven by Playwright, on a desktop and on a phone.
 
-Every page is watched: an error on the console, or a request to any other host, fails the test that caused it.
-Screenshots go to `$PIVOT_SCREENSHOTS`, or to the test's own folder.
+An error on the console, or a request to any other host, fails the test that caused it. Screenshots are written to
+`$PIVOT_SCREENSHOTS`, or to the test's own folder.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pivot_hub.demo import model_bundle as mllm_pair
+from pivot_hub.demo import model_bundle
 from pivot_hub.demo.launch import load_module
 from pivot_hub.explain.heatmaps import colour
 from pivot_hub.mllm.load import load_mllm
 
 CHROMIUM = shutil.which("chromium")
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
-# CI says that a browser is required: there its absence fails, elsewhere it skips.
+# CI requires a browser: without one the tests fail there, and are skipped elsewhere.
 absent = (CHROMIUM is None or find_spec("playwright") is None) and os.environ.get("PIVOT_BROWSER") != "required"
 pytestmark = [
     pytest.mark.browser,
@@ -48,7 +48,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture
 def url_with_runs(trained: Path) -> Iterator[str]:
-    """An app whose visitors may name the stages of a tiny run, as they may name repositories of the Hub."""
+    """Address of an app whose visitors may name the stages of a tiny run."""
     module = load_module()
     app = module.build_app(runs=trained)
     _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
@@ -61,16 +61,16 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
+        chromium = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
         )
-        yield made
-        made.close()
+        yield chromium
+        chromium.close()
 
 
 class Visit:
-    """A page of its own, watched, at one size."""
+    """A page in a browser context of its own, which records errors and requests to other hosts."""
 
     def __init__(self, browser: Any, url: str, size: dict[str, int], scheme: str = "light", query: str = "") -> None:
         self.context = browser.new_context(
@@ -85,30 +85,30 @@ class Visit:
         self.page = self.context.new_page()
         self.page.set_default_timeout(15_000)
         self.errors: list[str] = []
-        self.abroad: list[str] = []
+        self.other_hosts: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-        self.page.on("request", lambda r: self._watch(r.url, url))
+        self.page.on("request", lambda r: self._check_host(r.url, url))
         self.page.goto(url + query)
         self.wait()
 
-    def _watch(self, asked: str, home: str) -> None:
-        if not asked.startswith((home, home.replace("http", "ws"), "data:", "blob:")):
-            self.abroad.append(asked)
+    def _check_host(self, url: str, home: str) -> None:
+        if not url.startswith((home, home.replace("http", "ws"), "data:", "blob:")):
+            self.other_hosts.append(url)
 
     def wait(self) -> None:
-        self.page.wait_for_selector("#stage img.heat", timeout=15_000)
+        self.page.wait_for_selector("#comparison img.heat", timeout=15_000)
         self.page.wait_for_function("document.querySelector('#link textarea, #link input').value.length > 0")
 
-    def act(self, do: Any) -> None:
-        """Do something, and wait until the maps are other ones."""
-        before = self.page.inner_html("#stage section")
-        do()
-        changed = "before => document.querySelector('#stage section').innerHTML !== before"
+    def act(self, action: Any) -> None:
+        """Run an action, and wait until the maps have changed."""
+        before = self.page.inner_html("#comparison section")
+        action()
+        changed = "before => document.querySelector('#comparison section').innerHTML !== before"
         self.page.wait_for_function(changed, arg=before, timeout=15_000)
 
     def linked(self, *parts: str, without: str = "?!") -> str:
-        """Wait until the link says something and does not say another thing; the link."""
+        """Wait until the link contains all parts, and does not contain another text; return the link."""
         ready = (
             "([parts, without]) => parts.every(p => location.search.includes(p)) && !location.search.includes(without)"
         )
@@ -117,11 +117,11 @@ class Visit:
         assert link == self.page.url
         return link
 
-    def heats(self, where: str = "#stage") -> list[np.ndarray]:
-        """Pixels (H, W, 4) of the maps that are shown, in order."""
+    def heats(self, where: str = "#comparison") -> list[np.ndarray]:
+        """Pixels (H, W, 4) of the displayed maps, in order."""
         return [pixels(s) for s in self.page.eval_on_selector_all(f"{where} img.heat", "all => all.map(i => i.src)")]
 
-    def text(self, where: str = "#stage") -> str:
+    def text(self, where: str = "#comparison") -> str:
         return str(self.page.inner_text(where))
 
     def colour(self, name: str) -> None:
@@ -129,8 +129,8 @@ class Visit:
         self.page.get_by_role("option", name=name).click()
 
     def open(self, label: str) -> None:
-        self.page.get_by_role("button", name=label).click()
-        self.page.wait_for_timeout(500)  # what unfolds is made then, and takes its values a moment later
+        self.page.locator("button.label-wrap", has_text=label).click()
+        self.page.wait_for_timeout(500)  # Gradio builds the content now, and sets its values a moment later
 
 
 def pixels(uri: str) -> np.ndarray:
@@ -140,69 +140,70 @@ def pixels(uri: str) -> np.ndarray:
 
 @pytest.fixture
 def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Opens pages; in the end each is photographed, and none may have had an error or a request to another host."""
+    """Open pages; at the end take a screenshot of each, and check for errors and requests to other hosts."""
     visits: list[Visit] = []
 
-    def go(size: dict[str, int] = DESKTOP, scheme: str = "light", query: str = "", at: str = url) -> Visit:
+    def open_page(size: dict[str, int] = DESKTOP, scheme: str = "light", query: str = "", at: str = url) -> Visit:
         visits.append(Visit(browser, at, size, scheme, query))
         return visits[-1]
 
-    yield go
+    yield open_page
     folder = Path(os.environ.get("PIVOT_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
-    sideways = []
-    for number, one in enumerate(visits):
-        sideways.append(
-            one.page.evaluate("document.documentElement.scrollWidth > innerWidth || innerWidth > screen.width")
+    too_wide = []
+    for number, opened in enumerate(visits):
+        too_wide.append(
+            opened.page.evaluate("document.documentElement.scrollWidth > innerWidth || innerWidth > screen.width")
         )
-        one.page.screenshot(path=folder / f"{name}-{number}.png", full_page=True)
-        one.context.close()
-    assert [e for one in visits for e in one.errors] == []
-    assert [a for one in visits for a in one.abroad] == []
-    assert not any(sideways), "the page is wider than the screen"
+        opened.page.screenshot(path=folder / f"{name}-{number}.png", full_page=True)
+        opened.context.close()
+    assert [error for opened in visits for error in opened.errors] == []
+    assert [url for opened in visits for url in opened.other_hosts] == []
+    assert not any(too_wide), "the page is wider than the screen"
 
 
 def on_scale(heat: np.ndarray, name: str) -> np.ndarray:
-    """Each pixel's place on a colour scale, 0 to 255; fails where a colour is not of the scale."""
+    """Position of each pixel on a colour scale, 0 to 255; a colour that is not on the scale fails."""
     table = np.asarray(colour(np.arange(256.0)[None], name, 0, 255)).reshape(256, 3)
-    places = {tuple(rgb): i for i, rgb in reversed(list(enumerate(table.tolist())))}
+    positions = {tuple(rgb): i for i, rgb in reversed(list(enumerate(table.tolist())))}
     flat = heat[..., :3].reshape(-1, 3)
-    found = [places.get(tuple(rgb)) for rgb in flat.tolist()]
-    assert None not in found, "a pixel is none of the scale's colours"
-    return np.array(found).reshape(heat.shape[:2])
+    values = [positions.get(tuple(rgb)) for rgb in flat.tolist()]
+    assert None not in values, "a pixel's colour is not on the scale"
+    return np.array(values).reshape(heat.shape[:2])
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_first_look_shows_both_maps_on_one_scale(visit: Any, size: dict[str, int]) -> None:
+def test_the_first_view_shows_both_maps_on_one_scale(visit: Any, size: dict[str, int]) -> None:
     page = visit(size)
     first, second, difference = page.heats()
-    one, other = on_scale(first, "viridis"), on_scale(second, "viridis")
-    assert (one != other).any(), "both encoders show the same map"
-    assert max(one.max(), other.max()) == 255, "the scale does not end at the larger peak"
-    assert min(one.max(), other.max()) < 255, "each map has a scale of its own"
+    sft, dpo = on_scale(first, "viridis"), on_scale(second, "viridis")
+    assert (sft != dpo).any(), "both encoders have the same map"
+    assert max(sft.max(), dpo.max()) == 255, "the scale does not end at the larger peak"
+    assert min(sft.max(), dpo.max()) < 255, "each map has a scale of its own"
     assert len(np.unique(on_scale(difference, "PuOr"))) > 20
     text = page.text()
-    for said in ("SFT", "DPO", "Difference", "says", "for the right answer against the wrong one", "IoU", "coincide"):
-        assert said in text
+    for part in ("SFT", "DPO", "Difference", "says", "for the right answer against the wrong one", "IoU", "overlap"):
+        assert part in text
     assert page.page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the page scrolls sideways"
     thumb = page.page.locator("#examples button").nth(1).bounding_box()
-    assert thumb["width"] > 70, "the examples cannot be seen"
-    bare = page.page.eval_on_selector_all("#stage img.picture, #examples img", "all => all.filter(i => !i.alt).length")
-    assert bare == 0, "a picture has no text for those who do not see it"
+    assert thumb["width"] > 70, "the examples are too small"
+    images = "#comparison img.image, #examples img"
+    without_alt = page.page.eval_on_selector_all(images, "all => all.filter(i => !i.alt).length")
+    assert without_alt == 0, "an image has no alternative text"
 
 
-def test_difference_is_what_the_maps_differ_by(visit: Any) -> None:
+def test_the_difference_panel_shows_the_difference_of_the_maps(visit: Any) -> None:
     page = visit()
     first, second, difference = page.heats()
-    apart = on_scale(second, "viridis").astype(float) - on_scale(first, "viridis")
-    shown = on_scale(difference, "PuOr") - 127.5
-    assert np.corrcoef(apart.ravel(), shown.ravel())[0, 1] > 0.999
+    expected = on_scale(second, "viridis").astype(float) - on_scale(first, "viridis")
+    displayed = on_scale(difference, "PuOr") - 127.5
+    assert np.corrcoef(expected.ravel(), displayed.ravel())[0, 1] > 0.999
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_choosing(visit: Any, size: dict[str, int]) -> None:
-    """An example, a seed, a kind, a question of one's own, what to explain, method, layer, colours, opacity."""
+def test_controls(visit: Any, size: dict[str, int]) -> None:
+    """Examples, scenes, the visitor's own question, explained quantity, method, layer, colours and opacity work."""
     page = visit(size)
     p = page.page
     page.act(lambda: p.locator("#examples button").nth(1).click())
@@ -221,14 +222,14 @@ def test_choosing(visit: Any, size: dict[str, int]) -> None:
             p.get_by_label("Right answer").fill(""),
             p.get_by_label("Wrong answer").fill(""),
             p.get_by_role("textbox", name=re.compile("^Question")).fill("How many shapes are there?"),
-            p.locator("#look").click(),
+            p.locator("#compare").click(),
         )
     )
     assert "no right answer given" in page.text()
-    assert "No true outline is known here." in page.text()
+    assert "The object of the question is unknown." in page.text()
     assert (page.heats()[0] != before).any()
     page.act(lambda: p.locator("#examples button").nth(2).click())
-    page.open("How to look")
+    page.open("Settings")
     for label in ("SFT loss", "DPO loss", "answer"):
         page.act(lambda label=label: p.get_by_label(label, exact=True).check())
     cam = page.heats()[0]
@@ -246,78 +247,78 @@ def test_choosing(visit: Any, size: dict[str, int]) -> None:
     slider.focus()
     for _ in range(3):
         slider.press("ArrowLeft")
-    p.wait_for_function("getComputedStyle(document.querySelector('#stage img.heat')).opacity === '0.7'")
+    p.wait_for_function("getComputedStyle(document.querySelector('#comparison img.heat')).opacity === '0.7'")
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_looking_closer(visit: Any, size: dict[str, int]) -> None:
+def test_details(visit: Any, size: dict[str, int]) -> None:
     page = visit(size)
     p = page.page
     # Swipe: by mouse or finger, and by keyboard.
-    cut = p.locator("#close .cut")
-    cut.focus()
+    divider = p.locator("#details-panel .divider")
+    divider.focus()
     for _ in range(20):
-        cut.press("ArrowRight")
-    assert p.evaluate("getComputedStyle(document.querySelector('#close .over')).clipPath") == "inset(0px 0px 0px 70%)"
-    # Patches: one click, then the arrow keys; the chosen patch is the most alike, in both encoders.
+        divider.press("ArrowRight")
+    clip_path = p.evaluate("getComputedStyle(document.querySelector('#details-panel .over')).clipPath")
+    assert clip_path == "inset(0px 0px 0px 70%)"
+    # Patches: one click, then the arrow keys; the selected patch is the most similar one, in both encoders.
     p.get_by_label("Similar patches").check()
-    p.wait_for_selector("#close .pick")
-    box = p.locator("#close .pick").bounding_box()
-    p.locator("#close .pick").click(position={"x": box["width"] * 0.70, "y": box["height"] * 0.20})
-    p.wait_for_selector("#close .pick[data-row='1'][data-column='5']")
-    for heat in page.heats("#close"):
-        places = on_scale(heat, "viridis")
-        assert places[1 * 16 + 8, 5 * 16 + 8] == 255
-        assert len(np.unique(places)) > 10
-    p.locator("#close .pick").focus()
+    p.wait_for_selector("#details-panel .patch-grid")
+    box = p.locator("#details-panel .patch-grid").bounding_box()
+    p.locator("#details-panel .patch-grid").click(position={"x": box["width"] * 0.70, "y": box["height"] * 0.20})
+    p.wait_for_selector("#details-panel .patch-grid[data-row='1'][data-column='5']")
+    for heat in page.heats("#details-panel"):
+        values = on_scale(heat, "viridis")
+        assert values[1 * 16 + 8, 5 * 16 + 8] == 255
+        assert len(np.unique(values)) > 10
+    p.locator("#details-panel .patch-grid").focus()
     p.keyboard.press("ArrowDown")
-    p.wait_for_selector("#close .pick[data-row='2'][data-column='5']")
+    p.wait_for_selector("#details-panel .patch-grid[data-row='2'][data-column='5']")
     p.keyboard.press("ArrowLeft")
-    p.wait_for_selector("#close .pick[data-row='2'][data-column='4']")
-    assert "row 3, column 5" in page.text("#close")
-    # Colours: features of both encoders on one set of axes.
+    p.wait_for_selector("#details-panel .patch-grid[data-row='2'][data-column='4']")
+    assert "row 3, column 5" in page.text("#details-panel")
+    # Colours: features of both encoders on the same principal components.
     p.get_by_label("Patch colours").check()
-    p.wait_for_selector("#close section[aria-label='Patch features as colour']")
-    one, other = (pixels(s) for s in p.eval_on_selector_all("#close img.small", "all => all.slice(1).map(i => i.src)"))
-    assert one.shape == other.shape == (8, 8, 4)
-    assert (one != other).any()
-    assert len(np.unique(one.reshape(-1, 4), axis=0)) > 30
-    assert "share one set of axes" in page.text("#close")
-    # Words: a map a token.
-    p.get_by_label("Words").check()
-    p.wait_for_selector("#close .words figure")
-    words = p.eval_on_selector_all("#close .words:first-of-type b", "all => all.map(b => b.innerText)")
-    assert [w.strip() for w in p.locator("#close .words").nth(0).locator("b").all_inner_texts()] == [
-        *("It", "is", "teal", ".", "(end)"),
-    ], words
-    maps = page.heats("#close")
+    p.wait_for_selector("#details-panel section[aria-label='Patch features as colours']")
+    sources = p.eval_on_selector_all("#details-panel img.small", "all => all.slice(1).map(i => i.src)")
+    first, second = (pixels(source) for source in sources)
+    assert first.shape == second.shape == (8, 8, 4)
+    assert (first != second).any()
+    assert len(np.unique(first.reshape(-1, 4), axis=0)) > 30
+    assert "Both encoders share the components" in page.text("#details-panel")
+    # Token attribution: a map for each token.
+    p.get_by_label("Token attribution").check()
+    p.wait_for_selector("#details-panel .tokens figure")
+    tokens = p.locator("#details-panel .tokens").nth(0).locator("b").all_inner_texts()
+    assert [token.strip() for token in tokens] == ["It", "is", "teal", ".", "(end)"]
+    maps = page.heats("#details-panel")
     assert len(maps) == 10
     assert len({m.tobytes() for m in maps}) > 5
 
 
-def png(image: Image.Image, path: Path, **options: Any) -> Path:
+def save_image(image: Image.Image, path: Path, **options: Any) -> Path:
     image.save(path, **options)
     return path
 
 
-def picture() -> Image.Image:
+def noise_image() -> Image.Image:
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).resize((280, 180))
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_own_picture_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
+def test_own_image_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     page = visit(size)
     p = page.page
-    p.get_by_role("tab", name="Your own picture").click()
-    file = png(picture(), tmp_path / "mine.png")
+    p.get_by_role("tab", name="Your own image").click()
+    file = save_image(noise_image(), tmp_path / "mine.png")
     page.act(lambda: p.locator("#upload input[type=file]").set_input_files(file))
     assert "Describe the image." in page.text()
     assert "no right answer given" in page.text()
-    wide = p.locator("#stage .frame").first.bounding_box()
-    assert wide["width"] / wide["height"] == pytest.approx(280 / 180, rel=0.03), "the picture lost its proportions"
-    page.act(lambda: (p.get_by_label("Right answer").fill("It is a cat."), p.locator("#look").click()))
-    assert "gives the right answer with" in page.text()
+    wide = p.locator("#comparison .frame").first.bounding_box()
+    assert wide["width"] / wide["height"] == pytest.approx(280 / 180, rel=0.03), "the aspect ratio of the image changed"
+    page.act(lambda: (p.get_by_label("Right answer").fill("It is a cat."), p.locator("#compare").click()))
+    assert "probability of the right answer" in page.text()
     # Pasted from the clipboard.
     page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
     p.evaluate(
@@ -325,11 +326,11 @@ def test_own_picture_by_upload_paste_and_webcam(visit: Any, size: dict[str, int]
           const blob = new Blob([new Uint8Array(bytes)], { type: "image/png" });
           await navigator.clipboard.write([new ClipboardItem({ "image/png": blob })]);
         }""",
-        list(png(picture().rotate(180), tmp_path / "turned.png").read_bytes()),
+        list(save_image(noise_image().rotate(180), tmp_path / "turned.png").read_bytes()),
     )
     page.act(lambda: p.locator("#upload").get_by_label(re.compile("clipboard", re.I)).click())
     assert "Describe the image." in page.text()
-    # Photographed by the browser's own test camera.
+    # Taken with the browser's test camera.
     page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
     p.locator("#upload").get_by_label("Capture from camera").click()
     p.locator("#upload").get_by_text(re.compile("access", re.I)).first.click()
@@ -341,22 +342,22 @@ def test_own_picture_by_upload_paste_and_webcam(visit: Any, size: dict[str, int]
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
-    """The link restores question, method, colours and closer look; figure and numbers are saved."""
+    """The link restores question, method, colours and details; figure and numbers are saved."""
     page = visit(size)
     p = page.page
     page.act(lambda: p.locator("#examples button").nth(3).click())
-    page.open("How to look")
+    page.open("Settings")
     page.act(lambda: p.get_by_label("gradient map").check())
     page.act(lambda: page.colour("cividis"))
     p.get_by_label("Similar patches").check()
-    p.wait_for_selector("#close .pick")
-    link = page.linked("closer=patches", "method=gradient", "colours=cividis")
-    again = visit(size, query="?" + link.partition("?")[2])
-    again.page.wait_for_selector("#close .pick")
-    assert [h.tobytes() for h in again.heats()] == [h.tobytes() for h in page.heats()]
-    assert again.page.inner_html("#stage section") == p.inner_html("#stage section")
-    again.open("How to look")
-    assert again.page.get_by_label("gradient map").is_checked()
+    p.wait_for_selector("#details-panel .patch-grid")
+    link = page.linked("details=patches", "method=gradient", "colours=cividis")
+    reopened = visit(size, query="?" + link.partition("?")[2])
+    reopened.page.wait_for_selector("#details-panel .patch-grid")
+    assert [h.tobytes() for h in reopened.heats()] == [h.tobytes() for h in page.heats()]
+    assert reopened.page.inner_html("#comparison section") == p.inner_html("#comparison section")
+    reopened.open("Settings")
+    assert reopened.page.get_by_label("gradient map").is_checked()
     with p.expect_download() as saved:
         p.locator("#save-figure").click()
     saved.value.save_as(tmp_path / "maps.png")
@@ -372,22 +373,23 @@ def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     assert numbers["link"] == "?" + link.partition("?")[2]
 
 
-def test_a_picture_travels_in_its_link(visit: Any, tmp_path: Path) -> None:
+def test_the_link_contains_the_image(visit: Any, tmp_path: Path) -> None:
     page = visit()
     p = page.page
-    p.get_by_role("tab", name="Your own picture").click()
-    page.act(lambda: p.locator("#upload input[type=file]").set_input_files(png(picture(), tmp_path / "mine.png")))
-    link = page.linked("picture=")
+    p.get_by_role("tab", name="Your own image").click()
+    file = save_image(noise_image(), tmp_path / "mine.png")
+    page.act(lambda: p.locator("#upload input[type=file]").set_input_files(file))
+    link = page.linked("image=")
     assert len(link) < 8000
-    again = visit(query="?" + link.partition("?")[2])
-    assert "Describe the image." in again.text()
-    box = again.page.locator("#stage .frame").first.bounding_box()
+    reopened = visit(query="?" + link.partition("?")[2])
+    assert "Describe the image." in reopened.text()
+    box = reopened.page.locator("#comparison .frame").first.bounding_box()
     assert box["width"] / box["height"] == pytest.approx(280 / 180, rel=0.03)
 
 
-def test_a_bad_link_is_told_and_the_page_works(visit: Any) -> None:
+def test_a_bad_link_gets_a_message_and_the_page_works(visit: Any) -> None:
     page = visit(query="?colours=rainbow&scene=3")
-    assert "colours is 'rainbow': it is one of viridis, cividis, magma." in page.text("#message")
+    assert "colours is 'rainbow': it must be one of viridis, cividis, magma." in page.text("#message")
     page = visit(query="?first=../../etc&second=/etc")
     p = page.page
     assert "names no MLLM" in page.text("#message")
@@ -395,12 +397,12 @@ def test_a_bad_link_is_told_and_the_page_works(visit: Any) -> None:
     assert p.locator("#message .message").count() == 0
 
 
-def test_a_wrong_pair_is_told_and_the_old_one_stays(visit: Any) -> None:
+def test_wrong_models_get_a_message_and_the_current_ones_stay(visit: Any) -> None:
     page = visit()
     p = page.page
     before = page.heats()
-    page.open("Other encoders")
-    for first, second, said in (
+    page.open("Other models")
+    for first, second, message in (
         ("/etc", "/root", "names no MLLM"),
         ("no-such-owner/no-such-model", "no-such-owner/other", "could not be fetched"),
         ("only-one/given", "", "give both names"),
@@ -408,44 +410,45 @@ def test_a_wrong_pair_is_told_and_the_old_one_stays(visit: Any) -> None:
         p.get_by_label("First MLLM").fill(first)
         p.get_by_label("Second MLLM").fill(second)
         p.locator("#load").click()
-        p.wait_for_function("said => document.querySelector('#loading').innerText.includes(said)", arg=said)
-        assert "The pair that was shown stays." in page.text("#loading")
+        p.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=message)
+        assert "The current models stay." in page.text("#status")
     page.act(lambda: p.locator("#examples button").nth(4).click())
     page.act(lambda: p.locator("#examples button").nth(0).click())
     assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in before]
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_another_pair_by_field_and_by_link(
+def test_other_models_by_field_and_by_link(
     visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading says how far it is; the pair then answers, is in the link, and the built-in one comes back."""
+    """Loading shows its progress; the models then answer and are in the link; the built-in ones can be restored."""
     load = load_mllm
 
     def slowly(folder: Path) -> Any:
-        time.sleep(0.8)  # of tiny models nobody would see the progress
+        time.sleep(0.8)  # tiny models load too fast for the progress to appear
         return load(folder)
 
-    monkeypatch.setattr(mllm_pair, "load_mllm", slowly)
+    monkeypatch.setattr(model_bundle, "load_mllm", slowly)
     page = visit(size, at=url_with_runs)
     p = page.page
     built_in = [h.tobytes() for h in page.heats()]
-    page.open("Other encoders")
-    offered = page.text(".choose").partition("Also here: ")[2].partition(".")[0].split(", ")
-    assert {"1-align", "2-instruct", "3-dpo", "3-sft"} <= set(offered)  # other tests may have left more beside them
+    page.open("Other models")
+    offered_names = page.text(".controls").partition("Also here: ")[2].partition(".")[0].split(", ")
+    # Other tests may have left more checkpoints in the folder.
+    assert {"1-align", "2-instruct", "3-dpo", "3-sft"} <= set(offered_names)
     names = {"First MLLM": "3-sft", "Second MLLM": "3-dpo", "Parent": "2-instruct"}
     for label, name in names.items():
         p.get_by_label(label).fill(name)
     p.locator("#load").click()
-    p.wait_for_function("document.querySelector('#loading').innerText.includes('loading 3-')")
-    assert "SFT" in page.text(), "the old pair stays while the new one loads"
-    p.wait_for_function("document.querySelector('#loading').innerText.includes('Shown: 3-sft and 3-dpo.')")
-    assert p.locator("#stage h3").all_inner_texts() == ["The picture", "3-sft", "3-dpo", "Difference"]
+    p.wait_for_function("document.querySelector('#status').innerText.includes('loading 3-')")
+    assert "SFT" in page.text(), "the old models stay while the new ones load"
+    p.wait_for_function("document.querySelector('#status').innerText.includes('Loaded: 3-sft and 3-dpo.')")
+    assert p.locator("#comparison h3").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
     link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
-    again = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
-    assert [h.tobytes() for h in again.heats()] == [h.tobytes() for h in page.heats()]
-    assert again.page.locator("#stage h3").nth(1).inner_text() == "3-sft"
-    page.act(lambda: p.locator("#back").click())
+    reopened = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
+    assert [h.tobytes() for h in reopened.heats()] == [h.tobytes() for h in page.heats()]
+    assert reopened.page.locator("#comparison h3").nth(1).inner_text() == "3-sft"
+    page.act(lambda: p.locator("#built-in").click())
     assert [h.tobytes() for h in page.heats()] == built_in
     assert "first=" not in page.linked(without="first=")
 
@@ -455,13 +458,13 @@ def test_visitors_do_not_disturb_each_other(visit: Any) -> None:
     one.act(lambda: one.page.locator("#examples button").nth(1).click())
     other.act(lambda: other.page.locator("#examples button").nth(4).click())
     other.page.get_by_label("Patch colours").check()
-    one.open("How to look")
+    one.open("Settings")
     one.act(lambda: one.colour("magma"))
     assert "Where is the brown ring?" in one.text()
     on_scale(one.heats()[0], "magma")
     assert "Where is the yellow star?" in other.text()
     on_scale(other.heats()[0], "viridis")
-    assert one.page.locator("#close .swipe").count() == 1
+    assert one.page.locator("#details-panel .swipe").count() == 1
 
 
 BAD_FILES = {
@@ -473,35 +476,35 @@ GOOD_FILES = ("moving.gif", "print.jpg", "turned.jpg")
 
 
 def write_files(folder: Path) -> None:
-    image = picture()
-    (folder / "not-an-image.png").write_bytes(b"#!/bin/sh\necho no picture\n" * 40)
+    image = noise_image()
+    (folder / "not-an-image.png").write_bytes(b"#!/bin/sh\necho not an image\n" * 40)
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")
     image.save(folder / "whole.jpg")
     (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:3000])
     image.save(folder / "moving.gif", save_all=True, append_images=[image.rotate(90), image.rotate(180)])
     image.convert("CMYK").save(folder / "print.jpg")
     exif = Image.Exif()
-    exif[274] = 6  # the camera was held upright
+    exif[274] = 6  # the camera was held in portrait orientation
     image.save(folder / "turned.jpg", exif=exif)
 
 
-def test_bad_and_odd_pictures(visit: Any, tmp_path: Path) -> None:
+def test_bad_and_unusual_images(visit: Any, tmp_path: Path) -> None:
     write_files(tmp_path)
     page = visit()
     p = page.page
-    p.get_by_role("tab", name="Your own picture").click()
+    p.get_by_role("tab", name="Your own image").click()
     start = page.heats()
-    for name, said in BAD_FILES.items():
+    for name, message in BAD_FILES.items():
         p.locator("#upload input[type=file]").set_input_files(tmp_path / name)
-        p.wait_for_function("said => document.querySelector('#message').innerText.includes(said)", arg=said)
+        p.wait_for_function("text => document.querySelector('#message').innerText.includes(text)", arg=message)
         assert str(tmp_path) not in p.content()
         assert "Traceback" not in p.content()
         assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in start]
-        p.locator("#upload input[type=file]").wait_for(state="attached")  # the bad picture was taken out again
+        p.locator("#upload input[type=file]").wait_for(state="attached")  # the bad image has been removed
     for name in GOOD_FILES:
         page.act(lambda name=name: p.locator("#upload input[type=file]").set_input_files(tmp_path / name))
         assert p.locator("#message .message").count() == 0
-        box = p.locator("#stage .frame").first.bounding_box()
+        box = p.locator("#comparison .frame").first.bounding_box()
         ratio = 180 / 280 if name == "turned.jpg" else 280 / 180
         assert box["width"] / box["height"] == pytest.approx(ratio, rel=0.03)
         page.act(lambda: p.locator("#upload").get_by_label("Remove Image").click())
@@ -512,17 +515,17 @@ def test_long_and_hostile_questions(visit: Any) -> None:
     p = page.page
     question = p.get_by_role("textbox", name=re.compile("^Question"))
     question.fill("why " * 2500)
-    p.locator("#look").click()
+    p.locator("#compare").click()
     p.wait_for_function("document.querySelector('#message').innerText.includes('10,000 characters')")
     hostile = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> ${1+1} {{7*7}}"
-    page.act(lambda: (question.fill(hostile), p.locator("#look").click()))
+    page.act(lambda: (question.fill(hostile), p.locator("#compare").click()))
     assert hostile in page.text()
-    assert p.locator("#stage script, #stage img[src=x]").count() == 0
+    assert p.locator("#comparison script, #comparison img[src=x]").count() == 0
     assert p.title() == "What did DPO change?"
 
 
 def test_keyboard_alone(visit: Any) -> None:
-    """Every control is reached by Tab, and an example is chosen by Enter."""
+    """The Tab key reaches the controls, and Enter chooses an example."""
     page = visit()
     p = page.page
     p.locator("#examples button").nth(2).focus()
@@ -532,7 +535,7 @@ def test_keyboard_alone(visit: Any) -> None:
     for _ in range(60):
         p.keyboard.press("Tab")
         reached.add(p.evaluate("document.activeElement.closest('[id]:not([id=\"\"])')?.id || ''"))
-    assert {"look", "another", "closer", "save-figure", "save-numbers"} <= reached
+    assert {"compare", "another", "details", "save-figure", "save-numbers"} <= reached
     assert p.evaluate("document.activeElement !== null")
 
 
@@ -541,5 +544,5 @@ def test_dark(visit: Any, size: dict[str, int]) -> None:
     page = visit(size, "dark")
     back = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(int(v) for v in re.findall(r"\d+", back)[:3]) < 60
-    front = page.page.evaluate("getComputedStyle(document.querySelector('.verdict')).color")
+    front = page.page.evaluate("getComputedStyle(document.querySelector('.summary')).color")
     assert min(int(v) for v in re.findall(r"\d+", front)[:3]) > 180

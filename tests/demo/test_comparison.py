@@ -1,4 +1,4 @@
-"""Two MLLMs on one picture: what is compared is right, the shipped pair is whole, looks and uploads are judged."""
+"""Two MLLMs on one image: the comparison, the shipped model bundle, and the validation of view states and uploads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
@@ -19,10 +20,19 @@ from PIL import Image
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.image import read_upload
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.demo import model_bundle as mllm_pair
-from pivot_hub.demo.comparison import Subject, compare, compare_patches, compare_tokens, fit_picture, scene_subject
+from pivot_hub.demo import bundle_cache
+from pivot_hub.demo.bundle_cache import BundleCache
+from pivot_hub.demo.comparison import (
+    Subject,
+    compare,
+    compare_patches,
+    compare_tokens,
+    crop_for_encoders,
+    scene_subject,
+)
 from pivot_hub.demo.comparison_figure import draw_comparison
-from pivot_hub.demo.model_bundle import SHIPPED, BundleCache, BundleNames, ModelBundle, pack_bundle, shipped_bundle
+from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
+from pivot_hub.demo.packed_bundle import SHIPPED, pack_bundle, shipped_bundle
 from pivot_hub.demo.view_state import ViewState, read_view_state
 from pivot_hub.errors import CheckpointError, DataError
 from pivot_hub.explain.gradcam import answer_batch, answer_log_probs, gradient_map
@@ -31,47 +41,46 @@ from pivot_hub.explain.patch_features import patch_tokens, principal_colours, si
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.localization.gradient_maps import score_map
 from pivot_hub.provenance import file_sha256
-from pivot_hub.publish.secret_scan import find_leaks
+from pivot_hub.publish.secret_scan import scan_for_secrets
 from tests.publish.hub_server import hub_server
 
 
 @pytest.fixture(scope="module")
-def pair() -> ModelBundle:
+def bundle() -> ModelBundle:
     return shipped_bundle()
 
 
 @pytest.fixture(scope="module")
-def scene(pair: ModelBundle) -> Subject:
-    return scene_subject(ShapesDataset(image_px=pair.image_px), 17, "position")
+def scene(bundle: ModelBundle) -> Subject:
+    return scene_subject(ShapesDataset(image_px=bundle.image_px), 17, "position")
 
 
-# ---------------------------------------------------------------------- the shipped pair
-def test_shipped_pair_is_small_sealed_and_from_our_recipes() -> None:
+# ---------------------------------------------------------------------- the shipped bundle
+def test_shipped_bundle_is_small_and_matches_its_manifest_and_our_recipes() -> None:
     files = [f for f in SHIPPED.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 8_000_000
     provenance = json.loads((SHIPPED / "provenance.json").read_text())
     assert provenance["files"] == {f.name: file_sha256(f) for f in sorted(files) if f.name != "provenance.json"}
     recipes = RECIPES / "shapes"
     for stage in ("2-instruct", "3-sft", "3-dpo"):
-        said = json.loads(json.dumps(provenance["stages"]))
-        assert f"shapes/{stage}" in {s["recipe"] for s in said.values()}
+        assert f"shapes/{stage}" in {s["recipe"] for s in provenance["stages"].values()}
         assert (recipes / f"{stage}.yaml").is_file()
-    assert find_leaks(SHIPPED) == []
+    assert scan_for_secrets(SHIPPED) == []
 
 
-def test_packing_keeps_what_the_branches_differ_by(trained: Path, tmp_path: Path) -> None:
+def test_packing_keeps_the_differences_of_the_branches(trained: Path, tmp_path: Path) -> None:
     pack_bundle(trained, tmp_path / "pair")
-    made = shipped_bundle(tmp_path / "pair")
-    assert made.parent is not None
+    bundle = shipped_bundle(tmp_path / "pair")
+    assert bundle.parent is not None
     parent = load_mllm(trained / "2-instruct")[0].state_dict()
-    for mllm, stage in ((made.first, "3-sft"), (made.second, "3-dpo"), (made.parent, "2-instruct")):
+    for mllm, stage in ((bundle.first, "3-sft"), (bundle.second, "3-dpo"), (bundle.parent, "2-instruct")):
         true = load_mllm(trained / stage)[0].state_dict()
         for key, weight in mllm.model.state_dict().items():
             change = true[key] - parent[key]
             rounding = parent[key].abs().max() / 60_000 + change.abs().max() / 250 + 1e-7
             assert (weight - true[key]).abs().max() <= rounding, key
-            # The parent's rounding is in both: what a branch differs by is kept to a share of its largest change.
-            kept = weight - made.parent.model.state_dict()[key]
+            # Both share the parent's rounding, so the error of a difference depends on its own largest value only.
+            kept = weight - bundle.parent.model.state_dict()[key]
             assert (kept - change).abs().max() <= change.abs().max() / 200 + 1e-7, key
     assert "_name_or_path" not in (tmp_path / "pair" / "config.json").read_text()
 
@@ -85,59 +94,59 @@ def test_packing_refuses_branches_of_another_parent(trained: Path, tmp_path: Pat
     with pytest.raises(CheckpointError, match="was not trained from"):
         pack_bundle(runs, tmp_path / "pair")
     assert not (tmp_path / "pair").exists()
-    with pytest.raises(CheckpointError, match="is no finished stage"):
+    with pytest.raises(CheckpointError, match="is not a finished stage"):
         pack_bundle(tmp_path, tmp_path / "pair")
 
 
-def test_a_pack_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_an_error_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="make one with `pivot pair RUNS OUTPUT`"):
         shipped_bundle(tmp_path)
 
 
-# ---------------------------------------------------------------------- any pair
+# ---------------------------------------------------------------------- other bundles
 def test_names_below_runs_are_read_and_no_other_path(trained: Path, tmp_path: Path) -> None:
-    shelf = BundleCache(runs=trained)
+    bundles = BundleCache(runs=trained)
     steps: list[str] = []
-    made = shelf.get(BundleNames("3-sft", "3-dpo", "2-instruct"), lambda share, what: steps.append(what))
-    assert [made.first.name, made.second.name] == ["3-sft", "3-dpo"]
+    bundle = bundles.get(BundleNames("3-sft", "3-dpo", "2-instruct"), lambda share, step: steps.append(step))
+    assert [bundle.first.name, bundle.second.name] == ["3-sft", "3-dpo"]
     assert steps[-1] == "loading 2-instruct"
-    assert shelf.get(BundleNames("3-sft", "3-dpo", "2-instruct")) is made
+    assert bundles.get(BundleNames("3-sft", "3-dpo", "2-instruct")) is bundle
     for name in (str(trained / "3-sft"), "../tiny/3-sft", "3-sft/../3-dpo", "/etc", ".", "a/b@../../c", "x" * 300):
-        with pytest.raises(CheckpointError, match="names no MLLM") as told:
-            shelf.get(BundleNames(name, "3-dpo"))
-        assert str(trained.parent) not in str(told.value).replace(name[:80], "")
+        with pytest.raises(CheckpointError, match="names no MLLM") as raised:
+            bundles.get(BundleNames(name, "3-dpo"))
+        assert str(trained.parent) not in str(raised.value).replace(name[:80], "")
     with pytest.raises(CheckpointError, match="give both names"):
-        shelf.get(BundleNames("3-sft", ""))
+        bundles.get(BundleNames("3-sft", ""))
 
 
-def test_only_the_latest_pairs_stay(trained: Path) -> None:
-    shelf = BundleCache(runs=trained, keep=1)
-    first = shelf.get(BundleNames("3-sft", "3-dpo"))
-    shelf.get(BundleNames("3-dpo", "3-sft"))
-    assert shelf.get(BundleNames("3-sft", "3-dpo")) is not first
-    assert shelf.start() is shelf.start()
+def test_only_the_most_recent_bundles_stay_in_memory(trained: Path) -> None:
+    bundles = BundleCache(runs=trained, capacity=1)
+    first = bundles.get(BundleNames("3-sft", "3-dpo"))
+    bundles.get(BundleNames("3-dpo", "3-sft"))
+    assert bundles.get(BundleNames("3-sft", "3-dpo")) is not first
+    assert bundles.default() is bundles.default()
 
 
 def test_a_repository_of_the_hub(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is fetched: the config first, then weights and no pickle or code; too large or no MLLM is refused."""
-    asked: list[Any] = []
+    """The config is fetched first, then the weights, never a pickle or code; too large or no MLLM is refused."""
+    requests: list[Any] = []
 
-    def one(repo: str, file: str, revision: str | None) -> str:
-        asked.append((repo, file, revision))
+    def download_file(repo: str, file: str, revision: str | None) -> str:
+        requests.append((repo, file, revision))
         return str(trained / repo.partition("/")[2] / file)
 
-    def all_of(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision, allow_patterns))
+    def download_repository(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        requests.append((repo, revision, allow_patterns))
         return str(trained / repo.partition("/")[2])
 
-    monkeypatch.setattr(mllm_pair, "hf_hub_download", one)
-    monkeypatch.setattr(mllm_pair, "snapshot_download", all_of)
-    made = BundleCache().get(BundleNames("owner/3-sft@v1", "owner/3-dpo"))
-    assert made.second.name == "3-dpo"
-    assert asked[0] == ("owner/3-sft", "config.json", "v1")
-    assert not any(p.endswith((".bin", ".py", ".pt", ".pkl")) for p in asked[1][2])
+    monkeypatch.setattr(bundle_cache, "hf_hub_download", download_file)
+    monkeypatch.setattr(bundle_cache, "snapshot_download", download_repository)
+    bundle = BundleCache().get(BundleNames("owner/3-sft@v1", "owner/3-dpo"))
+    assert bundle.second.name == "3-dpo"
+    assert requests[0] == ("owner/3-sft", "config.json", "v1")
+    assert not any(p.endswith((".bin", ".py", ".pt", ".pkl")) for p in requests[1][2])
     with pytest.raises(CheckpointError, match="billion parameters are more than"):
-        BundleCache(most=1000).get(BundleNames("owner/3-sft", "owner/3-dpo"))
+        BundleCache(most_parameters=1000).get(BundleNames("owner/3-sft", "owner/3-dpo"))
     (trained / "other").mkdir(exist_ok=True)
     (trained / "other" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="not an MLLM in transformers' LLaVA format"):
@@ -149,121 +158,124 @@ VISIT = """
 import sys
 from huggingface_hub import HfApi
 from pivot_hub.errors import CheckpointError
-from pivot_hub.demo.model_bundle import BundleNames, BundleCache
-runs, shelf = sys.argv[1], PairShelf()
+from pivot_hub.demo.bundle_cache import BundleCache
+from pivot_hub.demo.model_bundle import BundleNames
+runs, bundles = sys.argv[1], BundleCache()
 for stage in ("2-instruct", "3-sft", "3-dpo"):
     HfApi().create_repo(f"pivot/{stage}")
     HfApi().upload_folder(repo_id=f"pivot/{stage}", folder_path=f"{runs}/{stage}")
     HfApi().upload_file(repo_id=f"pivot/{stage}", path_or_fileobj=b"no weights", path_in_repo="pytorch_model.bin")
-made = shelf.get(PairNames("pivot/3-sft@main", "pivot/3-dpo", "pivot/2-instruct"), lambda share, what: print(what))
-print("pair:", made.first.name, made.second.name, made.parent.name)
+names = BundleNames("pivot/3-sft@main", "pivot/3-dpo", "pivot/2-instruct")
+bundle = bundles.get(names, lambda share, step: print(step))
+print("bundle:", bundle.first.name, bundle.second.name, bundle.parent.name)
 for name in ("pivot/none", "pivot/3-sft@nowhere"):
     try:
-        shelf.get(PairNames(name, "pivot/3-dpo"))
+        bundles.get(BundleNames(name, "pivot/3-dpo"))
     except CheckpointError as error:
-        print("told:", error)
+        print("error:", error)
 """
 
 
 def test_repositories_of_a_real_hub(trained: Path, tmp_path: Path) -> None:
-    """Through huggingface_hub and the hub's own protocol: pushed, named, fetched, compared; no pickle is fetched."""
+    """Repositories are pushed and fetched by huggingface_hub over the hub's own protocol; no pickle is fetched."""
     with hub_server(tmp_path / "hub") as server:
         command = [sys.executable, "-c", VISIT, str(trained)]
         environment = server.environment(tmp_path / "home")
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[:4] == ["finding pivot/3-sft@main", "finding pivot/3-dpo", "finding pivot/2-instruct", said[3]]
-    assert "pair: 3-sft@main 3-dpo 2-instruct" in said
-    told = [line for line in said if line.startswith("told:")]
-    assert len(told) == 2
-    assert all("no such public repository and revision; check the spelling" in line for line in told)
-    asked = [path for method, path, _ in server.log if "/resolve/" in path]
-    assert sum(path.endswith("/model.safetensors") for path in asked) == 3
-    assert not any(path.endswith((".bin", ".py")) for path in asked)
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["finding pivot/3-sft@main", "finding pivot/3-dpo", "finding pivot/2-instruct"]
+    assert "bundle: 3-sft@main 3-dpo 2-instruct" in lines
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 2
+    assert all("no such public repository and revision; check the spelling" in line for line in errors)
+    requests = [path for method, path, _ in server.log if "/resolve/" in path]
+    assert sum(path.endswith("/model.safetensors") for path in requests) == 3
+    assert not any(path.endswith((".bin", ".py")) for path in requests)
 
 
-def test_a_hub_out_of_reach_is_told_without_a_path() -> None:
-    with pytest.raises(CheckpointError, match="could not be fetched") as told:
+def test_the_error_of_an_unreachable_hub_contains_no_path() -> None:
+    with pytest.raises(CheckpointError, match="could not be fetched") as raised:
         BundleCache().get(BundleNames("no-such-owner/no-such-model", "a/b"))
-    assert "/root" not in str(told.value)
-    assert "cache" not in str(told.value)
+    assert "/root" not in str(raised.value)
+    assert "cache" not in str(raised.value)
 
 
 def test_starting_with_folders(trained: Path) -> None:
     names = BundleNames(str(trained / "3-sft"), str(trained / "3-dpo"))
-    made = BundleCache(names).start()
-    assert (made.first.name, made.second.name, made.parent) == ("3-sft", "3-dpo", None)
+    bundle = BundleCache(names).default()
+    assert (bundle.first.name, bundle.second.name, bundle.parent) == ("3-sft", "3-dpo", None)
     with pytest.raises(DataError, match="needs the parent"):
-        compare(made, scene_subject(ShapesDataset(image_px=made.image_px), 1, "shape"), "dpo")
+        compare(bundle, scene_subject(ShapesDataset(image_px=bundle.image_px), 1, "shape"), "dpo")
 
 
 # ---------------------------------------------------------------------- comparison
-def test_a_comparison_holds_the_maps_and_probabilities_of_each_model(pair: ModelBundle, scene: Subject) -> None:
-    made = compare(pair, scene, "dpo", layer=2)
-    assert pair.parent is not None
-    for mllm, view in ((pair.first, made.first), (pair.second, made.second)):
+def test_a_comparison_holds_the_maps_and_probabilities_of_each_model(bundle: ModelBundle, scene: Subject) -> None:
+    comparison = compare(bundle, scene, "dpo", layer=2)
+    assert bundle.parent is not None
+    for mllm, result in zip((bundle.first, bundle.second), comparison.results, strict=True):
         maps = gradient_map(
             mllm.model,
             mllm.processor,
             scene.image,
             scene.question,
-            scene.right,
+            scene.right_answer,
             "dpo",
-            scene.wrong,
-            pair.parent.model,
+            scene.wrong_answer,
+            bundle.parent.model,
             layer=2,
         )
         for method, grid in maps.maps.items():
-            assert np.allclose(grid, view.maps[method], rtol=1e-4, atol=1e-9)
+            assert np.allclose(grid, result.maps[method], rtol=1e-4, atol=1e-9)
         with torch.no_grad():
-            batch = answer_batch(mllm.processor, scene.image, scene.question, [scene.right, scene.wrong])
+            batch = answer_batch(mllm.processor, scene.image, scene.question, [scene.right_answer, scene.wrong_answer])
             right, wrong = answer_log_probs(mllm.model, batch).tolist()
-        assert view.preference == pytest.approx(np.exp(right) / (np.exp(right) + np.exp(wrong)), rel=1e-4)
+        assert result.preference == pytest.approx(np.exp(right) / (np.exp(right) + np.exp(wrong)), rel=1e-4)
         assert scene.mask is not None
-        assert view.scores is not None
-        assert view.scores["gradcam"] == score_map(view.maps["gradcam"], scene.mask)
-    assert made.first.maps["gradcam"].tolist() != made.second.maps["gradcam"].tolist()
-    metadata = json.loads(json.dumps(made.to_dict()))
-    assert [m["name"] for m in metadata["models"]] == ["SFT", "DPO"]
-    assert np.allclose(metadata["models"][1]["maps"]["gradient"], made.second.maps["gradient"], atol=1e-6)
+        assert result.scores is not None
+        assert result.scores["gradcam"] == score_map(result.maps["gradcam"], scene.mask)
+    first, second = comparison.results
+    assert first.maps["gradcam"].tolist() != second.maps["gradcam"].tolist()
+    values = json.loads(json.dumps(comparison.to_dict()))
+    assert [m["name"] for m in values["models"]] == ["SFT", "DPO"]
+    assert np.allclose(values["models"][1]["maps"]["gradient"], second.maps["gradient"], atol=1e-6)
 
 
-def test_without_a_right_answer_each_explains_its_own(pair: ModelBundle, scene: Subject) -> None:
-    made = compare(pair, replace(scene, right="", wrong="", mask=None))
-    for view in (made.first, made.second):
-        assert view.explained == view.answer != ""
-        assert (view.preference, view.scores, view.right_log_prob) == (None, None, None)
+def test_without_a_right_answer_each_models_own_answer_is_explained(bundle: ModelBundle, scene: Subject) -> None:
+    comparison = compare(bundle, replace(scene, right_answer="", wrong_answer="", mask=None))
+    for result in comparison.results:
+        assert result.explained == result.answer != ""
+        assert (result.preference, result.scores, result.right_log_prob) == (None, None, None)
     with pytest.raises(DataError, match="give a right and a wrong one"):
-        compare(pair, replace(scene, wrong=""), "dpo")
+        compare(bundle, replace(scene, wrong_answer=""), "dpo")
     with pytest.raises(DataError, match="There is no question"):
-        compare(pair, replace(scene, question="  "))
+        compare(bundle, replace(scene, question="  "))
     with pytest.raises(DataError, match="10,000 characters; at most 500"):
-        compare(pair, replace(scene, question="why " * 2500))
+        compare(bundle, replace(scene, question="why " * 2500))
 
 
-def test_sentences_say_what_the_maps_show(pair: ModelBundle, scene: Subject) -> None:
-    made = compare(pair, scene)
+def test_the_summary_describes_the_maps(bundle: ModelBundle, scene: Subject) -> None:
+    comparison = compare(bundle, scene)
     mask = np.zeros((64, 64), bool)
     mask[:16, :16] = True
-    on, off, none = np.zeros((8, 8)), np.zeros((8, 8)), np.zeros((8, 8))
+    on, off, empty = np.zeros((8, 8)), np.zeros((8, 8)), np.zeros((8, 8))
     on[0, 0] = off[7, 7] = 1
 
-    def said(first: np.ndarray, second: np.ndarray) -> str:
-        views = [
-            replace(v, maps={"gradcam": m}, scores={"gradcam": score_map(m, mask)})
-            for v, m in ((made.first, first), (made.second, second))
-        ]
-        return replace(made, first=views[0], second=views[1]).sentence("gradcam")
+    def summary(*maps: np.ndarray) -> str:
+        first, second = (
+            replace(result, maps={"gradcam": m}, scores={"gradcam": score_map(m, mask)})
+            for result, m in zip(comparison.results, maps, strict=True)
+        )
+        return replace(comparison, first=first, second=second).summary("gradcam")
 
-    same = "The two look at the same places (100% of their maps coincide), "
-    assert said(on, on) == same + "and both point at the thing that was asked about."
-    assert "different places (0%" in said(on, off)
-    assert "SFT points at the thing that was asked about, DPO does not" in said(on, off)
-    assert "DPO points at the thing that was asked about, SFT does not" in said(off, on)
-    assert "neither points at the thing" in said(off, off)
-    assert said(none, on).startswith("The map of SFT is empty here")
-    assert said(none, none).startswith("Neither map shows anything")
+    same = "The two encoders look at the same places (100% of their maps overlap), "
+    assert summary(on, on) == same + "and both maps peak on the object of the question."
+    assert "different places (0%" in summary(on, off)
+    assert "The map of SFT peaks on the object of the question, that of DPO does not" in summary(on, off)
+    assert "The map of DPO peaks on the object of the question, that of SFT does not" in summary(off, on)
+    assert "neither map peaks on the object" in summary(off, off)
+    assert summary(empty, on).startswith("The map of SFT is empty")
+    assert summary(empty, empty).startswith("Both maps are empty")
 
 
 def test_scores_of_one_map() -> None:
@@ -279,29 +291,29 @@ def test_scores_of_one_map() -> None:
     assert not score_map(np.zeros((8, 8)), mask).peak_inside
 
 
-def test_tokens_and_patches_of_both(pair: ModelBundle, scene: Subject) -> None:
-    made = compare(pair, scene)
-    one, other = compare_tokens(pair, made)
-    assert [t.text for t in one] == [t.text for t in other]
-    assert sum(t.log_prob for t in one) == pytest.approx(made.first.right_log_prob, abs=1e-4)
-    tokens = compare_patches(pair, scene.image)
-    assert tokens[0].shape == tokens[1].shape == (8, 8, 96)
-    assert np.abs(tokens[0] - tokens[1]).max() > 0
+def test_tokens_and_patches_of_both_models(bundle: ModelBundle, scene: Subject) -> None:
+    comparison = compare(bundle, scene)
+    first, second = compare_tokens(bundle, comparison)
+    assert [t.text for t in first] == [t.text for t in second]
+    assert sum(t.log_prob for t in first) == pytest.approx(comparison.first.right_log_prob, abs=1e-4)
+    features = compare_patches(bundle, scene.image)
+    assert features[0].shape == features[1].shape == (8, 8, 96)
+    assert np.abs(features[0] - features[1]).max() > 0
 
 
-def test_patches_are_what_enters_the_projector(pair: ModelBundle, scene: Subject) -> None:
+def test_patch_features_are_the_input_of_the_projector(bundle: ModelBundle, scene: Subject) -> None:
     caught: dict[str, torch.Tensor] = {}
-    projector = pair.first.model.model.multi_modal_projector
+    projector = bundle.first.model.model.multi_modal_projector
     hook = projector.register_forward_pre_hook(lambda module, inputs: caught.update(tokens=inputs[0]))
     with torch.no_grad():
-        batch = answer_batch(pair.first.processor, scene.image, scene.question, [scene.right])
-        answer_log_probs(pair.first.model, batch)
+        batch = answer_batch(bundle.first.processor, scene.image, scene.question, [scene.right_answer])
+        answer_log_probs(bundle.first.model, batch)
     hook.remove()
-    made = patch_tokens(pair.first.model, pair.first.processor, scene.image)
-    assert np.allclose(made.reshape(64, 96), caught["tokens"][0].numpy(), atol=1e-5)
+    features = patch_tokens(bundle.first.model, bundle.first.processor, scene.image)
+    assert np.allclose(features.reshape(64, 96), caught["tokens"][0].numpy(), atol=1e-5)
 
 
-def test_similarity_and_main_axes() -> None:
+def test_similarity_and_principal_components() -> None:
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(4, 4, 6))
     alike = similarity(tokens, 1, 2)
@@ -318,11 +330,11 @@ def test_similarity_and_main_axes() -> None:
     assert not principal_colours([tokens, rng.normal(size=(4, 4, 5))])[2]
 
 
-def test_a_cropping_encoder_is_shown_what_it_sees(pair: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Image.new("RGB", (100, 40))
-    assert fit_picture(pair, wide).size == (100, 40)
-    monkeypatch.setattr(pair.second.processor.image_processor, "do_center_crop", True, raising=False)
-    assert fit_picture(pair, wide).size == (40, 40)
+    assert crop_for_encoders(bundle, wide).size == (100, 40)
+    monkeypatch.setattr(bundle.second.processor.image_processor, "do_center_crop", True, raising=False)
+    assert crop_for_encoders(bundle, wide).size == (40, 40)
 
 
 # ---------------------------------------------------------------------- colours
@@ -347,60 +359,58 @@ def test_colours_and_opacity_follow_the_values() -> None:
     assert stretch(values, (8, 4)).shape == (4, 8)
 
 
-def test_the_figure_shows_both_on_one_scale(pair: ModelBundle, scene: Subject, tmp_path: Path) -> None:
-    draw_comparison(compare(pair, scene), tmp_path / "a.png", "gradcam", "cividis")
-    draw_comparison(compare(pair, replace(scene, question="$\\frac{", mask=None)), tmp_path / "b.png", "gradient")
+def test_the_figure_shows_both_on_one_scale(bundle: ModelBundle, scene: Subject, tmp_path: Path) -> None:
+    draw_comparison(compare(bundle, scene), tmp_path / "a.png", "gradcam", "cividis")
+    without_mask = replace(scene, question="$\\frac{", mask=None)  # matplotlib must not parse it as mathematics
+    draw_comparison(compare(bundle, without_mask), tmp_path / "b.png", "gradient")
     for name in ("a.png", "b.png"):
         with Image.open(tmp_path / name) as figure:
             assert figure.width > 1000
 
 
-# ---------------------------------------------------------------------- looks
-def test_a_look_and_its_link_are_one() -> None:
-    assert ViewState().query() == "scene=27&ask=colour"
-    view_state = ViewState(scene=5, ask="count", question="a & b?", explain="sft", layer=2, colours="magma")
-    view_state = replace(view_state, first="a/b", second="c/d")
-
-    query = dict(p.split("=") for p in view_state.query().split("&"))
-    assert set(query) == {"scene", "ask", "question", "explain", "layer", "colours", "first", "second"}
-    from urllib.parse import parse_qsl
-
-    assert read_view_state(dict(parse_qsl(view_state.query())) | {"__theme": "dark"}) == view_state
+# ---------------------------------------------------------------------- view states
+def test_a_link_restores_its_view_state() -> None:
+    assert ViewState().query() == "scene=27&kind=colour"
+    state = ViewState(scene=5, kind="count", question="a & b?", explain="sft", layer=2, colours="magma")
+    state = replace(state, first="a/b", second="c/d")
+    query = dict(parse_qsl(state.query()))
+    assert set(query) == {"scene", "kind", "question", "explain", "layer", "colours", "first", "second"}
+    assert read_view_state(query | {"__theme": "dark"}) == state
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
-        ({"ask": "taste"}, "ask is 'taste': it is one of colour, shape"),
-        ({"scene": "-1"}, "scene is '-1', which is no whole number"),
-        ({"scene": "9" * 30}, "which is no whole number"),
+        ({"kind": "taste"}, "kind is 'taste': it must be one of colour, shape"),
+        ({"scene": "-1"}, "scene is '-1', which is not a whole number"),
+        ({"scene": "9" * 30}, "which is not a whole number"),
         ({"opacity": "x"}, "opacity is 'x'"),
-        ({"colours": "<script>"}, "it is one of viridis"),
+        ({"colours": "<script>"}, "it must be one of viridis"),
     ],
 )
-def test_a_link_that_says_nonsense_is_told(query: dict[str, str], said: str) -> None:
-    with pytest.raises(DataError, match=said.replace("(", r"\(")):
+def test_an_invalid_link_is_an_error(query: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         read_view_state(query)
 
 
-def test_looks_of_programs_are_judged_too() -> None:
-    with pytest.raises(DataError, match="scene is -3: it lies between 0"):
+def test_view_states_of_programs_are_validated_too() -> None:
+    with pytest.raises(DataError, match="scene is -3: it must be between 0"):
         ViewState(scene=-3)
-    with pytest.raises(DataError, match="question is '5': it has to be a text"):
+    with pytest.raises(DataError, match="question is '5': it must be a text"):
         ViewState(question=5)  # type: ignore[arg-type]
 
 
-def test_a_picture_fits_into_a_link() -> None:
+def test_an_image_fits_into_a_link() -> None:
     noise = Image.effect_noise((1200, 800), 90).convert("RGB")
-    view_state = ViewState().with_picture(noise)
-    assert len(view_state.query()) < 7000
-    back = view_state.image()
-    assert back is not None
-    assert back.width / back.height == pytest.approx(1.5, rel=0.02)
+    state = ViewState().with_image(noise)
+    assert len(state.query()) < 7000
+    restored = state.load_image()
+    assert restored is not None
+    assert restored.width / restored.height == pytest.approx(1.5, rel=0.02)
     with pytest.raises(DataError):
-        replace(view_state, picture=view_state.picture[:200]).image()
+        replace(state, image=state.image[:200]).load_image()
     with pytest.raises(DataError):
-        ViewState(picture="not base64!").image()
+        ViewState(image="not base64!").load_image()
 
 
 # ---------------------------------------------------------------------- uploads
@@ -412,7 +422,7 @@ def test_uploads(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     turned = read_upload(tmp_path / "turned.jpg")
     assert turned.size == (40, 60)
-    assert turned.getpixel((20, 5))[2] > 150, "the left half lies on top after the turn"  # type: ignore[index]
+    assert turned.getpixel((20, 5))[2] > 150, "the left half is at the top after the rotation"  # type: ignore[index]
     image.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     printed = read_upload(tmp_path / "print.jpg")
     assert printed.mode == "RGB"
@@ -423,16 +433,16 @@ def test_uploads(tmp_path: Path) -> None:
     assert read_upload(io.BytesIO((tmp_path / "whole.png").read_bytes())).size == (60, 40)
 
 
-def test_bad_uploads_are_told_without_a_name(tmp_path: Path) -> None:
+def test_errors_of_bad_uploads_contain_no_file_name(tmp_path: Path) -> None:
     noise = Image.effect_noise((300, 200), 90).convert("RGB")
     noise.save(tmp_path / "whole.jpg")
     (tmp_path / "short.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "vector.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
-    for name, said in (
+    for name, message in (
         ("short.jpg", "damaged or cut short"),
         ("text.png", "is not an image"),
         ("empty.png", "is not an image"),
@@ -440,7 +450,7 @@ def test_bad_uploads_are_told_without_a_name(tmp_path: Path) -> None:
         ("program.eps", "is not an image"),
         ("huge.png", "more than 64 million pixels"),
     ):
-        with pytest.raises(DataError, match=said) as told:
+        with pytest.raises(DataError, match=message) as raised:
             read_upload(tmp_path / name)
-        assert name not in str(told.value)
-        assert str(tmp_path) not in str(told.value)
+        assert name not in str(raised.value)
+        assert str(tmp_path) not in str(raised.value)

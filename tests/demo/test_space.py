@@ -1,4 +1,4 @@
-"""The Space for programs: endpoints, MCP, who may read what, ZeroGPU; the page itself is in test_space_browser.py."""
+"""The Space for programs: endpoints, MCP, access to files, ZeroGPU. test_browser.py tests the page itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from PIL import Image
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.comparison import compare, scene_subject
 from pivot_hub.demo.launch import load_module, names_of_runs
-from pivot_hub.demo.model_bundle import BundleNames, shipped_bundle
+from pivot_hub.demo.model_bundle import BundleNames
+from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.demo.view_state import ViewState
 from pivot_hub.errors import CheckpointError
 
@@ -47,114 +48,114 @@ def client(url: str) -> Any:
 
 def test_endpoints_are_typed_and_documented(client: Any) -> None:
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/look", "/patches", "/words"}
+    assert set(endpoints) == {"/compare", "/patch_features", "/token_attribution"}
     for name, endpoint in endpoints.items():
         assert endpoint["description"], name
         for parameter in endpoint["parameters"]:
             assert parameter["parameter_has_default"], parameter
             assert parameter["python_type"]["type"] not in ("", "Any"), parameter
             assert parameter["label"], parameter
-    assert "viridis" in str(endpoints["/look"])
+    assert "viridis" in str(endpoints["/compare"])
 
 
-def test_look_gives_the_numbers_of_the_package(client: Any) -> None:
-    figure, numbers = client.predict(scene=11, ask="position", explain="dpo", layer=2, api_name="/look")
-    pair = shipped_bundle()
-    made = compare(pair, scene_subject(ShapesDataset(image_px=64), 11, "position"), "dpo", 2)
-    for model, view in zip(numbers["models"], (made.first, made.second), strict=True):
-        assert model["answer"] == view.answer
-        for method, grid in view.maps.items():
+def test_compare_returns_the_numbers_of_the_package(client: Any) -> None:
+    figure, numbers = client.predict(scene=11, kind="position", explain="dpo", layer=2, api_name="/compare")
+    subject = scene_subject(ShapesDataset(image_px=64), 11, "position")
+    comparison = compare(shipped_bundle(), subject, "dpo", 2)
+    for model, result in zip(numbers["models"], comparison.results, strict=True):
+        assert model["answer"] == result.answer
+        for method, grid in result.maps.items():
             assert np.allclose(model["maps"][method], grid, rtol=1e-3, atol=1e-6)
     assert numbers["question"] == "Where is the green triangle?"
     with Image.open(figure) as drawn:
         assert drawn.width > 1000
 
 
-def test_patches_and_words(client: Any, tmp_path: Path) -> None:
+def test_patch_features_and_token_attribution(client: Any, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
     Image.effect_noise((80, 60), 80).convert("RGB").save(tmp_path / "mine.png")
     file = handle_file(tmp_path / "mine.png")
-    made = client.predict(picture=file, row=2, column=6, api_name="/patches")
-    grid = np.array(made["models"][0]["similarity"])
+    patches = client.predict(image=file, row=2, column=6, api_name="/patch_features")
+    grid = np.array(patches["models"][0]["similarity"])
     assert grid.shape == (8, 8)
     assert grid[2, 6] == pytest.approx(1, abs=1e-3)
-    assert np.array(made["models"][1]["rgb"]).shape == (8, 8, 3)
-    said = client.predict(scene=27, method="gradient", api_name="/words")
-    assert "".join(t["text"] for t in said["models"][0]["tokens"]).startswith("It is teal.")
-    assert np.array(said["models"][1]["tokens"][0]["map"]).shape == (8, 8)
-    figure, numbers = client.predict(picture=file, question="What is it?", api_name="/look")
+    assert np.array(patches["models"][1]["rgb"]).shape == (8, 8, 3)
+    attribution = client.predict(scene=27, method="gradient", api_name="/token_attribution")
+    assert "".join(t["text"] for t in attribution["models"][0]["tokens"]).startswith("It is teal.")
+    assert np.array(attribution["models"][1]["tokens"][0]["map"]).shape == (8, 8)
+    figure, numbers = client.predict(image=file, question="What is it?", api_name="/compare")
     assert numbers["models"][0]["explained"] == numbers["models"][0]["answer"]
     with Image.open(figure) as drawn:
         assert drawn.width > 1000
 
 
-def test_what_is_wrong_is_told_and_the_app_lives_on(client: Any, tmp_path: Path) -> None:
+def test_bad_input_gets_a_message_and_the_app_keeps_running(client: Any, tmp_path: Path) -> None:
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"picture": handle_file(tmp_path / "text.png")}, "is not an image"),
+        ({"image": handle_file(tmp_path / "text.png")}, "is not an image"),
         ({"question": "why " * 2500}, "10,000 characters"),
-        ({"ask": "taste"}, "ask is 'taste'"),
-        ({"scene": -1}, "lies between 0"),
-        ({"layer": 10**12}, "lies between 0"),
+        ({"kind": "taste"}, "kind is 'taste'"),
+        ({"scene": -1}, "must be between 0"),
+        ({"layer": 10**12}, "must be between 0"),
         ({"first": "../../etc", "second": "/root"}, "names no MLLM"),
-        ({"picture": handle_file(tmp_path / "text.png"), "question": ""}, "is not an image"),
+        ({"image": handle_file(tmp_path / "text.png"), "question": ""}, "is not an image"),
     ]
-    for given, said in cases:
-        with pytest.raises(AppError) as told:
-            client.predict(**given, api_name="/look")
-        assert said in str(told.value)
-        assert "Traceback" not in str(told.value)
-        assert str(tmp_path) not in str(told.value)
-    client.predict(api_name="/look")
+    for parameters, message in cases:
+        with pytest.raises(AppError) as raised:
+            client.predict(**parameters, api_name="/compare")
+        assert message in str(raised.value)
+        assert "Traceback" not in str(raised.value)
+        assert str(tmp_path) not in str(raised.value)
+    client.predict(api_name="/compare")
 
 
 def post(url: str, body: Any) -> tuple[int, str]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read().decode()
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
 
-def call_patches(url: str, picture: Any) -> str:
-    """What the server says when it is asked without any client."""
-    status, said = post(f"{url}/gradio_api/call/patches", {"data": [picture, 1, 2, 3, "", "", ""]})
+def call_patch_features(url: str, image: Any) -> str:
+    """Call an endpoint by plain HTTP, without a client that might correct the request; return the response."""
+    endpoint = f"{url}/gradio_api/call/patch_features"
+    status, text = post(endpoint, {"data": [image, 1, 2, 3, "", "", ""]})
     if status != 200:
-        return said
-    with urllib.request.urlopen(f"{url}/gradio_api/call/patches/{json.loads(said)['event_id']}", timeout=30) as answer:
-        return str(answer.read().decode())
+        return text
+    with urllib.request.urlopen(f"{endpoint}/{json.loads(text)['event_id']}", timeout=30) as response:
+        return str(response.read().decode())
 
 
 def upload(url: str, name: str) -> str:
-    """Upload a PNG under a name of the visitor's; where the server says that it put it."""
+    """Upload a PNG under any file name; return the path at which the server says it stored the file."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(file, "PNG")
-    head = f'--pivot\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
-    body = f"{head}Content-Type: image/png\r\n\r\n".encode() + file.getvalue() + b"\r\n--pivot--\r\n"
+    header = f'--pivot\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+    body = f"{header}Content-Type: image/png\r\n\r\n".encode() + file.getvalue() + b"\r\n--pivot--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=pivot"}
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{url}/gradio_api/upload", body, headers), timeout=30
-    ) as answer:
-        return str(json.loads(answer.read())[0])
+    request = urllib.request.Request(f"{url}/gradio_api/upload", body, headers)
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return str(json.loads(response.read())[0])
 
 
 def test_nothing_outside_the_upload_folder_is_read(url: str, tmp_path: Path) -> None:
-    """A path of the server's own in place of an upload, and in place of a page."""
+    """Paths of the server's own files are refused in place of an upload, and in place of a page."""
     meta = {"meta": {"_type": "gradio.FileData"}}
-    assert "similarity" in call_patches(url, {"path": upload(url, "mine.png"), **meta}), "a real upload is read"
+    assert "similarity" in call_patch_features(url, {"path": upload(url, "mine.png"), **meta}), "a real upload is read"
     Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
     for path in (str(tmp_path / "secret.png"), "/etc/passwd", "../../../etc/passwd", str(Path(__file__).resolve())):
-        for picture in ({"path": path, **meta}, {"path": path}, {"path": path, "url": f"file://{path}", **meta}, path):
-            said = call_patches(url, picture)
-            assert "event: error" in said
-            assert "similarity" not in said
-            assert "Traceback" not in said
-            assert "site-packages" not in said
+        for image in ({"path": path, **meta}, {"path": path}, {"path": path, "url": f"file://{path}", **meta}, path):
+            response = call_patch_features(url, image)
+            assert "event: error" in response
+            assert "similarity" not in response
+            assert "Traceback" not in response
+            assert "site-packages" not in response
         for page in (f"/gradio_api/file={path}", f"/file={path}", f"/static/{path}", f"/gradio_api/file%3D{path}"):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(url + page, timeout=30)
@@ -168,36 +169,36 @@ def test_names_of_uploads_are_no_paths(url: str, tmp_path: Path) -> None:
     assert not (tmp_path / "escaped.png").exists()
 
 
-def test_mcp_offers_the_same(url: str) -> None:
+def test_mcp_offers_the_same_endpoints(url: str) -> None:
     pytest.importorskip("mcp", reason="mcp is not installed: pip install 'pivot-hub[space]'")
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
-    async def ask() -> tuple[Any, Any]:
+    async def call_tools() -> tuple[Any, Any]:
         async with (
             streamablehttp_client(f"{url}/gradio_api/mcp/") as (reader, writer, _),
             ClientSession(reader, writer) as session,
         ):
             await session.initialize()
-            return await session.list_tools(), await session.call_tool("words", {"scene": 27})
+            return await session.list_tools(), await session.call_tool("token_attribution", {"scene": 27})
 
-    tools, words = asyncio.run(ask())
+    tools, attribution = asyncio.run(call_tools())
     by_name = {t.name: t for t in tools.tools}
-    assert {"look", "patches", "words"} <= set(by_name)
-    assert "SFT" in by_name["look"].description
-    assert "viridis, cividis or magma" in json.dumps(by_name["look"].inputSchema)
-    assert not words.isError
-    assert "teal" in str(words.content)
+    assert {"compare", "patch_features", "token_attribution"} <= set(by_name)
+    assert "SFT" in by_name["compare"].description
+    assert "viridis, cividis or magma" in json.dumps(by_name["compare"].inputSchema)
+    assert not attribution.isError
+    assert "teal" in str(attribution.content)
 
 
-def test_zero_gpu_lends_its_gpu_to_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its decorator wraps the functions that run models; a folder named `spaces`, as a checkout has, is not it."""
-    lent: list[str] = []
+def test_zero_gpu_wraps_the_functions_that_run_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decorator of the package `spaces` is used; a folder of this name, as in a checkout, is ignored."""
+    calls: list[str] = []
 
-    def gpu(run: Any) -> Any:
-        def wrapped(*given: Any) -> Any:
-            lent.append(run.__name__)
-            return run(*given)
+    def gpu(function: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*arguments)
 
         return wrapped
 
@@ -207,11 +208,11 @@ def test_zero_gpu_lends_its_gpu_to_what_computes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "spaces", fake)
     module = load_module()
     assert module.on_gpu is gpu
-    viewer = module.Viewer(module.BundleCache(), module.Panels(module.HERE), module.on_gpu)
-    seen = viewer.see(ViewState(closer="words"))
-    viewer.closer(seen)
-    viewer.patch_numbers(seen)
-    assert lent == ["compare_named", "tokens_named", "patches_named"]
+    service = module.DemoService(module.BundleCache(), module.Panels(module.HERE), module.on_gpu)
+    view = service.compare(ViewState(details="tokens"))
+    service.details_panel(view)
+    service.patch_numbers(view)
+    assert calls == ["compare_by_name", "tokens_by_name", "patches_by_name"]
     monkeypatch.delitem(sys.modules, "spaces")
     assert load_module().on_gpu is not gpu
 
@@ -230,15 +231,15 @@ def test_app_over_trained_stages(trained: Path) -> None:
     _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
     try:
         client = Client(address, verbose=False)
-        _, numbers = client.predict(scene=3, ask="colour", explain="dpo", api_name="/look")
-        _, swapped = client.predict(scene=3, ask="colour", first="3-dpo", second="3-sft", api_name="/look")
+        _, numbers = client.predict(scene=3, kind="colour", explain="dpo", api_name="/compare")
+        _, swapped = client.predict(scene=3, kind="colour", first="3-dpo", second="3-sft", api_name="/compare")
     finally:
         app.close()
     assert [m["name"] for m in numbers["models"]] == ["3-sft", "3-dpo"]
     assert [m["name"] for m in swapped["models"]] == ["3-dpo", "3-sft"]
 
 
-def test_the_command_serves_it() -> None:
+def test_the_command_serves_the_app() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

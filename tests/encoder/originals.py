@@ -1,4 +1,4 @@
-"""Small random encoders in the form their originals have on the Hub: towers, two-tower models, classifiers, MAE."""
+"""Small random encoders in the forms of the Hub's originals: towers, two-tower models, classifiers, MAE."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ SQUARE = {"height": IMAGE_PX, "width": IMAGE_PX}
 
 @dataclass(frozen=True)
 class Original:
-    """What a repository of an architecture holds.
+    """Contents of an architecture's repositories on the Hub.
 
     Args:
-        model: class whose weights the Hub's repositories hold; config: its config's class.
-        native: class that plain AutoModel gives for the encoder we write.
-        processor: contents of preprocessor_config.json.
-        prefix_tokens: tokens before the first patch.
-        towers: the vision config is one of two.
-        changes: to SIZES, in the vision config.
+        model: Name of the class whose weights the repositories hold.
+        config: Name of its config's class.
+        native: Name of the class that plain AutoModel loads the written encoder as.
+        processor: Contents of preprocessor_config.json.
+        prefix_tokens: Number of tokens before the first patch.
+        towers: Whether the vision config is one of two.
+        changes: Entries of the vision config that differ from SIZES.
     """
 
     model: str
@@ -51,7 +52,7 @@ SIGLIP = {
     "image_mean": [0.5] * 3,
     "image_std": [0.5] * 3,
 }
-# As openai's repositories have it: no image_processor_type, sizes as numbers.
+# As in openai's repositories: no image_processor_type, and sizes are numbers.
 CLIP = {"feature_extractor_type": "CLIPFeatureExtractor", "size": IMAGE_PX, "crop_size": IMAGE_PX}
 BIT = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 36}, "crop_size": SQUARE}
 VIT = {"image_processor_type": "ViTImageProcessor", "size": SQUARE}
@@ -90,14 +91,14 @@ TIMM = {
 
 
 def make_vision(folder: Path, kind: str = "siglip", **changes: int) -> Path:
-    """Save a small random encoder with its image processor, as its original lies on the Hub."""
+    """Save a small random encoder with its image processor, in the form of its original on the Hub."""
     original = ORIGINALS[kind]
     sizes = {**SIZES, **original.changes, **changes}
     config_class = getattr(transformers, original.config)
     both = {"vision_config": sizes, "text_config": TEXT, "projection_dim": 32}
     torch.manual_seed(0)
     model = getattr(transformers, original.model)(config_class(**(both if original.towers else sizes)))
-    # Fresh biases and layer scales are alike (0, 1e-5), which would hide keys that are mixed up.
+    # New biases and layer scales all have one value (0, 1e-5), which would hide keys that are mixed up.
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.02)

@@ -1,4 +1,4 @@
-"""Features of a folder: every image in order, corrupt ones listed, a killed run resumed to the same file."""
+"""Features of a folder: every image in order, corrupt ones listed, a killed run resumed with the same result."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of several modes and sizes, in two folders, two of them corrupt."""
-    made = tmp_path_factory.mktemp("photos")
-    (made / "b").mkdir()
+    """Create images of several modes and sizes in two folders, two of them corrupt."""
+    images = tmp_path_factory.mktemp("images")
+    (images / "b").mkdir()
     rng = np.random.default_rng(0)
     for i in range(COUNT):
-        picture = Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), np.uint8))
+        image = Image.fromarray(rng.integers(0, 255, (20 + i, 30, 3), np.uint8))
         mode = ("RGB", "L", "P", "RGBA")[i % 4]
-        picture.convert(mode).save(made / ("b" if i % 2 else "") / f"{i:02}.png")
-    (made / "04.png").write_bytes(b"no image")
-    whole = (made / "b" / "05.png").read_bytes()
-    (made / "b" / "05.png").write_bytes(whole[: len(whole) // 2])
-    (made / "notes.txt").write_text("x")
-    return made
+        image.convert(mode).save(images / ("b" if i % 2 else "") / f"{i:02}.png")
+    (images / "04.png").write_bytes(b"no image")
+    content = (images / "b" / "05.png").read_bytes()
+    (images / "b" / "05.png").write_bytes(content[: len(content) // 2])
+    (images / "notes.txt").write_text("x")
+    return images
 
 
-def expected(parts: Path, folder: Path, report: dict[str, object]) -> torch.Tensor:
+def expected_tokens(parts: Path, folder: Path, report: dict[str, object]) -> torch.Tensor:
     encoder, _ = read_encoder(parts / "vision")
     files = report["files"]
     assert isinstance(files, list)
@@ -50,41 +50,41 @@ def expected(parts: Path, folder: Path, report: dict[str, object]) -> torch.Tens
         return encoder.forward_features([open_image(folder / f, f) for f in files]).last_hidden_state
 
 
-def test_parquet_holds_a_row_for_every_image(parts: Path, folder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+def test_parquet_has_a_row_for_every_image(parts: Path, folder: Path, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
     out = tmp_path / "f.parquet"
-    report = encode_folder(parts / "vision", folder, out, batch=4, progress=lambda d, t, r: seen.append((d, t)))
+    report = encode_folder(parts / "vision", folder, out, batch=4, progress=lambda d, t, r: progress.append((d, t)))
     table = pq.read_table(out)
     assert table["file"].to_pylist() == report["files"]
     assert report["files"] == sorted(report["files"])
     assert report["not_read"]["files"] == {"count": 1, "first": ["notes.txt"]}
     assert json.loads((tmp_path / "f.parquet.json").read_text()) == report
     assert len(table) == report["images"] == COUNT - 2
-    assert [bad["file"] for bad in report["corrupt"]] == ["04.png", "b/05.png"]
-    assert all("cannot be decoded" in bad["reason"] for bad in report["corrupt"])
+    assert [entry["file"] for entry in report["corrupt"]] == ["04.png", "b/05.png"]
+    assert all("cannot be decoded" in entry["reason"] for entry in report["corrupt"])
     features = np.stack(table["features"].to_numpy())
-    wanted = expected(parts, folder, report).mean(1).numpy()
-    np.testing.assert_allclose(features, wanted, atol=1e-5)
-    assert seen[-1] == (COUNT, COUNT)
+    expected = expected_tokens(parts, folder, report).mean(1).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    assert progress[-1] == (COUNT, COUNT)
     assert json.loads((tmp_path / "f.parquet.json").read_text())["shape"] == [32]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.parquet", "f.parquet.json"]
 
 
-def test_npy_holds_all_patch_tokens(parts: Path, folder: Path, tmp_path: Path) -> None:
+def test_npy_has_all_patch_tokens(parts: Path, folder: Path, tmp_path: Path) -> None:
     report = encode_folder(parts / "vision", folder, tmp_path / "f.npy", tokens=True, batch=5, workers=0)
-    made = np.load(tmp_path / "f.npy")
-    assert made.shape == (COUNT - 2, 16, 32)
-    np.testing.assert_allclose(made, expected(parts, folder, report).numpy(), atol=1e-5)
+    features = np.load(tmp_path / "f.npy")
+    assert features.shape == (COUNT - 2, 16, 32)
+    np.testing.assert_allclose(features, expected_tokens(parts, folder, report).numpy(), atol=1e-5)
     half = encode_folder(parts / "vision", folder, tmp_path / "h.npy", dtype="float16", workers=0)
     assert half["files"] == report["files"]
     assert np.load(tmp_path / "h.npy").dtype == np.float16
 
 
-def test_a_stopped_run_goes_on_and_gives_the_same_file(
+def test_a_stopped_run_resumes_and_gives_the_same_file(
     parts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "SHARD_BATCHES", 2)
-    whole, again = tmp_path / "whole.parquet", tmp_path / "again.parquet"
+    whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
     encode_folder(parts / "vision", folder, whole, batch=4, workers=0)
 
     def stop(done: int, total: int, rate: float) -> None:
@@ -92,21 +92,21 @@ def test_a_stopped_run_goes_on_and_gives_the_same_file(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(parts / "vision", folder, again, batch=4, workers=0, progress=stop)
-    assert not again.exists()
+        encode_folder(parts / "vision", folder, resumed, batch=4, workers=0, progress=stop)
+    assert not resumed.exists()
     with pytest.raises(DataError, match="holds parts of another run"):
-        encode_folder(parts / "vision", folder, again, batch=4, workers=0, tokens=True)
-    report = encode_folder(parts / "vision", folder, again, batch=4, workers=0)
+        encode_folder(parts / "vision", folder, resumed, batch=4, workers=0, tokens=True)
+    report = encode_folder(parts / "vision", folder, resumed, batch=4, workers=0)
     assert report["resumed_images"] == 8
-    assert again.read_bytes() == whole.read_bytes()
+    assert resumed.read_bytes() == whole.read_bytes()
 
 
-def test_a_killed_command_goes_on(parts: Path, tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+def test_a_killed_command_resumes(parts: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(400):
-        Image.new("RGB", (40, 40), (i % 255, 0, 0)).save(photos / f"{i:03}.png")
-    command = [sys.executable, "-m", "pivot_hub", "encode", str(photos), "--encoder", str(parts / "vision")]
+        Image.new("RGB", (40, 40), (i % 255, 0, 0)).save(images / f"{i:03}.png")
+    command = [sys.executable, "-m", "pivot_hub", "encode", str(images), "--encoder", str(parts / "vision")]
     options = ["--batch", "1", "--workers", "0", "--out"]
     run = subprocess.Popen([*command, *options, str(tmp_path / "f.npy")], env=os.environ | {"PYTHONUNBUFFERED": "1"})
     partial = tmp_path / "f.npy.partial"
@@ -122,16 +122,16 @@ def test_a_killed_command_goes_on(parts: Path, tmp_path: Path) -> None:
     assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
-def test_bad_input_is_refused_in_words(parts: Path, folder: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    for source, out, dtype, says in (
+    for source, out, dtype, message in (
         (folder, "f.csv", "float32", "written as .parquet or .npy"),
         (folder, "f.npy", "int8", "give one of float32, float16, bfloat16"),
-        (tmp_path / "absent", "f.npy", "float32", "is no folder"),
+        (tmp_path / "absent", "f.npy", "float32", "is not a folder"),
         (empty, "f.npy", "float32", "holds no image file"),
     ):
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(DataError, match=message):
             encode_folder(parts / "vision", source, tmp_path / out, dtype=dtype)
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
         encode_folder(parts / "language", folder, tmp_path / "f.npy")

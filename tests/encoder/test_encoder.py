@@ -1,4 +1,4 @@
-"""PivotVisionModel over every backbone: outputs, options of from_pretrained, heads, compilation, and bad input."""
+"""PivotVisionModel with every backbone: outputs, options of from_pretrained, heads, compilation and bad input."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pixels() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def inside(trained: Path) -> PivotVisionModel:
+def extracted(trained: Path) -> PivotVisionModel:
     return PivotVisionModel.from_mllm(load_mllm(trained / "3-dpo")[0])
 
 
@@ -59,42 +59,44 @@ def test_patch_tokens_are_those_of_the_native_class(
     assert encoder.config.pivot == {"stage": "base", "feature_layer": -2, "prefix_tokens": prefix}
     assert (encoder.config.image_size, encoder.config.patch_size, encoder.config.hidden_size) == (IMAGE_PX, 8, 32)
     hidden = encoder.backbone(pixels, output_hidden_states=True).hidden_states
-    made = encoder(pixels, output_hidden_states=True, output_attentions=False)
-    assert made.last_hidden_state.shape == (3, GRID**2, 32)
-    assert torch.equal(made.last_hidden_state, hidden[-2][:, prefix:])
-    assert torch.equal(made.pooler_output, made.last_hidden_state.mean(1))
-    assert len(made.hidden_states) == 4
+    outputs = encoder(pixels, output_hidden_states=True, output_attentions=False)
+    assert outputs.last_hidden_state.shape == (3, GRID**2, 32)
+    assert torch.equal(outputs.last_hidden_state, hidden[-2][:, prefix:])
+    assert torch.equal(outputs.pooler_output, outputs.last_hidden_state.mean(1))
+    assert len(outputs.hidden_states) == 4
     grid = encoder.feature_map(pixels)
     assert grid.shape == (3, 32, GRID, GRID)
-    assert torch.equal(grid[0, :, 1, 2], made.last_hidden_state[0, GRID + 2])
+    assert torch.equal(grid[0, :, 1, 2], outputs.last_hidden_state[0, GRID + 2])
 
 
 @torch.no_grad()
 def test_mae_sees_every_patch_in_its_place(repositories: dict[str, Path], pixels: torch.Tensor) -> None:
-    """ViTMAEModel itself drops three patches of four; with none dropped and none shuffled it must agree."""
+    """ViTMAEModel drops three quarters of the patches; without dropping and shuffling, it must give equal features."""
     from transformers import ViTMAEModel
 
     native = ViTMAEModel.from_pretrained(repositories["mae"], mask_ratio=0.0).eval()
     in_order = torch.arange(GRID**2).expand(3, -1) / 100
-    seen = native(pixels, noise=in_order, output_hidden_states=True).hidden_states[-2][:, 1:]
-    assert torch.equal(PivotVisionModel.from_pretrained(repositories["mae"])(pixels).last_hidden_state, seen)
+    expected = native(pixels, noise=in_order, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert torch.equal(PivotVisionModel.from_pretrained(repositories["mae"])(pixels).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("kind", ORIGINALS)
 @torch.no_grad()
-def test_pictures_go_through_the_repositorys_own_processor(kind: str, repositories: dict[str, Path]) -> None:
+def test_images_go_through_the_repositorys_own_processor(kind: str, repositories: dict[str, Path]) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories[kind])
     noise = Image.effect_noise((70, 50), 80)
-    pictures = [noise.convert(mode) for mode in ("RGB", "L", "P", "RGBA", "1")]
-    made = encoder.forward_features(pictures)
-    assert made.last_hidden_state.shape == (5, GRID**2, 32)
-    assert torch.equal(made.last_hidden_state[0], made.last_hidden_state[1])  # grey is grey in any mode
-    assert torch.allclose(encoder.forward_features(pictures[0]).pooler_output, made.pooler_output[:1], atol=1e-6)
+    images = [noise.convert(mode) for mode in ("RGB", "L", "P", "RGBA", "1")]
+    outputs = encoder.forward_features(images)
+    assert outputs.last_hidden_state.shape == (5, GRID**2, 32)
+    assert torch.equal(outputs.last_hidden_state[0], outputs.last_hidden_state[1])  # the same grey image in RGB and L
+    assert torch.allclose(encoder.forward_features(images[0]).pooler_output, outputs.pooler_output[:1], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ORIGINALS)
 @torch.no_grad()
-def test_other_image_sizes_are_encoded_or_refused_in_words(kind: str, repositories: dict[str, Path]) -> None:
+def test_other_image_sizes_are_encoded_or_refused_with_an_error_message(
+    kind: str, repositories: dict[str, Path]
+) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories[kind])
     wide = torch.randn(1, 3, IMAGE_PX, 2 * IMAGE_PX)
     if kind != "aimv2":
@@ -107,12 +109,12 @@ def test_other_image_sizes_are_encoded_or_refused_in_words(kind: str, repositori
 
 
 @torch.no_grad()
-def test_tuple_and_attentions_are_given_on_request(inside: PivotVisionModel, pixels: torch.Tensor) -> None:
-    tokens, pooled = inside(pixels, return_dict=False)
+def test_tuple_and_attentions_are_returned_on_request(extracted: PivotVisionModel, pixels: torch.Tensor) -> None:
+    tokens, pooled = extracted(pixels, return_dict=False)
     assert tokens.shape == (3, GRID**2, 32)
     assert pooled.shape == (3, 32)
-    inside.set_attn_implementation("eager")
-    assert inside(pixels, output_attentions=True).attentions[0].shape == (3, 2, GRID**2, GRID**2)
+    extracted.set_attn_implementation("eager")
+    assert extracted(pixels, output_attentions=True).attentions[0].shape == (3, 2, GRID**2, GRID**2)
     with pytest.raises(ValueError, match="16 patch tokens do not fill a grid of 3 x 4"):
         to_grid(tokens, 3, 4)
 
@@ -121,7 +123,7 @@ def test_tuple_and_attentions_are_given_on_request(inside: PivotVisionModel, pix
 def test_it_compiles_into_one_graph(kind: str, repositories: dict[str, Path], pixels: torch.Tensor) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories[kind])
     torch._dynamo.reset()
-    compiled = torch.compile(encoder, fullgraph=True, backend="eager")  # a break raises; no kernels are made
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")  # a graph break raises; no kernels are compiled
     with torch.no_grad():
         assert torch.equal(compiled(pixels).last_hidden_state, encoder(pixels).last_hidden_state)
 
@@ -131,24 +133,24 @@ def test_gradient_checkpointing_saves_activations_and_changes_no_gradient(
     kind: str, repositories: dict[str, Path], pixels: torch.Tensor
 ) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories[kind]).train()
-    gradients, kept = [], []
+    gradients, activations = [], []
     for checkpointed in (False, True):
         if checkpointed:
             encoder.gradient_checkpointing_enable()
         encoder.zero_grad()
-        torch.manual_seed(0)  # DINOv3 jitters its positions as it trains
-        counted: list[int] = []
+        torch.manual_seed(0)  # DINOv3 jitters its positions in training
+        sizes: list[int] = []
 
-        def keep(saved: torch.Tensor, counted: list[int] = counted) -> torch.Tensor:
-            counted.append(saved.numel())
+        def count(saved: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(saved.numel())
             return saved
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
             loss = encoder(pixels).last_hidden_state.square().mean()
         loss.backward()
-        kept.append(sum(counted))
+        activations.append(sum(sizes))
         gradients.append({n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None})
-    assert kept[1] < kept[0] / 2
+    assert activations[1] < activations[0] / 2
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.allclose(gradients[0][k], gradients[1][k], atol=1e-7) for k in gradients[0])
 
@@ -159,9 +161,9 @@ def test_half_precision_is_close(dtype: torch.dtype, repositories: dict[str, Pat
     encoder = PivotVisionModel.from_pretrained(repositories["siglip"], dtype=dtype)
     assert encoder.dtype == dtype
     exact = PivotVisionModel.from_pretrained(repositories["siglip"])(pixels).last_hidden_state
-    made = encoder(pixels.to(dtype)).last_hidden_state
-    assert made.dtype == dtype
-    assert (made.float() - exact).norm() / exact.norm() < 0.02
+    tokens = encoder(pixels.to(dtype)).last_hidden_state
+    assert tokens.dtype == dtype
+    assert (tokens.float() - exact).norm() / exact.norm() < 0.02
     assert encoder.forward_features(Image.new("L", (9, 9))).last_hidden_state.dtype == dtype
 
 
@@ -169,7 +171,7 @@ def test_half_precision_is_close(dtype: torch.dtype, repositories: dict[str, Pat
 def test_attention_and_device_map_reach_the_backbone(
     repositories: dict[str, Path], pixels: torch.Tensor, tmp_path: Path
 ) -> None:
-    # CLIP: the attention of SigLIP's pooling head is torch's own, which accelerate cannot leave on disk.
+    # CLIP, because SigLIP's pooling head uses torch's own attention, which accelerate cannot offload to disk.
     exact = PivotVisionModel.from_pretrained(repositories["clip"])
     assert exact.backbone.config._attn_implementation == "sdpa"
     eager = PivotVisionModel.from_pretrained(repositories["clip"], attn_implementation="eager")
@@ -181,11 +183,11 @@ def test_attention_and_device_map_reach_the_backbone(
     ):
         placed = PivotVisionModel.from_pretrained(repositories["clip"], **options)
         assert torch.equal(placed(pixels).last_hidden_state, exact(pixels).last_hidden_state)
-    assert any(p.is_meta for p in placed.parameters()), "nothing was left on disk"
+    assert any(p.is_meta for p in placed.parameters()), "nothing was offloaded to disk"
 
 
 @torch.no_grad()
-def test_another_feature_layer_can_be_asked_for(
+def test_another_feature_layer_can_be_chosen(
     repositories: dict[str, Path], pixels: torch.Tensor, tmp_path: Path
 ) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories["clip"], feature_layer=-1)
@@ -195,7 +197,7 @@ def test_another_feature_layer_can_be_asked_for(
     assert PivotVisionModel.from_pretrained(tmp_path).config.pivot["feature_layer"] == -1
 
 
-def test_what_would_be_half_published_or_a_pickle_is_refused(repositories: dict[str, Path], tmp_path: Path) -> None:
+def test_a_push_and_a_pickle_are_refused_and_nothing_is_written(repositories: dict[str, Path], tmp_path: Path) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories["siglip"])
     with pytest.raises(ValueError, match="call push_to_hub"):
         encoder.save_pretrained(tmp_path / "out", push_to_hub=True)
@@ -231,7 +233,7 @@ def test_auto_model_builds_from_our_config() -> None:
 def test_siglips_published_sizes_give_their_grid(
     hidden_size: int, layers: int, intermediate: int, image_px: int, patch: int, grid: int
 ) -> None:
-    """So400m's patch of 14 does not divide its own 384 px: the last 6 pixels are left out, as its training did."""
+    """So400m's patch of 14 does not divide its own 384 px: the last 6 pixels are left out, as in its training."""
     native = {
         "model_type": "siglip_vision_model",
         "hidden_size": hidden_size,
@@ -243,8 +245,8 @@ def test_siglips_published_sizes_give_their_grid(
     }
     with torch.device("meta"):
         encoder = AutoModel.from_config(PivotVisionConfig(native))
-        made = encoder.feature_map(torch.empty(1, 3, image_px, image_px))
-    assert made.shape == (1, hidden_size, grid, grid)
+        features = encoder.feature_map(torch.empty(1, 3, image_px, image_px))
+    assert features.shape == (1, hidden_size, grid, grid)
 
 
 @pytest.mark.parametrize("kind", ORIGINALS)
@@ -256,8 +258,8 @@ def test_segmentation_and_detection_heads_take_it(kind: str, repositories: dict[
     backbone.eval()
     with torch.no_grad():
         maps = backbone(images).feature_maps
-        whole = PivotVisionModel.from_pretrained(repositories[kind], feature_layer=1).feature_map(images)
-    assert torch.equal(maps[1], whole)
+        expected = PivotVisionModel.from_pretrained(repositories[kind], feature_layer=1).feature_map(images)
+    assert torch.equal(maps[1], expected)
     assert backbone.out_features == ["stem", "stage1", "stage2", "stage3"]
 
     config = PivotVisionConfig(native, out_indices=[0, 1, 2, 3])
@@ -312,7 +314,7 @@ def _config(**changes: Any) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "is no model repository, it has no config.json; give the"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is not a model repository, it has no config.json; give the"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights; the download stopped half-way"),
     "half": (_half, "its weights are cut off or damaged .* download it again"),
     "a shard": (_shard, "model-00002-of-00002.safetensors is missing; the download stopped half-way"),
@@ -331,26 +333,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_whole_encoder_is_refused_in_one_sentence(
+def test_an_incomplete_encoder_is_refused_with_a_one_line_message(
     name: str, repositories: dict[str, Path], tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(repositories["siglip"], tmp_path / "copy"))
-    break_it, says = BROKEN[name]
-    break_it(copy)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    damage, message = BROKEN[name]
+    damage(copy)
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_encoder(copy)
     assert "\n" not in str(caught.value)
     assert str(caught.value).count(str(copy)) == 1
 
 
-def test_a_language_model_or_nothing_is_refused(parts: Path, tmp_path: Path) -> None:
+def test_a_language_model_or_an_absent_folder_is_refused(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="architecture 'qwen2' is not supported; give one of"):
         read_encoder(parts / "language")
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
         read_encoder(tmp_path / "absent")
 
 
-def test_a_token_is_used_and_not_kept(repositories: dict[str, Path]) -> None:
+def test_a_token_is_used_and_not_stored(repositories: dict[str, Path]) -> None:
     encoder = PivotVisionModel.from_pretrained(repositories["siglip"], token="hf_secret")
     assert encoder.image_processor is not None
     assert "hf_secret" not in repr(vars(encoder)) + repr(encoder.config.to_dict())

@@ -1,4 +1,4 @@
-"""Encoder repositories: three doors, features equal bit for bit, and a change of one bit is found."""
+"""Encoder repositories: three loading paths give features equal bit for bit, and a flipped bit is detected."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_weights_are_under_the_keys_of_the_original_hub_checkpoint(repository: P
     }
 
 
-def test_config_and_provenance_say_where_it_came_from(repository: Path) -> None:
+def test_config_and_provenance_record_the_origin(repository: Path) -> None:
     pivot = json.loads((repository / "config.json").read_text())["pivot"]
     assert pivot["stage"] == "dpo"
     assert pivot["feature_layer"] == -2
@@ -82,7 +82,7 @@ def test_config_and_provenance_say_where_it_came_from(repository: Path) -> None:
     assert lineage == ["dpo", "instruct", "align"]
 
 
-def test_nothing_published_names_a_local_path(repository: Path) -> None:
+def test_no_published_file_contains_a_local_path(repository: Path) -> None:
     home = str(Path.home())
     for file in repository.rglob("*"):
         if file.suffix in (".json", ".yaml", ".py", ".jsonl"):
@@ -104,8 +104,8 @@ def test_every_backbone_is_written_under_keys_plain_automodel_reads(
     assert type(native).__name__ == ORIGINALS[kind].native
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    seen = native(pixels, output_hidden_states=True).hidden_states[-2][:, ORIGINALS[kind].prefix_tokens :]
-    assert torch.equal(seen, model(pixels).last_hidden_state)
+    tokens = native(pixels, output_hidden_states=True).hidden_states[-2][:, ORIGINALS[kind].prefix_tokens :]
+    assert torch.equal(tokens, model(pixels).last_hidden_state)
     remote = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert torch.equal(remote(pixels).last_hidden_state, model(pixels).last_hidden_state)
     prefixed = kind in ("siglip", "siglip2", "clip")
@@ -122,7 +122,7 @@ def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> No
 
 
 def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block in order, in one namespace, on the tiny encoder (3 layers: its out_indices are fewer)."""
+    """Run every Python block in order, in one namespace, on the tiny encoder, whose 3 layers need other out_indices."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     section = readme.split("## Use an encoder")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -131,19 +131,19 @@ def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((60, 40), 80).save("cat.jpg")
     code = "\n".join(blocks).replace("quickstart/hub/pivot/shapes-dpo", str(repository))
-    made: dict[str, Any] = {}
-    exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), made)
-    assert type(made["native"]).__name__ == "SiglipVisionModel"
-    assert type(made["encoder"]).__name__ == type(made["remote"]).__name__ == "PivotVisionModel"
-    assert made["made"].last_hidden_state.shape == (1, 16, 32)
-    assert made["mllm"].vision_config.model_type == "siglip_vision_model"
-    assert made["segmenter"].eval()(made["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
-    assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == made["encoder"].config.pivot
+    names: dict[str, Any] = {}
+    exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), names)
+    assert type(names["native"]).__name__ == "SiglipVisionModel"
+    assert type(names["encoder"]).__name__ == type(names["remote"]).__name__ == "PivotVisionModel"
+    assert names["made"].last_hidden_state.shape == (1, 16, 32)
+    assert names["mllm"].vision_config.model_type == "siglip_vision_model"
+    assert names["segmenter"].eval()(names["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
+    assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == names["encoder"].config.pivot
 
 
-def _flip(path: Path, at: int) -> None:
+def _flip_bit(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[offset] ^= 1
     path.write_bytes(bytes(data))
 
 
@@ -161,32 +161,32 @@ FILES = [
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_is_found_anywhere(repository: Path, tmp_path: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected_in_every_file(repository: Path, tmp_path: Path, name: str) -> None:
     assert sorted(f.name for f in repository.iterdir()) == FILES
     size = (repository / name).stat().st_size
-    for at in (0, size // 3, size // 2, size - 1):
-        copy = Path(shutil.copytree(repository, tmp_path / str(at)))
-        _flip(copy / name, at)
+    for offset in (0, size // 3, size // 2, size - 1):
+        copy = Path(shutil.copytree(repository, tmp_path / str(offset)))
+        _flip_bit(copy / name, offset)
         problems = verify_repository(copy)
-        assert len(problems) == 1, at
+        assert len(problems) == 1, offset
         assert name in problems[0]
     assert verify_repository(repository) == []
 
 
-def test_missing_extra_and_pickled_files_are_found(repository: Path, tmp_path: Path) -> None:
+def test_missing_extra_and_pickled_files_are_detected(repository: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(repository, tmp_path / "copy"))
     (copy / "recipe.yaml").unlink()
     (copy / "notes.txt").write_text("x")
     (copy / "weights.bin").write_bytes(b"x")
-    said = " ".join(verify_repository(copy))
-    for part in ("recipe.yaml is missing", "notes.txt is not expected", "weights.bin is a pickle"):
-        assert part in said
+    problems = " ".join(verify_repository(copy))
+    for message in ("recipe.yaml is missing", "notes.txt is not expected", "weights.bin is a pickle"):
+        assert message in problems
 
 
-def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_path: Path) -> None:
+def test_golden_vectors_detect_changed_weights_whose_checksum_is_right(repository: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(repository, tmp_path / "copy"))
     provenance = json.loads((copy / "provenance.json").read_text())
-    _flip(copy / "model.safetensors", -2)  # a high bit of the last weight's exponent
+    _flip_bit(copy / "model.safetensors", -2)  # a high bit of the last weight's exponent
     weights = load_file(copy / "model.safetensors")
     from safetensors.torch import save_file
 
@@ -197,7 +197,7 @@ def test_golden_vectors_catch_weights_that_pass_as_sealed(repository: Path, tmp_
     assert any("golden vectors" in p for p in verify_repository(copy))
 
 
-def test_extracting_again_replaces_the_folder_whole(trained: Path, tmp_path: Path) -> None:
+def test_extracting_again_replaces_the_whole_folder(trained: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder"
     extract_encoder(trained / "3-sft", target)
     (target / "stale.txt").write_text("x")
@@ -206,7 +206,7 @@ def test_extracting_again_replaces_the_folder_whole(trained: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
 
 
-def test_what_is_no_checkpoint_is_refused_and_nothing_written(parts: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused_and_nothing_is_written(parts: Path, tmp_path: Path) -> None:
     for source in (parts / "vision", parts / "language", tmp_path / "nothing"):
         with pytest.raises(CheckpointError):
             extract_encoder(source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Gradient maps: right gradients of the right loss, on the right tokens, leaving the model as it was."""
+"""Saliency maps: correct gradients of the right loss at the right tokens, and a model that is not changed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def image() -> Image.Image:
 
 
 def test_log_probs_are_those_of_the_model_alone(mllm: tuple[Any, Any], image: Image.Image) -> None:
-    """Unequal answers share a batch: each log-probability equals that of its answer scored alone."""
+    """Answers of different lengths share a batch; each log-probability equals that of the answer scored alone."""
     model, processor = mllm
     longer = "It is a large green star at the top left."
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_log_probs_are_those_of_the_model_alone(mllm: tuple[Any, Any], image: Im
 
 
 def test_values_are_the_losses_of_trl(trained: Path, recipes: Path, mllm: tuple[Any, Any], reference: Any) -> None:
-    """SFT and DPO values equal the loss that TRL's trainers compute on the same row."""
+    """The SFT and DPO values equal the losses that TRL's trainers compute on the same row."""
     from pivot_hub.training import dpo, sft
     from pivot_hub.training.stage import trainer_arguments
 
@@ -75,7 +75,7 @@ def test_values_are_the_losses_of_trl(trained: Path, recipes: Path, mllm: tuple[
         batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
         with torch.no_grad():
             loss = float(trainer.compute_loss(trainer.model.eval(), batch))
-        made = gradient_map(
+        explanation = gradient_map(
             model,
             processor,
             row["images"][0],
@@ -85,24 +85,24 @@ def test_values_are_the_losses_of_trl(trained: Path, recipes: Path, mllm: tuple[
             text.get("rejected"),
             reference,
         )
-        # The trainer's answers end in Qwen's newline behind the turn; it is scored there and not explained here.
+        # The trainer also scores Qwen's newline after the turn, which is not explained here.
         tolerance = 0.2 if explain == "sft" else 0.02
-        assert made.value == pytest.approx(loss, rel=tolerance)
+        assert explanation.value == pytest.approx(loss, rel=tolerance)
 
 
 def test_gradient_equals_a_finite_difference(mllm: tuple[Any, Any], image: Image.Image) -> None:
-    """Nudging the projector's output along a token changes the answer by that token's gradient."""
+    """A small change of one token of the projector's output changes the answer by that token's gradient."""
     model, processor = mllm
     model = model.double()
     try:
         batch = answer_batch(processor, image, QUESTION, [RIGHT])
         batch["pixel_values"] = batch["pixel_values"].double()
-        made = gradient_map(model, processor, image, QUESTION, RIGHT).maps["gradient"]
-        token, nudge = 5, {"by": 0.0, "channel": 0}
+        gradients = gradient_map(model, processor, image, QUESTION, RIGHT).maps["gradient"]
+        token, change = 5, {"by": 0.0, "channel": 0}
 
         def move(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             moved = output.clone()
-            moved[:, token, int(nudge["channel"])] += nudge["by"]
+            moved[:, token, int(change["channel"])] += change["by"]
             return moved
 
         hook = model.model.multi_modal_projector.register_forward_hook(move)
@@ -111,17 +111,17 @@ def test_gradient_equals_a_finite_difference(mllm: tuple[Any, Any], image: Image
             for channel in range(32):
                 values = []
                 for by in (1e-2, -1e-2):
-                    nudge.update(by=by, channel=channel)
+                    change.update(by=by, channel=channel)
                     values.append(float(answer_log_probs(model, batch)[0]))
                 total += abs(values[0] - values[1]) / 2e-2
         hook.remove()
-        assert made[1, 1] == pytest.approx(total, rel=0.01)  # token 5 of a 4 x 4 grid; norms stay float32
+        assert gradients[1, 1] == pytest.approx(total, rel=0.01)  # token 5 of a 4 x 4 grid; norms stay in float32
     finally:
         model.float()
 
 
 def test_an_inner_layer_is_explained_by_its_own_gradient(mllm: tuple[Any, Any], image: Image.Image) -> None:
-    """Against the same map made by hand: a block's output, kept with its gradient in a plain backward pass."""
+    """The map equals one computed by hand from a block's output and its gradient in a plain backward pass."""
     model, processor = mllm
     kept: dict[str, torch.Tensor] = {}
     block = model.model.vision_tower.encoder.layers[0]
@@ -140,8 +140,8 @@ def test_an_inner_layer_is_explained_by_its_own_gradient(mllm: tuple[Any, Any], 
     assert gradient is not None
     expected = (gradient[0].mean(0) * state).sum(-1).relu().reshape(4, 4).detach().numpy()
     assert expected.max() > 0
-    made = gradient_map(model, processor, image, QUESTION, RIGHT, layer=1).maps["gradcam"]
-    assert np.allclose(made, expected, rtol=1e-4, atol=1e-8)
+    grad_cam = gradient_map(model, processor, image, QUESTION, RIGHT, layer=1).maps["gradcam"]
+    assert np.allclose(grad_cam, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_the_last_layer_is_the_feature_layer(mllm: tuple[Any, Any], image: Image.Image) -> None:
@@ -152,30 +152,30 @@ def test_the_last_layer_is_the_feature_layer(mllm: tuple[Any, Any], image: Image
     named = gradient_map(model, processor, image, QUESTION, RIGHT, layer=last)
     assert np.array_equal(plain.maps["gradcam"], named.maps["gradcam"])
     for wrong in (0, last + 1):
-        with pytest.raises(ValueError, match=f"layer {wrong} is none of 1 to {last}"):
+        with pytest.raises(ValueError, match=f"layer {wrong} is not one of 1 to {last}"):
             gradient_map(model, processor, image, QUESTION, RIGHT, layer=wrong)
 
 
-def test_tokens_explain_the_answer_between_them(mllm: tuple[Any, Any], image: Image.Image) -> None:
-    """Log-probabilities of tokens add up to the answer's; an answer of one token has that token's maps."""
+def test_tokens_together_explain_the_answer(mllm: tuple[Any, Any], image: Image.Image) -> None:
+    """The tokens' log-probabilities add up to the answer's, and an answer of one token has that token's maps."""
     model, processor = mllm
     tokens = token_maps(model, processor, image, QUESTION, RIGHT)
     whole = gradient_map(model, processor, image, QUESTION, RIGHT)
     assert sum(t.log_prob for t in tokens) == pytest.approx(whole.value, abs=1e-4)
     assert "".join(t.text for t in tokens).startswith(RIGHT)
     assert len({t.maps["gradient"].tobytes() for t in tokens}) == len(tokens)
-    nothing = gradient_map(model, processor, image, QUESTION, "")  # the token that ends the turn alone
+    empty = gradient_map(model, processor, image, QUESTION, "")  # only the token that ends the turn
     (end,) = token_maps(model, processor, image, QUESTION, "")
     for method in ("gradcam", "gradient"):
-        assert np.allclose(end.maps[method], nothing.maps[method], rtol=1e-5, atol=1e-9)
+        assert np.allclose(end.maps[method], empty.maps[method], rtol=1e-5, atol=1e-9)
     assert len(token_maps(model, processor, image, QUESTION, RIGHT, limit=2)) == 2
 
 
 def test_dpo_value_of_the_reference_itself_is_log_two(
     reference: Any, mllm: tuple[Any, Any], image: Image.Image
 ) -> None:
-    made = gradient_map(reference, mllm[1], image, QUESTION, RIGHT, "dpo", WRONG, reference)
-    assert made.value == pytest.approx(np.log(2), abs=1e-5)
+    explanation = gradient_map(reference, mllm[1], image, QUESTION, RIGHT, "dpo", WRONG, reference)
+    assert explanation.value == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_sft_map_is_the_answers_map_scaled(mllm: tuple[Any, Any], image: Image.Image) -> None:
@@ -188,15 +188,15 @@ def test_sft_map_is_the_answers_map_scaled(mllm: tuple[Any, Any], image: Image.I
 
 
 def test_identical_answers_have_no_dpo_gradient(mllm: tuple[Any, Any], reference: Any, image: Image.Image) -> None:
-    made = gradient_map(*mllm, image, QUESTION, RIGHT, "dpo", RIGHT, reference)
-    assert np.abs(made.maps["gradient"]).max() < 1e-6
+    explanation = gradient_map(*mllm, image, QUESTION, RIGHT, "dpo", RIGHT, reference)
+    assert np.abs(explanation.maps["gradient"]).max() < 1e-6
 
 
-def test_the_model_is_left_as_it_was(mllm: tuple[Any, Any], image: Image.Image) -> None:
+def test_the_model_is_not_changed(mllm: tuple[Any, Any], image: Image.Image) -> None:
     model, processor = mllm
-    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
     gradient_map(model, processor, image, QUESTION, RIGHT)
-    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     assert not any(p.grad is not None for p in model.parameters())
     projector = model.model.multi_modal_projector
     assert not projector._forward_hooks
@@ -217,7 +217,7 @@ def test_enlarging_keeps_places() -> None:
     assert [int(p) // 8 for p in peak] == [1, 2]
 
 
-def test_dpo_needs_its_pair_and_its_reference(mllm: tuple[Any, Any], image: Image.Image) -> None:
+def test_dpo_needs_a_rejected_answer_and_a_reference(mllm: tuple[Any, Any], image: Image.Image) -> None:
     with pytest.raises(ValueError, match="give `rejected` and `reference`"):
         gradient_map(*mllm, image, QUESTION, RIGHT, "dpo", WRONG)
 
@@ -225,11 +225,11 @@ def test_dpo_needs_its_pair_and_its_reference(mllm: tuple[Any, Any], image: Imag
 def test_registers_are_left_out_of_the_map_and_counted_as_tokens(
     parts: Path, tmp_path: Path, image: Image.Image
 ) -> None:
-    """An encoder with registers hands them to the language head; they lie nowhere on the image."""
+    """Registers of an encoder enter the language model, but they have no place on the image."""
     vision = make_vision(tmp_path / "vision", "dinov2-registers")
     model, processor = build_mllm(str(vision), str(parts / "language"))
-    made = gradient_map(model.eval(), processor, image, QUESTION, RIGHT)
-    assert {grid.shape for grid in made.maps.values()} == {(4, 4)}
+    explanation = gradient_map(model.eval(), processor, image, QUESTION, RIGHT)
+    assert {grid.shape for grid in explanation.maps.values()} == {(4, 4)}
     batch = answer_batch(processor, image, QUESTION, [RIGHT])
     check = RowCheck(processor, None, "conversation", pairs=False)
     assert check.image_tokens == (batch["input_ids"] == processor.image_token_id).sum() == 20

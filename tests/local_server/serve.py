@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
 
 from pivot_hub.errors import PivotError
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+from .app import build_app
+from .hub import Account, Hub
+from .store import Store
 
 
 @contextmanager
 def serve(app: ASGIApp, port: int = 0) -> Iterator[str]:
-    """Serve an application on 127.0.0.1 while the block runs; gives its address.
+    """Serve an application on 127.0.0.1 while the block runs.
 
     Args:
-        app: as `protocol.build_app` makes it.
-        port: 0 takes a free one.
-    """
-    import uvicorn
+        app: Application, such as that of `app.build_app`.
+        port: Port to listen on; 0 selects a free one.
 
+    Yields:
+        Address of the server.
+
+    Raises:
+        PivotError: The port is taken.
+    """
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -39,11 +47,18 @@ def serve(app: ASGIApp, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-def need_server() -> None:
-    """Say what is missing for a local hub.
+@contextmanager
+def serve_folder(folder: Path, owner: str) -> Iterator[tuple[str, str]]:
+    """Serve a hub that keeps its repositories in a folder, with one account, while the block runs.
 
-    Raises:
-        PivotError: naming the extra.
+    Args:
+        folder: Folder of the hub's state, which is created if it does not exist.
+        owner: Organisation that the account may write to.
+
+    Yields:
+        Address of the hub, and a token of the account that is valid while the hub is served.
     """
-    if missing := [name for name in ("starlette", "uvicorn") if find_spec(name) is None]:
-        raise PivotError(f"a local hub needs {missing[0]}: pip install 'pivot-hub[local-hub]'.")
+    folder.mkdir(parents=True, exist_ok=True)
+    token = f"hf_{secrets.token_hex(17)}"
+    with serve(build_app(Hub(Store(folder), {token: Account("quickstart", (owner,))}))) as address:
+        yield address, token

@@ -1,4 +1,4 @@
-"""What a hub keeps: repositories with their commits, refs and pull requests, files by hash, collections."""
+"""The state of a hub: repositories with commits, refs and pull requests, files by hash, and collections."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from typing import Any
 from pivot_hub.files import write_json
 
 MAIN = "refs/heads/main"
-# Kept outside git by the Hub, whatever their size.
+# Suffixes of files that the Hub stores outside git, whatever their size.
 LFS_SUFFIXES = (".safetensors", ".onnx", ".onnx_data", ".bin", ".pt", ".npy", ".parquet", ".zip")
 LFS_BYTES = 10 * 1024 * 1024
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
 
 class HubError(Exception):
-    """A refusal, as the Hub words it.
+    """An error that the Hub answers with.
 
     Args:
-        status: of the HTTP answer.
-        message: for the reader.
-        code: X-Error-Code, by which the client chooses its exception.
-        extra: further keys of the answer's JSON; headers: further headers.
+        status: Status of the HTTP answer.
+        message: Error message, in the Hub's words.
+        code: Value of X-Error-Code, by which the client chooses its exception.
+        extra: Further keys of the answer's JSON.
+        headers: Further headers of the answer.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: commits, what refs point at, and pull requests (number, title, author, status, base)."""
+    """A repository: commits, the commit of each ref, and pull requests (number, title, author, status, base)."""
 
     type: str
     name: str
@@ -83,17 +84,17 @@ class Repo:
     pulls: list[dict[str, Any]] = field(default_factory=list)
 
     def commit_at(self, revision: str) -> Commit:
-        """The commit of a branch, tag, full ref or hash.
+        """Find the commit of a branch, tag, full ref or hash.
 
         Raises:
-            HubError: there is none.
+            HubError: There is no such revision.
         """
         for ref in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision):
             if ref in self.refs:
                 return self.commits[self.refs[ref]]
-        found = [c for oid, c in self.commits.items() if len(revision) >= 7 and oid.startswith(revision)]
-        if len(found) == 1:
-            return found[0]
+        matching = [c for oid, c in self.commits.items() if len(revision) >= 7 and oid.startswith(revision)]
+        if len(matching) == 1:
+            return matching[0]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def entry_at(self, revision: str, path: str) -> tuple[Commit, Entry]:
@@ -105,10 +106,10 @@ class Repo:
 
 
 class Store:
-    """A hub's state in a folder; every change is one renamed file, so a killed hub loses nothing it answered for.
+    """A hub's state in a folder. Every change renames one file, so a killed hub loses nothing that it confirmed.
 
     Args:
-        folder: of the state; made if it is not there.
+        folder: Folder of the state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,10 +143,10 @@ class Store:
         author: str,
         tree: dict[str, Entry],
     ) -> Commit:
-        """Put a commit with the given tree at a ref, in one step.
+        """Add a commit with the given tree and move a ref to it, in one step.
 
         Raises:
-            HubError: the ref is no longer at `parent`.
+            HubError: The ref is no longer at `parent`.
         """
         with self.lock:
             if repo.refs.get(ref) != parent:
@@ -166,11 +167,11 @@ class Store:
         files = {path: asdict(entry) for path, entry in sorted(tree.items())}
         unique = json.dumps([parent, title, author, time.time_ns(), files])
         oid = hashlib.sha1(unique.encode()).hexdigest()
-        made = Commit(oid, parent, title, description, author, date, dict(sorted(tree.items())))
-        repo.commits[oid] = made
+        commit = Commit(oid, parent, title, description, author, date, dict(sorted(tree.items())))
+        repo.commits[oid] = commit
         repo.refs[ref] = oid
         self.save(repo)
-        return made
+        return commit
 
     def save(self, repo: Repo) -> None:
         write_json(self.folder / "repos" / repo.type / f"{repo.name}.json", asdict(repo))
@@ -184,16 +185,16 @@ class Store:
         write_json(self.folder / "collections.json", self.collections)
 
     def put_blob(self, content: bytes) -> str:
-        """Keep a small file under its git hash."""
+        """Store a small file under its git hash."""
         oid = git_sha1(content)
         self.keep(self.folder / "blobs" / oid, [content])
         return oid
 
     def put_large(self, path: Path, chunks: Iterable[bytes]) -> None:
-        """Keep a large file, at the path of its repository and hash, that is what its SHA-256 says.
+        """Store a large file under its SHA-256, which the content is checked against.
 
         Raises:
-            HubError: it is not.
+            HubError: The content has another hash.
         """
         digest = hashlib.sha256()
 
@@ -219,7 +220,7 @@ class Store:
             beside.unlink(missing_ok=True)
 
     def large_path(self, repo: Repo, sha256: str) -> Path:
-        """Where a large file lies: each repository keeps its own."""
+        """Return the path of a large file; each repository has its own copy."""
         return self.folder / "lfs" / repo.type / repo.name / sha256
 
     def path(self, repo: Repo, entry: Entry) -> Path:
@@ -227,23 +228,23 @@ class Store:
 
 
 def large_entry(sha256: str, size: int) -> Entry:
-    """A large file's entry: git holds a pointer of three lines."""
+    """Make the entry of a large file; its git blob is a pointer of three lines."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
     return Entry(size, git_sha1(pointer.encode()), sha256)
 
 
 def git_sha1(content: bytes) -> str:
-    """The hash git gives a file's content."""
+    """Compute the hash that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def is_large(path: str, size: int, sample: bytes) -> bool:
-    """Whether the Hub keeps a file outside git: by its name, its size, or because it is binary."""
+    """Whether the Hub stores a file outside git: by its name, by its size, or because it is binary."""
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_BYTES or b"\0" in sample)
 
 
 def now() -> str:
-    """The time, as the Hub writes it."""
+    """Format the current time as the Hub does."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
 
 

@@ -1,4 +1,4 @@
-"""The local hub, asked by the unmodified client in a process of its own; what it keeps outlives it."""
+"""The local Hub server, used by the unmodified client in a process of its own; its state persists."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tests.local_server.store import Store
 from tests.publish.hub_server import ROOT, hub_server
 
 
-def test_the_client_finds_all_it_asks_for(tmp_path: Path) -> None:
-    """What `tests/hub_calls.py` asks; `make conformance` asks the same with older clients."""
+def test_the_client_can_send_all_its_requests(tmp_path: Path) -> None:
+    """The requests of `tests/publish/hub_calls.py`; `make conformance` sends them with older clients too."""
     with hub_server(tmp_path / "hub", part_bytes=1_000_000) as server:
         variables = server.environment(tmp_path / "home") | {"READER": server.tokens["bob"]}
-        command = [sys.executable, str(ROOT / "tests" / "hub_calls.py")]
+        command = [sys.executable, str(ROOT / "tests" / "publish" / "hub_calls.py")]
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == huggingface_hub.__version__
     assert server.count("PUT", r"/models/.*/[0-9a-f]{64}/\d$") == 3, "a large file goes in parts"
-    again = Store(tmp_path / "hub")
-    assert [repo.name for repo in again.repos.values()] == ["pivot/app"]
-    assert again.repos["space", "pivot/app"] == server.repo("pivot/app", "space")
-    assert again.collections == server.store.collections
+    reopened = Store(tmp_path / "hub")
+    assert [repo.name for repo in reopened.repos.values()] == ["pivot/app"]
+    assert reopened.repos["space", "pivot/app"] == server.repo("pivot/app", "space")
+    assert reopened.collections == server.store.collections
 
 
 def test_ranges_and_signed_links(tmp_path: Path) -> None:

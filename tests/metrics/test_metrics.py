@@ -1,4 +1,4 @@
-"""Metrics: equal to torchmetrics and scikit-learn, honest intervals, and folders that stand alone."""
+"""Metrics: equal to torchmetrics and scikit-learn, intervals with the stated coverage, self-contained folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sklearn.metrics import balanced_accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MulticlassRecall
 
 from pivot_hub.metrics import METRICS, load_metric
-from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy, pixel_tallies
+from pivot_hub.metrics.mean_iou.mean_iou import count_pixels, mean_iou, mean_recall, pixel_accuracy
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import bootstrap, mean, paired_difference, resample
 
 FOLDER = Path(__file__).parents[2] / "pivot_hub" / "metrics"
@@ -29,7 +29,7 @@ def _scored(scores: np.ndarray) -> np.ndarray:
 
 
 def _ids(seed: int, classes: int, high: int, ignored: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids below `high` of `classes`, more than half of them right, a fifth ignored."""
+    """Draw random ids below `high`, more than half of them predicted correctly, a fifth ignored."""
     rng = np.random.default_rng(seed)
     true = rng.integers(high, size=(5, 13, 17))
     predicted = np.where(rng.random(true.shape) < 0.6, true, rng.integers(high, size=true.shape))
@@ -38,18 +38,18 @@ def _ids(seed: int, classes: int, high: int, ignored: int | None = None) -> tupl
     return predicted, true
 
 
-# Every class there; ignored ids beyond the classes; an ignored class; classes 5 to 7 nowhere.
+# Every class occurs; ignored ids are no class; an ignored id is a class; classes 5 to 7 never occur.
 CASES = [(6, 6, None), (6, 6, 255), (6, 6, 2), (8, 5, None), (8, 5, 255)]
 
 
 @pytest.mark.parametrize(("classes", "high", "ignored"), CASES)
 def test_segmentation_scores_are_those_of_torchmetrics(classes: int, high: int, ignored: int | None) -> None:
     predicted, true = _ids(0, classes, high, ignored)
-    sums = np.sum([pixel_tallies(p, t, classes, ignored) for p, t in zip(predicted, true, strict=True)], axis=0)[None]
-    seen = torch.from_numpy(predicted), torch.from_numpy(true)
+    sums = np.sum([count_pixels(p, t, classes, ignored) for p, t in zip(predicted, true, strict=True)], axis=0)[None]
+    tensors = torch.from_numpy(predicted), torch.from_numpy(true)
 
     def theirs(kind: Any, average: Literal["macro", "micro"]) -> float:
-        return float(kind(num_classes=classes, average=average, ignore_index=ignored)(*seen))
+        return float(kind(num_classes=classes, average=average, ignore_index=ignored)(*tensors))
 
     assert mean_iou(sums)[0] == pytest.approx(theirs(MulticlassJaccardIndex, "macro"), abs=1e-6)
     assert pixel_accuracy(sums)[0] == pytest.approx(theirs(MulticlassAccuracy, "micro"), abs=1e-6)
@@ -61,7 +61,7 @@ def test_segmentation_scores_are_those_of_torchmetrics(classes: int, high: int, 
 @pytest.mark.parametrize(("classes", "high", "ignored"), CASES)
 def test_segmentation_scores_are_those_of_scikit_learn(classes: int, high: int, ignored: int | None) -> None:
     predicted, true = _ids(1, classes, high, ignored)
-    sums = pixel_tallies(predicted, true, classes, ignored)[None]
+    sums = count_pixels(predicted, true, classes, ignored)[None]
     kept = true != ignored if ignored is not None else np.ones(true.shape, bool)
     p, t = predicted[kept], true[kept]
     labels = [c for c in range(high) if c != ignored]
@@ -71,9 +71,9 @@ def test_segmentation_scores_are_those_of_scikit_learn(classes: int, high: int, 
 
 
 def test_a_class_that_is_predicted_and_never_true() -> None:
-    """IoU 0, as everywhere; no recall, as in balanced_accuracy_score, where torchmetrics says 0."""
+    """Its IoU is 0 in all libraries; it has no recall, as in balanced_accuracy_score, but 0 in torchmetrics."""
     predicted, true = np.array([[0, 1, 2, 2]]), np.array([[0, 1, 1, 0]])
-    sums = pixel_tallies(predicted, true, 3)[None]
+    sums = count_pixels(predicted, true, 3)[None]
     assert mean_iou(sums)[0] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
     with pytest.warns(UserWarning, match="y_pred contains classes not in y_true"):
         assert mean_recall(sums)[0] == pytest.approx(balanced_accuracy_score(true[0], predicted[0]))
@@ -84,20 +84,20 @@ def test_a_class_that_is_predicted_and_never_true() -> None:
 def test_the_number_of_classes_changes_no_mean() -> None:
     predicted, true = _ids(2, 8, 5, 255)
     metric, images = load_metric("mean_iou"), {"predictions": predicted, "references": true, "ignore_index": 255}
-    told, found = metric.compute(**images, num_classes=8), metric.compute(**images)
-    assert (len(told.pop("per_class_iou")), len(found.pop("per_class_iou"))) == (8, 5)
-    del told["per_class_recall"], found["per_class_recall"]
-    assert told == pytest.approx(found)
+    given, derived = metric.compute(**images, num_classes=8), metric.compute(**images)
+    assert (len(given.pop("per_class_iou")), len(derived.pop("per_class_iou"))) == (8, 5)
+    del given["per_class_recall"], derived["per_class_recall"]
+    assert given == pytest.approx(derived)
 
 
 def test_bad_ids_are_named() -> None:
     ids = np.array([0, 1, 7])
     with pytest.raises(ValueError, match="reference is class 7 of 3: raise num_classes or give ignore_index"):
-        pixel_tallies(np.zeros(3, int), ids, 3)
+        count_pixels(np.zeros(3, int), ids, 3)
     with pytest.raises(ValueError, match="prediction is class -1 of 3"):
-        pixel_tallies(np.array([0, -1, 0]), np.zeros(3, int), 3)
+        count_pixels(np.array([0, -1, 0]), np.zeros(3, int), 3)
     with pytest.raises(ValueError, match="the same pixels"):
-        pixel_tallies(ids, ids[:2], 3)
+        count_pixels(ids, ids[:2], 3)
     with pytest.raises(ValueError, match="no pixel is left"):
         load_metric("mean_iou").compute(predictions=[[[0]]], references=[[[255]]], ignore_index=255)
     with pytest.raises(ValueError, match="bring the map to the mask's size"):
@@ -110,14 +110,14 @@ def test_bad_ids_are_named() -> None:
         load_metric("accuracy")
 
 
-def test_interval_of_a_difference_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_interval_of_a_difference_covers_the_truth_about_as_often_as_stated() -> None:
     rng, covered, simulations = np.random.default_rng(0), 0, 300
     for seed in range(simulations):
         hard = rng.normal(size=120)  # shared by both: some items are hard for everyone
         first, second = (hard + rng.normal(gap, 0.7, size=120) for gap in (0.2, 0.0))
-        made = paired_difference(_scored(first), _scored(second), mean, seed, draws=400)
-        assert made.ci95[0] <= made.value <= made.ci95[1]
-        covered += made.ci95[0] <= 0.2 <= made.ci95[1]
+        difference = paired_difference(_scored(first), _scored(second), mean, seed, draws=400)
+        assert difference.ci95[0] <= difference.value <= difference.ci95[1]
+        covered += difference.ci95[0] <= 0.2 <= difference.ci95[1]
     assert 0.91 <= covered / simulations <= 0.98
 
 
@@ -157,17 +157,17 @@ def test_equal_scores_differ_by_nothing_and_seeds_repeat() -> None:
     assert there.p_value == back.p_value
 
 
-def test_a_difference_of_mean_iou_takes_its_tallies() -> None:
+def test_a_difference_of_mean_iou_takes_its_per_example_scores() -> None:
     predicted, true = _ids(5, 4, 4)
-    good = np.stack([pixel_tallies(t, t, 4) for t in true])
-    fair = np.stack([pixel_tallies(p, t, 4) for p, t in zip(predicted, true, strict=True)])
-    made = paired_difference(good, fair, mean_iou, 0, draws=200)
-    assert made.value == pytest.approx(1 - mean_iou(fair.sum(0)[None])[0])
-    assert made.ci95[0] > 0
+    good = np.stack([count_pixels(t, t, 4) for t in true])
+    fair = np.stack([count_pixels(p, t, 4) for p, t in zip(predicted, true, strict=True)])
+    difference = paired_difference(good, fair, mean_iou, 0, draws=200)
+    assert difference.value == pytest.approx(1 - mean_iou(fair.sum(0)[None])[0])
+    assert difference.ci95[0] > 0
 
 
 def test_resamples_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    example_scores = np.random.default_rng(0).random((2_600_000, 1))  # 3 draws a block
+    example_scores = np.random.default_rng(0).random((2_600_000, 1))  # 3 draws per block
     drawn = resample(example_scores, 5, 4)
     rng = np.random.default_rng(5)
     counts = rng.multinomial(len(example_scores), np.full(len(example_scores), 1 / len(example_scores)), size=4)
@@ -177,26 +177,26 @@ def test_resamples_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPa
 
 
 def _example(name: str) -> tuple[str, str]:
-    """Code of a README's example, and the result its comment promises."""
+    """Return the code of a README's example, and the result in its comment."""
     code = re.search(r"```python\n(.*?)```", (FOLDER / name / "README.md").read_text(), re.DOTALL)
     assert code is not None
     lines = code[1].splitlines()
-    promised = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
-    return "\n".join(lines).replace("metric.compute", "made = metric.compute"), promised
+    expected = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    return "\n".join(lines).replace("metric.compute", "result = metric.compute"), expected
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_readme_examples_give_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_examples_give_the_results_in_their_comments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parents[1])
-    code, promised = _example(name)
+    code, expected = _example(name)
     names: dict[str, Any] = {}
     exec(code, names)
     assert isinstance(names["metric"], evaluate.Metric)
-    assert str(names["made"]) == promised
+    assert str(names["result"]) == expected
 
 
-def test_metrics_stand_alone(tmp_path: Path) -> None:
-    """Copies of the folders, with no pivot_hub in reach, load; each is a Space whose app launches evaluate's widget."""
+def test_metrics_are_self_contained(tmp_path: Path) -> None:
+    """Copies of the folders load without pivot_hub, and each is a Space whose app launches evaluate's widget."""
     for name in METRICS:
         folder = tmp_path / name
         shutil.copytree(FOLDER / name, folder)
@@ -216,5 +216,5 @@ def test_metrics_stand_alone(tmp_path: Path) -> None:
         "for name in sys.argv[1:]: runpy.run_path(f'{name}/app.py')\n"
     )
     command = [sys.executable, "-c", widget, *METRICS]
-    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert shown.stdout.split() == list(METRICS)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(METRICS)

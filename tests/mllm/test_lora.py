@@ -1,4 +1,4 @@
-"""LoRA on the language head: what trains, what is written, and a run that is stopped."""
+"""LoRA on the language model: trained parameters, the written checkpoint, and a run that is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from tests.training.test_stages import moved, part, quiet
 LORA = ["lora={rank: 4, alpha: 8}", "args.save_steps=2", "data.0.rows=24"]
 
 
-def test_adapters_begin_as_nothing_and_merge_into_the_weights(trained: Path) -> None:
+def test_adapters_start_at_zero_and_merge_into_the_weights(trained: Path) -> None:
     model, _ = load_mllm(trained / "2-instruct")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ids = torch.arange(6)[None]
-    whole = model(input_ids=ids).logits
+    plain = model(input_ids=ids).logits
     freeze_parts(model, {"vision": 1e-4, "projector": 1e-4, "language": 1e-4})
     add_lora(model, LoraSpec(rank=2, alpha=4), seed=0)
     assert has_lora(model)
-    assert torch.equal(model(input_ids=ids).logits, whole)
-    trains = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in trains if part(n) == "language"} == {n for n in trains if "lora_" in n}
-    assert {part(n) for n in trains} == {"vision", "projector", "language"}
+    assert torch.equal(model(input_ids=ids).logits, plain)
+    trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained_names if part(n) == "language"} == {n for n in trained_names if "lora_" in n}
+    assert {part(n) for n in trained_names} == {"vision", "projector", "language"}
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted = model(input_ids=ids).logits
-    assert not torch.allclose(adapted, whole, atol=1e-3)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
     merge_lora(model)
     assert not has_lora(model)
     assert model.state_dict().keys() == before.keys()
@@ -57,33 +57,33 @@ def test_a_stage_with_lora_trains_the_encoder_and_writes_a_plain_model(
     assert all(name.endswith("_proj.weight") for name in language)
     assert AutoConfig.from_pretrained(folder).model_type == "llava"
 
-    inner = PartTrainer.compute_loss
+    compute_loss = PartTrainer.compute_loss
 
     def stop(self: PartTrainer, *args: object, **kwargs: object) -> object:
         if self.state.global_step == 5:
             raise KeyboardInterrupt
-        return inner(self, *args, **kwargs)  # type: ignore[arg-type]
+        return compute_loss(self, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PartTrainer, "compute_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         run_stage(loaded, trained.parent, tmp_path / "cut", log=quiet)
     monkeypatch.undo()
-    said: list[str] = []
-    assert not moved(folder, run_stage(loaded, trained.parent, tmp_path / "cut", log=said.append))
-    assert any("resuming from step 4" in line for line in said)
+    lines: list[str] = []
+    assert not moved(folder, run_stage(loaded, trained.parent, tmp_path / "cut", log=lines.append))
+    assert any("resuming from step 4" in line for line in lines)
 
 
-def test_lora_needs_a_head_that_trains(recipes: Path) -> None:
-    with pytest.raises(RecipeError, match=r"`lora` trains the language head: give `learning_rate.language`"):
+def test_lora_needs_a_language_model_that_is_trained(recipes: Path) -> None:
+    with pytest.raises(RecipeError, match=r"`lora` trains the language .*: give `learning_rate.language`"):
         load_recipe(recipes / "1-align.yaml", ["lora={rank: 4}"])
     with pytest.raises(RecipeError, match=r"unknown key `lora.ranks` \(did you mean `rank`\?\)"):
         load_recipe(recipes / "3-sft.yaml", ["lora={ranks: 4}"])
 
 
-def test_the_planner_counts_adapters_as_the_heads_training(recipes: Path) -> None:
+def test_the_planner_counts_adapters_as_the_trained_parameters_of_the_language_model(recipes: Path) -> None:
     plain, adapted = (
-        plan_stage(load_recipe(recipes / "3-sft.yaml", more), "single", 1)
-        for more in ([], ["lora={rank: 4, alpha: 8}"])
+        plan_stage(load_recipe(recipes / "3-sft.yaml", overrides), "single", 1)
+        for overrides in ([], ["lora={rank: 4, alpha: 8}"])
     )
     assert adapted.parameters["vision"] == plain.parameters["vision"]
     model = meta_mllm(part_config(str(recipes / "base/vision")), part_config(str(recipes / "base/language")), -2)

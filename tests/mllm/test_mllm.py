@@ -1,4 +1,4 @@
-"""The MLLM: any encoder and any language head in LLaVA's classes, features as the paper takes them."""
+"""MLLMs: every encoder and language model in LLaVA's classes, with features of the paper's layer."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_chat_template_is_qwens_with_the_image_in_front(parts: Path) -> None:
 
 
 def test_a_tokenizer_without_the_tokens_gets_them(parts: Path, tmp_path: Path) -> None:
-    """LLaMA-like heads know neither the image token nor Qwen's turns: the embedding grows."""
+    """LLaMA-like language models have neither the image token nor Qwen's turn tokens, so the embedding grows."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -97,15 +97,15 @@ def test_a_tokenizer_without_the_tokens_gets_them(parts: Path, tmp_path: Path) -
     assert len(processor.tokenizer(QWEN.image_token, add_special_tokens=False)["input_ids"]) == 1
 
 
-def test_groups_hold_each_trained_parameter_once_at_its_rate(parts: Path) -> None:
+def test_groups_hold_each_trained_parameter_once_at_its_learning_rate(parts: Path) -> None:
     model, _ = build_mllm(str(parts / "vision"), str(parts / "language"))
     rates = {"vision": 1e-5, "projector": 1e-3}
     freeze_parts(model, rates)
     decayed = {n for n, p in model.named_parameters() if p.ndim > 1}
     groups = parameter_groups(model, rates, 0.1, decayed)
     grouped = [id(p) for g in groups for p in g["params"]]
-    wanted = [id(p) for part in rates for m in parts_of(model)[part] for p in m.parameters() if p.requires_grad]
-    assert sorted(grouped) == sorted(wanted)
+    expected = [id(p) for part in rates for m in parts_of(model)[part] for p in m.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(expected)
     assert len(set(grouped)) == len(grouped)
     assert {(g["part"], g["lr"], g["weight_decay"]) for g in groups} == {
         ("vision", 1e-5, 0.1),
@@ -120,14 +120,14 @@ def test_saved_mllm_loads_equal(parts: Path, tmp_path: Path) -> None:
     model, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again, processor_again = load_mllm(tmp_path)
-    state = again.state_dict()
+    loaded, loaded_processor = load_mllm(tmp_path)
+    state = loaded.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert processor_again.chat_template == processor.chat_template
-    assert processor_again.num_additional_image_tokens == 0
+    assert loaded_processor.chat_template == processor.chat_template
+    assert loaded_processor.num_additional_image_tokens == 0
 
 
-def test_missing_weights_are_never_drawn_at_random(parts: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_never_replaced_by_random_ones(parts: Path, tmp_path: Path) -> None:
     vision = make_vision(tmp_path / "v")
     weights = load_file(vision / "model.safetensors")
     weights.pop(next(k for k in weights if "fc1.weight" in k))
@@ -155,11 +155,11 @@ def test_unknown_parts_are_named(parts: Path, tmp_path: Path) -> None:
         load_mllm(tmp_path)
 
 
-def make_head(folder: Path, chat: ChatFormat) -> Path:
-    """Save a small random head of the family that a chat format is for, with a tokenizer of single characters."""
+def make_other_language(folder: Path, chat: ChatFormat) -> Path:
+    """Save a small random language model of a chat format's family, with a tokenizer of single characters."""
     tokenizer: Any = processor_of(chat).tokenizer
-    kinds: dict[str, Any] = {LLAMA3.turn_end: LlamaConfig, GEMMA.turn_end: Gemma2Config}
-    config = kinds[chat.turn_end](
+    config_classes: dict[str, Any] = {LLAMA3.turn_end: LlamaConfig, GEMMA.turn_end: Gemma2Config}
+    config = config_classes[chat.turn_end](
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -177,34 +177,34 @@ def make_head(folder: Path, chat: ChatFormat) -> Path:
 
 
 @pytest.mark.parametrize("chat", [LLAMA3, GEMMA], ids=["llama3", "gemma2"])
-def test_other_heads_speak_their_own_format_and_train(
+def test_other_language_models_use_their_own_format_and_train(
     chat: ChatFormat, own_recipes: Path, tmp_path: Path, parts: Path
 ) -> None:
-    head = make_head(own_recipes / "head", chat)
-    model, processor = build_mllm(str(parts / "vision"), str(head))
+    language = make_other_language(own_recipes / "other-language", chat)
+    model, processor = build_mllm(str(parts / "vision"), str(language))
     assert processor.image_token == chat.image_token
-    assert model.lm_head.out_features == len(processor.tokenizer)  # the format's tokens were all there
+    assert model.lm_head.out_features == len(processor.tokenizer)  # the vocabulary had all tokens of the format
     end = processor.tokenizer.convert_tokens_to_ids(chat.turn_end)
     assert model.generation_config is not None
     assert model.generation_config.eos_token_id == end
-    overrides = [f"model.language={head}"]
+    overrides = [f"model.language={language}"]
     for stage in ("1-align", "2-instruct"):
         folder = run_stage(load_recipe(own_recipes / f"{stage}.yaml", overrides), tmp_path, log=lambda line: None)
-    again, reloaded = load_mllm(folder)
-    assert reloaded.chat_template == chat.template
-    assert type(again.model.language_model).__name__ == f"{'Llama' if chat is LLAMA3 else 'Gemma2'}Model"
+    loaded, loaded_processor = load_mllm(folder)
+    assert loaded_processor.chat_template == chat.template
+    assert type(loaded.model.language_model).__name__ == f"{'Llama' if chat is LLAMA3 else 'Gemma2'}Model"
 
 
 def test_a_processor_needs_no_weights(parts: Path, tmp_path: Path) -> None:
-    """What `pivot data check` counts with is what training uses, so that its index is found again."""
+    """`pivot data check` counts tokens with the processor that training uses, so that training reuses its index."""
     from pivot_hub.training.row_check import RowCheck
 
-    whole = build_mllm(str(parts / "vision"), str(parts / "language"))[1]
+    _, built = build_mllm(str(parts / "vision"), str(parts / "language"))
     for part in ("vision", "language"):
         shutil.copytree(parts / part, tmp_path / part)
         (tmp_path / part / "model.safetensors").unlink()
-    light = read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))
-    checks = [RowCheck(processor, 64, "conversation", pairs=False).to_dict() for processor in (whole, light)]
+    without_weights = read_processor(str(tmp_path / "vision"), str(tmp_path / "language"))
+    checks = [RowCheck(processor, 64, "conversation", pairs=False).to_dict() for processor in (built, without_weights)]
     assert checks[0] == checks[1]
     (tmp_path / "vision" / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json"):

@@ -1,4 +1,4 @@
-"""Published parts by name, without their weights: their sizes, and the model they make."""
+"""Published parts by name, without their weights: their sizes, and the MLLM that two configs describe."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pivot_hub.mllm.published_configs import image_tokens, meta_mllm, part_confi
 from tests.conftest import make_language
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, make_vision
 
-# So400m is a name for 428M less its pooling head, and g's 1B stands for 1.13B.
-ROUGH = {"400M": 0.04, "1B": 0.15}
+# Relative tolerances: So400m has 428M parameters without its pooling head, and the 1B of giant are 1.13B.
+TOLERANCES = {"400M": 0.04, "1B": 0.15}
 
 
 def number(text: str) -> float:
@@ -24,13 +24,13 @@ def number(text: str) -> float:
 
 
 def last_digit(text: str) -> float:
-    """A unit of the last digit that was published: some figures are rounded, some cut."""
+    """One unit of the last published digit, because published numbers may be rounded or truncated."""
     digits = text[:-1].partition(".")[2]
     return float(10 ** -len(digits)) * number(f"1{text[-1]}")
 
 
-def counted(config: PreTrainedConfig) -> int:
-    """Parameters of a language model, or of a tower without what pools its tokens."""
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Number of parameters of a language model, or of a vision tower without its pooling head."""
     is_language = hasattr(config, "vocab_size")
     with torch.device("meta"):
         model = (AutoModelForCausalLM if is_language else AutoModel).from_config(config)
@@ -40,12 +40,12 @@ def counted(config: PreTrainedConfig) -> int:
 @pytest.mark.parametrize("name", published_parts())
 def test_a_published_part_has_its_published_size(name: str) -> None:
     published = published_parts()[name]["parameters"]
-    tolerance = ROUGH.get(published, 0) * number(published) or last_digit(published)
-    assert counted(part_config(name)) == pytest.approx(number(published), abs=tolerance)
+    tolerance = TOLERANCES.get(published, 0) * number(published) or last_digit(published)
+    assert count_parameters(part_config(name)) == pytest.approx(number(published), abs=tolerance)
     assert published_parts()[name]["licence"]
 
 
-def test_there_are_all_parts_of_the_paper() -> None:
+def test_all_parts_of_the_paper_are_listed() -> None:
     names = list(published_parts())
     assert len(names) == 15
     assert sum("siglip2" in n for n in names) == sum("Qwen2.5" in n for n in names) == 4
@@ -66,18 +66,18 @@ def test_an_image_has_the_tokens_of_its_patches(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", ORIGINALS)
 def test_a_meta_model_is_the_model_that_is_built(kind: str, tmp_path: Path) -> None:
-    """Of every architecture: the same weights and the same image tokens."""
+    """Both have the same weights and the same number of image tokens, for every architecture."""
     make_vision(tmp_path / "vision", kind)
     make_language(tmp_path / "language")
     real, _ = build_mllm(str(tmp_path / "vision"), str(tmp_path / "language"))
     vision = part_config(str(tmp_path / "vision"))
-    made = meta_mllm(vision, part_config(str(tmp_path / "language")), -2)
-    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
-    assert all(p.is_meta for p in made.parameters())
+    meta = meta_mllm(vision, part_config(str(tmp_path / "language")), -2)
+    assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(p.is_meta for p in meta.parameters())
     features = torch.stack(
         list(real.model.get_image_features(torch.rand(1, 3, IMAGE_PX, IMAGE_PX), return_dict=True).pooler_output)
     )
-    assert features.shape[1] == image_tokens(vision) == made.config.image_seq_length
+    assert features.shape[1] == image_tokens(vision) == meta.config.image_seq_length
 
 
 def test_a_two_tower_config_gives_its_vision_tower(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_two_tower_config_gives_its_vision_tower(tmp_path: Path) -> None:
     assert native_config(part_config("facebook/dinov2-large")).hidden_size == 1024
 
 
-def test_a_part_that_is_nowhere_is_refused_with_the_remedy() -> None:
+def test_an_unknown_part_is_refused_with_the_remedy() -> None:
     with pytest.raises(CheckpointError, match="connect to the Hub, or give one of: google/siglip2-base"):
         part_config("nobody/nothing")
     with pytest.raises(CheckpointError, match="its config cannot be read"):

@@ -38,7 +38,7 @@ from pivot_hub.planner.estimate import plan_stage
 from pivot_hub.planner.fake_step import CPU_FORMULAS
 from pivot_hub.planner.gpus import GIB, GPUS, RESERVE
 from pivot_hub.planner.report import Plan
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 from pivot_hub.training.sft import PivotSFTTrainer
 
 IMAGE = "<|image_pad|>"
@@ -50,8 +50,8 @@ RATES = {"align": ["projector"], "sft": ["vision", "projector", "language"], "dp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two parts of meaningful size, as configs alone: the planner needs no more."""
-    made = tmp_path_factory.mktemp("small")
+    """Configs of two parts of meaningful size, without weights: the planner needs no more."""
+    parts = tmp_path_factory.mktemp("small")
     width, layers, inner = VISION
     SiglipVisionConfig(
         hidden_size=width,
@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=inner,
         image_size=IMAGE_PX,
         patch_size=PATCH_PX,
-    ).save_pretrained(made / "vision")
+    ).save_pretrained(parts / "vision")
     width, layers, inner = LANGUAGE
     Qwen2Config(
         hidden_size=width,
@@ -70,8 +70,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         intermediate_size=inner,
         vocab_size=VOCABULARY,
         tie_word_embeddings=True,
-    ).save_pretrained(made / "language")
-    return made
+    ).save_pretrained(parts / "language")
+    return parts
 
 
 def recipe_file(folder: Path, stage: str, args: dict[str, Any]) -> Path:
@@ -94,11 +94,11 @@ def recipe_file(folder: Path, stage: str, args: dict[str, Any]) -> Path:
 
 @dataclass
 class Step:
-    """A real trainer with one batch in front of it."""
+    """A real trainer and one batch for it."""
 
     trainer: Any
     inputs: dict[str, Any]
-    half: bool  # accelerate wraps the forward pass in autocast when training starts
+    half: bool  # whether to use autocast, in which accelerate wraps the forward pass when training starts
 
     def run(self) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
@@ -107,12 +107,12 @@ class Step:
 
 
 def words(count: int, seed: int) -> str:
-    made = torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return " ".join(f"w{i}" for i in made)
+    ids = torch.randint(3, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(f"w{i}" for i in ids)
 
 
 def processor() -> LlavaProcessor:
-    """Words are one token each, so that rows have the lengths they are given."""
+    """A processor whose words are one token each, so that rows have known lengths."""
     names = ["<pad>", "<|im_end|>", IMAGE, *(f"w{i}" for i in range(3, VOCABULARY))]
     model = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="w3"))
     model.pre_tokenizer = WhitespaceSplit()
@@ -147,7 +147,7 @@ def real_step(folder: Path, stage: str, checkpointing: bool, out: Path, **args: 
     if stage != "dpo":
         rows = [{"images": r["images"], "prompt": r["prompt"], "completion": f" {r['chosen']}"} for r in rows]
     dataset = Dataset.from_dict({"number": list(range(ROWS))})
-    dataset.set_transform(lambda asked: {c: [rows[n][c] for n in asked["number"]] for c in rows[0]})
+    dataset.set_transform(lambda batch: {c: [rows[n][c] for n in batch["number"]] for c in rows[0]})
     settings: dict[str, Any] = {
         "output_dir": str(out),
         "per_device_train_batch_size": ROWS,
@@ -177,7 +177,7 @@ def real_step(folder: Path, stage: str, checkpointing: bool, out: Path, **args: 
 @lru_cache
 def planned(folder: Path, stage: str, checkpointing: bool, **args: Any) -> Plan:
     file = recipe_file(folder, stage, {"gradient_checkpointing": checkpointing, **args})
-    return plan_stage(load_recipe(file), machine="single", processes=1, device="cpu")
+    return plan_stage(load_recipe(file), accelerate_config="single", processes=1, device="cpu")
 
 
 def flops_of(plan: Plan) -> float:
@@ -185,7 +185,7 @@ def flops_of(plan: Plan) -> float:
 
 
 LIVE = {"cache_reference": False}
-STOCK = dict.fromkeys(SWITCHES, False)
+ALL_OFF = dict.fromkeys(SPEED_OPTIONS, False)
 CASES = [
     pytest.param("sft", False, {}, id="sft"),
     pytest.param("sft", True, {}, id="sft-checkpointing"),
@@ -195,7 +195,7 @@ CASES = [
     pytest.param("dpo", True, {}, id="dpo-checkpointing"),
     pytest.param("dpo", False, LIVE, id="dpo-live-reference"),
     pytest.param("dpo", False, {"share_prefix": False, "pack": False}, id="dpo-unshared"),
-    pytest.param("dpo", True, STOCK, id="dpo-stock"),
+    pytest.param("dpo", True, ALL_OFF, id="dpo-as-trl"),
 ]
 
 
@@ -213,12 +213,12 @@ def test_flops_are_those_of_the_real_step(
 
 
 def peak_bytes(step: Step) -> float:
-    """Most that the allocator holds in an optimizer step, with the weights and Adam's state that lie there before."""
+    """Most bytes that the allocator holds in an optimizer step, including the weights and Adam's state."""
     trainer = step.trainer
     times = trainer.args.gradient_accumulation_steps
     trainer.create_optimizer()
     step.run()
-    trainer.optimizer.step()  # makes Adam's state
+    trainer.optimizer.step()  # allocates Adam's state
     trainer.optimizer.zero_grad()
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trainer.model.parameters()}
     if trainer.__dict__.get("ref_model") is not None:
@@ -252,20 +252,20 @@ MEMORY_CASES = [
 def test_memory_is_that_of_the_real_step(
     stage: str, checkpointing: bool, args: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
-    """All that torch's CPU allocator holds; a kernel's own scratch memory is not among it, nor is Python's."""
+    """Compare what torch's CPU allocator holds, which excludes scratch memory of kernels and Python's memory."""
     real = peak_bytes(real_step(folder, stage, checkpointing, tmp_path, **args))
-    moment = planned(folder, stage, checkpointing, **args).memory[0]
-    print(f"memory, plan to real: {moment.total / real:.4f} of {real / 1e6:.1f} MB, {moment.terms}")
-    assert moment.terms["activations"] + moment.terms.get("copies", 0) > 0.2 * moment.total
-    assert moment.total == pytest.approx(real, rel=0.15)
+    peak = planned(folder, stage, checkpointing, **args).memory[0]
+    print(f"memory, plan to real: {peak.total / real:.4f} of {real / 1e6:.1f} MB, {peak.terms}")
+    assert peak.terms["activations"] + peak.terms.get("copies", 0) > 0.2 * peak.total
+    assert peak.total == pytest.approx(real, rel=0.15)
 
 
 def test_forward_flops_are_those_of_the_formula(folder: Path) -> None:
-    """Twice each weight and token, and 4 D for each query and key: an account that shares no code with the counter."""
+    """2 FLOPs per weight and token, and 4 D per query and key: a count that shares no code with the counter."""
     plan = planned(folder, "sft", False)
     tokens = (IMAGE_PX // PATCH_PX) ** 2
     width, layers, inner = VISION
-    # The tower runs whole: the block and the pooling head above the feature layer too.
+    # The whole tower runs, including the block and the pooling head above the feature layer.
     block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
     patches = 2 * tokens * 3 * PATCH_PX**2 * width
     vision = layers * block + patches
@@ -287,7 +287,7 @@ def test_a_frozen_part_costs_less(folder: Path) -> None:
 
 
 def test_many_pairs_cost_what_few_do(folder: Path) -> None:
-    """A large packed batch is counted from small ones: as much a pair as one that is just small enough."""
+    """A large packed batch is extrapolated from small ones: each pair costs as much as in the largest measured one."""
     eight, twelve = (
         plan_stage(load_recipe(recipe_file(folder, "dpo", {"per_device_train_batch_size": n})), "single", 1)
         for n in (8, 12)
@@ -296,7 +296,7 @@ def test_many_pairs_cost_what_few_do(folder: Path) -> None:
     assert 1.3 < twelve.memory[0].terms["activations"] / eight.memory[0].terms["activations"] < 1.6
 
 
-# The paper's parts, rows and batch.
+# The parts, rows and batch of the paper.
 FULL = "model: {vision: google/siglip2-so400m-patch16-384, language: Qwen/Qwen2.5-7B-Instruct}\n"
 EXPECT = "expect: {rows: 558128, prompt_tokens: 1, answer_tokens: 20}"
 
@@ -333,8 +333,7 @@ def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # KiB; weights would be 32 GB
-    metadata = json.loads(json.dumps(plan.to_dict()))
-    values = list(numbers(metadata))
+    values = list(numbers(json.loads(json.dumps(plan.to_dict()))))
     assert len(values) > 60
     assert all(math.isfinite(v) and v >= 0 for v in values)
     assert plan.parameters["language"] == {"trained": 7_615_616_512, "frozen": 0}
@@ -342,7 +341,7 @@ def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
     assert (plan.rows, plan.rows_per_step, plan.steps) == (20_000, 256, 3 * 79)
     assert plan.image_tokens == 576
     assert plan.tokens_per_step == 256 * (576 + 60 + 2 * 150)
-    # The reference runs once a row, not once an epoch: a third of the policy's forward passes.
+    # The reference runs once per row and not once per epoch: a third of the policy's forward passes.
     assert plan.flops["reference"] == pytest.approx(plan.flops["forward"] / 3)
     fill = plan.memory[1]
     assert fill.terms["reference"] == plan.memory[0].terms["weights"] > 30e9
@@ -355,28 +354,28 @@ def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_advice_that_is_followed_fits(tmp_path: Path) -> None:
-    """7B with all its state in every GPU fits no 80 GB; what the planner says instead does, by its own figures."""
+    """With all its state in every GPU, 7B does not fit into 80 GB; with the planner's advice it does."""
     file = full(tmp_path, "dpo", "per_device_train_batch_size: 2")
     loaded = load_recipe(file, ["args.max_length=null"])
-    plan = plan_stage(loaded, machine="ddp", processes=8)
-    verdict = plan.gpus[1]
-    assert (verdict.gpu, verdict.fits) == ("H100 80GB", False)
+    plan = plan_stage(loaded, accelerate_config="ddp", processes=8)
+    estimate = plan.gpus[1]
+    assert (estimate.gpu, estimate.fits) == ("H100 80GB", False)
     assert plan.memory[0].total > 100e9
-    assert verdict.advice
-    advice = dict(verdict.advice)
-    machine, processes = advice.pop("machine", "ddp"), advice.pop("processes", 8)
+    assert estimate.advice
+    advice = dict(estimate.advice)
+    config, processes = advice.pop("machine", "ddp"), advice.pop("processes", 8)
     followed = plan_stage(
-        load_recipe(file, ["args.max_length=null", *(f"{k}={v}" for k, v in advice.items())]), machine, processes
+        load_recipe(file, ["args.max_length=null", *(f"{k}={v}" for k, v in advice.items())]), config, processes
     )
     assert followed.gpus[1].fits
-    assert all(m.total <= GPUS[1].memory_bytes - RESERVE for m in followed.memory)
+    assert all(peak.total <= GPUS[1].memory_bytes - RESERVE for peak in followed.memory)
     assert followed.rows_per_step == plan.rows_per_step
     assert "does not fit; fits with" in plan.table()
 
 
 def test_settings_have_the_effect_they_are_for(folder: Path) -> None:
-    plain, checked = (planned(folder, "sft", on).memory[0].terms["activations"] for on in (False, True))
-    assert checked < 0.7 * plain
+    plain, checkpointed = (planned(folder, "sft", on).memory[0].terms["activations"] for on in (False, True))
+    assert checkpointed < 0.7 * plain
     file = recipe_file(folder, "sft", {"gradient_checkpointing": True})
     loaded = load_recipe(file)
     ddp, zero2, fsdp2 = (plan_stage(loaded, m, 8).memory[0].terms for m in ("ddp", "zero2", "fsdp2"))
@@ -407,7 +406,7 @@ def test_steps_and_tokens(args: dict[str, Any], processes: int, steps: int, rows
     assert plan.epochs == seen / 64
 
 
-def test_lengths_of_a_report_go_before_what_was_expected(folder: Path) -> None:
+def test_measured_lengths_replace_expected_ones(folder: Path) -> None:
     loaded = load_recipe(recipe_file(folder, "align", {"max_length": 512}))
     plan = plan_stage(loaded, lengths={"rows": 10, "prompt_tokens": 3.5, "answer_tokens": 7.5})
     assert (plan.rows, plan.prompt_tokens, plan.answer_tokens) == (10, 3.5, 7.5)
@@ -429,9 +428,9 @@ def test_shapes_are_counted_from_their_recipe() -> None:
         (("max_length: 2048", "max_length: 500"), {}, "577 tokens and leave no room.*raise `args.max_length`"),
         (("global_batch: 256", "global_batch: 100"), {}, "`global_batch` 100 is not a multiple of 64 rows"),
         (("max_length: 2048", "optim: lomo"), {}, "does not know the memory of `args.optim` lomo"),
-        (None, {"machine": "tpu"}, "no machine 'tpu'; give one of single, ddp, zero2, zero3, fsdp2"),
-        (None, {"machine": "single"}, "machine single does not run 8 processes"),
-        (None, {"mfu": 1.5}, "mfu is 1.5: give the share of the peak"),
+        (None, {"accelerate_config": "fsdp"}, "no Accelerate config 'fsdp' \\(did you mean `fsdp2`"),
+        (None, {"accelerate_config": "single"}, "config single does not run 8 processes"),
+        (None, {"hfu": 1.5}, "mfu is 1.5: give the share of the peak"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_remedy(

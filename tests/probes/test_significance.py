@@ -1,4 +1,4 @@
-"""Comparisons: pairs of the same items, corrected over all, and silent where nothing is shown."""
+"""Comparisons: paired on the same items, corrected over all tasks, and without a verdict if nothing is shown."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ def result(name: str, task: str, hits: np.ndarray, **changes: Any) -> ProbeResul
     return measure(task, "accuracy", hits, protocol="p", seed=0, duration_s=0, **conditions)
 
 
-def hits(rate: float, seed: int, n: int = N) -> np.ndarray:
-    return (np.random.default_rng(seed).random(n) < rate).astype(float)
+def hits(accuracy: float, seed: int, n: int = N) -> np.ndarray:
+    return (np.random.default_rng(seed).random(n) < accuracy).astype(float)
 
 
 def test_a_clear_difference_is_called_and_noise_is_not() -> None:
     base = hits(0.6, 0)
     better = np.maximum(base, hits(0.3, 1))
-    made = compare_results(
+    comparisons = compare_results(
         {
             "sft": [result("sft", "a", base), result("sft", "b", base)],
             "dpo": [result("dpo", "a", better), result("dpo", "b", np.roll(base, 1))],
         },
         draws=2000,
     )
-    one, other = made.rows
+    one, other = comparisons.rows
     assert (one.task, one.verdict) == ("a", "dpo better")
     assert one.ci95[0] > 0
     assert one.difference == pytest.approx(100 * (better - base).mean())
     assert one.ci95[0] < one.difference < one.ci95[1]
     assert (other.task, other.verdict) == ("b", NONE_SHOWN)
     assert other.ci95[0] < 0 < other.ci95[1]
-    # The order of the two turns the sign and nothing else.
-    turned = compare_results({"dpo": [result("dpo", "a", better)], "sft": [result("sft", "a", base)]}, draws=2000)
-    assert turned.rows[0].difference == pytest.approx(-one.difference)
-    assert turned.rows[0].verdict == "dpo better"
+    # Swapping the two encoders changes the sign and nothing else.
+    swapped = compare_results({"dpo": [result("dpo", "a", better)], "sft": [result("sft", "a", base)]}, draws=2000)
+    assert swapped.rows[0].difference == pytest.approx(-one.difference)
+    assert swapped.rows[0].verdict == "dpo better"
 
 
 def test_pairs_show_what_two_intervals_hide() -> None:
-    """Two per cent of items fixed and none spoilt: intervals overlap widely, the pairs are clear."""
+    """Two per cent of the items are fixed and none get worse: intervals overlap widely, the paired test is clear."""
     base = hits(0.6, 0)
     fixed = base.copy()
     fixed[np.flatnonzero(base == 0)[:12]] = 1
@@ -86,13 +86,13 @@ def test_few_families_of_equal_encoders_call_any_difference() -> None:
     assert called <= 8  # 3 expected of 60 at 5%; without the correction about 20
 
 
-def test_every_encoder_is_held_against_the_first() -> None:
-    some = {name: [result(name, "a", hits(0.5, i))] for i, name in enumerate(("base", "sft", "dpo"))}
-    made = compare_results(some, draws=200)
-    assert [(r.first, r.other) for r in made.rows] == [("base", "sft"), ("base", "dpo")]
+def test_every_encoder_is_compared_with_the_first() -> None:
+    results = {name: [result(name, "a", hits(0.5, i))] for i, name in enumerate(("base", "sft", "dpo"))}
+    comparisons = compare_results(results, draws=200)
+    assert [(r.first, r.other) for r in comparisons.rows] == [("base", "sft"), ("base", "dpo")]
 
 
-def test_what_is_no_pair_is_refused() -> None:
+def test_results_that_cannot_be_paired_are_refused() -> None:
     one = result("sft", "a", hits(0.5, 0))
     with pytest.raises(ProbeError, match="needs two encoders"):
         compare_results({"sft": [one]})
@@ -102,22 +102,22 @@ def test_what_is_no_pair_is_refused() -> None:
         compare_results({"sft": [one], "dpo": [result("dpo", "a", hits(0.5, 1), data_sha256="e")]})
     with pytest.raises(ProbeError, match="differ in n"):
         compare_results({"sft": [one], "dpo": [result("dpo", "a", hits(0.5, 1)[1:])]})
-    with pytest.raises(ProbeError, match="has no tallies"):
+    with pytest.raises(ProbeError, match="has no per-example scores"):
         compare_results({"sft": [one], "dpo": [replace(one, example_scores=None)]})
 
 
 def test_results_of_files_make_table_markdown_json_and_figure(tmp_path: Path) -> None:
     for i, name in enumerate(("sft", "dpo")):
         write_results(tmp_path / f"{name}.json", [result(name, "a", hits(0.5 + 0.2 * i, i))])
-    made = compare_results(probe_all([str(tmp_path / "sft.json"), str(tmp_path / "dpo.json")]), draws=1000)
-    assert made.table().row_count == 1
-    row = next(line for line in made.markdown().splitlines() if line.startswith("| a |"))
+    comparisons = compare_results(probe_all([str(tmp_path / "sft.json"), str(tmp_path / "dpo.json")]), draws=1000)
+    assert comparisons.table().row_count == 1
+    row = next(line for line in comparisons.markdown().splitlines() if line.startswith("| a |"))
     assert "| dpo better |" in row
-    assert f"{made.rows[0].difference:+.1f}" in row
-    metadata = json.loads(json.dumps(made.to_dict()))
+    assert f"{comparisons.rows[0].difference:+.1f}" in row
+    metadata = json.loads(json.dumps(comparisons.to_dict()))
     assert metadata["rows"][0]["p_holm"] < 0.05
     assert "1000 paired bootstrap draws" in metadata["method"]
-    draw_comparisons(made, tmp_path / "figure.png")
+    draw_comparisons(comparisons, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert min(figure.size) > 100
     (tmp_path / "copy").mkdir()
@@ -129,50 +129,52 @@ def test_results_of_files_make_table_markdown_json_and_figure(tmp_path: Path) ->
         probe_all([str(tmp_path / "no.json")])
 
 
-def trainings(rate: float, spread: float, seed: int, lift: float = 0.0) -> dict[str, list[ProbeResult]]:
-    """Five trainings of an encoder: each seed moves every item's chance, items are the same for all."""
+def trainings(accuracy: float, spread: float, seed: int, lift: float = 0.0) -> dict[str, list[ProbeResult]]:
+    """Simulate five trainings of an encoder: each seed shifts the chance of every item, and all share the items."""
     rng = np.random.default_rng(seed)
-    hard = np.random.default_rng(99).normal(0, 0.1, N)  # of the items
-    made = {}
+    hard = np.random.default_rng(99).normal(0, 0.1, N)  # difficulty of the items
+    by_seed = {}
     for i in range(5):
-        chance = np.clip(rate + lift + hard + rng.normal(0, spread), 0, 1)
-        made[f"seed-{i}"] = [result("e", "a", (rng.random(N) < chance).astype(float))]
-    return made
+        chance = np.clip(accuracy + lift + hard + rng.normal(0, spread), 0, 1)
+        by_seed[f"seed-{i}"] = [result("e", "a", (rng.random(N) < chance).astype(float))]
+    return by_seed
 
 
 def test_a_difference_over_seeds_is_called_and_noise_between_seeds_is_not() -> None:
-    made = compare_seeds({"sft": trainings(0.6, 0.005, 0), "dpo": trainings(0.6, 0.005, 1, lift=0.15)}, draws=300)
-    (row,) = made.rows
-    assert (row.verdict, made.seeds) == ("dpo better", 5)
+    comparisons = compare_seeds(
+        {"sft": trainings(0.6, 0.005, 0), "dpo": trainings(0.6, 0.005, 1, lift=0.15)}, draws=300
+    )
+    (row,) = comparisons.rows
+    assert (row.verdict, comparisons.seeds) == ("dpo better", 5)
     assert row.ci95[0] < 15 < row.ci95[1]
-    assert "5 training seeds" in made.method()
-    # The same gap in the mean, of trainings that scatter far more: one seed alone would call it.
+    assert "5 training seeds" in comparisons.method()
+    # A difference between trainings that scatter far more: one seed alone would call it.
     scattered = {"sft": trainings(0.6, 0.2, 2), "dpo": trainings(0.6, 0.2, 5, lift=0.05)}
     assert compare_seeds(scattered, draws=300).rows[0].verdict == NONE_SHOWN
-    alone = {name: some["seed-0"] for name, some in scattered.items()}
+    alone = {name: by_seed["seed-0"] for name, by_seed in scattered.items()}
     assert compare_results(alone, draws=300).rows[0].p < 0.05
 
 
-def test_intervals_over_seeds_hold_the_truth_as_often_as_they_say() -> None:
-    """Seeds, items, and what both vary together, of known size: 95% intervals hold the true difference of zero."""
+def test_intervals_over_seeds_contain_the_truth_as_often_as_stated() -> None:
+    """With known variances of seeds, items and their interaction, 95% intervals contain the true difference of zero."""
     rng, held, runs, seeds, draws = np.random.default_rng(0), 0, 400, 5, 200
     for _ in range(runs):
         first, other = rng.normal(0, 1.0, seeds), rng.normal(0, 1.0, seeds)
-        items = rng.normal(0, 0.7, 100)  # of the difference, shared by seeds
+        items = rng.normal(0, 0.7, 100)  # the difference on each item, shared by all seeds
         own = rng.normal(0, 2.0, (seeds, 100))
         gap = items + own
         counts = rng.multinomial(100, np.full(100, 0.01), draws)
         drawn = gap @ counts.T / 100
-        made = seed_difference(first, other + gap.mean(1), np.zeros((seeds, draws)), drawn)
-        held += made.ci95[0] <= 0 <= made.ci95[1]
+        difference = seed_difference(first, other + gap.mean(1), np.zeros((seeds, draws)), drawn)
+        held += difference.ci95[0] <= 0 <= difference.ci95[1]
     assert 0.93 <= held / runs <= 0.99
 
 
 def test_variance_over_items_counts_where_seeds_agree() -> None:
     first, drawn = np.full(5, 50.0), np.random.default_rng(0).normal(0, 2.0, 400)
-    made = seed_difference(first, first + 3, np.zeros((5, 400)), np.tile(drawn, (5, 1)))
-    assert made.ci95[1] - made.ci95[0] == pytest.approx(2 * 1.97 * 2.0, rel=0.1)
-    assert 0.05 < made.p_value < 0.3
+    difference = seed_difference(first, first + 3, np.zeros((5, 400)), np.tile(drawn, (5, 1)))
+    assert difference.ci95[1] - difference.ci95[0] == pytest.approx(2 * 1.97 * 2.0, rel=0.1)
+    assert 0.05 < difference.p_value < 0.3
     equal = seed_difference(first, first, None, None)
     assert (equal.value, equal.ci95, equal.p_value) == (0.0, (0.0, 0.0), 1.0)
     assert seed_difference(first, first + 1, None, None).p_value == 0.0
@@ -180,15 +182,15 @@ def test_variance_over_items_counts_where_seeds_agree() -> None:
 
 def test_folders_of_seeds_are_read_by_name_or_refused(tmp_path: Path) -> None:
     for name in ("sft", "dpo", "other/sft"):
-        for seed, some in trainings(0.6, 0.0, 0).items():
-            write_results(tmp_path / name / f"{seed}.json", some)
+        for seed, results in trainings(0.6, 0.0, 0).items():
+            write_results(tmp_path / name / f"{seed}.json", results)
     both = [str(tmp_path / name) for name in ("sft", "dpo")]
     seeds = read_seeds(both)
     assert seeds is not None
     assert list(seeds) == ["sft", "dpo"]
     assert list(seeds["sft"]) == [f"seed-{i}" for i in range(5)]
     assert read_seeds([str(tmp_path), "pivot/some-encoder"]) is None
-    with pytest.raises(ProbeError, match="two folders have one name"):
+    with pytest.raises(ProbeError, match="two folders have the same name"):
         read_seeds([both[0], str(tmp_path / "other" / "sft")])
     with pytest.raises(ProbeError, match=r"holds no seed-<n>\.json"):
         read_seeds([both[0], str(tmp_path)])

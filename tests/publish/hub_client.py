@@ -1,4 +1,4 @@
-"""A client process of the fault table: pushes and pulls as it is told on stdin, a JSON line each, answers likewise."""
+"""A client process of the fault table: it reads a JSON request on each line of stdin, pushes or pulls, and answers."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ STAGING = threading.Lock()
 
 
 def staged(encoder: str, version: str, stack: ExitStack) -> Publication:
-    """What is published of an encoder, laid out once for all repositories it goes to."""
+    """The publication of an encoder, staged once for all repositories that it is pushed to."""
     with STAGING:
         if (encoder, version) not in STAGED:
-            made = stage_encoder(encoder, "pivot/tiny-dpo", make_prose(version=version))
-            STAGED[encoder, version] = stack.enter_context(made)
+            staging = stage_encoder(encoder, "pivot/tiny-dpo", make_prose(version=version))
+            STAGED[encoder, version] = stack.enter_context(staging)
         return STAGED[encoder, version]
 
 
-def act(told: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
-    retry_policy = RetryPolicy(**told["patience"])
+def act(request: dict[str, Any], stack: ExitStack) -> dict[str, Any]:
+    """Carry out a request; the answer holds the kind of its end, and the error message if there is one."""
     try:
-        if told["do"] == "pull":
-            pull(told["repo"], told["output"], retry_policy=retry_policy, log=lambda line: None)
-            return {"kind": "pulled", "said": ""}
-        publication = replace(staged(told["encoder"], told["version"], stack), repo=told["repo"])
+        retry_policy = RetryPolicy(**request["retry_policy"])
+        if request["action"] == "pull":
+            pull(request["repo"], request["output"], retry_policy=retry_policy, log=lambda line: None)
+            return {"kind": "pulled", "message": ""}
+        publication = replace(staged(request["encoder"], request["version"], stack), repo=request["repo"])
         plan = plan_push(publication, retry_policy=retry_policy)
-        return {"kind": push(plan, retry_policy, log=lambda line: None).kind, "said": ""}
+        return {"kind": push(plan, retry_policy, log=lambda line: None).kind, "message": ""}
     except PivotError as error:
-        return {"kind": "refused", "said": str(error)}
+        return {"kind": "refused", "message": str(error)}
     except Exception as error:  # reported, and judged by the test
-        return {"kind": "broken", "said": f"{type(error).__name__}: {error}"}
+        return {"kind": "broken", "message": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
@@ -51,10 +52,10 @@ def main() -> None:
     with ExitStack() as stack:
 
         def answer(line: str) -> None:
-            told = json.loads(line)
-            made = json.dumps({"id": told["id"], **act(told, stack)})
+            request = json.loads(line)
+            text = json.dumps({"id": request["id"], **act(request, stack)})
             with lock:
-                print(made, flush=True)
+                print(text, flush=True)
 
         with ThreadPoolExecutor(8) as pool:
             for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Runs several `pivot` commands in one process, as the command line does; a JSON list of argument lists on stdin."""
+"""Run several `pivot` commands in one process, as the command line does; stdin is a JSON list of argument lists."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pivot_hub import cli
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    said, wrong, code = io.StringIO(), io.StringIO(), 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     sys.argv = ["pivot", *arguments]
-    cli.out.file = said
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+    cli.out.file = out
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.main()
         except SystemExit as error:
             code = int(error.code or 0)
-    return {"code": code, "out": said.getvalue(), "err": wrong.getvalue()}
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 
 if __name__ == "__main__":
-    sys.stdin, given = open("/dev/null"), sys.stdin  # noqa: SIM115, PTH123  (nobody is there to ask)
-    print(json.dumps([run(arguments) for arguments in json.load(given)]))
+    sys.stdin, stdin = open("/dev/null"), sys.stdin  # noqa: SIM115, PTH123  (no terminal to confirm on)
+    print(json.dumps([run(arguments) for arguments in json.load(stdin)]))

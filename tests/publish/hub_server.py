@@ -1,7 +1,7 @@
-"""A hub to test against: the local hub, which can be told to fail, and which notes what it was asked.
+"""A hub to test against: the local Hub server with injected faults and a log of all requests.
 
-The protocol lies in `pivot_hub.local_hub`, because `pivot quickstart --push-local` needs it from a wheel too; what only
-tests need is here: failures, and the environment of a client that knows nothing but this hub.
+The server itself is `tests.local_server`. This module adds the faults, and the environment of a client that can reach
+no other hub.
 """
 
 from __future__ import annotations
@@ -22,33 +22,36 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tests.local_server.protocol import Account, Hub, build_app
+from tests.local_server.app import build_app
+from tests.local_server.hub import Account, Hub
 from tests.local_server.serve import serve
 from tests.local_server.store import MAIN, Entry, Repo, Store
 
 ROOT = Path(__file__).parents[2]
-FOR_EVER = 10**6
+EVERY_TIME = 10**6
 
 
 @dataclass
 class Fault:
-    """A way to fail, for requests that match, so many times.
+    """A fault that befalls a number of matching requests.
 
     Args:
-        method: of the request, or any; path: a pattern in its path.
-        skip: so many requests that match are answered first.
-        times: that it happens; later requests are answered.
-        status: to answer with instead; headers: of that answer.
-        cut_request: break the connection after so many bytes of the request's body were read.
-        cut_answer: break it after so many bytes of the answer's body were sent; the work is done.
-        slow_s: wait before the request is looked at.
-        disk_full: the hub's disk has no space left while this request is worked on.
-        before: what somebody else does to the repository just before.
+        method: HTTP method of the request, or any.
+        path: Regular expression that is searched in the path of the request.
+        times: Number of requests that the fault befalls; later ones are answered.
+        skip: Number of matching requests that are answered before.
+        status: HTTP status that replaces the answer.
+        headers: Headers of that answer.
+        cut_request: Number of bytes of the request's body after which the connection breaks.
+        cut_answer: Number of bytes of the answer's body after which the connection breaks; the request was carried out.
+        slow_s: Delay before the request is handled, in seconds.
+        disk_full: Whether the hub's disk is full while the request is handled.
+        before: Change that somebody else makes to the repository just before the request.
     """
 
     method: str
     path: str
-    times: int = FOR_EVER
+    times: int = EVERY_TIME
     skip: int = 0
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -59,18 +62,18 @@ class Fault:
     before: Callable[[HubServer], None] | None = None
 
     def fits(self, method: str, path: str) -> bool:
-        """Whether the fault befalls a request; one that is skipped is counted."""
+        """Whether the fault befalls a request; a matching request that is skipped is counted."""
         if self.times <= 0 or self.method not in (method, "any") or re.search(self.path, path) is None:
             return False
         self.skip -= 1
         return self.skip < 0
 
 
-DISK_IS_FULL = ContextVar("DISK_IS_FULL", default=False)  # for the request that is worked on, and no other
+DISK_IS_FULL = ContextVar("DISK_IS_FULL", default=False)  # of the request that is being handled, and no other
 
 
 class FullDisk(Store):
-    """A store whose disk can be full."""
+    """A store whose disk can be made full."""
 
     def keep(self, path: Path, chunks: Any) -> None:
         if DISK_IS_FULL.get():
@@ -80,7 +83,7 @@ class FullDisk(Store):
 
 @dataclass
 class HubServer:
-    """A served hub: its store, the faults it was told, and (method, path, status) of every request."""
+    """A served hub: its store, its faults, and (method, path, status) of every request."""
 
     address: str
     store: FullDisk
@@ -106,7 +109,7 @@ class HubServer:
         self.store.commit(repo, MAIN, head.oid, f"Update {path}", "", "someone", {**head.tree, path: entry})
 
     def environment(self, home: Path, user: str = "ada") -> dict[str, str]:
-        """Of a client process that is logged in as a user, with an empty cache."""
+        """Environment of a client process that is logged in as a user, with an empty cache."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         own = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
@@ -114,7 +117,7 @@ class HubServer:
 
 
 class _Failing:
-    """Answers as it was told to, and notes everything."""
+    """Inject the faults of a server, and log every request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -132,13 +135,13 @@ class _Failing:
         if fault is None:
             fault = Fault(method, path)
         fault.times -= 1
-        connection = send.__self__.transport  # type: ignore[attr-defined]  # uvicorn's, of this request
+        connection = send.__self__.transport  # type: ignore[attr-defined]  # uvicorn's connection of this request
         if fault.before is not None:
             fault.before(server)
         await asyncio.sleep(fault.slow_s)
         if fault.status is not None:
             server.log[number] = (method, path, fault.status)
-            answer = JSONResponse({"error": f"told to answer {fault.status}"}, fault.status, fault.headers)
+            answer = JSONResponse({"error": f"injected fault {fault.status}"}, fault.status, fault.headers)
             await answer(scope, receive, send)
             return
         read = sent = 0
@@ -161,7 +164,7 @@ class _Failing:
                 sent += len(message.get("body", b""))
                 if sent >= fault.cut_answer:
                     await send({"type": "http.response.body", "body": message["body"][:left], "more_body": True})
-                    await asyncio.sleep(0.05)  # what was sent before arrives
+                    await asyncio.sleep(0.05)  # the bytes sent before arrive
                     connection.abort()
                     return
             if not connection.is_closing():
@@ -189,10 +192,10 @@ def hub_server(folder: Path, part_bytes: int = 5_000_000_000) -> Iterator[HubSer
 
 
 def state(server: HubServer, name: str) -> dict[str, Any]:
-    """What lies at a repository's name, for comparing."""
+    """State of a repository, in a form that can be compared."""
     repo = server.repo(name)
     if repo is None:
-        return {"there": False}
+        return {"exists": False}
     tree = {path: entry.etag for path, entry in repo.commit_at("main").tree.items()}
     pulls = [pull["num"] for pull in repo.pulls]
-    return {"there": True, "refs": dict(repo.refs), "tree": json.dumps(tree, sort_keys=True), "pulls": pulls}
+    return {"exists": True, "refs": dict(repo.refs), "tree": json.dumps(tree, sort_keys=True), "pulls": pulls}

@@ -1,4 +1,4 @@
-"""A small random encoder with every fact a card needs; its numbers are made up, as only a test may."""
+"""A small random encoder with all metadata that a card needs; its results are invented for the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROSE: dict[str, Any] = {
     "recipe": "tiny/3-dpo",
     "about": "A random encoder.",
     "license": "apache-2.0",
-    "names": {"base/vision": "pivot/tiny-base", "base/language": "a random head"},
+    "names": {"base/vision": "pivot/tiny-base", "base/language": "a random language model"},
     "data": {"shapes": {"licence": "Apache-2.0"}},
     "benchmarks": {"shapes": "pivot/shapes"},
     "pair": {"sft": "pivot/tiny-sft", "dpo": "pivot/tiny-dpo"},
@@ -59,10 +59,10 @@ def make_publishable(folder: Path, seed: int = 0) -> Path:
 
 
 def make_results(encoder: str, sha: str, value: float) -> list[ProbeResult]:
-    conditions: dict[str, Any] = {"unit": "percent", "n": 100, "split": "test", "seed": 0, "protocol": "made up"}
+    conditions: dict[str, Any] = {"unit": "percent", "n": 100, "split": "test", "seed": 0, "protocol": "invented"}
     conditions |= {"feature_layer": -2, "encoder": encoder, "encoder_sha256": sha, "duration_s": 1.0}
-    edges, asked = (value - 2.5, value + 2.5), (value - 22, value - 18)
+    alone, answers = (value - 2.5, value + 2.5), (value - 22, value - 18)
     return [
-        ProbeResult("shapes/colour", "balanced_accuracy", value, partner=None, ci95=edges, **conditions),
-        ProbeResult("shapes/vqa/all", "exact_match", value - 20, partner="tiny", ci95=asked, **conditions),
+        ProbeResult("shapes/colour", "balanced_accuracy", value, partner=None, ci95=alone, **conditions),
+        ProbeResult("shapes/vqa/all", "exact_match", value - 20, partner="tiny", ci95=answers, **conditions),
     ]

@@ -20,11 +20,11 @@ from pivot_hub.demo.launch import load_module
 from pivot_hub.provenance import file_sha256
 from pivot_hub.publish import remote
 from pivot_hub.publish.staging import stage_space
-from tests.publish.hub_faults import PAGE, SCENARIOS, put, refuse_from_each_request, render, try_faults
+from tests.publish.hub_faults import PAGE, SCENARIOS, insert_table, refuse_from_each_request, render, try_faults
 from tests.publish.hub_server import ROOT, HubServer, hub_server, state
 from tests.publish.publishable import PROSE, make_publishable
 
-NAME = "pivot/siglip2-so400m"  # a small stand-in under the name of the one that is to come
+NAME = "pivot/siglip2-so400m"  # a small encoder under the name of one that is not trained yet
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where commands run: prose in three versions, pictures, and what they make."""
+    """Working folder of the commands: prose in three versions, images, and the commands' output."""
     folder = tmp_path_factory.mktemp("work")
     for version in ("0.1.0", "0.2.0"):
         (folder / f"{version}.yaml").write_text(yaml.safe_dump({**PROSE, "version": version}))
@@ -49,24 +49,24 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(
-    server: HubServer, work: Path, *asked: list[str], user: str = "ada", **variables: str
+    server: HubServer, work: Path, *argument_lists: list[str], user: str = "ada", **variables: str
 ) -> list[dict[str, Any]]:
-    """What each of several commands said, run in one process after the other's end."""
+    """Run several commands one after the other in one process; exit code, stdout and stderr of each."""
     environment = server.environment(work / f"home-{user}", user) | variables
     command = [sys.executable, "-m", "tests.publish.hub_commands"]
-    options: dict[str, Any] = {"env": environment, "cwd": work, "input": json.dumps(asked)}
+    options: dict[str, Any] = {"env": environment, "cwd": work, "input": json.dumps(argument_lists)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr
-    made: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    for each in made:
-        assert "Traceback" not in each["err"], each["err"]
-        assert not any(token in each["out"] + each["err"] for token in server.tokens.values())
-    return made
+    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    for answer in answers:
+        assert "Traceback" not in answer["err"], answer["err"]
+        assert not any(token in answer["out"] + answer["err"] for token in server.tokens.values())
+    return answers
 
 
 @pytest.fixture(scope="module")
 def published(server: HubServer, encoder: Path, work: Path) -> list[dict[str, Any]]:
-    """The first publication: asked without anybody there, then made, then again, then with a changed card."""
+    """The first publication: without a terminal, then with --yes, then again, then with a changed card."""
     push = ["push", str(encoder), NAME, "--prose"]
     return commands(
         server,
@@ -80,27 +80,27 @@ def published(server: HubServer, encoder: Path, work: Path) -> list[dict[str, An
 
 
 def test_a_push_shows_what_will_change_and_asks(published: list[dict[str, Any]]) -> None:
-    asked = published[0]
-    assert asked["code"] == 2
-    assert f"{NAME} at http://127.0.0.1:" in asked["out"]
-    assert "a new model repository" in asked["out"]
-    assert "+ model.safetensors" in asked["out"]
-    assert "add --yes" in asked["err"]
+    answer = published[0]
+    assert answer["code"] == 2
+    assert f"{NAME} at http://127.0.0.1:" in answer["out"]
+    assert "a new model repository" in answer["out"]
+    assert "+ model.safetensors" in answer["out"]
+    assert "add --yes" in answer["err"]
 
 
 def test_a_push_is_one_commit_with_the_versions_tag(
     server: HubServer, published: list[dict[str, Any]], work: Path
 ) -> None:
-    made = json.loads((work / "push.json").read_text())
+    report = json.loads((work / "push.json").read_text())
     assert published[1]["code"] == 0, published[1]["err"]
     repo = server.repo(NAME)
     assert repo is not None
     assert repo.private
     assert [c.title for c in repo.commits.values()] == ["initial commit", repo.commit_at("main").title]
     assert repo.commit_at("main").title.startswith("0.1.0: dpo encoder, weights ")
-    assert repo.refs == {"refs/heads/main": made["commit"], "refs/tags/v0.1.0": made["commit"]}
+    assert repo.refs == {"refs/heads/main": report["commit"], "refs/tags/v0.1.0": report["commit"]}
     paths = set(repo.commit_at("main").tree) - {".gitattributes"}
-    assert paths == {c["path"] for c in made["changes"]}
+    assert paths == {c["path"] for c in report["changes"]}
     assert {"README.md", "sft-against-dpo.png", ".eval_results/shapes.yaml", "results/dpo.json"} <= paths
     assert f'AutoModel.from_pretrained("{NAME}")' in server.text(NAME, "README.md")
 
@@ -119,10 +119,8 @@ def test_another_card_needs_another_version(published: list[dict[str, Any]]) -> 
     assert "there is no prose of this name" in published[4]["err"]
 
 
-def test_no_token_is_in_anything_that_was_made(
-    server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path
-) -> None:
-    files = [f for place in (server.store.folder, encoder, work) for f in place.rglob("*") if f.is_file()]
+def test_no_token_is_in_any_file(server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path) -> None:
+    files = [f for folder in (server.store.folder, encoder, work) for f in folder.rglob("*") if f.is_file()]
     assert len(files) > 30
     for file in files:
         content = file.read_bytes()
@@ -136,49 +134,51 @@ def test_the_encoder_stays_as_it_was(encoder: Path, published: list[dict[str, An
 def test_transformers_loads_it_by_name_from_an_empty_cache(
     server: HubServer, published: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """In a process that knows nothing of this package; `make conformance` does the same with transformers 4.57.6."""
+    """In a process that cannot import this package; `make conformance` does the same with transformers 4.57.6."""
     environment = server.environment(tmp_path / "empty") | {"PYTHONPATH": ""}
     script = tmp_path / "load.py"
-    shutil.copyfile(ROOT / "tests" / "hub_load.py", script)
+    shutil.copyfile(ROOT / "tests" / "publish" / "hub_load.py", script)
     done = subprocess.run(
         [sys.executable, str(script), NAME], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout.splitlines()[-1])["loaded"][NAME]
-    assert made["keys"] == []
-    assert made["classes"][:2] == ["SiglipVisionModel", "PivotVisionModel"]
-    assert made["difference"] < 1e-5
+    loaded = json.loads(done.stdout.splitlines()[-1])["loaded"][NAME]
+    assert loaded["keys"] == []
+    assert loaded["classes"][:2] == ["SiglipVisionModel", "PivotVisionModel"]
+    assert loaded["difference"] < 1e-5
 
 
-def test_who_may_not_see_it_is_told_so(server: HubServer, published: list[dict[str, Any]], work: Path) -> None:
-    (said,) = commands(server, work, ["verify", NAME], user="bob")
-    assert said["code"] == 1
-    assert "there is no such repository, or your login may not see it" in said["err"]
-    (said,) = commands(server, work, ["push", NAME, "bob/app", "--space"], user="")
-    assert said["code"] == 1
-    (said,) = commands(server, work, ["pull", NAME], HF_HUB_OFFLINE="1")
-    assert "offline mode is on; unset HF_HUB_OFFLINE" in said["err"]
+def test_without_access_the_message_names_the_remedy(
+    server: HubServer, published: list[dict[str, Any]], work: Path
+) -> None:
+    (answer,) = commands(server, work, ["verify", NAME], user="bob")
+    assert answer["code"] == 1
+    assert "there is no such repository, or your login may not see it" in answer["err"]
+    (answer,) = commands(server, work, ["push", NAME, "bob/app", "--space"], user="")
+    assert answer["code"] == 1
+    (answer,) = commands(server, work, ["pull", NAME], HF_HUB_OFFLINE="1")
+    assert "offline mode is on; unset HF_HUB_OFFLINE" in answer["err"]
 
 
 def test_pull_verify_and_use_by_name(server: HubServer, published: list[dict[str, Any]], work: Path) -> None:
     from PIL import Image
 
-    (work / "photos").mkdir()
-    Image.effect_noise((40, 40), 60).convert("RGB").save(work / "photos" / "a.png")
+    (work / "images").mkdir()
+    Image.effect_noise((40, 40), 60).convert("RGB").save(work / "images" / "a.png")
     verified, pulled, encoded, unknown = commands(
         server,
         work,
         ["verify", NAME, "--json", "verify.json"],
         ["pull", NAME, "--revision", "v0.1.0"],
-        ["encode", "photos", "--encoder", NAME, "--out", "features.npy"],
+        ["encode", "images", "--encoder", NAME, "--out", "features.npy"],
         ["pull", NAME, "other", "--revision", "v9"],
     )
     assert verified["code"] == pulled["code"] == encoded["code"] == 0, (verified, pulled, encoded)
     assert json.loads((work / "verify.json").read_text())["problems"] == []
     folder = work / "hub" / NAME
-    sealed = json.loads((folder / "provenance.json").read_text())["files"]
+    checksums = json.loads((folder / "provenance.json").read_text())["files"]
     assert {str(f.relative_to(folder)): file_sha256(f) for f in folder.rglob("*") if f.is_file()} == {
-        **sealed,
+        **checksums,
         "provenance.json": file_sha256(folder / "provenance.json"),
     }
     assert np.load(work / "features.npy").shape == (1, 32)
@@ -192,7 +192,7 @@ def test_pull_verify_and_use_by_name(server: HubServer, published: list[dict[str
     assert not (work / "other").exists()
 
 
-def test_what_was_changed_on_the_hub_is_found_and_not_pulled(
+def test_a_file_edited_on_the_hub_fails_verify_and_pull(
     server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path
 ) -> None:
     name = "ada/changed"
@@ -205,7 +205,7 @@ def test_what_was_changed_on_the_hub_is_found_and_not_pulled(
     assert "README.md differs from the hash it was published with" in verified["out"]
     assert "is not what was published" in pulled["err"]
     assert not (work / "changed").exists()
-    # The next push finds that a hand was there, and proposes.
+    # The next push detects the edit, and opens a pull request.
     before = state(server, name)
     proposed, again = commands(server, work, push, push)
     assert proposed["code"] == again["code"] == 0, proposed["err"]
@@ -216,7 +216,7 @@ def test_what_was_changed_on_the_hub_is_found_and_not_pulled(
     assert after["pulls"] == [1]
 
 
-def test_other_traces_of_a_hand_become_a_proposal_too(server: HubServer, encoder: Path, work: Path) -> None:
+def test_other_edits_by_hand_become_a_pull_request_too(server: HubServer, encoder: Path, work: Path) -> None:
     names = {"ada/foreign": "notes.txt", "ada/config": "config.json", "ada/theirs": "README.md"}
     pushes = [["push", str(encoder), n, "--yes", "--prose", "0.1.0.yaml"] for n in names]
     assert [s["code"] for s in commands(server, work, *pushes[:2])] == [0, 0]
@@ -225,25 +225,25 @@ def test_other_traces_of_a_hand_become_a_proposal_too(server: HubServer, encoder
         server.write(name, path, "{}")
     heads = {name: state(server, name)["refs"]["refs/heads/main"] for name in names}
     next_version = [[*p[:-1], "0.2.0.yaml"] for p in pushes]
-    for name, said, reason in zip(
+    for name, answer, reason in zip(
         names,
         commands(server, work, *next_version),
-        ("notes.txt was put there", "config.json was edited by hand", "was not made by this package"),
+        ("notes.txt was added or deleted by hand", "config.json was edited by hand", "was not made by this package"),
         strict=True,
     ):
-        assert said["code"] == 0, said["err"]
-        assert "One pull request" in said["out"]
-        assert reason in said["out"]
+        assert answer["code"] == 0, answer["err"]
+        assert "One pull request" in answer["out"]
+        assert reason in answer["out"]
         assert state(server, name)["refs"]["refs/heads/main"] == heads[name]
 
 
-def test_whoever_is_asked_may_say_no(server: HubServer, encoder: Path, work: Path) -> None:
-    """On a terminal of its own: the question comes after the changes, and `n` publishes nothing."""
+def test_the_question_can_be_answered_no(server: HubServer, encoder: Path, work: Path) -> None:
+    """On a terminal, the question comes after the changes, and `n` publishes nothing."""
     import os
     import pty
 
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "pivot_hub", "push", str(encoder), "ada/asked", "--prose", "0.1.0.yaml"]
+    command = [sys.executable, "-m", "pivot_hub", "push", str(encoder), "ada/declined", "--prose", "0.1.0.yaml"]
     options: dict[str, Any] = {"env": server.environment(work / "home-ada"), "cwd": work, "stdin": terminal}
     os.write(main, b"n\n")
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
@@ -251,19 +251,21 @@ def test_whoever_is_asked_may_say_no(server: HubServer, encoder: Path, work: Pat
     os.close(terminal)
     assert done.returncode == 1
     assert done.stdout.index("+ README.md") < done.stdout.index("Publish this?")
-    assert server.repo("ada/asked") is None
+    assert server.repo("ada/declined") is None
 
 
 def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Path) -> None:
-    """SFT and DPO go into one collection with their base; the Space points at both."""
+    """SFT and DPO are added to one collection with their base encoder; the Space refers to both."""
     server.store.create("model", "pivot/tiny-base", False, None, "ada")
     push = ["push", str(encoder), "pivot/tiny-dpo", "--yes", "--prose", "0.1.0.yaml"]
     sft = ["push", str(encoder), "pivot/tiny-sft", "--yes", "--prose", "0.1.0.yaml"]
     missing = ["push", "pivot/none", "pivot/app", "--space", "--yes"]
     space = ["push", "pivot/tiny-sft", "pivot/tiny-dpo", "pivot/app", "--space", "--yes"]
-    said = commands(server, work, sft, [*push, "--also", "onnx", "--collection", "PIVOT tiny"], missing, space, space)
-    codes = [s["code"] for s in said]
-    assert codes == [0, 0, 1, 0, 0], [s["err"] for s in said]
+    answers = commands(
+        server, work, sft, [*push, "--also", "onnx", "--collection", "PIVOT tiny"], missing, space, space
+    )
+    codes = [a["code"] for a in answers]
+    assert codes == [0, 0, 1, 0, 0], [a["err"] for a in answers]
     repo = server.repo("pivot/tiny-dpo")
     assert repo is not None
     tree = repo.commit_at("v0.1.0").tree
@@ -276,7 +278,7 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
         ("pivot/tiny-sft", "SFT"),
         ("pivot/tiny-base", "base"),
     ]
-    assert "no such repository" in said[2]["err"]
+    assert "no such repository" in answers[2]["err"]
     app = server.repo("pivot/app", "space")
     assert app is not None
     assert len(app.commits) == 2
@@ -284,20 +286,20 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     header = SpaceCard(server.store.path(app, app.commit_at("main").tree["README.md"]).read_text())
     assert header.data.get("models") == ["pivot/tiny-sft", "pivot/tiny-dpo"]
     assert header.data.get("sdk") == "gradio"
-    assert "pair.json" not in app.commit_at("main").tree  # encoders alone: the app starts with the pair it ships
-    assert "nothing to change" in said[4]["out"]
+    assert "pair.json" not in app.commit_at("main").tree  # without MLLMs, the app starts with the bundle that it ships
+    assert "nothing to change" in answers[4]["out"]
 
 
 def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "repository_info", lambda api, name, *rest: SimpleNamespace(sha="0"))
 
-    def config(name: str, file: str, revision: str) -> str:
-        made = tmp_path / name.replace("/", "-")
-        made.write_text(json.dumps({"model_type": "siglip_vision_model" if name == "me/encoder" else "llava"}))
-        return str(made)
+    def download_config(name: str, filename: str, revision: str) -> str:
+        file = tmp_path / name.replace("/", "-")
+        file.write_text(json.dumps({"model_type": "siglip_vision_model" if name == "me/encoder" else "llava"}))
+        return str(file)
 
-    monkeypatch.setattr(remote, "hf_hub_download", config)
-    mllms = remote.models_of(["me/sft", "me/dpo", "me/encoder", "me/parent"])
+    monkeypatch.setattr(remote, "hf_hub_download", download_config)
+    mllms = remote.find_mllms(["me/sft", "me/dpo", "me/encoder", "me/parent"])
     assert mllms == ["me/sft", "me/dpo", "me/parent"]
     with stage_space("me/app", ["me/sft", "me/dpo", "me/encoder", "me/parent"], mllms) as publication:
         app = load_module(publication.folder / "app.py")
@@ -309,64 +311,64 @@ def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypa
         assert not (publication.folder / "pair.json").exists()
 
 
-def test_a_hub_without_xet_is_said_so(server: HubServer, encoder: Path, work: Path) -> None:
+def test_a_hub_without_xet_is_an_error_that_names_the_setting(server: HubServer, encoder: Path, work: Path) -> None:
     push = ["push", str(encoder), "ada/xet", "--yes", "--prose", "0.1.0.yaml"]
-    (said,) = commands(server, work, push, HF_HUB_DISABLE_XET="0")
-    assert said["code"] == 1
-    assert "has no Xet storage: set HF_HUB_DISABLE_XET=1" in said["err"]
+    (answer,) = commands(server, work, push, HF_HUB_DISABLE_XET="0")
+    assert answer["code"] == 1
+    assert "has no Xet storage: set HF_HUB_DISABLE_XET=1" in answer["err"]
     assert server.repo("ada/xet") is None
 
 
-def test_bad_input_is_one_sentence(server: HubServer, encoder: Path, work: Path) -> None:
+def test_bad_input_is_one_line(server: HubServer, encoder: Path, work: Path) -> None:
     mine, prose = str(encoder), ["--prose", "0.1.0.yaml", "--yes"]
     expected = [
         (["push", "nowhere"], 2, "push takes ENCODER REPO"),
         (["push", "a", "b", "c"], 2, "push takes ENCODER REPO"),
         (["push", "nowhere", "ada/x", *prose], 1, "provenance.json is missing"),
-        (["push", mine, "ada/x/y", *prose], 1, "is no name for a repository"),
+        (["push", mine, "ada/x/y", *prose], 1, "is not a valid repository name"),
         (["push", mine, "ada/x", *prose, "--also", "tflite"], 1, "give any of onnx, int8"),
         (["push", mine, "somebody/x", *prose], 1, "the hub answered 403"),
         (["push", mine, NAME, "--prose", "none.yaml"], 2, "there is no prose of this name"),
         (["pull", "ada/none"], 1, "there is no such repository"),
         (["card", "nowhere", "--prose", "0.1.0.yaml"], 2, "config.json is missing"),
     ]
-    made = commands(server, work, *(arguments for arguments, _, _ in expected))
-    for said, (arguments, code, part) in zip(made, expected, strict=True):
-        assert said["code"] == code, arguments
-        assert part in said["err"], arguments
-        assert len(said["err"].strip().splitlines()) == 1, arguments
+    answers = commands(server, work, *(arguments for arguments, _, _ in expected))
+    for answer, (arguments, code, part) in zip(answers, expected, strict=True):
+        assert answer["code"] == code, arguments
+        assert part in answer["err"], arguments
+        assert len(answer["err"].strip().splitlines()) == 1, arguments
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["existing", "new"])
-def test_refused_from_any_request_on_the_remote_is_as_before_or_whole(tmp_path: Path, new: bool) -> None:
+def test_after_a_refused_request_the_remote_is_as_before_or_complete(tmp_path: Path, new: bool) -> None:
     rows = refuse_from_each_request(tmp_path, new)
     assert len(rows) > 8, "a push is several requests"
-    wholes = {row["whole"]["tree"] for row in rows}
-    assert len(wholes) == 1, "in the end the same lies everywhere"
+    trees = {row["whole"]["tree"] for row in rows}
+    assert len(trees) == 1, "in the end all repositories are the same"
     for number, row in enumerate(rows):
         assert row["again"] in ("commit", "unchanged"), number
         assert row["ends"] in ("refused", "commit"), number
         assert row["whole"]["refs"]["refs/tags/v0.1.1"] == row["whole"]["refs"]["refs/heads/main"]
         if row["after"] == row["before"]:
             continue
-        # Not as before: all of it is there, but for the tag; or an empty repository, whose deletion was refused too.
+        # Otherwise all files are there without the tag, or the repository is empty, as its deletion was refused too.
         empty = new and ".gitattributes" in row["after"]["tree"] and "README.md" not in row["after"]["tree"]
         assert row["after"]["tree"] == row["whole"]["tree"] or empty, number
 
 
 def test_every_fault_ends_as_the_table_says(tmp_path: Path) -> None:
     rows = try_faults(tmp_path)
-    seen = [(r["fault"], r["tries"], r["ends"], r["remote"], r["again"]) for r in rows]
-    assert seen == [(s.name, s.tries, s.ends, s.remote, s.again) for s in SCENARIOS]
+    outcomes = [(r["fault"], r["tries"], r["ends"], r["remote"], r["again"]) for r in rows]
+    assert outcomes == [(s.name, s.tries, s.ends, s.remote, s.again) for s in SCENARIOS]
     for row in rows:
         assert row["sound"], row["fault"]
         whole = "the whole folder" if row["ends"] == "pulled" else "no folder"
         assert row["local"] == (whole if "pull:" in row["fault"] else "as before"), row
-        assert (row["said"] == "") == (row["ends"] in ("commit", "pull request", "pulled", "killed")), row
-        # A large file that arrived is not sent again.
+        assert (row["message"] == "") == (row["ends"] in ("commit", "pull request", "pulled", "killed")), row
+        # A large file that was uploaded is not sent again.
         assert row["uploaded_again"] == {
             "500 at an upload, once": 1,
             "the hub's disk is full": row["uploaded_again"],
         }.get(row["fault"], int("of an upload" in row["fault"] or "killed" in row["fault"])), row
     page = PAGE.read_text()
-    assert put(page, render(rows)) == page, "`python -m tests.publish.hub_faults` writes the table anew"
+    assert insert_table(page, render(rows)) == page, "`python -m tests.publish.hub_faults` writes the table"

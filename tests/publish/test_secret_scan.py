@@ -1,4 +1,4 @@
-"""The scan before a push: planted secrets, paths and names are found, what is published anyway is not mistaken."""
+"""The secret scan before a push: it finds planted secrets, paths and names, and passes what may be published."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from safetensors.torch import save_file
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.errors import PublishError
-from pivot_hub.publish.secret_scan import find_leaks
+from pivot_hub.publish.card_collection import RECORDED
+from pivot_hub.publish.secret_scan import scan_for_secrets
 from pivot_hub.publish.staging import stage_encoder
-from tests.publish.cards import FACTS
 from tests.publish.hub_server import ROOT
 from tests.publish.publishable import make_prose, make_publishable
 
 
-def made_up(length: int, letters: str = string.ascii_letters + string.digits) -> str:
-    """Letters that look like a secret's; no secret is written down here."""
+def random_text(length: int, letters: str = string.ascii_letters + string.digits) -> str:
+    """Text in the form of a secret, so that none is written in this file."""
     return "".join(random.Random(length).choices(letters, k=length))
 
 
 SECRETS = {
-    "Hugging Face": "hf_" + made_up(34),
-    "Hugging Face organisation": "api_org_" + made_up(34),
-    "GitHub": "ghp_" + made_up(36),
-    "GitHub, fine": "github_pat_" + made_up(40),
-    "AWS": "AKIA" + made_up(16, string.ascii_uppercase + string.digits),
-    "OpenAI": "sk-" + made_up(40),
-    "Google": "AIza" + made_up(35),
-    "Slack": "xoxb-" + made_up(24),
+    "Hugging Face": "hf_" + random_text(34),
+    "Hugging Face organisation": "api_org_" + random_text(34),
+    "GitHub": "ghp_" + random_text(36),
+    "GitHub, fine": "github_pat_" + random_text(40),
+    "AWS": "AKIA" + random_text(16, string.ascii_uppercase + string.digits),
+    "OpenAI": "sk-" + random_text(40),
+    "Google": "AIza" + random_text(35),
+    "Slack": "xoxb-" + random_text(24),
     "key": "-----BEGIN RSA PRIVATE " + "KEY-----",
-    "web": ".".join(("eyJ" + made_up(20), "eyJ" + made_up(30), made_up(30))),
-    "address": f"https://ada:{made_up(12)}@example.org/x",
-    "assigned": f'WANDB_API_KEY="{made_up(40)}"',
-    "password": f"password: {made_up(12)}",
+    "web": ".".join(("eyJ" + random_text(20), "eyJ" + random_text(30), random_text(30))),
+    "address": f"https://ada:{random_text(12)}@example.org/x",
+    "assigned": f'WANDB_API_KEY="{random_text(40)}"',
+    "password": f"password: {random_text(12)}",
 }
 PLACES = [
     "/home/ada/runs/3-dpo",
@@ -61,50 +61,50 @@ def test_a_planted_secret_is_found_and_not_repeated(tmp_path: Path, name: str, s
     file.parent.mkdir(exist_ok=True)
     start = b"\0\1binary\n" if name.endswith(".onnx") else b"text\n"
     file.write_bytes(start * 1000 + secret.encode() + b"\n")
-    found = find_leaks(tmp_path)
-    assert len(found) == 1
-    assert found[0].startswith(name)
-    assert secret[:30] not in found[0] or len(secret) < 30
-    assert ("at byte" if name.endswith(".onnx") else ":1001 ") in found[0]
+    findings = scan_for_secrets(tmp_path)
+    assert len(findings) == 1
+    assert findings[0].startswith(name)
+    assert secret[:30] not in findings[0] or len(secret) < 30
+    assert ("at byte" if name.endswith(".onnx") else ":1001 ") in findings[0]
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_planted_path_is_found(tmp_path: Path, place: str) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps({"path": place}) if "\\" not in place else place)
-    found = find_leaks(tmp_path)
-    assert len(found) == 1
-    assert "an absolute path" in found[0]
+    findings = scan_for_secrets(tmp_path)
+    assert len(findings) == 1
+    assert "an absolute path" in findings[0]
 
 
-def test_the_headers_of_weights_are_looked_at(tmp_path: Path) -> None:
+def test_the_headers_of_weights_are_scanned(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors", metadata={"from": PLACES[0]})
-    assert "model.safetensors at byte" in find_leaks(tmp_path)[0]
+    assert "model.safetensors at byte" in scan_for_secrets(tmp_path)[0]
 
 
 def test_own_token_home_and_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "somewhere" / "deep"
-    monkeypatch.setenv("HF_TOKEN", "no-form-that-is-known")
+    monkeypatch.setenv("HF_TOKEN", "no-known-form")
     monkeypatch.setattr(Path, "home", lambda: home)
     monkeypatch.setattr(getpass, "getuser", lambda: "adalovelace")
     monkeypatch.setattr(socket, "gethostname", lambda: "analytical-engine")
-    folder = tmp_path / "made"
+    folder = tmp_path / "staged"
     folder.mkdir()
     for text, kind in (
-        ("x = no-form-that-is-known", "your Hugging Face token"),
+        ("x = no-known-form", "your Hugging Face token"),
         (f"see {home}/x", "a folder of this machine"),
         ("trained by adalovelace.", "your user name"),
         ("on analytical-engine", "this machine's name"),
     ):
         (folder / "notes.md").write_text(text)
-        found = find_leaks(folder)
-        # The folder of tests itself may be one that the general pattern knows.
-        assert any(kind in f for f in found) or "an absolute path" in found[0], kind
+        findings = scan_for_secrets(folder)
+        # The general pattern may match the folder of the test itself.
+        assert any(kind in f for f in findings) or "an absolute path" in findings[0], kind
     (folder / "notes.md").write_text("adalovelace/encoder")
-    assert find_leaks(folder)
-    assert find_leaks(folder, allowed="adalovelace/encoder") == []
+    assert scan_for_secrets(folder)
+    assert scan_for_secrets(folder, allowed="adalovelace/encoder") == []
 
 
-def test_what_is_no_leak_passes(tmp_path: Path) -> None:
+def test_harmless_text_passes(tmp_path: Path) -> None:
     for text in (
         "https://huggingface.co/home/x and github.com/root/y",
         "runs/home/x, ../tmp/y, ~/home/z",
@@ -113,20 +113,20 @@ def test_what_is_no_leak_passes(tmp_path: Path) -> None:
         "the root of the tree, a user of the model",
     ):
         (tmp_path / "README.md").write_text(text)
-        assert find_leaks(tmp_path) == [], text
+        assert scan_for_secrets(tmp_path) == [], text
 
 
-@pytest.mark.parametrize("folder", [RECIPES / "shapes" / "base", FACTS, ROOT / "spaces"])
+@pytest.mark.parametrize("folder", [RECIPES / "shapes" / "base", RECORDED, ROOT / "spaces"])
 def test_what_ships_with_the_package_is_clean(folder: Path) -> None:
-    assert find_leaks(folder) == []
+    assert scan_for_secrets(folder) == []
 
 
-def test_a_push_of_a_leak_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
-    """No hub is in reach of this process: it would fail otherwise."""
+def test_a_push_with_a_finding_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    """No hub is reachable from this process, so that sending anything would fail."""
     encoder = make_publishable(tmp_path / "tiny-dpo")
-    for place in ("It lies in /home/ada/runs.", f"Read it with {SECRETS['Hugging Face']}."):
+    for text in ("It lies in /home/ada/runs.", f"Read it with {SECRETS['Hugging Face']}."):
         with (
             pytest.raises(PublishError, match=r"nothing was published: README.md:\d+ holds"),
-            stage_encoder(encoder, "pivot/tiny-dpo", make_prose(limits=[place])),
+            stage_encoder(encoder, "pivot/tiny-dpo", make_prose(limits=[text])),
         ):
             pass

@@ -1,4 +1,4 @@
-"""Studies: their files, a miniature from the first run to the report, what failed and what goes on."""
+"""Studies: their files, a miniature from the first run to the report, and studies that fail or are stopped."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from typer.testing import CliRunner
 from pivot_hub.cli import app
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.demo.model_bundle import shipped_bundle
+from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.errors import ProbeError, RecipeError, TrainingError
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
 from pivot_hub.study.design import Cell, load_study
-from pivot_hub.study.measures import _differing, _words_of, word_gradients
+from pivot_hub.study.measures import _kinds_of_tokens, _kinds_of_words, word_gradients
 from pivot_hub.study.report import write_report
-from pivot_hub.study.runner import chosen_rate, run_study
+from pivot_hub.study.runner import chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
 
 SHAPES = RECIPES / "shapes"
@@ -47,15 +47,15 @@ TINY = {
 }
 
 
-def miniature(folder: Path, runs: set[str] | None = None, of: Path = SHAPES) -> Path:
-    """A shipped study with two seeds, two candidates of each rate, two steps a run, and few scenes.
+def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES) -> Path:
+    """Write a shipped study with two seeds, two candidates in each search, two steps a run, and few scenes.
 
     Args:
-        folder: gets the study's file and the recipes beside it.
-        runs: that are kept, and those they need; all of them if None.
-        of: the folder of the study and its recipes.
+        folder: Folder that the study's file and its recipes are written to.
+        runs: Runs that are kept, with those they need; all runs if None.
+        source: Folder of the shipped study and its recipes.
     """
-    spec: dict[str, Any] = yaml.safe_load((of / "study.yaml").read_text())
+    spec: dict[str, Any] = yaml.safe_load((source / "study.yaml").read_text())
     spec |= {"seeds": [0, 1], "sizes": TINY}
     needed = set(spec["runs"]) if runs is None else set(runs)
     for name in reversed(spec["runs"]):
@@ -74,28 +74,28 @@ def miniature(folder: Path, runs: set[str] | None = None, of: Path = SHAPES) -> 
     for factor in spec["factors"]:
         factor["pairs"] = [pair for pair in factor["pairs"] if set(pair) <= needed]
         for line in factor.get("curve", {}).get("lines", {}).values():
-            for place in [place for place, run in line.items() if run not in needed]:
-                del line[place]
+            for position in [position for position, run in line.items() if run not in needed]:
+                del line[position]
         if "levels" in factor:
             factor["levels"]["runs"] = [run for run in factor["levels"]["runs"] if run in needed]
     spec["factors"] = [factor for factor in spec["factors"] if factor["pairs"]]
-    beside = folder / of.name
+    beside = folder / source.name
     beside.mkdir(parents=True)
-    for recipe in of.glob("[0-9]-*.yaml"):
+    for recipe in source.glob("[0-9]-*.yaml"):
         shutil.copy2(recipe, beside)
-    if (of / "base").is_dir():
-        (beside / "base").symlink_to(of / "base")
+    if (source / "base").is_dir():
+        (beside / "base").symlink_to(source / "base")
     (beside / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     return beside / "study.yaml"
 
 
-def written(table: StudyTable, study: Path, folder: Path) -> str:
+def report_of(table: StudyTable, study: Path, folder: Path) -> str:
     write_report(load_study(study), table, folder / "STUDY.md")
     return (folder / "STUDY.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A finished miniature: the study's file, and its output."""
     folder = tmp_path_factory.mktemp("study")
     study = miniature(folder, {"base", "sft", "dpo", "new-dpo", "dpo-fact", "dpo-frozen"})
@@ -103,13 +103,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return study, folder / "out"
 
 
-def test_the_table_holds_every_run_with_its_conditions(made: tuple[Path, Path], tmp_path: Path) -> None:
-    study = load_study(made[0])
-    write_table(collect_table(study, made[1]), tmp_path / "study.parquet")
+def test_the_table_holds_every_run_with_its_conditions(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    study = load_study(finished[0])
+    write_table(collect_table(study, finished[1]), tmp_path / "study.parquet")
     table = read_table(tmp_path / "study.parquet")
     assert table.metadata["study_sha256"] == study.sha256
     in_table = {(r["run"], r["seed"], r["candidate"]) for r in table.rows}
-    assert in_table == {(c.run, c.seed, c.rate) for c in study.cells()}
+    assert in_table == {(c.run, c.seed, c.learning_rate) for c in study.cells()}
     assert {r["status"] for r in table.rows} == {"done"}
     for row in table.rows:
         if row["task"]:
@@ -121,8 +121,10 @@ def test_the_table_holds_every_run_with_its_conditions(made: tuple[Path, Path], 
     assert {"shapes/colour", "shapes/crowded/shape", "shapes/unseen/segmentation", "shapes/noisy/vqa/all"} <= tasks
     assert {"shapes/pairs", "shapes/distance/vision", "shapes/localisation/gradcam of answer"} <= tasks
     assert all((r["rows"], r["stage"], r["recipe"]) == (8, "dpo", "shapes/3-dpo") for r in measured)
-    # What is kept of the items gives the interval that the tallies give.
-    result = next(r for r in read_results(made[1] / "results" / "dpo" / "seed-1.json") if r.task == "shapes/vqa/all")
+    # The resamples in the table give the interval that the per-example scores give.
+    result = next(
+        r for r in read_results(finished[1] / "results" / "dpo" / "seed-1.json") if r.task == "shapes/vqa/all"
+    )
     row = next(r for r in measured if r["task"] == "shapes/vqa/all")
     assert result.example_scores is not None
     spread = np.std(np.array(row["draws"]) * STEP)
@@ -131,41 +133,41 @@ def test_the_table_holds_every_run_with_its_conditions(made: tuple[Path, Path], 
     )
 
 
-def test_rates_are_the_candidates_that_rank_best(made: tuple[Path, Path]) -> None:
-    study, out = load_study(made[0]), made[1]
+def test_learning_rates_are_those_of_the_candidates_that_rank_best(finished: tuple[Path, Path]) -> None:
+    study, out = load_study(finished[0]), finished[1]
     for run in ("sft", "dpo"):
-        scored = {c.rate: read_results(out / "results" / f"{c.name}.json")[0] for c in study.candidates(run)}
+        scored = {c.learning_rate: read_results(out / "results" / f"{c.name}.json")[0] for c in study.candidates(run)}
         assert {r.metric for r in scored.values()} == {"ranked_right"}
         assert {r.split for r in scored.values()} == {"validation"}
-        best = chosen_rate(study, Cell(run, 0), out)
+        best = chosen_learning_rate(study, Cell(run, 0), out)
         assert scored[best].value == max(r.value for r in scored.values())
         for seed in (0, 1):
             metadata = json.loads((out / "cells" / run / f"seed-{seed}.json").read_text())
             assert metadata["rate"] == best
     shared = json.loads((out / "cells" / "dpo-fact" / "seed-0.json").read_text())
-    assert shared["rate"] == chosen_rate(study, Cell("dpo", 0), out)
-    assert chosen_rate(study, Cell("instruct", 0), out) is None
+    assert shared["rate"] == chosen_learning_rate(study, Cell("dpo", 0), out)
+    assert chosen_learning_rate(study, Cell("instruct", 0), out) is None
 
 
-def test_seeds_share_parents_and_differ_in_rows(made: tuple[Path, Path]) -> None:
-    out = made[1]
-    told = {
+def test_seeds_share_parents_and_differ_in_rows(finished: tuple[Path, Path]) -> None:
+    out = finished[1]
+    provenance = {
         (run, seed): json.loads((out / "runs" / run / f"seed-{seed}" / "provenance.json").read_text())
         for run in ("instruct", "sft", "dpo", "dpo-fact")
         for seed in (0, 1)
     }
     for seed in (0, 1):
         for run in ("sft", "dpo", "dpo-fact"):
-            assert told[run, seed]["parent"]["weights_sha256"] == told["instruct", seed]["weights_sha256"]
-            assert told[run, seed]["data"][0]["world"]["combinations"] == "seen"
-    assert told["sft", 0]["data"] == told["dpo", 0]["data"]
-    assert told["sft", 0]["data"][0]["world"]["seed"] != told["sft", 1]["data"][0]["world"]["seed"]
+            assert provenance[run, seed]["parent"]["weights_sha256"] == provenance["instruct", seed]["weights_sha256"]
+            assert provenance[run, seed]["data"][0]["world"]["combinations"] == "seen"
+    assert provenance["sft", 0]["data"] == provenance["dpo", 0]["data"]
+    assert provenance["sft", 0]["data"][0]["world"]["seed"] != provenance["sft", 1]["data"][0]["world"]["seed"]
 
 
-def test_encoders_are_whose_they_are_said_to_be(made: tuple[Path, Path]) -> None:
-    """Frozen ones are the parent's, those of a new MLLM are the run's that it names."""
+def test_encoders_are_those_of_the_runs_that_the_study_names(finished: tuple[Path, Path]) -> None:
+    """A frozen encoder is the parent's, and that of a new MLLM is the one of the run that it names."""
     encoders = {
-        run: load_file(made[1] / "encoders" / run / "seed-0" / "model.safetensors")
+        run: load_file(finished[1] / "encoders" / run / "seed-0" / "model.safetensors")
         for run in ("instruct", "dpo", "dpo-frozen", "new-dpo")
     }
 
@@ -177,57 +179,56 @@ def test_encoders_are_whose_they_are_said_to_be(made: tuple[Path, Path]) -> None
     assert not same("dpo", "instruct")
 
 
-def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(made: tuple[Path, Path]) -> None:
-    study, out = made
-    said: list[str] = []
+def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(finished: tuple[Path, Path]) -> None:
+    study, out = finished
     own = out / "encoders" / "dpo" / "seed-1"
     before = {f: f.stat().st_mtime_ns for f in out.rglob("*.json") if own not in f.parents}
     lost = out / "results" / "dpo" / "seed-1.json"
     kept = [(r.task, r.metric, r.value) for r in read_results(lost)]
     lost.unlink()
-    # An encoder of another checkpoint is no encoder of this run's, whatever its folder is called.
+    # An encoder of another checkpoint is replaced, although its folder has this run's name.
     weights = (own / "model.safetensors").read_bytes()
     shutil.rmtree(own)
     shutil.copytree(out / "encoders" / "sft" / "seed-1", own)
-    run_study(study, out, jobs=1, log=said.append)
+    run_study(study, out, jobs=1, log=lambda line: None)
     changed = {f for f, at in before.items() if f.stat().st_mtime_ns != at}
     assert changed == {lost, out / "cells" / "dpo" / "seed-1.json"}
     assert [(r.task, r.metric, r.value) for r in read_results(lost)] == kept
     assert (own / "model.safetensors").read_bytes() == weights
 
 
-def test_the_report_follows_from_the_table_to_the_byte(made: tuple[Path, Path], tmp_path: Path) -> None:
-    study, out = made
+def test_the_report_follows_from_the_table_to_the_byte(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    study, out = finished
     shutil.copytree(out / "results", tmp_path / "out" / "results")
     shutil.copytree(out / "cells", tmp_path / "out" / "cells")
     write_table(collect_table(load_study(study), out), tmp_path / "study.parquet")
-    text = written(collect_table(load_study(study), out), study, tmp_path / "a")
-    assert written(read_table(tmp_path / "study.parquet"), study, tmp_path / "b") == text
+    text = report_of(collect_table(load_study(study), out), study, tmp_path / "a")
+    assert report_of(read_table(tmp_path / "study.parquet"), study, tmp_path / "b") == text
     for figure in (tmp_path / "a" / "study").iterdir():
         assert figure.read_bytes() == (tmp_path / "b" / "study" / figure.name).read_bytes()
     for factor in ("DPO against SFT", "The encoder frozen in stage 2", "Harder scenes"):
         assert f"## {factor}" in text
     assert str(tmp_path) not in text
-    # A table in which DPO is far better, or worse, in every seed is reported so.
+    # A table in which DPO is far better, or far worse, in every seed is reported so.
     table = read_table(tmp_path / "study.parquet")
-    for level, said in ((70, "above"), (30, "below")):
+    for level, direction in ((70, "above"), (30, "below")):
         rows = [
             r | {"value": (level if r["run"] == "dpo" else 50) + 0.01 * (r["seed"] or 0), "draws": [5000] * 200}
             if r["task"] == "shapes/colour"
             else r
             for r in table.rows
         ]
-        report = written(replace(table, rows=rows), study, tmp_path / said)
+        report = report_of(replace(table, rows=rows), study, tmp_path / direction)
         assert (
-            f"Held against SFT, DPO is {said} it on colour; not shown to differ on 11 of 12 measures (2 seeds)."
+            f"Compared with SFT, DPO is {direction} it on colour; not shown to differ on 11 of 12 measures (2 seeds)."
             in report
         )
     changed = replace(table, metadata=table.metadata | {"study_sha256": "0"})
-    assert "another version" in written(changed, study, tmp_path / "e")
+    assert "another version" in report_of(changed, study, tmp_path / "e")
 
 
-def test_the_command_reports_and_seeds_are_compared(made: tuple[Path, Path], tmp_path: Path) -> None:
-    study, out = made
+def test_the_command_reports_and_seeds_are_compared(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    study, out = finished
     run = CliRunner().invoke(app, ["study", str(study), "--output", str(out)])
     assert run.exit_code == 0, run.output
     text = (out / "STUDY.md").read_bytes()
@@ -248,13 +249,13 @@ def test_the_command_reports_and_seeds_are_compared(made: tuple[Path, Path], tmp
     assert "holds no seed-<n>.json" in str(run.exception)
 
 
-def test_no_table_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_table_is_an_error_message(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="`pivot study` writes one"):
         read_table(tmp_path / "study.parquet")
 
 
-def test_a_killed_process_is_a_sentence_and_the_environment_stays_as_it_was(tmp_path: Path) -> None:
-    """Tests and callers that start processes after a study give them the threads that they had."""
+def test_a_killed_process_is_an_error_message_and_the_environment_is_restored(tmp_path: Path) -> None:
+    """Processes that are started after a study get the same threads as before it."""
 
     def kill(line: str) -> None:
         for child in multiprocessing.active_children():
@@ -268,14 +269,13 @@ def test_a_killed_process_is_a_sentence_and_the_environment_stays_as_it_was(tmp_
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_run_that_fails_is_reported_and_the_others_are_run(tmp_path: Path) -> None:
     study = miniature(tmp_path, {"sft", "dpo-frozen"})
     spec = yaml.safe_load(study.read_text())
     spec["runs"]["dpo"]["change"] += ["args.pack_tokens=64", "args.pack=false"]
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
-    said: list[str] = []
     with pytest.raises(TrainingError, match=r"2 of \d+ runs failed, dpo@1e-05/seed-100 first: pack_tokens counts"):
-        run_study(study, tmp_path / "out", log=said.append)
+        run_study(study, tmp_path / "out", log=lambda line: None)
     table = collect_table(load_study(study), tmp_path / "out")
     states = {(r["run"], r["seed"], r["candidate"]): (r["status"], r["reason"]) for r in table.rows}
     assert len(states) == len(load_study(study).cells())
@@ -283,7 +283,7 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path) -> No
     assert "pack_tokens counts packed tokens" in states["dpo", 100, 1e-5][1]
     assert states["dpo", 0, None][0] == states["dpo-frozen", 1, None][0] == "not started"
     assert states["sft", 0, None][0] == states["sft", 1, None][0] == "done"
-    text = written(table, study, tmp_path)
+    text = report_of(table, study, tmp_path)
     assert "done 10, failed 2, not started because of those 4" in text
     assert "dpo, seed 100: pack_tokens counts" in text
     assert "Not run yet, or in fewer than two seeds: DPO against SFT" in text
@@ -295,14 +295,14 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda s: s["seeds"].append(100), "`search_seed` 100 is one of `seeds`"),
         (lambda s: s["runs"]["dpo"].update(parent="instuct"), "did you mean `instruct`"),
         (lambda s: s["runs"]["dpo-frozen"].update(rate_of="instruct"), "has no `rates`"),
         (lambda s: s["factors"][0].update(measures=["color"]), "did you mean `colour`"),
-        (lambda s: s["factors"][0].update(pairs=[["sft", "dpo2"]]), "which is no run"),
-        (lambda s: s["runs"]["dpo"].update(recipe=None), "needs `recipe` or `encoder`"),
+        (lambda s: s["factors"][0].update(pairs=[["sft", "dpo2"]]), "which is not a run"),
+        (lambda s: s["runs"]["dpo"].update(recipe=None), "needs either `recipe` or `encoder`"),
         (lambda s: s["runs"]["dpo"]["change"].append("args.betta=1"), "did you mean `beta`"),
         (lambda s: s["runs"]["dpo"].update(rats=[1e-5]), "unknown key `runs.dpo.rats` (did you mean `rates`?)"),
         (lambda s: s["sizes"].update(scenes=4), "`sizes.scenes` is not known"),
@@ -310,7 +310,7 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_mistake_in_the_file_is_named_before_anything_is_trained(
-    change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path
 ) -> None:
     study = miniature(tmp_path, {"sft", "dpo-frozen"})
     spec = yaml.safe_load(study.read_text())
@@ -318,11 +318,11 @@ def test_a_mistake_in_the_file_is_named_before_anything_is_trained(
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
     with pytest.raises(RecipeError) as error:
         load_study(study)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(study) in str(error.value) or "override" in str(error.value)
 
 
-def test_remarks_are_no_part_of_the_plan(tmp_path: Path) -> None:
+def test_remarks_are_not_part_of_the_plan(tmp_path: Path) -> None:
     study = miniature(tmp_path, {"sft", "instruct"})
     before = load_study(study).sha256
     spec = yaml.safe_load(study.read_text())
@@ -332,7 +332,7 @@ def test_remarks_are_no_part_of_the_plan(tmp_path: Path) -> None:
     assert load_study(study).sha256 != before
 
 
-def test_an_unknown_study_names_those_there_are() -> None:
+def test_an_unknown_study_is_refused_with_the_names_of_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match="shapes/study"):
         load_study("shapes/studdy")
 
@@ -343,7 +343,7 @@ def test_shipped_studies_are_right(name: str) -> None:
     assert len(study.spec.seeds) >= 5
     for factor in study.spec.factors:
         for pair in factor.pairs:
-            # Whatever is compared was chosen from equally many candidates.
+            # Runs that are compared were chosen from equally many candidates.
             tried = {len(study.candidates(study.spec.runs[run].rate_of or run)) for run in pair}
             assert len(tried - {0}) <= 1
 
@@ -352,50 +352,50 @@ def test_the_committed_report_is_that_of_the_committed_table(tmp_path: Path) -> 
     study = load_study("shapes/study")
     table = read_table(SHAPES / "study.parquet")
     assert table.metadata["study_sha256"] == study.sha256
-    assert written(table, study.path, tmp_path) == (SHAPES / "STUDY.md").read_text()
+    assert report_of(table, study.path, tmp_path) == (SHAPES / "STUDY.md").read_text()
     assert {f.name for f in (tmp_path / "study").iterdir()} == {f.name for f in (SHAPES / "study").iterdir()}
     assert sum(f.stat().st_size for f in [SHAPES / "study.parquet", *(SHAPES / "study").iterdir()]) < 3_000_000
 
 
-def test_words_are_told_apart() -> None:
-    assert _differing("It is red.", "It is blue.", "seen") == ["other", "other", "seen"]
-    kinds = _differing("Yes, there is a red star.", "No, there is no red star.", "seen")
+def test_words_that_differ_are_told_from_the_others() -> None:
+    assert _kinds_of_words("It is red.", "It is blue.", "seen") == ["other", "other", "seen"]
+    kinds = _kinds_of_words("Yes, there is a red star.", "No, there is no red star.", "seen")
     assert kinds[0] == "seen"
     assert kinds[-1] == "other"
     assert (
-        _words_of(["It", " is", " mar", "oon", "."], ["other", "other", "seen"])
+        _kinds_of_tokens(["It", " is", " mar", "oon", "."], ["other", "other", "seen"])
         == ["other", "other", "seen"] + ["seen"] * 2
     )
 
 
-def test_gradients_of_pairs_are_those_of_what_differs() -> None:
-    """The mean token is 100, whichever words have more."""
-    pair = shipped_bundle()
+def test_gradients_are_relative_to_the_mean_token() -> None:
+    """Relative to the mean token, which is 100 over all kinds of words."""
+    mllm = shipped_bundle().first
     conditions = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
-    made = {r.task: r for r in word_gradients(pair.first.model, pair.first.processor, ShapesDataset(), 6, conditions)}
-    assert set(made) == {
+    results = {r.task: r for r in word_gradients(mllm.model, mllm.processor, ShapesDataset(), 6, conditions)}
+    assert set(results) == {
         *(f"shapes/gradient/{kind} words" for kind in ("seen", "known", "other")),
-        *(f"shapes/gradient/{slip} pairs" for slip in ("fact", "format")),
+        *(f"shapes/gradient/{error_type} pairs" for error_type in ("fact", "format")),
     }
-    assert all(np.isfinite(r.value) and r.value > 0 for r in made.values())
-    tokens = {r.task: r.example_scores for r in made.values() if "words" in r.task}
+    assert all(np.isfinite(r.value) and r.value > 0 for r in results.values())
+    tokens = {r.task: r.example_scores for r in results.values() if "words" in r.task}
     sums = sum(t.sum(0) for t in tokens.values() if t is not None)
     assert 100 * sums[0] / sums[1] == pytest.approx(100)
 
 
-def test_ranking_turns_with_the_pair() -> None:
-    pair, dataset = shipped_bundle(), ShapesDataset()
+def test_swapping_the_answers_of_pairs_swaps_the_ranking() -> None:
+    mllm, dataset = shipped_bundle().first, ShapesDataset()
     images, pairs = probe_pairs(dataset, "validation", 40)
     conditions = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
-    straight = rank_pairs(pair.first.model, pair.first.processor, pairs, images, conditions)
-    turned = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs]
-    backwards = rank_pairs(pair.first.model, pair.first.processor, turned, images, conditions)
-    assert straight.value + backwards.value == pytest.approx(100)
-    assert straight.value > 55  # the shipped MLLM prefers what is there
+    original = rank_pairs(mllm.model, mllm.processor, pairs, images, conditions)
+    swapped = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in pairs]
+    reversed_ = rank_pairs(mllm.model, mllm.processor, swapped, images, conditions)
+    assert original.value + reversed_.value == pytest.approx(100)
+    assert original.value > 55  # the shipped MLLM prefers true answers
 
 
 @pytest.mark.slow
-def test_a_killed_study_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+def test_a_killed_study_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     study, out = miniature(tmp_path, {"sft", "instruct"}), tmp_path / "out"
     command = [sys.executable, "-m", "pivot_hub", "study", str(study), "--output", str(out), "--jobs", "2"]
     first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -418,9 +418,9 @@ def test_a_killed_study_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     assert {r["status"] for r in read_table(out / "study.parquet").rows} == {"done"}
 
 
-def _wait_for(what: Callable[[], bool], seconds: float) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
     until = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.2)
 
@@ -428,12 +428,12 @@ def _wait_for(what: Callable[[], bool], seconds: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"})], ids=["shapes", "224"])
 def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
-    """Of the one for a GPU the primary comparison, base parts first."""
-    study = miniature(tmp_path, runs, of=RECIPES / name)
+    """All of the study on CPU; of the study for a GPU the primary comparison, with its base parts."""
+    study = miniature(tmp_path, runs, source=RECIPES / name)
     run_study(study, tmp_path / "out", jobs=2, log=print)
     table = collect_table(load_study(study), tmp_path / "out")
     assert {r["status"] for r in table.rows} == {"done"}
-    text = written(table, study, tmp_path)
+    text = report_of(table, study, tmp_path)
     assert "Not run yet" not in text
     for factor in load_study(study).spec.factors:
         assert f"## {factor.title}" in text

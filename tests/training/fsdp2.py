@@ -1,4 +1,4 @@
-"""Run by `torchrun` from test_pairs: a batch under FSDP2, whose loss and gradients must be those of one process.
+"""Script for `torchrun` in test_tree_layout: loss and gradients of a batch under FSDP2 and in one process.
 
 `fsdp2.py FOLDER` reads `mllm/` and `reference/` there. Both processes take the same batch, so that the mean of their
 gradients is the batch's own.
@@ -26,22 +26,27 @@ def main() -> None:
     torch.set_num_threads(1)
     policy, processor = load_mllm(folder / "mllm")
     models = (policy, load_mllm(folder / "reference")[0], processor)
-    made = trainer(models, folder / "ours", {}, use_cpu=True, ddp_backend="gloo")
-    loss, _, gradients = step(made, ROWS)
+    ours = trainer(models, folder / "ours", {}, use_cpu=True, ddp_backend="gloo")
+    loss, _, gradients = step(ours, ROWS)
     mesh = init_device_mesh("cpu", (2,))
-    model: Any = made.model
+    model: Any = ours.model
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    sharded_loss, _, sharded = step(made, ROWS)
-    off = 0.0
+    sharded_loss, _, sharded = step(ours, ROWS)
+    difference = 0.0
     for name, gradient in gradients.items():
         whole: Any = sharded[name]
-        off = max(off, ((whole.full_tensor() - gradient).abs().max() / gradient.abs().max().clamp(min=1e-6)).item())
+        scale = gradient.abs().max().clamp(min=1e-6)
+        difference = max(difference, ((whole.full_tensor() - gradient).abs().max() / scale).item())
     if dist.get_rank() == 0:
-        kinds = sorted({type(p).__name__ for p in model.parameters()})
-        metadata = {"loss": loss, "sharded_loss": sharded_loss, "off": off, "kinds": kinds}
-        (folder / "fsdp2.json").write_text(json.dumps(metadata))
+        result = {
+            "loss": loss,
+            "sharded_loss": sharded_loss,
+            "gradient_difference": difference,
+            "parameter_types": sorted({type(p).__name__ for p in model.parameters()}),
+        }
+        (folder / "fsdp2.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Run by `accelerate launch` from test_machines: the `pivot` command, FSDP2 on CPU processes included.
+"""Script for `accelerate launch` in test_processes: the `pivot` command, with FSDP2 on CPU processes.
 
-accelerate reads its FSDP settings where it finds accelerators only; torch shards over gloo as well. When accelerate
-decides, it is told of GPUs. Everything after that is its own, the Trainer's and ours.
+accelerate reads its FSDP settings only where there are accelerators, although torch can shard over gloo too. This
+script makes accelerate believe in GPUs when it chooses; everything after that is the code that users run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from accelerate.utils import DistributedType
 
 from pivot_hub.cli import main
 
-decide = AcceleratorState.__init__
+initialise = AcceleratorState.__init__
 
 
 def as_on_gpus(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
     if PartialState._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    decide(self, *args, **kwargs)
+    initialise(self, *args, **kwargs)
 
 
 if __name__ == "__main__":

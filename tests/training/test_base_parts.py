@@ -1,4 +1,4 @@
-"""The shipped base parts: small, whole, made by their recipes, and in the middle of the scale."""
+"""The shipped base parts: small, complete, trained by their recipes, and in the middle of every scale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pivot_hub.config.recipe import RECIPES, load_recipe
 from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
 from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
 from pivot_hub.provenance import file_sha256, weights_sha256
-from pivot_hub.study.report import CRITERION
+from pivot_hub.study.learning_rate import METRIC
 from pivot_hub.study.table import read_table
 
 BASE = RECIPES / "shapes" / "base"
@@ -30,14 +30,14 @@ def test_parts_are_small_and_without_pickles() -> None:
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
-def test_parts_are_whole_and_made_by_their_recipe(part: str) -> None:
+def test_parts_are_complete_and_from_their_recipe(part: str) -> None:
     provenance = json.loads((BASE / part / "provenance.json").read_text())
     assert weights_sha256(BASE / part) == provenance["weights_sha256"]
     for name, sha256 in provenance["files"].items():
         assert file_sha256(BASE / part / name) == sha256, name
     if part == "vision":
         assert verify_repository(BASE / part) == []
-    assert provenance["recipe_sha256"] == load_recipe(f"shapes/0-{part}").recipe.sha256()
+    assert load_recipe(f"shapes/0-{part}").recipe.has_sha256(provenance["recipe_sha256"])
 
 
 def test_the_encoder_carries_the_code_of_this_version() -> None:
@@ -47,12 +47,12 @@ def test_the_encoder_carries_the_code_of_this_version() -> None:
 
 
 def from_chance(task: str, value: float, protocol: str) -> float:
-    """How far a score stands from chance (0) to perfect (1)."""
+    """Return a score on the scale from chance (0) to perfect (1)."""
     chance = CHANCE.get(task) or float(protocol.rsplit("chance ", 1)[1])
     return (value - chance) / (100 - chance)
 
 
-def test_base_encoder_stands_in_the_middle_of_every_scale() -> None:
+def test_base_encoder_is_in_the_middle_of_every_scale() -> None:
     """Between 40% and 85% of the way from chance to perfect: at a floor or a ceiling SFT and DPO look alike."""
     results, _ = probe_encoder(str(BASE / "vision"), sizes=Sizes(train=1200, validation=300, test=500))
     for result in results[:4]:
@@ -70,33 +70,33 @@ def test_recorded_results_are_of_the_shipped_weights() -> None:
         assert 0.40 < from_chance(result["task"].removeprefix("shapes/"), result["value"], result["protocol"]) < 0.85
 
 
-def test_language_head_reads_scans() -> None:
+def test_language_model_reads_scans() -> None:
     results = probe_language(str(BASE / "language"), Sizes(questions=150))
     recorded = json.loads((BASE / "language-results.json").read_text())["results"][0]
     assert results[0].task == "shapes/vqa/all"
     assert results[0].value == pytest.approx(recorded["value"], abs=12)
-    assert results[0].value > 35  # a head that reads nothing of a scan answers 16%
+    assert results[0].value > 35  # a language model that does not read the scan reaches 16%
 
 
-def test_rates_of_the_recipes_are_those_that_the_study_chose() -> None:
+def test_learning_rates_of_the_recipes_are_the_studys_choice() -> None:
     table = read_table(RECIPES / "shapes" / "study.parquet")
-    tried = {
+    candidates = {
         branch: {
             r["candidate"]: r["value"]
             for r in table.rows
-            if (r["run"], r["metric"]) == (branch, CRITERION) and r["candidate"] is not None
+            if (r["run"], r["metric"]) == (branch, METRIC) and r["candidate"] is not None
         }
         for branch in ("sft", "dpo")
     }
-    assert len(tried["sft"]) == len(tried["dpo"]) == 4
-    for branch, scored in tried.items():
-        rates = set(load_recipe(f"shapes/3-{branch}").recipe.learning_rate.trained().values())
-        assert rates == {max(scored, key=lambda rate: scored[rate])}
+    assert len(candidates["sft"]) == len(candidates["dpo"]) == 4
+    for branch, values in candidates.items():
+        learning_rates = set(load_recipe(f"shapes/3-{branch}").recipe.learning_rate.trained().values())
+        assert learning_rates == {max(values, key=lambda candidate: values[candidate])}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="paths of the wheel are checked on POSIX")
 def test_a_wheel_holds_recipes_and_parts(tmp_path: Path) -> None:
-    """`pip install` and `pivot quickstart` work with no checkout: the wheel brings what they need."""
+    """`pip install` and `pivot quickstart` work without a checkout: the wheel has everything they need."""
     pytest.importorskip("hatchling", reason="hatchling builds the wheel")
     code = "import os, sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
     root = Path(__file__).parents[2]

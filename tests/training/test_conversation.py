@@ -1,4 +1,4 @@
-"""Conversations as tokens: equal to TRL's where both can do it, and loss on what the paper's authors train on."""
+"""Conversations as tokens: equal to TRL's where TRL supports them, with the loss of the paper's authors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TURNS = [
 
 
 def processor_of(chat: ChatFormat) -> LlavaProcessor:
-    """A processor over single characters and a format's marks, for images of four tokens."""
+    """A processor for images of four tokens, whose tokens are single characters and a chat format's markers."""
     marks = [m for m in (*chat.markers, chat.image_token, chat.turn_start, chat.turn_end) if len(m) > 2]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = Tokenizer(models.BPE({t: i for i, t in enumerate([*letters, "ĊĊ"])}, [("Ċ", "Ċ")]))
@@ -67,16 +67,16 @@ def collated(processor: LlavaProcessor, row: Row, columns: Columns = "conversati
 
 
 def learnt(processor: LlavaProcessor, batch: dict[str, Any]) -> str:
-    """Text of the tokens that carry a loss, runs of others as one bar."""
+    """Return the text of the tokens that the loss is on, with one bar for each run of other tokens."""
     tokenizer: Any = processor.tokenizer
-    said, bar = "", False
+    text, bar = "", False
     for token in batch["labels"][0].tolist():
         if token >= 0:
-            said += tokenizer.decode([token], skip_special_tokens=False)
+            text += tokenizer.decode([token], skip_special_tokens=False)
         elif not bar:
-            said += "|"
+            text += "|"
         bar = token < 0
-    return said
+    return text
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_every_answer_of_a_conversation_is_learnt_and_nothing_else() -> None:
 
 
 def test_llava_nexts_labels_are_its_code() -> None:
-    """As preprocess_qwen: whole answers with their header, and <|im_start|>, <|im_end|> and newlines everywhere."""
+    """As in preprocess_qwen: answers with their header, and <|im_start|>, <|im_end|> and newlines everywhere."""
     processor = processor_of(QWEN)
     batch = collated(processor, row_of(TURNS), labels="llava_next")
     assert learnt(processor, batch) == (
@@ -126,7 +126,7 @@ def test_the_plain_format_is_image_then_caption() -> None:
 
 
 @pytest.mark.parametrize("chat", [QWEN, LLAMA3, GEMMA], ids=["qwen", "llama3", "gemma"])
-def test_each_family_of_heads_has_its_own_turns(chat: ChatFormat) -> None:
+def test_each_family_of_language_models_has_its_own_turns(chat: ChatFormat) -> None:
     processor = processor_of(chat)
     assert chat_format(processor.tokenizer) is chat
     assert len(markers_of(processor.tokenizer)) == len(chat.markers)
@@ -140,11 +140,11 @@ def test_each_family_of_heads_has_its_own_turns(chat: ChatFormat) -> None:
     assert learnt(processor, collated(processor, row)).startswith(f"|a star{chat.turn_end}")
 
 
-def test_rows_without_an_image_go_with_others() -> None:
+def test_rows_with_and_without_an_image_share_a_batch() -> None:
     processor = processor_of(QWEN)
     rows = [row_of(TURNS), row_of([{"from": "human", "value": "Hi"}, TURNS[1]], None)]
-    shown = [[Image.new("RGB", (8, 8))], []]
-    examples = [example(i, r, "conversation", processor.image_token) for i, r in zip(shown, rows, strict=True)]
+    images: list[list[Image.Image]] = [[Image.new("RGB", (8, 8))], []]
+    examples = [example(i, r, "conversation", processor.image_token) for i, r in zip(images, rows, strict=True)]
     batch = ConversationCollator(processor)(examples)
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 0]
@@ -153,12 +153,12 @@ def test_rows_without_an_image_go_with_others() -> None:
 
 def test_a_row_with_another_number_of_images_is_refused() -> None:
     processor = processor_of(QWEN)
-    made = example([], row_of(TURNS), "conversation", processor.image_token)
+    columns = example([], row_of(TURNS), "conversation", processor.image_token)
     with pytest.raises(DataError, match="another number of images"):
-        ConversationCollator(processor)([made])
+        ConversationCollator(processor)([columns])
 
 
-def test_the_check_counts_what_the_collator_makes() -> None:
+def test_the_check_counts_the_tokens_of_the_collator() -> None:
     processor = processor_of(QWEN)
     rows = [row_of(TURNS), row_of(TURNS[:2]), row_of([{"from": "human", "value": "Hi"}, TURNS[1]], None)]
     forms: tuple[Columns, ...] = ("plain", "conversation")

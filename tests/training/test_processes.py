@@ -1,4 +1,4 @@
-"""Several processes: the steps, weights and checkpoints of one; and what stops a run on any machine."""
+"""Several processes: the same steps, weights and checkpoints as one process; and what stops a run."""
 
 from __future__ import annotations
 
@@ -21,27 +21,34 @@ from safetensors.torch import load_file
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
+from pivot_hub.mllm.blank_image import encode_blank_images
 from pivot_hub.mllm.build import build_mllm
 from pivot_hub.mllm.extract import extract_encoder
-from pivot_hub.mllm.trainable import freeze_parts, see_blank
+from pivot_hub.mllm.trainable import freeze_parts
 from pivot_hub.training.stage import run_stage
 from tests.encoder.originals import ORIGINALS, make_vision
 
 ROOT = Path(__file__).parents[2]
-MACHINES = ROOT / "recipes" / "accelerate"
+ACCELERATE_CONFIGS = ROOT / "recipes" / "accelerate"
 BIN = Path(sys.executable).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"]
 LAUNCHERS = {
     "one": [sys.executable, "-m", "pivot_hub"],
     "ddp": [*TORCHRUN, "-m", "pivot_hub"],
-    "fsdp2": [*ACCELERATE, "--config_file", str(MACHINES / "fsdp2.yaml"), "-m", "tests.training.sharded_on_cpu"],
+    "fsdp2": [
+        *ACCELERATE,
+        "--config_file",
+        str(ACCELERATE_CONFIGS / "fsdp2.yaml"),
+        "-m",
+        "tests.training.sharded_on_cpu",
+    ],
 }
 STEPS = ["data.0.rows=32", "global_batch=8", "args.per_device_train_batch_size=2"]
 
 
 def quiet(line: str) -> None:
-    """Take progress lines and say nothing."""
+    """Ignore progress lines."""
 
 
 def start(how: str, *arguments: str) -> subprocess.Popen[str]:
@@ -51,12 +58,12 @@ def start(how: str, *arguments: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     try:
-        said, errors = process.communicate(timeout=150)
+        output, errors = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher ends its workers
         raise
     assert process.returncode == 0, errors[-3000:]
-    return said
+    return output
 
 
 def losses(folder: Path) -> list[float]:
@@ -66,16 +73,16 @@ def losses(folder: Path) -> list[float]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Equal to rounding: the loss of every step, and every weight."""
+    """Compare the loss of every step and every weight, up to rounding."""
     assert losses(other) == pytest.approx(losses(one), abs=1e-5)
-    expected, found = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert found.keys() == expected.keys()
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert actual.keys() == expected.keys()
     for name, weight in expected.items():
-        # A key's bias has no gradient but rounding, which AdamW makes as large as any other.
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-3 if "k_proj.bias" in name else 1e-5)
+        # The gradient of a key's bias is only rounding, which AdamW scales up like any other gradient.
+        torch.testing.assert_close(actual[name], weight, rtol=0, atol=1e-3 if "k_proj.bias" in name else 1e-5)
 
 
-# Pairs, checkpointing of activations on and off, in each of the two ways.
+# Stages with and without checkpointing of activations, under DDP and FSDP2.
 @pytest.mark.parametrize(
     ("stage", "checkpointing", "how"),
     [
@@ -93,12 +100,12 @@ def test_two_processes_take_the_steps_of_one(
     overrides = [*STEPS, f"args.gradient_checkpointing={checkpointing}"]
     if stage == "3-dpo":
         overrides.append(f"args.reference_cache={tmp_path}/references")
-        # Of what is left to compute, the second process has a batch more.
-        some = load_recipe(recipe, [*overrides, "data.0.rows=15", "global_batch=2", "args.max_steps=1"])
-        run_stage(some, trained.parent, tmp_path / "some", log=quiet)
+        # This run caches some rows' values, so that the second process has one batch more to compute than the first.
+        partial = load_recipe(recipe, [*overrides, "data.0.rows=15", "global_batch=2", "args.max_steps=1"])
+        run_stage(partial, trained.parent, tmp_path / "partial", log=quiet)
     two = tmp_path / "two"
-    said = finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
-    assert said.count("step 4/4") == 1  # one process speaks
+    output = finish(start(how, str(recipe), *overrides, "--runs", str(trained.parent), "--output", str(two)))
+    assert output.count("step 4/4") == 1  # only the main process logs
     assert json.loads((two / "report.json").read_text())["processes"] == 2
     assert_same_run(one, two)
     assert not two.with_name("two.partial").exists()
@@ -106,8 +113,8 @@ def test_two_processes_take_the_steps_of_one(
         assert len(list(tmp_path.glob("references/*"))) == 1
 
 
-def test_pairs_with_and_without_images_fit_together(recipes: Path, trained: Path, tmp_path: Path) -> None:
-    """One process has images where the other has none; shards and gradients still meet."""
+def test_pairs_with_and_without_images_can_be_mixed(recipes: Path, trained: Path, tmp_path: Path) -> None:
+    """One process has images where the other has none; shards and gradients are still exchanged."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     rows = [
         {"question": f"What is {i}?", "chosen": f"It is a star {i}.", "rejected": "Nothing is."}
@@ -132,13 +139,13 @@ def test_a_blank_image_changes_nothing_but_gives_gradients(recipes: Path, first:
     base = recipes / "base"
     plain, _ = build_mllm(str(base / "vision"), str(base / "language"))
     seeing, _ = build_mllm(str(base / "vision"), str(base / "language"))
-    for wrap in (see_blank, share_forward) if first == "before" else (share_forward, see_blank):
+    for wrap in (encode_blank_images, share_forward) if first == "before" else (share_forward, encode_blank_images):
         wrap(seeing)
     ids = torch.tensor([[10, 20, 30, 40]])
-    expected, found = plain(input_ids=ids, labels=ids), seeing(input_ids=ids, labels=ids)
-    assert torch.equal(found.logits, expected.logits)
+    expected, actual = plain(input_ids=ids, labels=ids), seeing(input_ids=ids, labels=ids)
+    assert torch.equal(actual.logits, expected.logits)
     expected.loss.backward()
-    found.loss.backward()
+    actual.loss.backward()
     assert plain.model.multi_modal_projector.linear_1.weight.grad is None
     gradient = seeing.model.multi_modal_projector.linear_1.weight.grad
     assert gradient is not None
@@ -162,7 +169,7 @@ def test_what_trains_is_what_has_a_gradient(parts: Path, tmp_path: Path, kind: s
 
 
 def workers(launcher: subprocess.Popen[str]) -> dict[str, psutil.Process]:
-    """The processes of a run, by rank."""
+    """Return the processes of a run, by rank."""
     return {
         p.environ()["RANK"]: p for p in psutil.Process(launcher.pid).children(recursive=True) if "RANK" in p.environ()
     }
@@ -177,7 +184,7 @@ def when_logged(process: subprocess.Popen[str], log: Path, lines: int) -> None:
 
 
 @pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-def test_a_run_stopped_on_two_processes_goes_on_on_one_or_two(
+def test_a_run_stopped_on_two_processes_resumes_on_one_or_two(
     recipes: Path, trained: Path, tmp_path: Path, how: str
 ) -> None:
     recipe = str(recipes / "3-sft.yaml")
@@ -188,17 +195,17 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one_or_two(
     process = start(how, *command)
     partial = tmp_path / "out.partial"
     when_logged(process, partial / "metrics.jsonl", 3)
-    workers(process)["1"].send_signal(signal.SIGTERM)  # one process is told
-    _, said = process.communicate(timeout=120)
+    workers(process)["1"].send_signal(signal.SIGTERM)  # only one process gets it
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "stopped by SIGTERM after step" in said
+    assert "stopped by SIGTERM after step" in errors
     (checkpoint,) = partial.glob("checkpoint-*")
     assert (checkpoint / "pytorch_model_fsdp_0").is_dir() == (how == "fsdp2")
     shutil.copytree(partial, tmp_path / "kept")
 
     for again in ("one", how):
-        said = finish(start(again, *command))
-        assert f"resuming from step {checkpoint.name.rsplit('-', 1)[1]}" in said
+        log = finish(start(again, *command))
+        assert f"resuming from step {checkpoint.name.rsplit('-', 1)[1]}" in log
         assert_same_run(one, output)
         if again == "one":
             shutil.move(output, tmp_path / "alone")
@@ -233,9 +240,9 @@ def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
 
 def test_an_error_of_every_process_ends_them_all(recipes: Path, tmp_path: Path) -> None:
     process = start("ddp", str(recipes / "3-dpo.yaml"), "--runs", str(tmp_path / "runs"))
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "the parent has no checkpoint" in said
+    assert "the parent has no checkpoint" in errors
     assert not (tmp_path / "runs").exists()
 
 
@@ -252,7 +259,7 @@ def test_a_parent_of_another_model_is_refused_before_it_is_loaded(
     recipes: Path, trained: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     parent = tmp_path / "parent"
-    parent.mkdir()  # with no weights: nothing reads them
+    parent.mkdir()  # without weights: nothing reads them
     for name in ("config.json", "provenance.json"):
         metadata = json.loads((trained / "2-instruct" / name).read_text())
         for key, value in change.items():
@@ -273,12 +280,12 @@ def test_a_parent_from_another_checkout_is_taken(own_recipes: Path, trained: Pat
 
 
 @pytest.mark.parametrize("name", ["single", "ddp", "fsdp2", "zero2", "zero3"])
-def test_machine_files_are_accelerates_own(name: str) -> None:
-    """Every key is one that accelerate knows, and reaches its launcher."""
+def test_accelerate_takes_every_key_of_its_configs(name: str) -> None:
+    """Every key is one that accelerate knows, and its value reaches the launcher."""
     import yaml
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    file = MACHINES / f"{name}.yaml"
+    file = ACCELERATE_CONFIGS / f"{name}.yaml"
     assert file.read_text().startswith("# ")
     parser = launch_command_parser()
     known = {action.dest for action in parser._actions}
@@ -298,7 +305,7 @@ def test_fsdp_settings_reach_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    arguments = ["--config_file", str(MACHINES / "fsdp2.yaml"), "-m", "pivot_hub"]
+    arguments = ["--config_file", str(ACCELERATE_CONFIGS / "fsdp2.yaml"), "-m", "pivot_hub"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     for key, value in prepare_multi_gpu_env(args).items():
         monkeypatch.setenv(key, value)
@@ -313,9 +320,9 @@ def test_bfloat16_trains_on_a_cpu(recipes: Path, trained: Path, tmp_path: Path) 
     folder = run_stage(
         load_recipe(recipes / "3-sft.yaml", ["args.bf16=true"]), trained.parent, tmp_path / "out", log=quiet
     )
-    expected, found = losses(trained / "3-sft"), losses(folder)
-    assert found[0] == pytest.approx(expected[0], rel=0.01)
-    assert found != expected
+    expected, actual = losses(trained / "3-sft"), losses(folder)
+    assert actual[0] == pytest.approx(expected[0], rel=0.01)
+    assert actual != expected
 
 
 def test_an_8_bit_optimizer_without_its_package_is_refused(
@@ -333,10 +340,10 @@ def test_an_8_bit_optimizer_without_its_package_is_refused(
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), 1e4])
-def test_a_loss_that_goes_astray_names_its_rows(
+def test_a_loss_that_diverges_names_its_rows(
     recipes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, named: bool
 ) -> None:
-    """The loss of the 13th batch is made wild; 5 times the usual, at the 12th, is not."""
+    """The loss of the 13th batch stops the run; a loss of 5 times the usual, in the 12th batch, does not."""
     from trl import SFTTrainer
 
     from pivot_hub.training.sft import PivotSFTTrainer
@@ -359,7 +366,7 @@ def test_a_loss_that_goes_astray_names_its_rows(
     monkeypatch.setattr(PivotSFTTrainer, "training_step", numbered)
     overrides = ["data.0.rows=32", "args.per_device_train_batch_size=2", "args.save_steps=5"]
     loaded = load_recipe(recipes / "3-sft.yaml", overrides)
-    with pytest.raises(TrainingError, match=r"of the rows in .*out\.stopped\.json: look at them"):
+    with pytest.raises(TrainingError, match=r"out\.stopped\.json names the rows of the batch"):
         run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     metadata = json.loads((tmp_path / "out.stopped.json").read_text())
     assert metadata["step"] == 13
@@ -401,9 +408,9 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
     assert sent["secrets"] == {"HF_TOKEN": "hf_secret"}
     assert sent["flavor"] == "a100x4"
     places = {v.mount_path: (v.source, bool(v.read_only)) for v in sent["volumes"]}
-    assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/machines": ("me/jobs", True)}
+    assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/accelerate": ("me/jobs", True)}
     tail = "--num_processes 4 -m pivot_hub train /recipes/tiny/1-align.yaml args.max_steps=3 --runs /runs"
-    assert " ".join(sent["command"]).endswith(f"--config_file /machines/ddp.yaml {tail}")
+    assert " ".join(sent["command"]).endswith(f"--config_file /accelerate/ddp.yaml {tail}")
 
     with pytest.raises(RecipeError, match="is named by its environment variable"):
         hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", secrets=["hf_secret"])
@@ -412,8 +419,8 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
         hf_job_command(far, flavor="a10g-small", bucket="me/runs")
 
 
-def test_the_slurm_script_queues_again_when_it_is_told_to_stop(tmp_path: Path) -> None:
-    """With stand-ins for SLURM's commands: the launcher gets the signal, its end is waited for."""
+def test_the_slurm_script_queues_again_when_it_is_stopped(tmp_path: Path) -> None:
+    """With substitutes for SLURM's commands: the launcher gets the signal, and the script waits for its end."""
     for name, body in {
         "srun": 'trap "sleep 0.3; echo saved >> log; exit 1" TERM; echo "$@" > log; while :; do sleep 0.05; done',
         "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "$@" >> log; fi',
@@ -425,13 +432,13 @@ def test_the_slurm_script_queues_again_when_it_is_told_to_stop(tmp_path: Path) -
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     script = ROOT / "recipes" / "slurm" / "train.sbatch"
     process = subprocess.Popen(["bash", str(script)], cwd=tmp_path, env=environment)
-    when_logged_file = tmp_path / "log"
+    log = tmp_path / "log"
     deadline = time.monotonic() + 20
-    while not when_logged_file.is_file() or not when_logged_file.read_text():
+    while not log.is_file() or not log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 1
-    launched, *rest = when_logged_file.read_text().splitlines()[-3:]
+    launched, *rest = log.read_text().splitlines()[-3:]
     assert "16 node1 20007 r.yaml --output out" in launched
     assert rest == ["saved", "requeue 7"]

@@ -1,4 +1,4 @@
-"""Stages: what each must move and must not, killed runs that end the same, and input that is refused."""
+"""Stages: which weights each changes, killed runs that end with the same weights, and input that is refused."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from pivot_hub.mllm.extract import extract_encoder
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.training.stage import run_stage
 
-# Layer -2 of three blocks: blocks 0 and 1 feed the projector, block 2, the post-norm and the pooling head lie above it.
+# The feature layer is -2 of three blocks: the projector reads blocks 0 and 1. Block 2, post-norm and pooling head are
+# above it.
 ABOVE = ("layers.2.", "post_layernorm", "vision_tower.head.")
 
 
 def quiet(line: str) -> None:
-    """Take progress lines and say nothing."""
+    """Ignore progress lines."""
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,11 +67,11 @@ def test_later_stages_move_all_parts_but_not_above_the_feature_layer(trained: Pa
     above = {k for k in tower if any(a in k for a in ABOVE)}
     assert all(any(a in k for k in above) for a in ABOVE)
     assert not above & changed
-    # A key's bias shifts all attention scores of a query alike and so has no gradient but rounding.
+    # A key's bias shifts all attention scores of a query equally, so its gradient is only rounding.
     assert tower - above - changed <= {k for k in tower if "k_proj.bias" in k}
 
 
-def test_a_part_without_a_rate_is_frozen(recipes: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_part_without_a_learning_rate_is_frozen(recipes: Path, trained: Path, tmp_path: Path) -> None:
     loaded = load_recipe(recipes / "3-dpo.yaml", ["learning_rate.vision=null"])
     folder = run_stage(loaded, trained.parent, tmp_path / "frozen", log=quiet)
     assert {part(k) for k in moved(trained / "2-instruct", folder)} == {"projector", "language"}
@@ -83,7 +84,7 @@ def test_sft_and_dpo_see_the_same_rows_and_parent(trained: Path) -> None:
     assert sft["weights_sha256"] != dpo["weights_sha256"]
 
 
-def test_a_finished_stage_holds_its_facts_and_no_pickle(trained: Path) -> None:
+def test_a_finished_stage_holds_its_metadata_and_no_pickle(trained: Path) -> None:
     for stage in ("1-align", "2-instruct", "3-sft", "3-dpo"):
         folder = trained / stage
         report = json.loads((folder / "report.json").read_text())
@@ -103,7 +104,7 @@ def test_a_finished_stage_is_reused_and_another_recipe_refused(recipes: Path, tr
         run_stage(load_recipe(recipes / "3-dpo.yaml", ["seed=1"]), trained.parent, log=quiet)
 
 
-# A kill may come at any moment, between checkpoints; SIGTERM makes one of its own, so none is made before it.
+# A kill may come at any time between checkpoints. SIGTERM saves a checkpoint, so that run saves none before.
 KILLED = [
     ("3-dpo", "1", signal.SIGKILL, "args.save_steps=1"),
     ("2-instruct", "2", signal.SIGKILL, "args.save_steps=1"),
@@ -124,7 +125,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "killed.partial"
     log = partial / "metrics.jsonl"
-    # After a step of the first eight and within the next two, at a moment that nobody chose; twelve of 20 are to come.
+    # Kill after one of the first eight of 20 steps, at a random time within the next two.
     after, within = (3, 0) if number == signal.SIGTERM else (3 + os.urandom(1)[0] % 6, os.urandom(1)[0] / 255)
     deadline = time.monotonic() + 120
     while not log.is_file() or len(log.read_text().splitlines()) < after:
@@ -133,11 +134,11 @@ def test_a_killed_run_ends_with_the_weights_of_one_never_killed(
         time.sleep(0.005)
     time.sleep(within * 0.05)
     process.send_signal(number)
-    _, said = process.communicate()
+    _, errors = process.communicate()
     assert not output.exists()
     if number == signal.SIGTERM:
         assert process.returncode == 1
-        assert re.search(r"stopped by SIGTERM after step \d+ of 20, which is saved: run the same command", said)
+        assert re.search(r"stopped by SIGTERM after step \d+ of 20, which is saved: run the same command", errors)
         assert len(list(partial.glob("checkpoint-*"))) == 1
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -207,13 +208,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    said: list[str] = []
-    run_stage(loaded, trained.parent, tmp_path / "out", log=said.append)
-    assert any("resuming from step 2" in line for line in said)
+    lines: list[str] = []
+    run_stage(loaded, trained.parent, tmp_path / "out", log=lines.append)
+    assert any("resuming from step 2" in line for line in lines)
 
 
-def test_base_parts_can_be_remade(tmp_path: Path) -> None:
-    """Both base recipes run, in few steps, and give parts that join into an MLLM."""
+def test_base_parts_can_be_trained_again(tmp_path: Path) -> None:
+    """Both base recipes run, in few steps, and give parts that an MLLM can be built from."""
     few = ["data.0.rows=8", "args.per_device_train_batch_size=4"]
     for name in ("vision", "language"):
         run_stage(load_recipe(f"shapes/0-{name}", few), output=tmp_path / name, log=quiet)
@@ -222,17 +223,17 @@ def test_base_parts_can_be_remade(tmp_path: Path) -> None:
     assert model.config.text_config.model_type == "qwen2"
 
 
-def test_a_base_part_is_made_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_trains_a_base_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pivot_hub.training import stage
 
     monkeypatch.setattr(stage, "_processes", lambda recipe: SimpleNamespace(num_processes=2, is_main_process=True))
-    with pytest.raises(RecipeError, match="a base part is made by one process: run `pivot train` without a launcher"):
+    with pytest.raises(RecipeError, match="one process trains a base part: run `pivot train` without a launcher"):
         run_stage(load_recipe("shapes/0-vision"), output=tmp_path / "out", log=quiet)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_encoder_is_scored_frozen_in_a_new_mllm(recipes: Path, trained: Path, tmp_path: Path) -> None:
-    """As 4-frozen of the paper's recipes: the encoder is named once, for every stage, and stays as it was published."""
+    """As in 4-frozen of the paper's recipes: the encoder is an override of every stage and stays unchanged."""
     repository = extract_encoder(trained / "3-dpo", tmp_path / "encoder")
     overrides = [f"model.vision={repository}"]
     align = load_recipe(recipes / "1-align.yaml", overrides)
@@ -249,8 +250,8 @@ def test_an_encoder_is_scored_frozen_in_a_new_mllm(recipes: Path, trained: Path,
     assert {part(n) for n in moved(tmp_path / "runs" / "tiny" / "1-align", folder)} == {"projector", "language"}
 
 
-def test_parts_of_the_hub_are_told_by_their_commit(recipes: Path, parts: Path, tmp_path: Path) -> None:
-    """Whatever revision a recipe named, or none: the commit that was read is in provenance.json."""
+def test_parts_of_the_hub_are_recorded_by_their_commit(recipes: Path, parts: Path, tmp_path: Path) -> None:
+    """Whatever revision a recipe names, the commit that was read is in provenance.json."""
     cache = Path(HF_HUB_CACHE)
     for part in ("vision", "language"):
         repo = cache / f"models--lab--{part}"

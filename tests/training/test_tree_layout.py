@@ -1,4 +1,4 @@
-"""Every switch of PivotDPOTrainer against TRL's own DPOTrainer: the same losses, metrics, gradients and weights."""
+"""Every option of PivotDPOTrainer gives the losses, metrics, gradients and weights of TRL's DPOTrainer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.errors import DataError, TrainingError
 from pivot_hub.mllm.build import build_mllm
-from pivot_hub.training.dpo import SWITCHES, PivotDPOConfig, PivotDPOTrainer
+from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 from pivot_hub.training.reference_cache import ReferenceCache
 from tests.conftest import make_language
 from tests.encoder.originals import IMAGE_PX, make_vision
 
-ALL_OFF = dict.fromkeys(SWITCHES, False)
-ONE_EACH = [{**ALL_OFF, name: True} for name in SWITCHES]
+ALL_OFF = dict.fromkeys(SPEED_OPTIONS, False)
+ONE_EACH = [{**ALL_OFF, name: True} for name in SPEED_OPTIONS]
 EVERY = [
-    dict(zip(SWITCHES, on, strict=True)) for on in itertools.product((False, True), repeat=len(SWITCHES)) if any(on)
+    dict(zip(SPEED_OPTIONS, on, strict=True))
+    for on in itertools.product((False, True), repeat=len(SPEED_OPTIONS))
+    if any(on)
 ]
 LOSSES = [
     ("sigmoid", {}),
@@ -51,21 +53,21 @@ LOSSES = [
 Models = tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration, Any]
 
 
-def picture(seed: int) -> Image.Image:
+def noise_image(seed: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=generator).numpy())
 
 
 def pair(seed: int, question: str, chosen: str, rejected: str) -> dict[str, Any]:
-    def said(role: str, text: str) -> list[dict[str, Any]]:
-        return [{"role": role, "content": [{"type": "text", "text": text}]}]
+    def answer(text: str) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
 
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    answers = {"chosen": said("assistant", chosen), "rejected": said("assistant", rejected)}
-    return {"images": [picture(seed)], "prompt": prompt, **answers}
+    answers = {"chosen": answer(chosen), "rejected": answer(rejected)}
+    return {"images": [noise_image(seed)], "prompt": prompt, **answers}
 
 
-# Prompts and answers of unequal length, images shared by several pairs, an answer of nearly nothing, equal answers.
+# Prompts and answers of different lengths, images that several pairs share, an answer of one letter, equal answers.
 ROWS = [
     pair(0, "What colour is it?", "red", "a small blue star in the middle of the left"),
     pair(1, "How many things are there, large and small?", "two", "three"),
@@ -91,9 +93,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def trainer(
-    models: Models, folder: Path, switches: dict[str, bool] | None, rows: list[dict[str, Any]] = ROWS, **args: Any
+    models: Models, folder: Path, enabled: dict[str, bool] | None, rows: list[dict[str, Any]] = ROWS, **args: Any
 ) -> Any:
-    """TRL's trainer where switches is None, else ours; both on copies of the same models."""
+    """TRL's trainer if `enabled` is None, else ours with these options; both on copies of the same models."""
     policy, reference, processor = models
     settings: dict[str, Any] = {
         "output_dir": str(folder / "run"),
@@ -109,18 +111,19 @@ def trainer(
         "dataloader_pin_memory": False,
         **args,
     }
-    made: tuple[Any, Any] = (DPOTrainer, DPOConfig)
-    if switches is not None:
-        made = (PivotDPOTrainer, PivotDPOConfig)
-        settings |= {**switches, "reference_cache": str(folder / "references")}
-    # Rows are handed over as they are: a data set would store the images anew.
+    classes: tuple[Any, Any] = (DPOTrainer, DPOConfig)
+    if enabled is not None:
+        classes = (PivotDPOTrainer, PivotDPOConfig)
+        settings |= {**enabled, "reference_cache": str(folder / "references")}
+    # A transform returns the rows as they are: a dataset would store the images in another encoding.
     dataset = Dataset.from_dict({"row": list(range(len(rows)))})
     columns = ("images", "prompt", "chosen", "rejected")
     dataset.set_transform(lambda batch: {c: [deepcopy(rows[r][c]) for r in batch["row"]] for c in columns})
-    return made[0](
+    trainer_class, config_class = classes
+    return trainer_class(
         model=deepcopy(policy),
         ref_model=deepcopy(reference).requires_grad_(False),
-        args=made[1](**settings),
+        args=config_class(**settings),
         train_dataset=dataset,
         processing_class=processor,
     )
@@ -135,44 +138,49 @@ def step(one: Any, rows: list[dict[str, Any]]) -> tuple[float, dict[str, float],
     loss.backward()
     metrics = {name: values[-1] for name, values in one._metrics["train"].items()}
     metrics.pop("num_tokens")
+    if any(row["chosen"] == row["rejected"] for row in rows):
+        metrics.pop("rewards/accuracies")  # equal answers are a tie, which rounding decides
     return loss.item(), metrics, {n: p.grad.clone() for n, p in one.model.named_parameters() if p.grad is not None}
 
 
-def assert_same(made: Any, wanted: Any, tolerance: float = 1e-4) -> None:
-    assert made[0] == pytest.approx(wanted[0], rel=1e-5, abs=1e-6)
-    assert made[1].keys() == wanted[1].keys()
-    for name in wanted[1]:
-        assert made[1][name] == pytest.approx(wanted[1][name], rel=1e-5, abs=1e-5), name
-    assert made[2].keys() == wanted[2].keys()
+def assert_same(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Compare the results of two `step` calls."""
+    loss, metrics, gradients = actual
+    expected_loss, expected_metrics, expected_gradients = expected
+    assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in expected_metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+    assert gradients.keys() == expected_gradients.keys()
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
-        names = [n for n in wanted[2] if part in n]
+        names = [n for n in expected_gradients if part in n]
         assert names, part
-        scale = max(wanted[2][n].abs().max() for n in names)
+        scale = max(expected_gradients[n].abs().max() for n in names)
         for name in names:
-            off = ((made[2][name] - wanted[2][name]).abs().max() / scale).item()
-            assert off < tolerance, f"{name}: {off:.1e}"
+            difference = ((gradients[name] - expected_gradients[name]).abs().max() / scale).item()
+            assert difference < tolerance, f"{name}: {difference:.1e}"
 
 
 @pytest.fixture(scope="module")
-def stock(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return trainer(models, tmp_path_factory.mktemp("stock"), None)
+def trl_trainer(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trainer(models, tmp_path_factory.mktemp("trl"), None)
 
 
-@pytest.mark.parametrize("switches", EVERY, ids=lambda s: "+".join(n for n, on in s.items() if on))
-def test_any_switches_give_trls_loss_metrics_and_gradients(
-    switches: dict[str, bool], models: Models, stock: Any, tmp_path: Path
+@pytest.mark.parametrize("enabled", EVERY, ids=lambda s: "+".join(n for n, on in s.items() if on))
+def test_any_options_give_trls_loss_metrics_and_gradients(
+    enabled: dict[str, bool], models: Models, trl_trainer: Any, tmp_path: Path
 ) -> None:
-    ours = trainer(models, tmp_path, switches)
-    assert (ours.ref_model is None) == switches["cache_reference"]
+    ours = trainer(models, tmp_path, enabled)
+    assert (ours.ref_model is None) == enabled["cache_reference"]
     for rows in (ROWS, ROWS[:1], ROWS[1:3]):
-        assert_same(step(ours, rows), step(stock, rows))
+        assert_same(step(ours, rows), step(trl_trainer, rows))
 
 
 @pytest.mark.parametrize(("loss", "options"), LOSSES, ids=[name for name, _ in LOSSES])
 def test_every_loss_of_trl_is_equal(loss: str, options: dict[str, Any], models: Models, tmp_path: Path) -> None:
     args = {"loss_type": loss, **options}
     assert_same(
-        step(trainer(models, tmp_path, {}, **args), ROWS), step(trainer(models, tmp_path / "stock", None, **args), ROWS)
+        step(trainer(models, tmp_path, {}, **args), ROWS), step(trainer(models, tmp_path / "trl", None, **args), ROWS)
     )
 
 
@@ -189,7 +197,7 @@ def test_every_loss_of_trl_is_equal(loss: str, options: dict[str, Any], models: 
     ids=["paper's gamma", "weighting", "ld_alpha", "cut answers", "checkpointing", "divergence"],
 )
 def test_settings_of_trl_are_equal(args: dict[str, Any], models: Models, tmp_path: Path) -> None:
-    ours, theirs = trainer(models, tmp_path, {}, **args), trainer(models, tmp_path / "stock", None, **args)
+    ours, theirs = trainer(models, tmp_path, {}, **args), trainer(models, tmp_path / "trl", None, **args)
     assert_same(step(ours, ROWS), step(theirs, ROWS))
 
 
@@ -198,9 +206,8 @@ def test_text_only_pairs_are_equal(models: Models, tmp_path: Path) -> None:
     for row in rows:
         row["images"] = []
         row["prompt"][0]["content"] = row["prompt"][0]["content"][1:]
-    ours, theirs = trainer(models, tmp_path, {}, rows), trainer(models, tmp_path / "stock", None, rows)
-    made, wanted = step(ours, rows), step(theirs, rows)
-    assert made[0] == pytest.approx(wanted[0], rel=1e-5)
+    ours, theirs = trainer(models, tmp_path, {}, rows), trainer(models, tmp_path / "trl", None, rows)
+    assert step(ours, rows)[0] == pytest.approx(step(theirs, rows)[0], rel=1e-5)
     mixed = [ROWS[0], rows[1], ROWS[2]]
     ours = trainer(models, tmp_path, {}, mixed)
     assert step(ours, mixed)[0] == pytest.approx(sum(step(ours, [r])[0] for r in mixed) / 3, rel=1e-5)
@@ -210,55 +217,55 @@ def test_text_only_pairs_are_equal(models: Models, tmp_path: Path) -> None:
 def test_twenty_steps_end_at_the_same_weights(
     epochs: int, accumulated: int, steps: int, models: Models, tmp_path: Path
 ) -> None:
-    """5 rows in batches of 2: the last batch of an epoch is left over."""
+    """With 5 rows in batches of 2, the last batch of an epoch is smaller."""
     args: Any = {"num_train_epochs": epochs, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     args["gradient_accumulation_steps"] = accumulated
     trained = []
     settings: list[dict[str, bool] | None] = [None, {}]
-    for switches in settings:
-        one = trainer(models, tmp_path / str(switches is None), switches, **args)
+    for enabled in settings:
+        one = trainer(models, tmp_path / str(enabled is None), enabled, **args)
         one.train()
         assert one.state.global_step == steps
         trained.append({n: p.detach().clone() for n, p in one.model.named_parameters()})
-    moved = dict(models[0].named_parameters())
+    before = dict(models[0].named_parameters())
     for name in trained[0]:
-        off = (trained[0][name] - trained[1][name]).norm() / trained[0][name].norm()
-        assert off < 1e-3, f"{name}: {off:.1e}"
-    assert any((trained[0][n] - moved[n]).norm() / moved[n].norm() > 0.01 for n in moved)
+        difference = (trained[0][name] - trained[1][name]).norm() / trained[0][name].norm()
+        assert difference < 1e-3, f"{name}: {difference:.1e}"
+    assert any((trained[0][n] - before[n]).norm() / before[n].norm() > 0.01 for n in before)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_step_in_chunks_is_the_step_of_the_whole_batch(cached: bool, models: Models, tmp_path: Path) -> None:
-    """Chunks of unequal size; the step, its metrics, evaluation and the weights after it are those of TRL."""
+    """With chunks of different sizes, loss, metrics, evaluation and weights are those of TRL."""
     args: Any = {"per_device_train_batch_size": 5, "max_steps": 3, "learning_rate": 1e-3}
     ours = trainer(models, tmp_path, {"cache_reference": cached}, pack_tokens=150, **args)
-    stock = trainer(models, tmp_path / "stock", None, **args)
+    theirs = trainer(models, tmp_path / "trl", None, **args)
     sizes = [len(c["completion_mask"]) // 2 for c in ours.data_collator(deepcopy(ROWS))["chunks"]]
     assert sum(sizes) == 5
     assert len(set(sizes)) > 1
-    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, stock))
-    assert made["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
-    for one in (ours, stock):
+    actual, expected = (one.evaluate(one.train_dataset) for one in (ours, theirs))
+    assert actual["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    for one in (ours, theirs):
         one.train()
-    for own, theirs in zip(ours.state.log_history, stock.state.log_history, strict=True):
+    for own_log, their_log in zip(ours.state.log_history, theirs.state.log_history, strict=True):
         for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected"):
-            if name in theirs:
-                assert own[name] == pytest.approx(theirs[name], abs=2e-4), name
-    for (name, weight), (_, other) in zip(stock.model.named_parameters(), ours.model.named_parameters(), strict=True):
+            if name in their_log:
+                assert own_log[name] == pytest.approx(their_log[name], abs=2e-4), name
+    for (name, weight), (_, other) in zip(theirs.model.named_parameters(), ours.model.named_parameters(), strict=True):
         assert (weight - other).norm() / weight.norm() < 1e-3, name
 
 
 def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
-    ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "stock", None)
-    made, wanted = (one.evaluate(one.train_dataset) for one in (ours, theirs))
+    ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "trl", None)
+    actual, expected = (one.evaluate(one.train_dataset) for one in (ours, theirs))
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_mean_token_accuracy"):
-        assert made[name] == pytest.approx(wanted[name], abs=1e-5), name
+        assert actual[name] == pytest.approx(expected[name], abs=1e-5), name
 
 
 def test_metrics_over_outputs_can_be_computed(models: Models, tmp_path: Path) -> None:
-    """TRL then asks for the logits beside the loss."""
+    """TRL then needs the logits in addition to the loss."""
     ours = trainer(models, tmp_path, {})
-    ours.compute_metrics = lambda seen: {"rows": len(seen.predictions[0])}
+    ours.compute_metrics = lambda evaluation: {"rows": len(evaluation.predictions[0])}
     with pytest.warns(FutureWarning, match="return_outputs=True"):
         loss, outputs = ours.compute_loss(ours.model, ours.data_collator(deepcopy(ROWS)), return_outputs=True)
     assert loss.ndim == 0
@@ -270,41 +277,41 @@ def test_bfloat16_is_close(models: Models, tmp_path: Path) -> None:
     policy, reference, processor = deepcopy(models)
     for model in (policy, reference):
         cast(torch.nn.Module, model).to(torch.bfloat16)
-    made = step(trainer((policy, reference, processor), tmp_path, {}), ROWS)[0]
-    assert made == pytest.approx(exact, rel=0.05)
-    assert made != exact
+    loss = step(trainer((policy, reference, processor), tmp_path, {}), ROWS)[0]
+    assert loss == pytest.approx(exact, rel=0.05)
+    assert loss != exact
 
 
-def test_the_check_can_fail(models: Models, stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Branches that see each other, or positions that do not restart, give other gradients."""
-    from pivot_hub.training import tree_layout as pairs
+def test_the_check_can_fail(models: Models, trl_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches that attend to each other, or positions that do not restart, give other gradients."""
+    from pivot_hub.training import tree_layout
 
     ours = trainer(models, tmp_path, {})
-    wanted = step(stock, ROWS)
-    make = ours.data_collator._laid_out
+    expected = step(trl_trainer, ROWS)
+    lay_out = ours.data_collator._laid_out
 
-    def running_on(*given: Any) -> dict[str, Any]:
-        batch: dict[str, Any] = make(*given)
+    def without_restart(*arguments: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = lay_out(*arguments)
         batch["pair_positions"] = torch.arange(batch["pair_ids"].shape[1]).expand_as(batch["pair_ids"])
         return batch
 
-    monkeypatch.setattr(ours.data_collator, "_laid_out", running_on)
+    monkeypatch.setattr(ours.data_collator, "_laid_out", without_restart)
     with pytest.raises(AssertionError):
-        assert_same(step(ours, ROWS), wanted)
+        assert_same(step(ours, ROWS), expected)
     monkeypatch.undo()
-    assert_same(step(ours, ROWS), wanted)
+    assert_same(step(ours, ROWS), expected)
     monkeypatch.setattr(
-        pairs,
+        tree_layout,
         "branch_mask",
         lambda tree, device: torch.ones(sum(tree.branches), tree.prefix + sum(tree.branches)).bool(),
     )
     with pytest.raises(AssertionError):
-        assert_same(step(ours, ROWS), wanted)
+        assert_same(step(ours, ROWS), expected)
 
 
-def test_an_image_is_encoded_once_however_many_pairs_show_it(models: Models, tmp_path: Path) -> None:
-    for switches, images in (({**ALL_OFF, "pack": True}, 10), ({**ALL_OFF, "share_prefix": True}, 5), ({}, 3)):
-        ours = trainer(models, tmp_path, switches)
+def test_an_image_is_encoded_once_however_many_pairs_have_it(models: Models, tmp_path: Path) -> None:
+    for enabled, images in (({**ALL_OFF, "pack": True}, 10), ({**ALL_OFF, "share_prefix": True}, 5), ({}, 3)):
+        ours = trainer(models, tmp_path, enabled)
         assert ours.data_collator(deepcopy(ROWS))["pixel_values"].shape == (images, 3, IMAGE_PX, IMAGE_PX)
 
 
@@ -313,16 +320,16 @@ def test_packed_rows_hold_no_padding(models: Models, tmp_path: Path) -> None:
     padded = trainer(models, tmp_path, {**ALL_OFF, "share_prefix": True}).data_collator(deepcopy(ROWS))
     assert packed["pair_ids"].shape[0] == 1
     assert padded["pair_ids"].shape[0] == len(ROWS)
-    held = sum(tree.prefix + sum(tree.branches) for row in padded["pair_layout"] for tree in row)
-    assert packed["pair_ids"].numel() == held < padded["pair_ids"].numel()
+    tokens = sum(tree.prefix + sum(tree.branches) for row in padded["pair_layout"] for tree in row)
+    assert packed["pair_ids"].numel() == tokens < padded["pair_ids"].numel()
 
 
 def test_the_model_still_answers_as_before(models: Models, tmp_path: Path) -> None:
-    """Outside of training, the patched model is the plain one: forward, generation and what is saved."""
+    """Outside of training, the patched model gives the outputs, generations and files of the plain model."""
     policy, _, processor = models
     ours = trainer(models, tmp_path, {})
     text = processor.apply_chat_template(ROWS[0]["prompt"], add_generation_prompt=True)
-    batch = processor(text=[text, text], images=[picture(1), picture(2)], padding=True, return_tensors="pt")
+    batch = processor(text=[text, text], images=[noise_image(1), noise_image(2)], padding=True, return_tensors="pt")
     batch["attention_mask"][0, :5] = 0
     with torch.no_grad():
         plain, patched = policy.eval()(**batch).logits, ours.model.eval()(**batch).logits
@@ -335,36 +342,36 @@ def test_the_model_still_answers_as_before(models: Models, tmp_path: Path) -> No
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows each computation of reference values took."""
-    seen: list[int] = []
+    """Record the number of rows of each computation of reference values."""
+    row_counts: list[int] = []
     compute = PivotDPOTrainer._compute_rows
 
     def count(self: Any, cache: ReferenceCache, rows: dict[str, Any]) -> None:
-        seen.append(len(rows))
+        row_counts.append(len(rows))
         compute(self, cache, rows)
 
     monkeypatch.setattr(PivotDPOTrainer, "_compute_rows", count)
-    return seen
+    return row_counts
 
 
 def test_reference_values_are_computed_once_and_never_for_something_else(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = counted(monkeypatch)
+    row_counts = counted(monkeypatch)
     trainer(models, tmp_path, {})
-    assert seen == [2, 2, 1]
-    seen.clear()
+    assert row_counts == [2, 2, 1]
+    row_counts.clear()
     trainer(models, tmp_path, {}, seed=7, num_train_epochs=2, learning_rate=1e-5, beta=0.5)
     trainer(models, tmp_path, {}, list(reversed(ROWS)))
-    assert seen == []  # another seed, rate, loss setting or order asks for the same values
+    assert row_counts == []  # another seed, learning rate, loss setting or order needs the same values
 
     other_answer, other_image = deepcopy(ROWS), deepcopy(ROWS)
     other_answer[1]["chosen"][0]["content"][0]["text"] = "four"
-    other_image[2]["images"] = [picture(9)]
+    other_image[2]["images"] = [noise_image(9)]
     for rows in (other_answer, other_image):
         trainer(models, tmp_path, {}, rows)
-        assert seen == [1]
-        seen.clear()
+        assert row_counts == [1]
+        row_counts.clear()
     policy, reference, processor = models
     other_model, other_processor = deepcopy(reference), deepcopy(processor)
     next(other_model.parameters()).data[0] += 1e-3
@@ -378,10 +385,10 @@ def test_reference_values_are_computed_once_and_never_for_something_else(
         (models, {"max_length": 60}),
         (models, {"ld_alpha": 0.5}),
     ]
-    for those, args in changed:
-        trainer(those, tmp_path, {}, **args)
-        assert sum(seen) == 5, args
-        seen.clear()
+    for changed_models, args in changed:
+        trainer(changed_models, tmp_path, {}, **args)
+        assert sum(row_counts) == 5, args
+        row_counts.clear()
 
 
 def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) -> None:
@@ -391,7 +398,7 @@ def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("args", "switches", "says"),
+    ("args", "enabled", "message"),
     [
         ({"sync_ref_model": True}, {}, "sync_ref_model changes the reference as it trains; set cache_reference=False"),
         (
@@ -408,18 +415,18 @@ def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) 
         ({"use_liger_kernel": True}, {"cache_reference": False, "pack": False}, "set encode_once=False, share_prefix"),
     ],
 )
-def test_what_a_switch_cannot_do_names_the_switch(
-    args: dict[str, Any], switches: dict[str, bool], says: str, models: Models, tmp_path: Path
+def test_a_conflict_names_the_option(
+    args: dict[str, Any], enabled: dict[str, bool], message: str, models: Models, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainingError, match=says):
-        trainer(models, tmp_path, switches, **args)
+    with pytest.raises(TrainingError, match=message):
+        trainer(models, tmp_path, enabled, **args)
 
 
 def test_another_attention_is_refused(models: Models, tmp_path: Path) -> None:
     policy, reference, processor = models
     eager = deepcopy(policy)
     eager.set_attn_implementation("eager")
-    with pytest.raises(TrainingError, match="they are for sdpa attention, not eager; set encode_once=False"):
+    with pytest.raises(TrainingError, match="these options are for sdpa attention, not eager; set encode_once=False"):
         trainer((eager, reference, processor), tmp_path, {})
 
 
@@ -432,7 +439,7 @@ def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
 
 
 def in_two_processes(module: str, models: Models, folder: Path) -> None:
-    """Run a script of the tests under torchrun, on the models saved in the folder."""
+    """Save the models to a folder and run a script of the tests on them under torchrun."""
     policy, reference, processor = models
     for name, model in (("mllm", policy), ("reference", reference)):
         model.save_pretrained(folder / name)
@@ -445,21 +452,21 @@ def in_two_processes(module: str, models: Models, folder: Path) -> None:
 
 def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.training.fsdp2", models, tmp_path)
-    metadata = json.loads((tmp_path / "fsdp2.json").read_text())
-    assert metadata["kinds"] == ["DTensor"]
-    assert metadata["sharded_loss"] == pytest.approx(metadata["loss"], rel=1e-5)
-    assert metadata["off"] < 1e-4
+    result = json.loads((tmp_path / "fsdp2.json").read_text())
+    assert result["parameter_types"] == ["DTensor"]
+    assert result["sharded_loss"] == pytest.approx(result["loss"], rel=1e-5)
+    assert result["gradient_difference"] < 1e-4
 
 
 def test_two_processes_train_as_trls_do_and_share_the_references(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.training.two_processes", models, tmp_path)
     losses, weights = {}, {}
-    for name in ("stock", "ours"):
+    for name in ("trl", "ours"):
         losses[name] = json.loads((tmp_path / f"{name}.json").read_text())
         weights[name] = load_file(tmp_path / f"{name}.safetensors")
-    assert len(losses["stock"]) == 6  # 8 rows, two processes of two rows each, 3 epochs
-    assert losses["ours"] == pytest.approx(losses["stock"], abs=1e-4)
-    for name, weight in weights["stock"].items():
+    assert len(losses["trl"]) == 6  # 8 rows, two processes of two rows each, 3 epochs
+    assert losses["ours"] == pytest.approx(losses["trl"], abs=1e-4)
+    for name, weight in weights["trl"].items():
         assert (weights["ours"][name] - weight).norm() / weight.norm() < 1e-3, name
     computed = [json.loads((tmp_path / f"computed-{rank}.json").read_text()) for rank in (0, 1)]
     assert sum(computed) >= len(ROWS)  # a row that two processes meet at the same time is computed by both
@@ -467,35 +474,35 @@ def test_two_processes_train_as_trls_do_and_share_the_references(models: Models,
 
 
 def test_other_models_fall_back_to_trls_own_way(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model without vision trains as DPOTrainer trains it, and the log says that the switches are off."""
+    """A model without vision trains as with DPOTrainer, and the log says that the options are off."""
     tokenizer = AutoTokenizer.from_pretrained(parts / "language")
     tokenizer.chat_template = None
     rows = {"prompt": ["the scene holds"] * 2, "chosen": [" a red star", " two"], "rejected": [" nothing", " three"]}
     losses = []
     kinds: list[tuple[Any, Any]] = [(DPOTrainer, DPOConfig), (PivotDPOTrainer, PivotDPOConfig)]
     for kind, config in kinds:
-        made = kind(
+        one = kind(
             model=AutoModelForCausalLM.from_pretrained(parts / "language"),
             ref_model=AutoModelForCausalLM.from_pretrained(parts / "language"),
             args=config(output_dir=str(tmp_path), max_steps=2, bf16=False, report_to="none", logging_steps=1),
             train_dataset=Dataset.from_dict(rows),
             processing_class=tokenizer,
         )
-        made.train()
-        losses.append([h["loss"] for h in made.state.log_history if "loss" in h])
+        one.train()
+        losses.append([h["loss"] for h in one.state.log_history if "loss" in h])
     assert losses[0] == losses[1]
     assert "Qwen2ForCausalLM is not a LlavaForConditionalGeneration: encode_once, share_prefix" in caplog.text
 
 
-def test_the_readmes_trainer_is_made(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_trainer_can_be_built(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PivotDPOTrainer(" in block)
     assert "per_device_train_batch_size=4)" in code
     monkeypatch.chdir(tmp_path)
     code = code.replace("size=4)", "size=4, bf16=False, report_to='none', reference_cache='cache')")
     dataset = trainer(models, tmp_path, {}).train_dataset
-    made: dict[str, Any] = {"model": deepcopy(models[0]), "processor": models[2], "dataset": dataset}
-    exec(code, made)
-    groups = made["trainer"].create_optimizer().param_groups
+    names: dict[str, Any] = {"model": deepcopy(models[0]), "processor": models[2], "dataset": dataset}
+    exec(code, names)
+    groups = names["trainer"].create_optimizer().param_groups
     assert {group["part"] for group in groups} == {"vision", "projector", "language"}
     assert {group["lr"] for group in groups} == {1e-6}

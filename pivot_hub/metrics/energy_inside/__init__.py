@@ -1,1 +1,1 @@
-"""energy_inside: a folder that is an evaluate module and a Hub Space."""
+"""energy_inside: evaluate module and Hub Space in one folder."""

@@ -1,4 +1,4 @@
-"""The Space of this metric: evaluate's own widget."""
+"""Space of this metric, with evaluate's own widget."""
 
 from pathlib import Path
 

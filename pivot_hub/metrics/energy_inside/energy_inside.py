@@ -1,4 +1,4 @@
-"""Energy inside: the share of a map's sum that lies on the thing it is about."""
+"""Energy inside: the share of a map's sum that lies on its target."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 
 def energy_inside(heat: np.ndarray, mask: np.ndarray) -> float:
-    """Share of a map's sum inside its target, 0 to 1; a map that is zero everywhere lies nowhere and scores 0.
+    """Compute the share of a map's sum inside its target, from 0 to 1; a map that is zero everywhere scores 0.
 
     Args:
-        heat: (H, W), not negative.
-        mask: (H, W) bool, the target.
+        heat: (H, W) map without negative values.
+        mask: (H, W) bool mask of the target.
 
     Raises:
-        ValueError: shapes differ, or the map is negative somewhere.
+        ValueError: The shapes differ, or the map has a negative value.
     """
     if heat.shape != mask.shape:
         raise ValueError(f"a map is {heat.shape} and its mask {mask.shape}: bring the map to the mask's size.")

@@ -1,1 +1,1 @@
-"""mean_iou: a folder that is an evaluate module and a Hub Space."""
+"""mean_iou: evaluate module and Hub Space in one folder."""

@@ -1,1 +1,1 @@
-"""paired_bootstrap: a folder that is an evaluate module and a Hub Space."""
+"""paired_bootstrap: evaluate module and Hub Space in one folder."""

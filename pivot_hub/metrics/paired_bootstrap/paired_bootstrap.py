@@ -10,17 +10,17 @@ import datasets
 import evaluate
 import numpy as np
 
-Statistic = Callable[[np.ndarray], np.ndarray]  # summed tallies (draws, ...) to values (draws,)
+Statistic = Callable[[np.ndarray], np.ndarray]  # summed per-example scores (draws, ...) -> values (draws,)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one statistic lies above another on the same items.
+    """Difference of two statistics on the same items.
 
     Args:
-        value: over all items.
-        ci95: 2.5 and 97.5 percentiles over resamples.
-        p_value: two-sided, of no difference.
+        value: Difference over all items.
+        ci95: 2.5th and 97.5th percentiles over resamples.
+        p_value: Two-sided p-value of the hypothesis that there is no difference.
     """
 
     value: float
@@ -31,16 +31,16 @@ class Difference:
 def bootstrap(
     example_scores: np.ndarray, statistic: Statistic, seed: int, draws: int = 1000
 ) -> tuple[float, tuple[float, float]]:
-    """A statistic of per-item tallies with its percentile interval over resampled items.
+    """Compute a statistic of per-example scores and its percentile interval over resampled items.
 
     Args:
-        tallies: (n, ...) of each test item, which add up over items.
-        statistic: of the summed tallies.
-        seed: of the resampling.
-        draws: resamples.
+        example_scores: (n, ...) scores of the test items, which are summed over items.
+        statistic: Function of the summed scores.
+        seed: Seed of the resampling.
+        draws: Number of resamples.
 
     Returns:
-        The value over all items, and the 2.5 and 97.5 percentiles over resamples.
+        The value over all items, and the 2.5th and 97.5th percentiles over resamples.
     """
     low, high = np.nanpercentile(statistic(resample(example_scores, seed, draws)), [2.5, 97.5])
     return float(statistic(example_scores.sum(0, dtype=np.float64)[None])[0]), (float(low), float(high))
@@ -49,26 +49,29 @@ def bootstrap(
 def paired_difference(
     first: np.ndarray, second: np.ndarray, statistic: Statistic, seed: int, draws: int = 10_000
 ) -> Difference:
-    """How far a statistic of the first lies above that of the second, both resampled on the same items.
+    """Compute how far a statistic of the first scores lies above that of the second, resampled on the same items.
 
-    The p-value is the share of resampled differences that stray from the observed one at least as far as that lies
-    from zero, counted as (1 + count) / (draws + 1): never 0 (Davison and Hinkley, 1997, section 4.2).
+    The p-value is the share of resampled differences that differ from the observed difference by at least as much as
+    that differs from zero. It is counted as (1 + count) / (draws + 1), so that it is never 0 (Davison and Hinkley,
+    1997, section 4.2).
 
     Args:
-        first: (n, ...) tallies of each test item, as `bootstrap` takes them.
-        second: (n, ...) of the same items in the same order.
-        statistic: of the summed tallies.
-        seed: of the resampling.
-        draws: resamples.
+        first: (n, ...) per-example scores, see `bootstrap`.
+        second: (n, ...) per-example scores of the same items in the same order.
+        statistic: Function of the summed scores.
+        seed: Seed of the resampling.
+        draws: Number of resamples.
 
     Raises:
-        ValueError: the shapes differ, or there are fewer than two items.
+        ValueError: The shapes differ, or there are fewer than two items.
     """
     if first.shape != second.shape:
-        raise ValueError(f"tallies are {first.shape} and {second.shape}: pairs need the same items in the same order.")
+        raise ValueError(
+            f"per-example scores are {first.shape} and {second.shape}: give scores of the same items in the same order."
+        )
     if len(first) < 2:
         raise ValueError(f"{len(first)} item(s): an interval over items needs at least two.")
-    both = np.stack([first, second], axis=1)  # one resample counts an item as often for the one as for the other
+    both = np.stack([first, second], axis=1)  # a resample counts an item equally often for both
 
     def gap(sums: np.ndarray) -> np.ndarray:
         return statistic(sums[:, 0]) - statistic(sums[:, 1])
@@ -77,13 +80,13 @@ def paired_difference(
     drawn = gap(resample(both, seed, draws))
     drawn = drawn[np.isfinite(drawn)]  # a small resample may lack what a statistic needs
     low, high = np.percentile(drawn, [2.5, 97.5])
-    # Sums of floats in another order differ in their last bits: a tie is a tie.
-    strayed = np.abs(drawn - value) >= abs(value) * (1 - 1e-9) - 1e-12
-    return Difference(value, (float(low), float(high)), float((1 + strayed.sum()) / (len(drawn) + 1)))
+    # Sums of floats in another order differ in their last bits. The slack makes sure that ties count as ties.
+    as_far = np.abs(drawn - value) >= abs(value) * (1 - 1e-9) - 1e-12
+    return Difference(value, (float(low), float(high)), float((1 + as_far.sum()) / (len(drawn) + 1)))
 
 
 def resample(example_scores: np.ndarray, seed: int, draws: int) -> np.ndarray:
-    """Sums (draws, ...) of tallies (n, ...) over n items drawn with replacement; one seed draws the same items."""
+    """Sum scores (n, ...) over n items drawn with replacement: (draws, ...). The same seed draws the same items."""
     n, shape, rng = len(example_scores), example_scores.shape[1:], np.random.default_rng(seed)
     flat, even = example_scores.reshape(n, -1).astype(np.float64), np.full(n, 1 / n)
     block = max(1, 10_000_000 // n)  # 80 MB of counts at a time
@@ -97,7 +100,7 @@ def mean(sums: np.ndarray) -> np.ndarray:
 
 
 class PairedBootstrap(evaluate.Metric):
-    """Is one encoder better than another, item by item?"""
+    """Paired bootstrap of the mean scores of two models on the same items."""
 
     def _info(self) -> evaluate.MetricInfo:
         score = datasets.Value("float64")
@@ -105,8 +108,8 @@ class PairedBootstrap(evaluate.Metric):
             description="Paired bootstrap: how far the mean score of one model lies above that of another on the same "
             "items, with a 95% interval and a two-sided p-value.",
             citation="",
-            inputs_description="predictions: a score of each item under the first model. references: those of the same "
-            "items under the second. seed and draws: of the resampling.",
+            inputs_description="predictions: a score of each item under the first model. references: scores of "
+            "the same items under the second. seed and draws: seed and number of resamples.",
             features=datasets.Features({"predictions": score, "references": score}),
             reference_urls=["https://aclanthology.org/W04-3250"],
         )
@@ -117,5 +120,5 @@ class PairedBootstrap(evaluate.Metric):
             raise ValueError("a score is not finite: leave the item out of both lists.")
         ones = np.ones(len(first))
         example_scores = [np.stack([scores, ones], axis=1) for scores in (first, second)]
-        made = paired_difference(example_scores[0], example_scores[1], mean, seed, draws)
-        return {"difference": made.value, "ci95": list(made.ci95), "p_value": made.p_value, "n": len(first)}
+        result = paired_difference(example_scores[0], example_scores[1], mean, seed, draws)
+        return {"difference": result.value, "ci95": list(result.ci95), "p_value": result.p_value, "n": len(first)}

@@ -1,1 +1,1 @@
-"""pointing_accuracy: a folder that is an evaluate module and a Hub Space."""
+"""pointing_accuracy: evaluate module and Hub Space in one folder."""

@@ -1,4 +1,4 @@
-"""Pointing accuracy: the share of maps whose peak lies on the thing they are about."""
+"""Pointing accuracy: the share of maps whose peak lies on their target."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import numpy as np
 
 
 def points_at(heat: np.ndarray, mask: np.ndarray) -> float:
-    """1.0 where the peak of a map lies on its target, else 0.0.
+    """Return 1.0 if the peak of a map lies on its target, else 0.0.
 
-    A map without a peak, all one value, points nowhere and scores 0. Of several equal peaks the first in reading order
-    counts, as there is one hand to point with.
+    A uniform map has no peak and scores 0. If several peaks are equal, the first in reading order counts.
 
     Args:
-        heat: (H, W), the larger the more.
-        mask: (H, W) bool, the target.
+        heat: (H, W) map; its largest value is the peak.
+        mask: (H, W) bool mask of the target.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: The shapes differ.
     """
     if heat.shape != mask.shape:
         raise ValueError(f"a map is {heat.shape} and its mask {mask.shape}: bring the map to the mask's size.")

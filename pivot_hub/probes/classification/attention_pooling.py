@@ -1,4 +1,4 @@
-"""Attention-pool probe: a learnt query that looks at frozen patch tokens, and a linear head on what it gathers."""
+"""Attention-pooling probe: one learnt query attends to frozen patch tokens, followed by a linear head."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 HEADS = 8
 EPOCHS, BATCH = 20, 64
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 class AttentionPool(nn.Module):
     """Cross-attention of one learnt query to patch tokens, then a linear head.
 
-    As the attentive probes of AIM (El-Nouby et al., 2024) and V-JEPA, without their feed-forward block.
+    This is the attentive probe of AIM (El-Nouby et al., 2024) and V-JEPA, without its feed-forward block.
 
     Args:
-        width: of a token.
-        classes: of the head.
-        mean: (D,) of the training tokens, and spread: their standard deviation; tokens are brought to 0 and 1.
+        width: Width of a token.
+        classes: Number of classes.
+        mean: (D,) mean of the training tokens, which is subtracted from every token.
+        spread: (D,) standard deviation of the training tokens, by which every token is divided.
     """
 
     def __init__(self, width: int, classes: int, mean: Tensor, spread: Tensor) -> None:
@@ -47,28 +48,28 @@ def fit_attention(
     labels: np.ndarray,
     rows: np.ndarray,
     classes: int,
-    rate: float,
+    learning_rate: float,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> AttentionPool:
-    """Train on chosen rows by AdamW with a cosine schedule.
+    """Train on selected rows by AdamW with a cosine schedule.
 
     Args:
-        tokens: (N, H*W, D), in memory or mapped from disk.
+        tokens: (N, H*W, D) patch tokens, in memory or memory-mapped from disk.
         labels: (N,) class numbers.
-        rows: to train on.
-        classes: how many there are.
-        rate: peak learning rate.
-        seed: of start and order.
-        device: that computes.
+        rows: Rows to train on.
+        classes: Number of classes.
+        learning_rate: Peak learning rate.
+        seed: Seed of the initial weights and of the order of rows.
+        device: Device to train on.
     """
-    some = _batch(tokens, rows[:4096], "cpu").flatten(0, 1)
+    sample = _batch(tokens, rows[:4096], "cpu").flatten(0, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AttentionPool(tokens.shape[-1], classes, some.mean(0), some.std(0) + 1e-6).to(device)
+        model = AttentionPool(tokens.shape[-1], classes, sample.mean(0), sample.std(0) + 1e-6).to(device)
     steps = EPOCHS * -(-len(rows) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
     for _ in range(EPOCHS):
         order = rng.permutation(rows)
@@ -85,7 +86,7 @@ def fit_attention(
 
 @torch.no_grad()
 def predict_attention(model: AttentionPool, tokens: np.ndarray, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The likeliest class of each chosen row: (len(rows),)."""
+    """Predict the most likely class of each selected row: (len(rows),)."""
     device = model.query.device
     parts = [np.asarray(rows[s : s + BATCH]) for s in range(0, len(rows), BATCH)]
     return torch.cat([model(_batch(tokens, part, device)).argmax(1).cpu() for part in parts]).numpy()

@@ -1,4 +1,4 @@
-"""Labelled images: class folders, an archive of them, or a data set of the Hub; train, and a part that is reported."""
+"""Labelled images from class folders, an archive of them or a Hub data set, in a train part and a reported part."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from pivot_hub.errors import ProbeError
 
 Part = Literal["train", "test"]
 TRAIN, REPORTED = ("train", "training"), ("val", "validation", "valid", "test")
-TEST_SHARE = 5  # one image in five is reported where the data have no such part
+TEST_SHARE = 5  # one image in five is reported if the data have no part for it
 
 
 class ProbeImages(Images, Protocol):
     """Named images of one part."""
 
     def stamp(self) -> str:
-        """What changes when a name or a file does, found without reading images: features are cached by it."""
+        """Return a key that changes when a name or a file changes, without reading images; the cache is keyed by it."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images of one part, with the number of each one's class: (N,) int64."""
+    """Images of one part and their class numbers (N,) int64."""
 
     images: ProbeImages
     labels: np.ndarray
 
 
 class ClassData(Protocol):
-    """What a classification probe is given; the reported part is asked for last."""
+    """Data of a classification probe. The probe reads the reported part last."""
 
     name: str
 
@@ -55,16 +55,16 @@ def open_classes(data: str, revision: str | None = None, seed: int = 0) -> Class
     """Find labelled images.
 
     Args:
-        data: a folder or .zip or .tar with `train/CLASS/*` and `val/CLASS/*` (or a `val_annotations.txt` as
-            Tiny-ImageNet's), or with `CLASS/*`, of which one image in five is reported, by seed; a folder of Parquet
-            files, or the Hub name of a data set, with an image and a label column.
-        revision: of a Hub data set.
-        seed: of a split that the data do not have.
+        data: A folder, .zip or .tar with `train/CLASS/*` and `val/CLASS/*` (or a `val_annotations.txt` as in
+            Tiny-ImageNet), or with `CLASS/*`, of which one image in five is reported, drawn by the seed. Otherwise a
+            folder of Parquet files or the Hub name of a data set, with an image and a label column.
+        revision: Revision of a Hub data set.
+        seed: Seed of the split, if the data are not split.
 
     Raises:
-        ProbeError: there is no such data, a class is in one part only, there is one class, or a class has too few
-            images; the message names it and the remedy.
-        DataError: an archive is not whole.
+        ProbeError: There is no such data, a class is in one part only, there is only one class, or a class has too few
+            images. The message names the class and the remedy.
+        DataError: An archive is incomplete.
     """
     path = Path(data)
     if path.is_file() and path.suffix in ARCHIVES:
@@ -74,7 +74,7 @@ def open_classes(data: str, revision: str | None = None, seed: int = 0) -> Class
             return ClassFolders(path, seed)
         return LabelledColumns(path.name, _load(str(path), None), seed, path)
     if path.exists() or data.count("/") != 1 or data.startswith((".", "/")):
-        raise ProbeError(f"data {data!r} is no folder, .zip, .tar or Hub data set; give one with a folder a class.")
+        raise ProbeError(f"data {data!r} is no folder, .zip, .tar or Hub data set; give one with a folder per class.")
     return LabelledColumns(data, _load(data, revision), seed)
 
 
@@ -97,15 +97,15 @@ class StoredImages:
 
 
 class ClassFolders:
-    """A folder or an archive with one folder a class."""
+    """Images in a folder or an archive that has one folder per class."""
 
     def __init__(self, root: Path, seed: int) -> None:
         self.name = root.name.removesuffix(root.suffix) if root.is_file() else root.resolve().name
         self._store = FileStore(root)
         names = self._store.names()
         if not names:
-            raise ProbeError(f"{root} holds no image; give a folder or an archive with a folder of images a class.")
-        wrap = _wrapper(names)  # the folder that an archive was packed from
+            raise ProbeError(f"{root} holds no image; give a folder or an archive with a folder of images per class.")
+        wrap = _wrapper(names)  # the folder that the archive was packed from
         paths = {name: PurePosixPath(name.removeprefix(wrap)).parts for name in names}
         tops = {parts[0] for parts in paths.values()}
         train = next((s for s in TRAIN if s in tops), None)
@@ -126,7 +126,7 @@ class ClassFolders:
         return Labelled(StoredImages(self._store, list(labels)), np.array([number[c] for c in labels.values()]))
 
     def _annotated(self, paths: dict[str, tuple[str, ...]], wrap: str, top: str) -> dict[str, str]:
-        """Classes from Tiny-ImageNet's `val_annotations.txt`: a line a file, its name and its class, tab-separated."""
+        """Read classes from Tiny-ImageNet's `val_annotations.txt`: one tab-separated line per file, name and class."""
         file = f"{wrap}{top}/val_annotations.txt"
         text = self._store.read(file)
         if text is None:
@@ -140,7 +140,7 @@ class ClassFolders:
 
 
 class LabelledColumns:
-    """A data set of the datasets library with an image and a label column."""
+    """Images in a data set of the datasets library that has an image and a label column."""
 
     def __init__(self, name: str, splits: datasets.DatasetDict, seed: int, folder: Path | None = None) -> None:
         self.name, self._folder = name.rsplit("/", 1)[-1], folder
@@ -166,8 +166,8 @@ class LabelledColumns:
         self._numbers = {i: i for i in range(len(self.classes))} if named else {v: i for i, v in enumerate(values)}
         _check(name, train[label], test[label])
         self._parts = {
-            part: some.cast_column(image, datasets.Image(decode=False))
-            for part, some in (("train", train), ("test", test))
+            part: table.cast_column(image, datasets.Image(decode=False))
+            for part, table in (("train", train), ("test", test))
         }
         self._columns = (image, label)
 
@@ -180,7 +180,7 @@ class LabelledColumns:
 
 @dataclass(frozen=True)
 class ColumnImages:
-    """The image column of a data set."""
+    """Images in a column of a data set."""
 
     table: datasets.Dataset
     column: str
@@ -188,7 +188,7 @@ class ColumnImages:
     folder: Path | None = None  # of a local data set
 
     @cached_property
-    def names(self) -> Sequence[str]:  # asked for at every image
+    def names(self) -> Sequence[str]:  # cached, because it is read for every image
         return [f"{self.part}[{i}]" for i in range(len(self.table))]
 
     def open(self, index: int) -> Image.Image:
@@ -201,13 +201,13 @@ class ColumnImages:
 
 
 def data_sha256(data: ClassData) -> str:
-    """One hash over the names and labels of both parts: results of one hash can be paired."""
-    made = hashlib.sha256()
+    """Hash the names and labels of both parts; results with the same hash can be compared item by item."""
+    digest = hashlib.sha256()
     parts: tuple[Part, ...] = ("train", "test")
     for part in parts:
-        some = data.part(part)
-        made.update(repr([list(data.classes), list(some.images.names), some.labels.tolist()]).encode())
-    return made.hexdigest()
+        labelled = data.part(part)
+        digest.update(repr([list(data.classes), list(labelled.images.names), labelled.labels.tolist()]).encode())
+    return digest.hexdigest()
 
 
 def _load(name: str, revision: str | None) -> datasets.DatasetDict:
@@ -216,37 +216,41 @@ def _load(name: str, revision: str | None) -> datasets.DatasetDict:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise ProbeError(
-            f"data {name!r} cannot be loaded ({reason}); give a folder, or a data set in reach."
+            f"data {name!r} cannot be loaded ({reason}); give a folder, or a data set that can be reached."
         ) from error
 
 
 def _wrapper(names: Sequence[str]) -> str:
-    """`folder/` where all images lie below one folder that is neither a part nor a class; else nothing."""
+    """Return `folder/` if all images lie below one folder that is neither a part nor a class, else an empty string."""
     first = names[0].split("/")[0]
     wrapped = all(n.startswith(f"{first}/") and n.count("/") > 1 for n in names)
     return f"{first}/" if wrapped and first not in TRAIN + REPORTED else ""
 
 
 def _first_folders(paths: dict[str, tuple[str, ...]], top: str | None) -> dict[str, str]:
-    """The folder of each image, of those below `top`; images in no folder have no class."""
+    """Map each image below `top` to its first folder there; images that are in no folder have no class."""
     below = {n: p if top is None else p[1:] for n, p in paths.items() if top is None or p[0] == top}
     return {n: p[0] for n, p in below.items() if len(p) > 1}
 
 
 def _one_in(share: int, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Mark one item in `share` of each class, at least one, by seed: (N,) bool."""
+    """Mark one in `share` items of each class, at least one, drawn by the seed: (N,) bool."""
     rng, marked = np.random.default_rng(seed), np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        of_class = rng.permutation(np.flatnonzero(labels == label))
-        marked[of_class[: max(1, len(of_class) // share)]] = True
+        items = rng.permutation(np.flatnonzero(labels == label))
+        marked[items[: max(1, len(items) // share)]] = True
     return marked
 
 
 def _check(owner: str, train: Any, test: Any) -> None:
-    seen = Counter(train)
-    if len(seen) < 2:
-        raise ProbeError(f"{owner}: {len(seen)} class folders with images; a probe needs at least two.")
-    if odd := set(test) ^ set(seen):
-        raise ProbeError(f"{owner}: class {sorted(odd, key=str)[0]!r} is not in both train and val; remove or add it.")
-    if small := [label for label, count in seen.items() if count < 2]:
-        raise ProbeError(f"{owner}: class {small[0]!r} has fewer than 3 images; add some or remove the class.")
+    """Raise a ProbeError if a class is in one part only or has too few images."""
+    counts = Counter(train)
+    if len(counts) < 2:
+        raise ProbeError(f"{owner}: {len(counts)} class folders with images; a probe needs at least two.")
+    unshared = set(test) ^ set(counts)
+    if unshared:
+        label = sorted(unshared, key=str)[0]
+        raise ProbeError(f"{owner}: class {label!r} is not in both train and val; remove or add it.")
+    small = [label for label, count in counts.items() if count < 2]
+    if small:
+        raise ProbeError(f"{owner}: class {small[0]!r} has fewer than 3 images; add images or remove the class.")

@@ -1,15 +1,15 @@
-"""Multinomial logistic regression: scikit-learn's optimum for every C in one run, on a CPU or a GPU, in blocks.
+"""Multinomial logistic regression: scikit-learn's optimum for every C in one run, on a CPU or GPU, block by block.
 
-scikit-learn minimises `C * sum of cross-entropies + ||W||^2 / 2` by L-BFGS from zero, once for each C. This is the
-same objective, with another way there:
+scikit-learn minimises `C * sum of cross-entropies + ||W||^2 / 2` by L-BFGS from zero, once for each C. This module
+minimises the same objective in another way:
 
-- Cs go from the strongest penalty to the weakest. Each fit starts where the line through the last two leads, and takes
-  over L-BFGS's history: what was learnt of the loss's curvature stays true, the penalty's is known.
-- Steps are taken in coordinates in which the problem is nearly round. A class's Hessian is close to
-  `p (1 - p) * covariance + penalty`, which is diagonal along the covariance's eigenvectors: features that are
-  correlated take few more steps than others.
-- Most steps are taken in quick products (bfloat16 or TF32 where the hardware has them), the last ones in float32.
-- The data are read in blocks: the weights, their history and one block are in memory.
+- Cs are fitted from the strongest penalty to the weakest. Each fit starts from the extrapolation of the last two optima
+  and keeps the history of L-BFGS: it describes the curvature of the cross-entropy, which does not depend on C, and the
+  curvature of the penalty is known exactly.
+- Steps are preconditioned. The Hessian of a class is close to `p (1 - p) * covariance + penalty`, which is diagonal in
+  the basis of the covariance's eigenvectors, so correlated features need only a few more steps than others.
+- Most steps use fast matrix products (bfloat16 or TF32, if the hardware has them), the last ones use float32.
+- The data are read in blocks: only the weights, their history and one block are in memory.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from pivot_hub.errors import ProbeError
 
-CELLS = 8_000_000  # of a block's logits: what stays in a processor's cache, nearly
-HISTORY = 20  # pairs of steps and gradients L-BFGS remembers
-SLACK = 1e-6
-# Quick products go on to so many times the tolerance, or until their rounding lets so many steps not halve the promise.
-QUICK, STALLED = 20, 4
-FLAT = 20  # steps that have to lower the loss by the tolerance
+CELLS = 8_000_000  # logits in a block, so that a block nearly fits a processor's cache
+HISTORY = 20  # steps and gradient changes that L-BFGS remembers
+SLACK = 1e-6  # relative increase of the loss that the line search accepts as rounding
+QUICK = 20  # fast products are used until the expected decrease is below this many times the tolerance
+STALLED = 4  # or until this many steps in a row have not halved the expected decrease, because of rounding
+FLAT = 20  # number of steps within which the loss has to fall by the tolerance
 
 
 class Rows(Protocol):
-    """Features (N, D): an array in memory or mapped from disk."""
+    """Features (N, D), as an array in memory or memory-mapped from disk."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -47,14 +47,14 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted regression.
+    """A fitted logistic regression.
 
     Args:
-        c: inverse strength of the penalty, as scikit-learn's.
-        weight: (classes, D) float32.
-        bias: (classes,) float32.
-        loss: mean cross-entropy plus penalty over `C * N`: what was minimised.
-        steps: taken for this C.
+        c: Inverse strength of the penalty, as in scikit-learn.
+        weight: (classes, D) float32 weights.
+        bias: (classes,) float32 biases.
+        loss: Minimised objective: the mean cross-entropy plus the penalty divided by `C * N`.
+        steps: Number of steps taken for this C.
     """
 
     c: float
@@ -65,9 +65,9 @@ class Logistic:
 
     @torch.no_grad()
     def predict(self, x: Rows) -> np.ndarray:
-        """The likeliest class of each row: (N,) int64."""
-        made = [torch.addmm(self.bias, b, self.weight.T).argmax(1).cpu() for b in _blocks(x, len(self.bias))]
-        return torch.cat(made).numpy()
+        """Predict the most likely class of each row: (N,) int64."""
+        classes = [torch.addmm(self.bias, b, self.weight.T).argmax(1).cpu() for b in _blocks(x, len(self.bias))]
+        return torch.cat(classes).numpy()
 
 
 @torch.no_grad()
@@ -86,22 +86,22 @@ def fit_logistic(
     Args:
         x: (N, D) float32 features.
         y: (N,) class numbers, from 0.
-        cs: inverse penalties; fitted from the smallest on, returned in the order given.
-        classes: how many there are; one more than the largest of `y` by default.
-        start: where the first one begins, as at the optimum of a part of the rows.
-        tolerance: stop when the loss can fall by no more than this, by the quadratic model of L-BFGS, or has not in
-            FLAT steps; it is then within a few times this of its optimum.
-        max_steps: of one C.
-        device: that computes.
+        cs: Inverse penalties. They are fitted from the smallest to the largest.
+        classes: Number of classes; one more than the largest of `y` by default.
+        start: Starting point of the first fit, such as the optimum for a part of the rows.
+        tolerance: The fit stops when the quadratic model of L-BFGS expects the loss to fall by less than this, or when
+            the loss has not fallen by this in FLAT steps. The loss is then within a few times this of its optimum.
+        max_steps: Largest number of steps for one C.
+        device: Device to fit on.
 
     Returns:
-        The fits.
+        The fits, in the order of `cs`.
 
     Raises:
-        ProbeError: features that are not finite, fewer than two classes, or a fit that does not converge.
+        ProbeError: A feature is not finite, there are fewer than two classes, or a fit does not converge.
     """
     if len(x) != len(y):
-        raise ProbeError(f"{len(x)} rows of features for {len(y)} labels; give one label a row.")
+        raise ProbeError(f"{len(x)} rows of features for {len(y)} labels; give one label per row.")
     if len(np.unique(y)) < 2:
         raise ProbeError("all labels are of one class: a probe needs at least two; check the data.")
     problem = _Problem(x, y, classes or int(y.max()) + 1, torch.device(device))
@@ -116,20 +116,23 @@ def fit_logistic(
 
 @dataclass
 class _Point:
-    """An optimum on the path of Cs: theta (classes, D + 1), its loss without the penalty, how it was reached."""
+    """A point on the path of Cs: theta (classes, D + 1), its loss without the penalty, and the L-BFGS history.
+
+    The history holds pairs of a step and the change of the cross-entropy's gradient along it.
+    """
 
     c: float
     theta: Tensor
     cross_entropy: float
     steps: int = 0
-    history: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # steps, and what the loss's gradient changed
+    history: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class _Problem:
     """The objective over theta = (weights, bias) of centred features: (classes, D + 1), bias last."""
 
     def __init__(self, x: Rows, y: np.ndarray, classes: int, device: torch.device) -> None:
-        self.x, self.classes, self.device = _near(x, classes, device), classes, device
+        self.x, self.classes, self.device = _on_device(x, classes, device), classes, device
         self.y = torch.from_numpy(np.asarray(y, np.int64)).to(device)
         self.n, self.d = x.shape
         self.mean, covariance = _moments(x, classes, device)
@@ -141,7 +144,10 @@ class _Problem:
         self._buffers = torch.empty(2, rows, classes, device=device)  # a block's logits and probabilities
 
     def lead(self, c: float) -> Iterator[float]:
-        """Cs below the first, to begin where the penalty is as strong as the data: from zero, a weak one is far."""
+        """Yield Cs below the first one, down to where the penalty is as strong as the data.
+
+        The optimum for a weak penalty is far from zero, where the path starts.
+        """
         while 1 / (c * self.n) < self.spread.mean().item() / self.classes:
             c /= 10
             yield c
@@ -155,7 +161,7 @@ class _Problem:
         return Logistic(point.c, weight.cpu(), bias.cpu(), self.penalised(point, 1 / (point.c * self.n)), point.steps)
 
     def plain(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and bias for features as they are."""
+        """Return weights and bias for features that are not centred."""
         weight = theta[:, :-1].contiguous()
         return weight, theta[:, -1] - weight @ self.mean
 
@@ -163,13 +169,13 @@ class _Problem:
         return point.cross_entropy + penalty / 2 * point.theta[:, :-1].double().square().sum().item()
 
     def value(self, theta: Tensor) -> tuple[float, Tensor]:
-        """Mean cross-entropy and its gradient: one pass over the data."""
+        """Compute the mean cross-entropy and its gradient in one pass over the data."""
         weight, bias = self.plain(theta)
         gradient = torch.zeros_like(weight)
         sums = torch.zeros(self.classes, device=self.device)
         loss = torch.zeros((), device=self.device, dtype=torch.float64)
         for block, labels in self._labelled():
-            logits, p = (kept[: len(block)] for kept in self._buffers)
+            logits, p = (buffer[: len(block)] for buffer in self._buffers)
             torch.addmm(bias, block, weight.T, out=logits)
             top, where = logits.max(1, keepdim=True)
             own = logits.gather(1, labels)
@@ -183,7 +189,7 @@ class _Problem:
         return loss.item() / self.n, torch.cat([gradient, residual[:, None]], 1)
 
     def confusion(self, theta: Tensor) -> Tensor:
-        """Mean of p (1 - p) for each class: (classes,)."""
+        """Compute the mean of p (1 - p) for each class: (classes,)."""
         weight, bias = self.plain(theta)
         spread = torch.zeros(self.classes, device=self.device)
         for block, _ in self._labelled():
@@ -197,8 +203,8 @@ class _Problem:
             yield block, self.y[row : row + len(block), None]
             row += len(block)
 
-    def rounder(self, theta: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
-        """The inverse of a Hessian that is diagonal in class and axis, as a function of a gradient."""
+    def preconditioner(self, theta: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+        """Return a function that applies the inverse of a Hessian, diagonal in class and axis, to a gradient."""
         confusion = self.confusion(theta)
         scale = 1 / (torch.outer(confusion, self.spread) + penalty)
         axes = self.axes
@@ -210,11 +216,11 @@ class _Problem:
         return apply
 
     def minimise(self, c: float, path: Sequence[_Point], tolerance: float, max_steps: int) -> _Point:
-        """L-BFGS from where the path leads, its first inverse Hessian the rounder's; quick products, then exact."""
+        """Run preconditioned L-BFGS from the extrapolated path, first with fast matrix products, then in float32."""
         penalty = 1 / (c * self.n)
         with _quick_products():
             at, gradient = self._begin(c, path, penalty)
-            precondition = self.rounder(at.theta, penalty)
+            precondition = self.preconditioner(at.theta, penalty)
             at, gradient = self._descend(at, gradient, penalty, precondition, QUICK * tolerance, max_steps, STALLED)
         at.cross_entropy, gradient = self.value(at.theta)
         at, _ = self._descend(at, gradient, penalty, precondition, tolerance, max_steps)
@@ -235,28 +241,28 @@ class _Problem:
         max_steps: int,
         stalled: int | None = None,
     ) -> tuple[_Point, Tensor]:
-        """Take steps until the quadratic model of the loss promises less than the tolerance, or stalls."""
+        """Take steps until the quadratic model expects a decrease below the tolerance, or progress stalls."""
         best, best_at = math.inf, at.steps
         losses = [self.penalised(at, penalty)]
         while at.steps < max_steps:
-            # The history is of the loss alone: the penalty's part is exact, at any C.
-            pairs = [(moved, _ridge(changed, moved, penalty)) for moved, changed in at.history]
+            # The history describes the cross-entropy alone. The penalty's part is exact for any C.
+            history = [(moved, _ridge(changed, moved, penalty)) for moved, changed in at.history]
             full = _ridge(gradient, at.theta, penalty)
-            direction = _two_loops(full, pairs, precondition).neg_()
+            direction = _two_loops(full, history, precondition).neg_()
             slope = _dot(direction, full)
-            promise = -slope / 2
-            if promise < best / 2:
-                best, best_at = promise, at.steps
-            if promise < tolerance or (stalled and at.steps - best_at >= stalled):
+            expected = -slope / 2  # decrease of the loss
+            if expected < best / 2:
+                best, best_at = expected, at.steps
+            if expected < tolerance or (stalled and at.steps - best_at >= stalled):
                 break
             at, gradient = self._search(at, gradient, direction, slope, penalty)
             losses.append(self.penalised(at, penalty))
             if len(losses) > FLAT and losses[-1 - FLAT] - losses[-1] < tolerance:
-                break  # float32 goes no lower, whatever its gradient promises
+                break  # float32 rounding prevents any further decrease, even if the gradient suggests one
         return at, gradient
 
     def _begin(self, c: float, path: Sequence[_Point], penalty: float) -> tuple[_Point, Tensor]:
-        """Zero, the last optimum, or the line through the last two in log C where that is better."""
+        """Start at zero, at the last optimum, or at the extrapolation of the last two in log C if that is better."""
         if not path:
             theta = torch.zeros(self.classes, self.d + 1, device=self.device)
             loss, gradient = self.value(theta)
@@ -275,7 +281,7 @@ class _Problem:
     def _search(
         self, at: _Point, gradient: Tensor, direction: Tensor, slope: float, penalty: float
     ) -> tuple[_Point, Tensor]:
-        """Go along a direction until the loss falls enough (Armijo), by quadratic interpolation from a whole step."""
+        """Search along a direction for a sufficient decrease (Armijo), by quadratic interpolation from a full step."""
         length, before = 1.0, self.penalised(at, penalty)
         for _ in range(30):
             moved = direction * length
@@ -297,7 +303,7 @@ class _Problem:
 
 @contextmanager
 def _quick_products() -> Iterator[None]:
-    """Let processors and GPUs that can multiply in bfloat16 or TF32, which is several times faster."""
+    """Allow matrix products in bfloat16 or TF32, which are several times faster, where the hardware has them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -311,16 +317,16 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _ridge(gradient: Tensor, theta: Tensor, penalty: float) -> Tensor:
-    """Add the penalty's gradient, which leaves the bias (last column) alone."""
-    made = gradient.clone()
-    made[:, :-1] += penalty * theta[:, :-1]
-    return made
+    """Add the gradient of the penalty, which does not include the bias (last column)."""
+    penalised = gradient.clone()
+    penalised[:, :-1] += penalty * theta[:, :-1]
+    return penalised
 
 
 def _two_loops(
     gradient: Tensor, history: Sequence[tuple[Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """L-BFGS's product of the inverse Hessian with a gradient (Nocedal and Wright, algorithm 7.4)."""
+    """Multiply a gradient by the inverse Hessian of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
     q = gradient.clone()
     shares = []
     for moved, changed in reversed(history):
@@ -333,7 +339,7 @@ def _two_loops(
 
 
 def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean (D,) float32 and covariance (D, D) float64."""
+    """Compute the mean (D,) float32 and the covariance (D, D) float64."""
     n, d = x.shape
     total = torch.zeros(d, dtype=torch.float64, device=device)
     products = torch.zeros(d, d, dtype=torch.float64, device=device)
@@ -342,7 +348,7 @@ def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tenso
         if not torch.isfinite(block).all():
             raise ProbeError("the features hold values that are not finite (NaN or infinite); check the encoder.")
         if shift is None:
-            shift = block.mean(0)  # about the middle, float32 products lose nothing that counts
+            shift = block.mean(0)  # near the mean, float32 products keep enough digits
         centred = block - shift
         total += centred.sum(0, dtype=torch.float64)
         products += (centred.T @ centred).double()
@@ -351,8 +357,8 @@ def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tenso
     return (shift.double() + off).float(), products / n - torch.outer(off, off)
 
 
-def _near(x: Rows, classes: int, device: torch.device) -> Rows:
-    """Features on the GPU where they take less than half of what is free there: else they travel anew at each step."""
+def _on_device(x: Rows, classes: int, device: torch.device) -> Rows:
+    """Move features to the GPU if they take less than half of its free memory; else each step copies them again."""
     if device.type != "cuda" or 4 * math.prod(x.shape) > torch.cuda.mem_get_info(device)[0] // 2:
         return x
     return cast(Rows, torch.cat(list(_blocks(x, classes, device))))

@@ -1,4 +1,7 @@
-"""Localisation: do gradient maps of an answer sit on the thing it is about, in the built-in world and in photos?"""
+"""Localisation: do gradient maps of an answer lie on the object that the answer is about?
+
+The targets are objects of the synthetic Shapes dataset, or classes in images with boxes or masks.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.boxes_and_masks import AnnotatedImage, read_annotated_images
 from pivot_hub.data.image import open_image
 from pivot_hub.data.synthetic import Pair, RenderedScene
@@ -19,49 +23,59 @@ from pivot_hub.errors import ProbeError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, enlarge, gradient_map, seen_mask
 from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
 from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
+from pivot_hub.mllm.build import randomise_vision
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.mllm.trainable import randomise_vision
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.provenance import state_sha256
 
 THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)
-FEWEST_PHOTOS = 4  # one to choose the threshold on, three to test
+FEWEST_IMAGES = 4  # one to choose the threshold on, three to test
 
 
 @dataclass(frozen=True)
 class Target:
-    """A pair with its picture, about one thing whose mask (image_px, image_px) is known.
+    """A preference pair about one object whose mask (image_px, image_px) is known, and the rendered image.
 
-    `image` names the picture among others: intervals are over images, of which one may hold several targets.
+    Args:
+        pair: The preference pair.
+        rendered: The image and the masks of its objects.
+        image_name: Name of the image. Intervals are computed over images, and one image may have several targets.
     """
 
     pair: Pair
-    picture: RenderedScene
-    image: str = ""
+    rendered: RenderedScene
+    image_name: str = ""
 
     @property
     def mask(self) -> np.ndarray:
         assert self.pair.target is not None
-        return self.picture.masks[self.pair.target]
+        return self.rendered.masks[self.pair.target]
 
 
 @dataclass(frozen=True)
 class MapScores:
-    """How one map sits on a target: the peak on it or not, and shares from 0 to 1."""
+    """How well one map lies on a target.
+
+    Args:
+        peak_inside: Whether the peak of the map is on the target.
+        energy_inside: Share of the map's sum on the target, from 0 to 1.
+        iou: IoU of the thresholded map with the target, from 0 to 1.
+        area: Share of the image that the target covers, which is the energy inside of an even map.
+    """
 
     peak_inside: bool
     energy_inside: float
     iou: float
-    area: float  # of the target: what an even map has inside
+    area: float
 
 
 def score_map(grid: np.ndarray, mask: np.ndarray, threshold: float = 0.5) -> MapScores:
-    """Score one map against a true mask, as `localize` scores many.
+    """Score one map against a true mask in the same way as `localize`.
 
     Args:
-        grid: (H, W), non-negative.
-        mask: (px, px) bool.
-        threshold: of THRESHOLDS, the share of its peak above which a cell counts for the IoU.
+        grid: (H, W) map without negative values.
+        mask: (px, px) bool mask of the target.
+        threshold: Share of the map's peak, from THRESHOLDS, above which a cell counts for the IoU.
     """
     heat = enlarge(grid, len(mask))
     return MapScores(
@@ -74,7 +88,7 @@ def score_map(grid: np.ndarray, mask: np.ndarray, threshold: float = 0.5) -> Map
 
 @dataclass(frozen=True)
 class Wording:
-    """What is asked and answered about a class in a photo: templates of {name} and its {article}."""
+    """Templates of the question and the answers about a class in an image, with {name} and its {article}."""
 
     question: str = "Is there {article} {name}?"
     answer: str = "Yes, there is {article} {name}."
@@ -84,7 +98,7 @@ class Wording:
         """Fill the templates for one class.
 
         Raises:
-            ProbeError: a template asks for something else.
+            ProbeError: A template contains another field.
         """
         words = {"name": name, "article": "an" if name[:1].lower() in "aeiou" else "a"}
         try:
@@ -105,162 +119,205 @@ def localize(
     explains: Sequence[Explain] = EXPLAINS,
     about: str = "",
 ) -> list[ProbeResult]:
-    """Score Grad-CAM and the paper's gradient map against true masks, for each thing explained.
+    """Score Grad-CAM and the paper's gradient map against true masks, for each quantity that is explained.
 
-    Pointing accuracy: the map's peak lies on the target. Energy: the share of the map's sum inside the target.
-    IoU: of the map above a share of its peak with the target, the share chosen on validation. The mean is over
-    targets, its interval over images.
+    Pointing accuracy: the peak of the map lies on the target. Energy inside: the share of the map's sum on the target.
+    IoU: the overlap of the target with the map above a share of its peak; the share is chosen on validation. Values
+    are means over targets, intervals are over images.
 
     Args:
-        model: the MLLM whose maps are scored.
-        processor: its processor.
-        reference: the frozen parent, for the DPO loss.
-        targets: `validation` and `test`, each read once.
-        conditions: encoder, encoder_sha256, feature_layer, partner of the results.
-        seed: of the bootstrap.
-        task: what the results are named after.
-        explains: what is explained.
-        about: what protocols say of the targets.
+        model: The MLLM whose maps are scored.
+        processor: Processor of the MLLM.
+        reference: The frozen parent, for the DPO loss.
+        targets: Targets of `validation` and `test`; each is read once.
+        conditions: Fields of the results: encoder, encoder_sha256, feature_layer, partner.
+        seed: Seed of the bootstrap.
+        task: Name that the tasks of the results begin with.
+        explains: Quantities to explain.
+        about: Description of the targets in the protocol of the results.
 
     Raises:
-        ProbeError: a part has no target.
+        ProbeError: A part has no target.
     """
-    started, digest = time.monotonic(), hashlib.sha256()
+    started = time.monotonic()
     kinds = [(explain, method) for explain in explains for method in METHODS]
-    rows: dict[str, list[np.ndarray]] = {}  # each (explained x method, pointing, energy, IoU at each threshold)
-    images: dict[str, list[str]] = {}
-    areas: list[float] = []
-    for split, some in targets.items():
-        rows[split], images[split] = [], []
-        for target in some:
-            scored = [s for e in explains for s in _scores(model, processor, reference, target, e)]
-            rows[split].append(np.array(scored))
-            images[split].append(target.image or f"{len(images[split]):08}")
-            if split == "test":
-                areas.append(float(target.mask.mean()))
-            said = (split, target.image, target.pair.question, target.pair.chosen, target.pair.rejected)
-            digest.update("\0".join(said).encode() + np.packbits(target.mask).tobytes())
+    scores = _ScoredTargets()
+    for split, split_targets in targets.items():
+        for target in split_targets:
+            rows = [row for e in explains for row in _scores(model, processor, reference, target, e)]
+            scores.add(split, target, np.array(rows))
     for split in ("validation", "test"):
-        if not rows.get(split):
+        if not scores.rows.get(split):
             raise ProbeError(f"{task}: there is no {split} target to localise; give more images.")
-    validation, test = np.stack(rows["validation"]), np.stack(rows["test"])
-    area = 100 * float(np.mean(areas))
+    validation, test = np.stack(scores.rows["validation"]), np.stack(scores.rows["test"])
+    area = 100 * float(np.mean(scores.areas))
     about = about and f"; {len(test)} targets, {about}"
-    metadata = {**conditions, "data_sha256": digest.hexdigest()}
-    metadata |= {"seed": seed, "duration_s": (time.monotonic() - started) / len(kinds)}
+    fields = {**conditions, "data_sha256": scores.digest.hexdigest()}
+    fields |= {"seed": seed, "duration_s": (time.monotonic() - started) / len(kinds)}
     results = []
     for i, (explain, method) in enumerate(kinds):
         best = int(validation[:, i, 2:].mean(0).argmax())
-        chosen = f"map above {THRESHOLDS[best]:g} of its peak, chosen on validation; whole image {area:.1f}"
+        iou_protocol = f"map above {THRESHOLDS[best]:g} of its peak, chosen on validation; whole image {area:.1f}"
         for metric, column, protocol in (
             ("pointing_accuracy", 0, f"peak on the target; chance {area:.1f}"),
             ("energy_inside", 1, f"share on the target; uniform map {area:.1f}"),
-            ("iou", 2 + best, chosen),
+            ("iou", 2 + best, iou_protocol),
         ):
-            example_scores = _by_image(test[:, i, column], images["test"])
+            example_scores = _by_image(test[:, i, column], scores.images["test"])
             name = f"{task}/localisation/{method} of {explain}"
-            results.append(measure(name, metric, example_scores, protocol=protocol + about, **metadata))
+            results.append(measure(name, metric, example_scores, protocol=protocol + about, **fields))
     return results
+
+
+class _ScoredTargets:
+    """Scores of targets, collected split by split.
+
+    Attributes:
+        rows: For each split, one array per target: (explained x method, 2 + thresholds) pointing, energy and IoU at
+            each threshold.
+        images: For each split, the name of each target's image.
+        areas: Share of the image that each test target covers.
+        digest: Hash of all targets.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[np.ndarray]] = {}
+        self.images: dict[str, list[str]] = {}
+        self.areas: list[float] = []
+        self.digest = hashlib.sha256()
+
+    def add(self, split: str, target: Target, rows: np.ndarray) -> None:
+        """Add the scores of one target."""
+        images = self.images.setdefault(split, [])
+        self.rows.setdefault(split, []).append(rows)
+        images.append(target.image_name or f"{len(images):08}")
+        if split == "test":
+            self.areas.append(float(target.mask.mean()))
+        texts = (split, target.image_name, target.pair.question, target.pair.chosen, target.pair.rejected)
+        self.digest.update("\0".join(texts).encode() + np.packbits(target.mask).tobytes())
+
+
+@dataclass(frozen=True)
+class LabelFiles:
+    """Labels of a folder of images, as `read_annotated_images` takes them.
+
+    Args:
+        boxes: Folder of YOLO label files, or a COCO JSON file.
+        masks: Folder of id masks.
+        names: YAML file with the names of ids; found beside the labels by default.
+        ignore: Ids of masks that are no class.
+        on_bad_row: Whether a bad image or label raises an error, or the image is skipped and reported.
+    """
+
+    boxes: Path | None = None
+    masks: Path | None = None
+    names: Path | None = None
+    ignore: Sequence[int] = (255,)
+    on_bad_row: OnBadRow = OnBadRow.STOP
 
 
 def localize_folder(
     checkpoint: Path,
     folder: Path,
-    boxes: Path | None = None,
-    masks: Path | None = None,
-    names: Path | None = None,
-    ignore: Sequence[int] = (255,),
+    labels: LabelFiles = LabelFiles(),
     explains: Sequence[str] = ("answer",),
     reference: Path | None = None,
     wording: Wording = Wording(),
     limit: int | None = None,
     seed: int = 0,
-    on_bad_row: str = "stop",
     name: str | None = None,
     random_vision: bool = False,
 ) -> tuple[list[ProbeResult], list[str]]:
-    """Localise an MLLM's maps on a folder of photos with boxes, polygons or id masks.
+    """Score the maps of an MLLM on a folder of images with boxes, polygons or id masks.
 
-    A target is a class of a photo, the union of its instances. A quarter of the photos, drawn by the seed, chooses the
-    thresholds; the others are scored. A mask goes the photo's way through the processor, resized or cropped.
+    A target is a class in an image: the union of its instances. A quarter of the images, drawn by the seed, is used to
+    choose the thresholds; the others are scored. The processor resizes or crops a mask in the same way as its image.
 
     Args:
-        checkpoint: folder of the MLLM.
-        folder: of photos; with boxes, masks, names, ignore and on_bad_row as `read_annotated_images` takes them.
-        explains: of answer, sft, dpo.
-        reference: folder of the parent, for dpo.
-        wording: of question and answers.
-        limit: how many photos, drawn by the seed; all by default.
-        seed: of the split, the bootstrap and random weights.
-        name: of the encoder in the results; the checkpoint's by default.
-        random_vision: give the vision tower random weights first, the floor that trained ones are held against.
+        checkpoint: Folder of the MLLM.
+        folder: Folder of the images.
+        labels: Where the labels are, and what to do with bad ones.
+        explains: Quantities to explain: answer, sft, dpo.
+        reference: Folder of the parent, for dpo.
+        wording: Templates of the question and the answers.
+        limit: Number of images, drawn by the seed; all by default.
+        seed: Seed of the split, the bootstrap and random weights.
+        name: Name of the encoder in the results; the checkpoint's name by default.
+        random_vision: Whether to give the vision tower random weights first. Such results are the floor that trained
+            weights are compared with.
 
     Returns:
-        The results, and a sentence for each photo or target that was left out.
+        The results, and one error message for each image or target that was left out.
 
     Raises:
-        DataError: photos or labels are bad; the sentence names file and line.
-        ProbeError: there are too few photos, or something unknown is to be explained.
+        DataError: Images or labels are bad; the message names the file and the line.
+        ProbeError: There are too few images, or an unknown quantity is to be explained.
     """
     unknown = [e for e in explains if e not in EXPLAINS]
     if unknown or not explains:
-        raise ProbeError(f"explain is {','.join(explains)!r}: it is some of {', '.join(EXPLAINS)}.")
+        raise ProbeError(f"explain is {','.join(explains)!r}: give one or more of {', '.join(EXPLAINS)}.")
     if "dpo" in explains and reference is None:
         raise ProbeError("the dpo loss compares two answers under two models: give --reference.")
-    wording.pair("thing")
-    photos, left_out = read_annotated_images(folder, boxes, masks, names, ignore, on_bad_row)
-    order = np.random.default_rng(seed).permutation(len(photos))[:limit]
-    if len(order) < FEWEST_PHOTOS:
-        raise ProbeError(f"{folder}: {len(order)} photo(s) with labels; give at least {FEWEST_PHOTOS}.")
-    drawn = [photos[i] for i in order]
+    wording.pair("object")  # raises for a bad template before anything is loaded
+    on_bad_row = OnBadRow.parse(labels.on_bad_row)
+    images, left_out = read_annotated_images(
+        folder, labels.boxes, labels.masks, labels.names, labels.ignore, on_bad_row
+    )
+    order = np.random.default_rng(seed).permutation(len(images))[:limit]
+    if len(order) < FEWEST_IMAGES:
+        raise ProbeError(f"{folder}: {len(order)} image(s) with labels; give at least {FEWEST_IMAGES}.")
+    drawn = [images[i] for i in order]
     model, processor = load_mllm(checkpoint)
     parent = None if reference is None else load_mllm(reference)[0].eval()
     if random_vision:
         randomise_vision(model, seed)
-    metadata = {
+    conditions = {
         "feature_layer": model.config.vision_feature_layer,
         "encoder": name or checkpoint.absolute().name,
         "encoder_sha256": state_sha256(model.model.vision_tower),
         "partner": "/".join(checkpoint.absolute().parts[-2:]),
     }
-    held = len(drawn) // 4
-    parts = {
-        "validation": photo_targets(drawn[:held], processor, wording, left_out),
-        "test": photo_targets(drawn[held:], processor, wording, left_out),
+    quarter = len(drawn) // 4
+    targets = {
+        "validation": image_targets(drawn[:quarter], processor, wording, left_out),
+        "test": image_targets(drawn[quarter:], processor, wording, left_out),
     }
-    about = f"{'masks' if masks else 'boxes'}, {wording.question!r}, {held} photos for validation"
+    about = f"{'masks' if labels.masks else 'boxes'}, {wording.question!r}, {quarter} images for validation"
     task = folder.absolute().name
-    found = [e for e in EXPLAINS if e in explains]
-    return localize(model.eval(), processor, parent, parts, metadata, seed, task, found, about), left_out
+    ordered = [e for e in EXPLAINS if e in explains]
+    return localize(model.eval(), processor, parent, targets, conditions, seed, task, ordered, about), left_out
 
 
-def photo_targets(
-    photos: Sequence[AnnotatedImage], processor: LlavaProcessor, wording: Wording, left_out: list[str]
+def image_targets(
+    images: Sequence[AnnotatedImage], processor: LlavaProcessor, wording: Wording, left_out: list[str]
 ) -> Iterator[Target]:
-    """A target for each class of each photo, its mask as the encoder sees it.
+    """Yield a target for each class of each image, with its mask as the encoder sees it.
 
     Args:
-        photos: read as they are reached.
-        processor: of the MLLM.
-        wording: of question and answers.
-        left_out: gets a sentence for each target that is smaller than a pixel of what the encoder sees, or cropped.
+        images: Labelled images; each is read when it is reached.
+        processor: Processor of the MLLM.
+        wording: Templates of the question and the answers.
+        left_out: List that receives an error message for each target that is cropped away, or smaller than a pixel of
+            what the encoder sees.
     """
-    for photo in photos:
-        image = open_image(photo.file, photo.name)
-        for name, region in sorted(photo.regions.items()):
+    for labelled in images:
+        image = open_image(labelled.file, labelled.name)
+        for name, region in sorted(labelled.regions.items()):
             mask = seen_mask(processor, region())
             if not mask.any():
-                left_out.append(f"{photo.name}: {name} is smaller than a pixel of what the encoder sees, or outside.")
+                left_out.append(
+                    f"{labelled.name}: {name} is smaller than a pixel of what the encoder sees, or outside."
+                )
                 continue
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
             box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-            yield Target(wording.pair(name), RenderedScene(image, mask[None], box[None]), photo.name)
+            yield Target(wording.pair(name), RenderedScene(image, mask[None], box[None]), labelled.name)
 
 
 def overlaps(heat: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """IoU of a target with a map above each of THRESHOLDS of its peak: (thresholds,).
+    """Compute the IoU of a target with a map above each of THRESHOLDS of its peak: (thresholds,).
 
-    A map that is zero everywhere overlaps with nothing.
+    A map that is zero everywhere has no overlap.
     """
     if heat.max() <= 0:
         return np.zeros(len(THRESHOLDS))
@@ -275,16 +332,16 @@ def _scores(
     target: Target,
     explain: Explain,
 ) -> list[list[float]]:
-    """Pointing, energy and IoU at each threshold, of each method's map."""
+    """Score the map of each method: pointing, energy, and IoU at each threshold."""
     pair, mask = target.pair, target.mask
-    made = gradient_map(
-        model, processor, target.picture.image, pair.question, pair.chosen, explain, pair.rejected, reference
+    explanation = gradient_map(
+        model, processor, target.rendered.image, pair.question, pair.chosen, explain, pair.rejected, reference
     )
-    heats = [enlarge(made.maps[method], len(mask)) for method in METHODS]
+    heats = [enlarge(explanation.maps[method], len(mask)) for method in METHODS]
     return [[points_at(h, mask), energy_inside(h, mask), *overlaps(h, mask)] for h in heats]
 
 
 def _by_image(scores: np.ndarray, images: Sequence[str]) -> np.ndarray:
-    """Sum and number of the scores of each image, in order of their names: (images, 2)."""
-    _, place = np.unique(images, return_inverse=True)
-    return np.stack([np.bincount(place, scores), np.bincount(place)], axis=1)
+    """Sum and count the scores of each image, in order of the images' names: (images, 2)."""
+    _, positions = np.unique(images, return_inverse=True)
+    return np.stack([np.bincount(positions, scores), np.bincount(positions)], axis=1)

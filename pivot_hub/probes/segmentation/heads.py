@@ -1,4 +1,4 @@
-"""Heads on frozen patch tokens, fitted at pixels while the tokens stream from disk."""
+"""Segmentation heads on frozen patch tokens, fitted on pixel labels while the tokens stream from disk."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch.nn import functional
 from pivot_hub.errors import ProbeError
 
 KINDS = ("linear", "mlp")
-RATES = (3e-4, 3e-3, 3e-2)
+LEARNING_RATES = (3e-4, 3e-3, 3e-2)
 DECAYS = (1e-2, 1.0)
-BATCH = 16  # images of a step
-MIN_STEPS, EPOCHS = 1000, 10  # whichever is more
-LABEL_STRIDE = 4  # pixels of the encoder's image for one label that is fitted
-CLASS_BLOCK = 16  # classes whose logits are upsampled at once
-BLOCK = 16  # images whose tokens are in memory at once
+BATCH = 16  # images per step
+MIN_STEPS, EPOCHS = 1000, 10  # whichever gives more steps
+LABEL_STRIDE = 4  # pixels of the encoder's image per fitted label
+CLASS_BLOCK = 16  # classes whose logits are upsampled together
+BLOCK = 16  # images whose tokens are in memory together
 
 
 class Rows(Protocol):
-    """An array on disk or in memory whose first axis is images, as np.memmap."""
+    """An array on disk or in memory whose first axis is images, such as np.memmap."""
 
     def __len__(self) -> int: ...
 
@@ -35,32 +35,32 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a head is fitted.
+    """Settings of one head.
 
     Args:
-        kind: linear, or mlp, the 2-layer head.
-        rate: AdamW's peak learning rate.
-        decay: its weight decay.
+        kind: `linear`, or `mlp` for the 2-layer head.
+        learning_rate: Peak learning rate of AdamW.
+        decay: Weight decay of AdamW.
     """
 
     kind: str
-    rate: float
+    learning_rate: float
     decay: float
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean and spread (D,) of each channel over the tokens of the train part."""
+    """Mean (D,) and standard deviation (D,) of each channel over the tokens of the train part."""
 
     mean: np.ndarray
     spread: np.ndarray
 
 
 class Head(nn.Module):
-    """Logits of each patch: a linear map of its token, or two with a GELU between them, as wide as the token.
+    """Segmentation head: one linear layer on each patch token, or two of the token's width with a GELU between them.
 
-    The 2-layer head is that of the MLLM's projector. DINOv2's heads begin with batch norm; tokens here are scaled by
-    the train part's statistics instead, which gives the same to every batch, in any order.
+    The 2-layer head has the shape of the MLLM's projector. DINOv2's heads begin with batch norm. Here tokens are scaled
+    by the statistics of the train part instead, which do not depend on the batch.
     """
 
     mean: torch.Tensor
@@ -81,36 +81,36 @@ class Head(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, H*W, D) to (B, classes, H, W), of the classes that were fitted."""
+        """Compute the logits of the fitted classes: (B, H*W, D) -> (B, classes, H, W)."""
         side = math.isqrt(tokens.shape[1])
         logits: torch.Tensor = self.layers((tokens - self.mean) / self.spread)
         return logits.transpose(1, 2).unflatten(2, (side, side))
 
     @torch.no_grad()
     def predict(self, tokens: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Class ids (B, *size) of images by their tokens (B, H*W, D), logits upsampled bilinearly."""
+        """Predict class ids (B, *size) from tokens (B, H*W, D), with logits upsampled bilinearly."""
         grid = self(torch.from_numpy(tokens).to(self.mean.device))
-        best, pick = grid.new_full((len(grid), *size), -torch.inf), torch.zeros(len(grid), *size, dtype=torch.long)
-        pick = pick.to(grid.device)
-        # Some classes at a time: all logits of a large photograph would take gigabytes.
+        best = grid.new_full((len(grid), *size), -torch.inf)
+        best_class = torch.zeros(len(grid), *size, dtype=torch.long, device=grid.device)
+        # A few classes at a time, because all logits of a large image would take gigabytes.
         for start in range(0, grid.shape[1], CLASS_BLOCK):
-            some = functional.interpolate(grid[:, start : start + CLASS_BLOCK], size=size, mode="bilinear")
-            top, where = some.max(1)
-            pick = torch.where(top > best, where + start, pick)
+            logits = functional.interpolate(grid[:, start : start + CLASS_BLOCK], size=size, mode="bilinear")
+            top, where = logits.max(1)
+            best_class = torch.where(top > best, where + start, best_class)
             best = torch.maximum(top, best)
-        predicted: np.ndarray = self.ids[pick].cpu().numpy()
+        predicted: np.ndarray = self.ids[best_class].cpu().numpy()
         return predicted
 
 
 def scale_of(tokens: Rows, rows: Sequence[int]) -> Scale:
-    """Mean and spread of channels over images, a block of them in memory at a time."""
-    shift = _flat(tokens, rows[:1]).mean(0)  # near the mean, so that the difference of squares keeps its digits
+    """Compute the mean and standard deviation of channels over images, with one block of them in memory at a time."""
+    shift = _flat(tokens, rows[:1]).mean(0)  # near the mean, so that the difference of squares keeps its precision
     count, total, squares = 0, np.zeros_like(shift), np.zeros_like(shift)
     for start in range(0, len(rows), BLOCK):
-        off = _flat(tokens, rows[start : start + BLOCK]) - shift
-        count += len(off)
-        total += off.sum(0)
-        squares += (off**2).sum(0)
+        shifted = _flat(tokens, rows[start : start + BLOCK]) - shift
+        count += len(shifted)
+        total += shifted.sum(0)
+        squares += (shifted**2).sum(0)
     mean = total / count
     return Scale(shift + mean, np.sqrt(np.maximum(squares / count - mean**2, 0)) + 1e-8)
 
@@ -126,93 +126,104 @@ def fit_heads(
     steps: int | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Head]:
-    """Fit a head for each setting, all on the same batches, so that tokens are read once for all of them.
+    """Fit one head for each setting, all on the same batches, so that tokens are read once for all heads.
 
-    Cross-entropy between bilinearly upsampled logits and labels, pixels of label -1 left out; AdamW, warm-up of a
-    tenth, then a cosine to zero.
+    The loss is the cross-entropy between bilinearly upsampled logits and labels, without pixels labelled -1. The
+    optimiser is AdamW, with a warm-up over a tenth of the steps and a cosine decay to zero.
 
     Args:
-        settings: of the heads.
-        tokens: (N, H*W, D) float32.
+        settings: Settings of the heads.
+        tokens: (N, H*W, D) float32 patch tokens.
         labels: (N, side, side) class ids, -1 where ignored.
-        rows: images that are fitted on.
-        scale: of the tokens.
-        seed: of the 2-layer head's start and of the order of images.
-        device: to fit on; deterministic on a CPU.
-        steps: of BATCH images; by default MIN_STEPS, or EPOCHS passes where that is more.
-        say: told how far it is, every ten seconds.
+        rows: Images to fit on.
+        scale: Mean and standard deviation of the tokens.
+        seed: Seed of the 2-layer head's initial weights and of the order of images.
+        device: Device to fit on; fits are deterministic on a CPU.
+        steps: Number of steps of BATCH images; by default MIN_STEPS or EPOCHS passes, whichever is more.
+        log: Function that receives a progress message every ten seconds.
 
     Raises:
-        ProbeError: the labels are all of one class, or none counts.
+        ProbeError: All labels belong to one class, or all are ignored.
     """
-    ids = _seen(labels, rows)
+    ids = _present_ids(labels, rows)
     if len(ids) < 2:
-        found = f"only class {ids[0]}" if len(ids) else "no class"
-        raise ProbeError(f"the masks that are fitted hold {found}; a probe needs at least two that are not ignored.")
+        content = f"only class {ids[0]}" if len(ids) else "no class"
+        raise ProbeError(f"the masks that are fitted hold {content}; a probe needs at least two that are not ignored.")
     index = np.full(int(ids.max()) + 1, -1)
     index[ids] = np.arange(len(ids))
     heads = [Head(s.kind, scale, ids, seed).to(device) for s in settings]
-    groups = [
-        {"params": list(head.parameters()), "lr": s.rate, "weight_decay": s.decay}
-        for head, s in zip(heads, settings, strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups)
     steps = steps or max(MIN_STEPS, EPOCHS * math.ceil(len(rows) / BATCH))
-    warm = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda t: (t + 1) / warm if t < warm else (1 + math.cos(math.pi * (t - warm) / max(1, steps - warm))) / 2,
-    )
+    optimizer, schedule = _optimizer(heads, settings, steps)
     rng, queue = np.random.default_rng(seed), np.zeros(0, np.int64)
-    began = said = time.monotonic()
+    started = logged = time.monotonic()
     for step in range(1, steps + 1):
         while len(queue) < min(BATCH, len(rows)):
             queue = np.concatenate([queue, rng.permutation(np.asarray(rows))])
-        batch, queue = np.sort(queue[:BATCH]), queue[BATCH:]  # a disk reads in order
-        shown = torch.from_numpy(np.ascontiguousarray(tokens[batch])).to(device)
-        known = np.asarray(labels[batch])
-        truth = torch.from_numpy(np.where(known < 0, -1, index[known])).to(device)
+        batch, queue = np.sort(queue[:BATCH]), queue[BATCH:]  # sorted, because disks read in order
+        inputs = torch.from_numpy(np.ascontiguousarray(tokens[batch])).to(device)
+        batch_labels = np.asarray(labels[batch])
+        truth = torch.from_numpy(np.where(batch_labels < 0, -1, index[batch_labels])).to(device)
         counted = (truth >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         for head in heads:
-            logits = functional.interpolate(head(shown), size=truth.shape[1:], mode="bilinear")
+            logits = functional.interpolate(head(inputs), size=truth.shape[1:], mode="bilinear")
             (functional.cross_entropy(logits, truth, ignore_index=-1, reduction="sum") / counted).backward()
         optimizer.step()
         schedule.step()
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            rate = step / (said - began)
-            log(f"heads: step {step}/{steps}, {rate:.1f} steps/s, {(steps - step) / rate:.0f} s left")
+        if time.monotonic() - logged > 10:
+            logged = time.monotonic()
+            steps_per_s = step / (logged - started)
+            log(f"heads: step {step}/{steps}, {steps_per_s:.1f} steps/s, {(steps - step) / steps_per_s:.0f} s left")
     return [head.eval() for head in heads]
 
 
-def tally(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels hit, predicted and true of each id in one image: (3, classes); pixels whose truth is -1 count nowhere."""
+def _optimizer(
+    heads: Sequence[Head], settings: Sequence[Setting], steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Build AdamW with one parameter group for each head, and its warm-up and cosine schedule."""
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(head.parameters()), "lr": s.learning_rate, "weight_decay": s.decay}
+            for head, s in zip(heads, settings, strict=True)
+        ]
+    )
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: (
+            (t + 1) / warmup if t < warmup else (1 + math.cos(math.pi * (t - warmup) / max(1, steps - warmup))) / 2
+        ),
+    )
+    return optimizer, schedule
+
+
+def count_pixels(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """Count correct, predicted and true pixels of each class in one image, without pixels labelled -1: (3, classes)."""
     counted = truth >= 0
-    said, true = predicted[counted], truth[counted]
-    return np.stack([np.bincount(ids, minlength=classes) for ids in (true[said == true], said, true)])
+    kept, true = predicted[counted], truth[counted]
+    return np.stack([np.bincount(ids, minlength=classes) for ids in (true[kept == true], kept, true)])
 
 
-def label_tallies(head: Head, tokens: Rows, labels: Rows, rows: Sequence[int], classes: int) -> np.ndarray:
-    """Tallies (n, 3, classes) on labels as they are fitted: what a setting is chosen by."""
-    made = []
+def label_scores(head: Head, tokens: Rows, labels: Rows, rows: Sequence[int], classes: int) -> np.ndarray:
+    """Compute per-example scores (n, 3, classes) on the labels that heads are fitted on, to choose settings by."""
+    scores = []
     for start in range(0, len(rows), BLOCK):
-        some = np.asarray(rows[start : start + BLOCK])
-        truth = np.asarray(labels[some])
-        predicted = head.predict(np.ascontiguousarray(tokens[some]), (truth.shape[1], truth.shape[2]))
-        made += [tally(p, t, classes) for p, t in zip(predicted, truth, strict=True)]
-    return np.stack(made)
+        block = np.asarray(rows[start : start + BLOCK])
+        truth = np.asarray(labels[block])
+        predicted = head.predict(np.ascontiguousarray(tokens[block]), (truth.shape[1], truth.shape[2]))
+        scores += [count_pixels(p, t, classes) for p, t in zip(predicted, truth, strict=True)]
+    return np.stack(scores)
 
 
 def _flat(tokens: Rows, rows: Sequence[int]) -> np.ndarray:
-    """Tokens of images, one after the other: (n*H*W, D) float64."""
-    some = tokens[np.asarray(rows)].astype(np.float64)
-    return some.reshape(-1, some.shape[-1])
+    """Concatenate the tokens of images: (n*H*W, D) float64."""
+    values = tokens[np.asarray(rows)].astype(np.float64)
+    return values.reshape(-1, values.shape[-1])
 
 
-def _seen(labels: Rows, rows: Sequence[int]) -> np.ndarray:
-    """Ids that occur: a class without a label cannot be learnt, and has no output."""
-    found: set[int] = set()
+def _present_ids(labels: Rows, rows: Sequence[int]) -> np.ndarray:
+    """Return the ids that occur in labels; a class without a label cannot be learnt and has no output."""
+    ids: set[int] = set()
     for start in range(0, len(rows), BLOCK):
-        found |= set(np.unique(labels[np.asarray(rows[start : start + BLOCK])]).tolist())
-    return np.array(sorted(found - {-1}), np.int64)
+        ids |= set(np.unique(labels[np.asarray(rows[start : start + BLOCK])]).tolist())
+    return np.array(sorted(ids - {-1}), np.int64)

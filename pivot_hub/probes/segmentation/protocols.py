@@ -1,4 +1,4 @@
-"""Segmentation of real images: heads on frozen patch tokens, scored at the pixels of each image's own mask."""
+"""Segmentation of labelled images: heads on frozen patch tokens, scored at the pixels of each image's own mask."""
 
 from __future__ import annotations
 
@@ -17,32 +17,60 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.synthetic import Split
 from pivot_hub.encoder.encode import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
-from pivot_hub.probes.features import cached_values
+from pivot_hub.probes.features import EncodingOptions, cached_values
 from pivot_hub.probes.result import ProbeResult, measure, statistic_of
 from pivot_hub.probes.segmentation.heads import (
     DECAYS,
     KINDS,
     LABEL_STRIDE,
-    RATES,
+    LEARNING_RATES,
     Head,
     Rows,
     Setting,
+    count_pixels,
     fit_heads,
-    label_tallies,
+    label_scores,
     scale_of,
-    tally,
 )
-from pivot_hub.probes.segmentation.labelled_masks import MaskData, Pair, ids_within, open_masks
+from pivot_hub.probes.segmentation.labelled_masks import MaskData, MaskedImage, ids_within, open_masks
 
 METRICS = ("mean_iou", "pixel_accuracy", "mean_recall")
-ENCODE_BATCH = 16  # images of one forward pass
-Encode = Callable[[Sequence[Pair], int], Rows]  # images and their size in px to tokens (N, H*W, D)
-Say = Callable[[str], None]
+ENCODE_BATCH = 16  # images per forward pass
+Encode = Callable[[Sequence[MaskedImage], int], Rows]  # images and their size in px -> tokens (N, H*W, D)
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """Options of `segment_masks`.
+
+    Args:
+        ignore_ids: Ids that are never counted; by default those of the data.
+        classes: Number of ids, including ignored ones; by default the number that the data or `names` give, or that
+            the fitted masks contain.
+        names: Names of ids.
+        heads: Kinds of heads, from KINDS.
+        image_px: Sides of the encoder's input. Positions are interpolated for sizes other than the encoder's own. Heads
+            are fitted, chosen and reported for each size.
+        seed: Seed of the split, the heads and the bootstrap.
+        on_bad_row: Whether a file that cannot be used raises an error, or is skipped and reported.
+        steps: Number of steps of each fit, see `fit_heads`.
+    """
+
+    ignore_ids: Iterable[int] | None = None
+    classes: int | None = None
+    names: Mapping[int, str] | None = None
+    heads: Sequence[str] = KINDS
+    image_px: Sequence[int] | None = None
+    seed: int = 0
+    on_bad_row: OnBadRow | str = OnBadRow.STOP
+    steps: int | None = None
 
 
 def segment_folder(
@@ -50,24 +78,26 @@ def segment_folder(
     image_processor: Any,
     data: str | Path,
     *,
+    conditions: dict[str, Any],
     masks: str | Path | None = None,
-    seed: int = 0,
-    on_bad_row: str = "stop",
-    **options: Any,
+    options: SegmentationOptions = SegmentationOptions(),
+    encode: Encode | None = None,
+    log: Log = lambda line: None,
 ) -> tuple[list[ProbeResult], list[str]]:
-    """Probe on a folder, archive or Hub data set of images and id masks: `open_masks`, then `segment_masks`.
+    """Probe a folder, an archive or a Hub data set of images and id masks: `open_masks`, then `segment_masks`.
 
     Args:
-        model: the encoder.
-        image_processor: its own.
-        data: as for `open_masks`, with `masks`.
-        masks: where they lie apart from the images.
-        seed: of the split, the heads and the bootstrap.
-        on_bad_row: stop at a file that cannot be used, or skip it.
-        **options: as for `segment_masks`.
+        model: The encoder.
+        image_processor: Image processor of the encoder.
+        data: Folder, archive or Hub name, see `open_masks`.
+        conditions: Fields of the results: encoder, encoder_sha256, feature_layer.
+        masks: Folder or archive of the masks, if `data` contains only the images.
+        options: Options of the heads, the images and the data.
+        encode: Function that computes tokens, see `segment_masks`.
+        log: Function that receives progress messages.
     """
-    found = open_masks(data, masks, seed, on_bad_row)
-    return segment_masks(model, image_processor, found, seed=seed, on_bad_row=on_bad_row, **options)
+    opened = open_masks(data, masks, options.seed, options.on_bad_row)
+    return segment_masks(model, image_processor, opened, conditions=conditions, options=options, encode=encode, log=log)
 
 
 def segment_masks(
@@ -76,102 +106,70 @@ def segment_masks(
     data: MaskData,
     *,
     conditions: dict[str, Any],
-    ignore_ids: Iterable[int] | None = None,
-    classes: int | None = None,
-    names: Mapping[int, str] | None = None,
-    heads: Sequence[str] = KINDS,
-    image_px: Sequence[int] | None = None,
-    seed: int = 0,
-    on_bad_row: str = "stop",
+    options: SegmentationOptions = SegmentationOptions(),
     encode: Encode | None = None,
-    steps: int | None = None,
-    log: Say = lambda line: None,
+    log: Log = lambda line: None,
 ) -> tuple[list[ProbeResult], list[str]]:
-    """Fit heads on frozen patch tokens and score them on the part that is reported.
+    """Fit heads on frozen patch tokens and score them on the reported part.
 
-    Images are squashed to a square, whole: a crop, as some processors make, would leave masks without tokens. Heads are
-    fitted on train at a label for every LABEL_STRIDE pixels of that square; learning rate and decay are those with the
-    best mIoU on validation; then each head is fitted anew on both. Only then is the reported part opened; its logits
-    are upsampled to the mask's own size.
+    Whole images are resized to a square without keeping the aspect ratio, because a crop, as some processors make,
+    would leave parts of the masks without tokens. Heads are fitted on train with one label for every LABEL_STRIDE
+    pixels of that square. Learning rate and weight decay are those with the best mIoU on validation. Each head is then
+    fitted again on both splits. Only then is the reported part opened; its logits are upsampled to the size of each
+    mask.
 
     Args:
-        model: the encoder.
-        image_processor: its own; sizes are ours, all else its.
-        data: pairs in parts.
-        conditions: encoder, encoder_sha256, feature_layer of the results.
-        ignore_ids: ids that count nowhere; by default the data's.
-        classes: how many ids there are, ignored ones among them; by default as many as the data or `names` say, or as
-            the masks hold that are fitted.
-        names: of ids.
-        heads: of KINDS.
-        image_px: sides the encoder takes images at, by interpolated positions where they are not its own; each is
-            fitted, chosen and reported by itself.
-        seed: of the heads and the bootstrap.
-        on_bad_row: stop at a file that cannot be used, or skip it.
-        encode: gives the tokens of pairs at a size, as from a cache; by default they are made, on disk while in use.
-        steps: of each fit; see `fit_heads`.
-        say: told how far it is.
+        model: The encoder.
+        image_processor: Image processor of the encoder; all of its settings except sizes are used.
+        data: Masked images in their parts.
+        conditions: Fields of the results: encoder, encoder_sha256, feature_layer.
+        options: Options of the heads, the images and the data.
+        encode: Function that returns the tokens of images at a size, for example from a cache. By default the tokens
+            are computed and stay on disk while they are used.
+        log: Function that receives progress messages.
 
     Returns:
-        mIoU, pixel accuracy and mean recall of each head at each size; the tallies (n, 3, classes) are by id. And a
-        sentence for each file that was skipped.
+        mIoU, pixel accuracy and mean recall of each head at each size, whose per-example scores (n, 3, classes) are
+        ordered by id; and one error message for each file that was skipped.
 
     Raises:
-        ProbeError: the settings, or the data as a whole, allow no measurement.
-        DataError: a file cannot be used and `on_bad_row` says stop.
+        ProbeError: The settings are invalid, or the data as a whole cannot be measured.
+        DataError: A file cannot be used and `on_bad_row` is STOP.
     """
-    if odd := [h for h in heads if h not in KINDS] or (not heads and ["none"]):
-        raise ProbeError(f"head {odd[0]!r} is not known; give {' or '.join(KINDS)}, or both.")
-    if on_bad_row not in ("stop", "skip"):
-        raise ProbeError(f"on_bad_row is {on_bad_row!r}: it is stop or skip.")
-    sizes = _sizes(model, image_processor, image_px)
-    ignored = data.ignored if ignore_ids is None else frozenset(ignore_ids)
+    _check_heads(options.heads)
+    on_bad_row = OnBadRow.parse(options.on_bad_row)
+    sizes = _sizes(model, image_processor, options.image_px)
+    ignored = data.ignored if options.ignore_ids is None else frozenset(options.ignore_ids)
     skipped = list(data.unpaired)
-    fitted_on: tuple[Split, ...] = ("train", "validation")
-    parts = {split: _check(data, split, ignored, on_bad_row, skipped) for split in fitted_on}
-    pairs = [p for part in parts.values() for p in part.pairs]
-    named = max(names) + 1 if names else None
-    classes = classes or named or data.classes or 1 + max(part.highest for part in parts.values())
-    rows = range(len(parts["train"].pairs)), range(len(parts["train"].pairs), len(pairs))
+    fitted_splits: tuple[Split, ...] = ("train", "validation")
+    parts = {split: _check(data, split, ignored, on_bad_row, skipped) for split in fitted_splits}
+    images = [image for part in parts.values() for image in part.images]
+    train_count = len(parts["train"].images)
+    rows = range(train_count), range(train_count, len(images))
+    classes = _class_count(options, data, parts.values())
+    run = _Run(model, image_processor, options, classes, ignored, encode, log)
+    fits = {px: run.fit(images, rows, px) for px in sizes}
+    commonest = fits[sizes[-1]].commonest
 
-    def tokens_of(some: Sequence[Pair], px: int, folder: str) -> Rows:
-        return encode(some, px) if encode else encode_pairs(model, image_processor, some, px, folder, log)
-
-    fitted: dict[int, list[tuple[Setting, Head]]] = {}
-    durations: dict[int, float] = {}
-    commonest = 0
-    for px in sizes:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = tokens_of(pairs, px, scratch)
-            labels, counts = _labels(pairs, px, classes, ignored, scratch)
-            fitted[px] = _choose(heads, tokens, labels, rows, classes, seed, model.device, steps, log)
-            commonest = int(counts.argmax())
-            del tokens, labels
-        durations[px] = time.monotonic() - started
-
-    # From here on nothing is chosen: the part that is reported is opened for the first time.
+    # Every setting is chosen. Only now is the reported part opened.
     test = _check(data, "test", ignored, on_bad_row, skipped)
     digest = hashlib.sha256("".join([*(p.sha256 for p in parts.values()), test.sha256]).encode()).hexdigest()
     results: list[ProbeResult] = []
-    for px, chosen in fitted.items():
+    for px, fit in fits.items():
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
-            tokens = tokens_of(test.pairs, px, scratch)
-            example_scores = _score([head for _, head in chosen], tokens, test.pairs, classes, ignored)
-            del tokens
-        if not example_scores[0][:, 2].any():
+        head_scores = run.score(fit, test.images, px)
+        if not head_scores[0][:, 2].any():
             raise ProbeError(f"{data.name}: no pixel of {data.reported} counts; are its masks empty, or all ignored?")
-        duration = durations[px] + time.monotonic() - started
-        for (setting, _), tallied in zip(chosen, example_scores, strict=True):
+        duration = fit.duration_s + time.monotonic() - started
+        for (setting, _), scores in zip(fit.heads, head_scores, strict=True):
             for metric in METRICS:
                 results.append(
                     measure(
                         f"segmentation/{data.name}/{setting.kind}/{px}px",
                         metric,
-                        tallied,
-                        protocol=_protocol(setting, px, tokens_side(model, px), ignored, metric, tallied, commonest),
-                        seed=seed,
+                        scores,
+                        protocol=_protocol(setting, px, tokens_side(model, px), ignored, metric, scores, commonest),
+                        seed=options.seed,
                         duration_s=duration,
                         split=data.reported,
                         data_sha256=digest,
@@ -181,156 +179,227 @@ def segment_masks(
     return results, skipped
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """The heads fitted at one image size, the commonest class among their labels, and the time they took."""
+
+    heads: list[tuple[Setting, Head]]
+    commonest: int
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Fitting and scoring of heads at any image size, with everything that is the same for all sizes."""
+
+    model: FeatureModel
+    image_processor: Any
+    options: SegmentationOptions
+    classes: int
+    ignored: Iterable[int]
+    encode: Encode | None
+    log: Log
+
+    def fit(self, images: Sequence[MaskedImage], rows: tuple[Sequence[int], Sequence[int]], px: int) -> _Fit:
+        """Choose settings and fit heads on the train and validation rows of images."""
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+            tokens = self._tokens(images, px, scratch)
+            labels, counts = _labels(images, px, self.classes, self.ignored, scratch)
+            heads = _choose(self.options, tokens, labels, rows, self.classes, self.model.device, self.log)
+            del tokens, labels
+        return _Fit(heads, int(counts.argmax()), time.monotonic() - started)
+
+    def score(self, fit: _Fit, images: Sequence[MaskedImage], px: int) -> list[np.ndarray]:
+        """Compute the per-example scores (n, 3, classes) of each head."""
+        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+            tokens = self._tokens(images, px, scratch)
+            head_scores = _score([head for _, head in fit.heads], tokens, images, self.classes, self.ignored)
+            del tokens
+        return head_scores
+
+    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: str) -> Rows:
+        if self.encode:
+            return self.encode(images, px)
+        return encode_masked(self.model, self.image_processor, images, px, folder, self.log)
+
+
+def _check_heads(heads: Sequence[str]) -> None:
+    """Raise a ProbeError for no head or an unknown one."""
+    unknown = [kind for kind in heads if kind not in KINDS]
+    if not heads:
+        unknown = ["none"]
+    if unknown:
+        raise ProbeError(f"head {unknown[0]!r} is not known; give {' or '.join(KINDS)}, or both.")
+
+
+def _class_count(options: SegmentationOptions, data: MaskData, parts: Iterable[_Part]) -> int:
+    """Return the number of ids from the options, the names, the data or the masks, in this order."""
+    named = max(options.names) + 1 if options.names else None
+    return options.classes or named or data.classes or 1 + max(part.highest for part in parts)
+
+
 def per_class(example_scores: np.ndarray, names: Mapping[int, str] | None = None) -> list[dict[str, Any]]:
-    """What each class adds to the means: its id, name, true pixels, IoU and recall in percent.
+    """List the id, name, true pixels, IoU and recall of each class, in percent.
 
     Args:
-        tallies: (n, 3, classes) of a result.
-        names: of ids.
+        example_scores: (n, 3, classes) per-example scores of a result.
+        names: Names of ids.
 
     Returns:
-        One entry for each class that is in the masks or was predicted; recall is None where no pixel is of it.
+        One entry for each class that is in the masks or was predicted; recall is None if no pixel belongs to the class.
     """
-    hit, predicted, true = example_scores.sum(0, dtype=np.int64)
+    correct, predicted, true = example_scores.sum(0, dtype=np.int64)
     return [
         {
             "id": int(i),
             "name": (names or {}).get(int(i), str(i)),
             "pixels": int(true[i]),
-            "iou": round(100 * float(hit[i] / (true[i] + predicted[i] - hit[i])), 2),
-            "recall": round(100 * float(hit[i] / true[i]), 2) if true[i] else None,
+            "iou": round(100 * float(correct[i] / (true[i] + predicted[i] - correct[i])), 2),
+            "recall": round(100 * float(correct[i] / true[i]), 2) if true[i] else None,
         }
         for i in np.flatnonzero(true + predicted)
     ]
 
 
-def encode_pairs(
+def encode_masked(
     model: FeatureModel,
     image_processor: Any,
-    pairs: Sequence[Pair],
+    images: Sequence[MaskedImage],
     image_px: int,
     folder: str | Path,
-    log: Say = lambda line: None,
+    log: Log = lambda line: None,
 ) -> np.ndarray:
-    """Patch tokens of images squashed to a square: (N, H*W, D) float32, in a file that is mapped, not held.
+    """Compute the patch tokens of images resized to a square: (N, H*W, D) float32, memory-mapped from a file.
+
+    Args:
+        model: The encoder.
+        image_processor: Image processor of the encoder.
+        images: The images to encode.
+        image_px: Side of the square, in pixels.
+        folder: Folder that the file is written to.
+        log: Function that receives a progress message every ten seconds.
 
     Raises:
-        DataError: an image cannot be decoded.
-        ProbeError: features are not finite, or the folder's disk is too small for them.
+        DataError: An image cannot be decoded.
+        ProbeError: Features are not finite, or the disk of the folder is too small for them.
     """
-    file, made = Path(folder) / "tokens.npy", np.zeros(0)
-    began = said = time.monotonic()
-    for start in range(0, len(pairs), ENCODE_BATCH):
-        some = pairs[start : start + ENCODE_BATCH]
-        tokens = _tokens(model, image_processor, [p.open_image() for p in some], image_px)
-        if (bad := ~np.isfinite(tokens).all(axis=(1, 2))).any():
+    file, features = Path(folder) / "tokens.npy", np.zeros(0)
+    started = logged = time.monotonic()
+    for start in range(0, len(images), ENCODE_BATCH):
+        batch = images[start : start + ENCODE_BATCH]
+        tokens = _tokens(model, image_processor, [image.open_image() for image in batch], image_px)
+        bad = ~np.isfinite(tokens).all(axis=(1, 2))
+        if bad.any():
             raise ProbeError(
-                f"the encoder's features of {some[int(bad.argmax())].name} are not finite; check its weights, or run "
+                f"the encoder's features of {batch[int(bad.argmax())].name} are not finite; check its weights, or run "
                 "it in float32."
             )
         if not start:
-            needed = tokens[0].nbytes * len(pairs)
+            needed = tokens[0].nbytes * len(images)
             if needed > shutil.disk_usage(folder).free:
                 raise ProbeError(
-                    f"features of {len(pairs)} images at {image_px} px take {needed / 1e9:.1f} GB, more than is free "
+                    f"features of {len(images)} images at {image_px} px take {needed / 1e9:.1f} GB, more than is free "
                     "in the temporary folder; set TMPDIR to a larger disk."
                 )
-            made = np.lib.format.open_memmap(file, "w+", np.float32, (len(pairs), *tokens.shape[1:]))
-        made[start : start + len(some)] = tokens
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            done = start + len(some)
-            rate = done / (said - began)
-            left = (len(pairs) - done) / rate
-            log(f"features at {image_px} px: {done}/{len(pairs)} images, {rate:.1f}/s, {left:.0f} s left")
-    return made
+            features = np.lib.format.open_memmap(file, "w+", np.float32, (len(images), *tokens.shape[1:]))
+        features[start : start + len(batch)] = tokens
+        if time.monotonic() - logged > 10:
+            logged = time.monotonic()
+            done = start + len(batch)
+            per_s = done / (logged - started)
+            left = (len(images) - done) / per_s
+            log(f"features at {image_px} px: {done}/{len(images)} images, {per_s:.1f}/s, {left:.0f} s left")
+    return features
 
 
 def cached_encode(
     model: Any, image_processor: Any, metadata: dict[str, Any], cache: Path, progress: Progress
 ) -> Encode:
-    """Tokens that are kept on disk, for `segment_masks`: computed once, and a stopped run goes on.
+    """Return a function for `segment_masks` that caches tokens on disk, so that a stopped run resumes.
 
     Args:
-        model, image_processor: of the probe.
-        facts: encoder and encoder_sha256.
-        cache: folder of the tokens.
-        progress: called after every batch.
+        model: The encoder.
+        image_processor: Image processor of the encoder.
+        metadata: Name and hash of the encoder: encoder and encoder_sha256.
+        cache: Folder of the tokens.
+        progress: Function that is called after every batch.
     """
+    options = EncodingOptions(cache=cache, batch=ENCODE_BATCH, progress=progress)
 
-    def encode(pairs: Sequence[Pair], px: int) -> Rows:
-        sized = _AtSize(model, px), _Squashed(image_processor, px)
-        values, _, bad = cached_values(
-            *sized, _PairImages(pairs), metadata, tokens=True, cache=cache, batch=ENCODE_BATCH, progress=progress
+    def encode(images: Sequence[MaskedImage], px: int) -> Rows:
+        sized_model, sized_processor = _AtSize(model, px), _SquareProcessor(image_processor, px)
+        values, _, errors = cached_values(
+            sized_model, sized_processor, _NamedImages(images), metadata, tokens=True, options=options
         )
-        if bad:
-            raise DataError(bad[0])
+        if errors:
+            raise DataError(errors[0])
         return values
 
     return encode
 
 
 class _AtSize:
-    """An encoder that takes images of one size, by interpolated positions where that is not its own."""
+    """Encoder for images of one size, with interpolated positions if that is not the encoder's own size."""
 
     def __init__(self, model: Any, px: int) -> None:
-        known = model.config
-        self._model, self._options = model, {} if px == known.image_size else {"interpolate_pos_encoding": True}
+        config = model.config
+        self._model, self._options = model, {} if px == config.image_size else {"interpolate_pos_encoding": True}
         self.device, self.dtype = model.device, model.dtype
         self.config = SimpleNamespace(
-            image_size=px, patch_size=known.patch_size, hidden_size=known.hidden_size, pivot=known.pivot
+            image_size=px, patch_size=config.patch_size, hidden_size=config.hidden_size, pivot=config.pivot
         )
 
     def __call__(self, pixels: torch.Tensor) -> Any:
         return self._model(pixels, **self._options)
 
 
-class _Squashed:
-    """An image processor that takes whole images to a square of one size."""
+class _SquareProcessor:
+    """Image processor that resizes whole images to a square of one size, without keeping the aspect ratio."""
 
     def __init__(self, processor: Any, px: int) -> None:
         self._processor, self._px = processor, px
 
     def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> Any:
-        # Resized here, by the processor's filter, because processors differ in how they are told a size, and some crop.
+        # Resized here, with the processor's filter, because processors take sizes in different ways and some crop.
         squares = [image.resize((self._px, self._px), self._processor.resample) for image in images]
         return self._processor(images=squares, do_resize=False, do_center_crop=False, return_tensors=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self._processor.to_dict(), "squashed_px": self._px}
+        return {**self._processor.to_dict(), "squashed_px": self._px}  # a part of the cache key
 
 
 @dataclass(frozen=True)
-class _PairImages:
-    """The images of pairs, as features are made of."""
+class _NamedImages:
+    """The images without their masks, for `cached_values`."""
 
-    pairs: Sequence[Pair]
+    images: Sequence[MaskedImage]
 
     @cached_property
-    def names(self) -> Sequence[str]:  # asked for at every image
-        return [f"{i}: {pair.name}" for i, pair in enumerate(self.pairs)]
+    def names(self) -> Sequence[str]:  # cached, because it is read for every image
+        return [f"{i}: {image.name}" for i, image in enumerate(self.images)]
 
     def open(self, index: int) -> Image.Image:
-        return self.pairs[index].open_image()
+        return self.images[index].open_image()
 
     def stamp(self) -> str:
-        return hashlib.sha256(repr([pair.image.stamp() for pair in self.pairs]).encode()).hexdigest()
+        return hashlib.sha256(repr([image.image.stamp() for image in self.images]).encode()).hexdigest()
 
 
 def tokens_side(model: FeatureModel, image_px: int) -> int:
-    """Patches along a side of an image."""
+    """Return the number of patches along a side of an image."""
     return int(image_px // model.config.patch_size)
 
 
 @torch.no_grad()
 def _tokens(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image], px: int) -> np.ndarray:
-    pixels = _Squashed(image_processor, px)(images, "pt")["pixel_values"].to(model.device)
+    pixels = _SquareProcessor(image_processor, px)(images, "pt")["pixel_values"].to(model.device)
     tokens: np.ndarray = _AtSize(model, px)(pixels).last_hidden_state.float().cpu().numpy()
     return tokens
 
 
 def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | None) -> list[int]:
-    """Sides of images that the encoder takes, each tried on a blank image before any file is opened."""
+    """Return the requested image sides, after a forward pass of a blank image at each, before any file is opened."""
     if not hasattr(image_processor, "resample"):
         kind = type(image_processor).__name__
         raise ProbeError(f"{kind} crops images, which would leave masks without tokens; write the encoder as `vit`.")
@@ -342,9 +411,9 @@ def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | 
                 raise ValueError(f"its patch of {model.config.patch_size} px does not divide them")
             with torch.no_grad():
                 blank = torch.zeros(1, 3, px, px, device=model.device)
-                made = model(blank, **({} if px == own else {"interpolate_pos_encoding": True})).last_hidden_state
-            if made.shape[1] != tokens_side(model, px) ** 2:
-                raise ValueError(f"it gives {made.shape[1]} tokens for {tokens_side(model, px) ** 2} patches")
+                tokens = model(blank, **({} if px == own else {"interpolate_pos_encoding": True})).last_hidden_state
+            if tokens.shape[1] != tokens_side(model, px) ** 2:
+                raise ValueError(f"it gives {tokens.shape[1]} tokens for {tokens_side(model, px) ** 2} patches")
         except (ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ProbeError(f"the encoder takes no images of {px} px ({reason}); its own size is {own}.") from error
@@ -353,97 +422,101 @@ def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | 
 
 @dataclass(frozen=True)
 class _Part:
-    """Pairs that can be used, the highest id in their masks, and a hash of their names and ids."""
+    """The usable images of a part, the highest id in their masks, and a hash of their names and ids."""
 
-    pairs: list[Pair]
+    images: list[MaskedImage]
     highest: int
     sha256: str
 
 
-def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: str, skipped: list[str]) -> _Part:
-    """Open every image and mask of a part once."""
-    good, highest, made = [], -1, hashlib.sha256()
-    for pair in data.parts[split]:
+def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: OnBadRow, skipped: list[str]) -> _Part:
+    """Open every image and mask of a part once; messages about skipped ones are added to `skipped`."""
+    usable, highest, digest = [], -1, hashlib.sha256()
+    for masked in data.parts[split]:
         try:
-            image, ids = pair.open_image(), pair.open_ids()
+            image, ids = masked.open_image(), masked.open_ids()
             if image.size != ids.shape[::-1]:
                 raise DataError(
-                    f"mask {pair.mask} is {ids.shape[1]} x {ids.shape[0]} px, its image {image.width} x "
+                    f"mask {masked.mask} is {ids.shape[1]} x {ids.shape[0]} px, its image {image.width} x "
                     f"{image.height}; scale one to the other, a mask without blending ids."
                 )
         except DataError as error:
-            if on_bad_row == "stop":
+            if on_bad_row == OnBadRow.STOP:
                 raise
             skipped.append(str(error))
             continue
         counted = np.where(np.isin(ids, list(ignored)), -1, ids)
         highest = max(highest, int(counted.max()))
-        made.update(f"{pair.name} {ids.shape}\n".encode())
-        made.update(counted.astype("<i4").tobytes())
-        good.append(pair)
-    if not good:
-        raise ProbeError(f"{data.name}: no image of the {split} part can be used; mend the files that were skipped.")
-    return _Part(good, highest, made.hexdigest())
+        digest.update(f"{masked.name} {ids.shape}\n".encode())
+        digest.update(counted.astype("<i4").tobytes())
+        usable.append(masked)
+    if not usable:
+        raise ProbeError(f"{data.name}: no image of the {split} part can be used; fix the files that were skipped.")
+    return _Part(usable, highest, digest.hexdigest())
 
 
 def _labels(
-    pairs: Sequence[Pair], px: int, classes: int, ignored: Iterable[int], folder: str
+    images: Sequence[MaskedImage], px: int, classes: int, ignored: Iterable[int], folder: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids under the centres of a square grid, and how many there are of each.
+    """Sample class ids at the centres of a square grid, and count the labels of each class.
 
     Returns:
-        (N, side, side) int32 in a mapped file, -1 where ignored; (classes,).
+        (N, side, side) int32 labels, memory-mapped from a file, -1 where ignored; (classes,) counts.
     """
     side = px // LABEL_STRIDE
-    made = np.lib.format.open_memmap(Path(folder) / "labels.npy", "w+", np.int32, (len(pairs), side, side))
+    labels = np.lib.format.open_memmap(Path(folder) / "labels.npy", "w+", np.int32, (len(images), side, side))
     counts = np.zeros(classes, np.int64)
-    for i, pair in enumerate(pairs):
-        ids = ids_within(pair.open_ids(), classes, ignored, pair.name)
+    for i, image in enumerate(images):
+        ids = ids_within(image.open_ids(), classes, ignored, image.name)
         rows, columns = (((np.arange(side) + 0.5) * length / side).astype(int) for length in ids.shape)
-        made[i] = ids[np.ix_(rows, columns)]
-        counts += np.bincount(made[i][made[i] >= 0], minlength=classes)
-    return made, counts
+        labels[i] = ids[np.ix_(rows, columns)]
+        counts += np.bincount(labels[i][labels[i] >= 0], minlength=classes)
+    return labels, counts
 
 
 def _choose(
-    kinds: Sequence[str],
+    options: SegmentationOptions,
     tokens: Rows,
     labels: Rows,
     rows: tuple[Sequence[int], Sequence[int]],
     classes: int,
-    seed: int,
     device: torch.device,
-    steps: int | None,
-    log: Say,
+    log: Log,
 ) -> list[tuple[Setting, Head]]:
-    """The best setting of each kind on validation, and its head fitted on train and validation."""
+    """Choose the best setting of each kind of head on validation, and fit its head on train and validation."""
     train, validation = rows
-    candidates = [Setting(k, rate, decay) for k in kinds for rate in RATES for decay in DECAYS]
+    candidates = [
+        Setting(kind, learning_rate, decay)
+        for kind in options.heads
+        for learning_rate in LEARNING_RATES
+        for decay in DECAYS
+    ]
     scale = scale_of(tokens, train)
     log(f"heads: {len(candidates)} candidates on {len(train)} images")
-    made = fit_heads(candidates, tokens, labels, train, scale, seed, device, steps, log)
+    heads = fit_heads(candidates, tokens, labels, train, scale, options.seed, device, options.steps, log)
     score = {
-        setting: float(mean_iou(label_tallies(head, tokens, labels, validation, classes).sum(0)[None])[0])
-        for setting, head in zip(candidates, made, strict=True)
+        setting: float(mean_iou(label_scores(head, tokens, labels, validation, classes).sum(0)[None])[0])
+        for setting, head in zip(candidates, heads, strict=True)
     }
-    best = [max((s for s in candidates if s.kind == kind), key=lambda s: score[s]) for kind in kinds]
-    log("heads: chosen " + ", ".join(f"{s.kind} rate {s.rate:g}, decay {s.decay:g}" for s in best))
+    best = [max((s for s in candidates if s.kind == kind), key=lambda s: score[s]) for kind in options.heads]
+    log("heads: chosen " + ", ".join(f"{s.kind} learning rate {s.learning_rate:g}, decay {s.decay:g}" for s in best))
     both = [*train, *validation]
-    again = fit_heads(best, tokens, labels, both, scale_of(tokens, both), seed, device, steps, log)
-    return list(zip(best, again, strict=True))
+    refitted = fit_heads(best, tokens, labels, both, scale_of(tokens, both), options.seed, device, options.steps, log)
+    return list(zip(best, refitted, strict=True))
 
 
 def _score(
-    heads: Sequence[Head], tokens: Rows, pairs: Sequence[Pair], classes: int, ignored: Iterable[int]
+    heads: Sequence[Head], tokens: Rows, images: Sequence[MaskedImage], classes: int, ignored: Iterable[int]
 ) -> list[np.ndarray]:
-    """Tallies (n, 3, classes) of each head at the masks' own pixels."""
-    example_scores: list[list[np.ndarray]] = [[] for _ in heads]
-    for i, pair in enumerate(pairs):
-        truth = ids_within(pair.open_ids(), classes, ignored, pair.name)
-        shown = np.ascontiguousarray(tokens[np.array([i])])
-        for made, head in zip(example_scores, heads, strict=True):
-            made.append(tally(head.predict(shown, (truth.shape[0], truth.shape[1]))[0], truth, classes))
-    return [np.stack(made) for made in example_scores]
+    """Compute the per-example scores (n, 3, classes) of each head at the masks' own pixels."""
+    head_scores: list[list[np.ndarray]] = [[] for _ in heads]
+    for i, image in enumerate(images):
+        truth = ids_within(image.open_ids(), classes, ignored, image.name)
+        image_tokens = np.ascontiguousarray(tokens[np.array([i])])
+        for scores, head in zip(head_scores, heads, strict=True):
+            predicted = head.predict(image_tokens, (truth.shape[0], truth.shape[1]))[0]
+            scores.append(count_pixels(predicted, truth, classes))
+    return [np.stack(scores) for scores in head_scores]
 
 
 def _protocol(
@@ -455,14 +528,15 @@ def _protocol(
     example_scores: np.ndarray,
     commonest: int,
 ) -> str:
-    """How, in one line, with what naming one class everywhere would score: the class most of the fitted pixels are."""
-    hit, predicted, true = example_scores.sum(0, dtype=np.float64)
-    hit, predicted = np.zeros_like(hit), np.zeros_like(predicted)
-    hit[commonest], predicted[commonest] = true[commonest], true.sum()
-    alone = 100 * float(statistic_of(metric)(np.stack([hit, predicted, true])[None])[0])
+    """Describe the method in one line, with the score of predicting the commonest fitted class everywhere."""
+    true = example_scores.sum(0, dtype=np.float64)[2]
+    correct, predicted = np.zeros_like(true), np.zeros_like(true)
+    correct[commonest], predicted[commonest] = true[commonest], true.sum()
+    alone = 100 * float(statistic_of(metric)(np.stack([correct, predicted, true])[None])[0])
     head = "linear head" if setting.kind == "linear" else "2-layer head"
     left_out = f"; ids {', '.join(map(str, sorted(ignored)))} ignored" if ignored else ""
     return (
-        f"{head} on {side} x {side} patch tokens, images squashed to {px} px, logits upsampled to the mask; rate "
-        f"{setting.rate:g}, decay {setting.decay:g} by validation{left_out}; the commonest class alone {alone:.1f}"
+        f"{head} on {side} x {side} patch tokens, images resized to {px} x {px} px, logits upsampled to the mask; "
+        f"learning rate {setting.learning_rate:g}, decay {setting.decay:g} by validation{left_out}; "
+        f"the commonest class alone {alone:.1f}"
     )

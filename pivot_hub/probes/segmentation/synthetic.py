@@ -1,4 +1,4 @@
-"""Patch segmentation: a linear head on frozen patch tokens, scored on pixels."""
+"""Segmentation of the synthetic Shapes dataset: a linear head on frozen patch tokens, scored on pixels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pivot_hub.probes.features import standardised
 from pivot_hub.probes.result import ProbeResult, measure
 
 DECAYS = (1e-5, 1e-4, 1e-3)
-FIT_SCENES = 500  # of 64 patches each: more change the scores by less than their interval
+FIT_SCENES = 500  # with 64 patches each; more scenes change the scores by less than their interval
 CLASSES = ("background", *SHAPES)
 
 
-def class_masks(scenes: Sequence[Scene], pictures: Sequence[RenderedScene]) -> np.ndarray:
-    """Class id of each pixel: 0 background, then SHAPES in order. (N, image_px, image_px) int64."""
+def class_masks(scenes: Sequence[Scene], rendered: Sequence[RenderedScene]) -> np.ndarray:
+    """Return the class id of each pixel, 0 for background, then SHAPES in order: (N, image_px, image_px) int64."""
     masks = []
-    for scene, picture in zip(scenes, pictures, strict=True):
-        ids = np.zeros(picture.masks.shape[1:], np.int64)
-        for thing, mask in zip(scene.objects, picture.masks, strict=True):
-            ids[mask] = 1 + SHAPES.index(thing.shape)
+    for scene, image in zip(scenes, rendered, strict=True):
+        ids = np.zeros(image.masks.shape[1:], np.int64)
+        for scene_object, mask in zip(scene.objects, image.masks, strict=True):
+            ids[mask] = 1 + SHAPES.index(scene_object.shape)
         masks.append(ids)
     return np.stack(masks)
 
@@ -34,16 +34,17 @@ def class_masks(scenes: Sequence[Scene], pictures: Sequence[RenderedScene]) -> n
 def segment_patches(
     tokens: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], conditions: dict[str, Any], seed: int = 0
 ) -> list[ProbeResult]:
-    """Fit a linear head on patches, choose its decay on validation, score upsampled logits on test pixels.
+    """Fit a linear head on patches, choose its weight decay on validation, and score upsampled logits on test pixels.
 
     Args:
-        tokens: (N, H*W, D) of train, validation and test. Any other name is of scenes of another world, on which the
-            same head is tested: their task is `shapes/<name>/segmentation`.
+        tokens: (N, H*W, D) patch tokens of train, validation and test. Any other name belongs to scenes of another
+            dataset, on which the same head is tested. Their task is `shapes/<name>/segmentation`.
         masks: (N, image_px, image_px) class ids of the same images.
-        conditions: encoder, encoder_sha256, feature_layer of the results.
+        conditions: Fields of the results: encoder, encoder_sha256, feature_layer.
+        seed: Seed of the bootstrap.
 
     Returns:
-        mIoU, pixel accuracy and mean recall, intervals over test images.
+        mIoU, pixel accuracy and mean recall, with intervals over test images.
     """
     started = time.monotonic()
     fitted = tokens["train"][:FIT_SCENES]
@@ -52,12 +53,12 @@ def segment_patches(
     shares = _patch_shares(masks["train"][:FIT_SCENES], fitted.shape[1])
     heads = {decay: _fit(scale(flat), shares, decay) for decay in DECAYS}
 
-    def tallied(decay: float, part: str) -> np.ndarray:
+    def scores_of(decay: float, part: str) -> np.ndarray:
         return _example_scores(heads[decay], scaled[part], masks[part])
 
     scaled = {part: scale(t) for part, t in tokens.items() if part != "train"}
-    best = max(DECAYS, key=lambda d: mean_iou(tallied(d, "validation").sum(0)[None])[0])
-    scored = {part: tallied(best, part) for part in scaled if part != "validation"}
+    best = max(DECAYS, key=lambda d: mean_iou(scores_of(d, "validation").sum(0)[None])[0])
+    scored = {part: scores_of(best, part) for part in scaled if part != "validation"}
     duration = time.monotonic() - started
     return [
         measure(
@@ -75,7 +76,7 @@ def segment_patches(
 
 
 def _patch_shares(masks: np.ndarray, patches: int) -> np.ndarray:
-    """Share of each class in each patch: (N*patches, classes) float32, the soft label of a patch."""
+    """Compute the share of each class in each patch, the soft label of the patch: (N*patches, classes) float32."""
     n, px, _ = masks.shape
     side = round(patches**0.5)
     one_hot = np.eye(len(CLASSES), dtype=np.float32)[masks]
@@ -84,7 +85,7 @@ def _patch_shares(masks: np.ndarray, patches: int) -> np.ndarray:
 
 
 def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
-    """Multinomial logistic regression on soft labels by L-BFGS, from zero: no seed enters."""
+    """Fit a multinomial logistic regression on soft labels by L-BFGS, starting from zero, so that it needs no seed."""
     features, labels = torch.from_numpy(x).float(), torch.from_numpy(shares)
     head = nn.Linear(x.shape[1], shares.shape[1])
     nn.init.zeros_(head.weight)
@@ -103,15 +104,15 @@ def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:
 
 @torch.no_grad()
 def _example_scores(head: nn.Linear, tokens: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Pixels hit, predicted and true of each class in each image: (N, 3, classes)."""
+    """Count correct, predicted and true pixels of each class in each image: (N, 3, classes)."""
     n, patches, _ = tokens.shape
     side, k = round(patches**0.5), len(CLASSES)
-    made = []
+    scores = []
     parts = np.array_split(masks, range(64, n, 64))
     for logits, truth in zip(head(torch.from_numpy(tokens).float()).split(64), parts, strict=True):
         grid = logits.transpose(1, 2).unflatten(2, (side, side))
         size = truth.shape[1:]
         predicted = nn.functional.interpolate(grid, size=size, mode="bilinear").argmax(1).numpy()
         for p, t in zip(predicted, truth, strict=True):
-            made.append([np.bincount(ids, minlength=k) for ids in (t[p == t], p.ravel(), t.ravel())])
-    return np.array(made)
+            scores.append([np.bincount(ids, minlength=k) for ids in (t[p == t], p.ravel(), t.ravel())])
+    return np.array(scores)

@@ -1,15 +1,15 @@
-"""The paper's 16 VQA benchmarks as lmms-eval 0.7.3 runs them, and what each of their questions adds to the score.
+"""The paper's 16 VQA benchmarks as lmms-eval 0.7.3 runs them, and the per-example scores of each.
 
-A benchmark is one number in percent, and counts once in an average, whatever it is made of:
+Each benchmark gives one number in percent and counts once in an average, whatever it consists of:
 
-- MME's perception score is the sum over 10 categories of accuracy (of questions) and accuracy+ (of images with both
-  questions right), 2000 at most; in percent of these 2000.
-- OCRBench's score is the number of its 1000 questions that are right; in percent of them.
-- MMBench asks a question once for each turn of its options; it is right where all of them are.
-- MMVP's is the share of image pairs with both questions right.
-- SEED-Bench's is its image part: the others are videos.
-- ScienceQA's is that of its questions with an image.
-- CV-Bench's is the mean of 2D, itself that of ADE20K and COCO, and 3D, Omni3D.
+- MME: the perception score is the sum over 10 categories of accuracy (over questions) and accuracy+ (over images whose
+  two questions are both right). Its maximum is 2000, and it is reported in percent of 2000.
+- OCRBench: the number of right answers to its 1000 questions, in percent.
+- MMBench: each question is asked once for each rotation of its options, and is right if all of these answers are right.
+- MMVP: the share of image pairs whose two questions are both right.
+- SEED-Bench: its image part only, because the other parts are videos.
+- ScienceQA: its questions with an image only.
+- CV-Bench: the mean of 2D, which is itself the mean of ADE20K and COCO, and 3D, which is Omni3D.
 """
 
 from __future__ import annotations
@@ -25,34 +25,35 @@ GROUPS = ("General", "Knowledge", "OCR and chart", "Vision-centric")
 MME_PERCEPTION = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
 )
-# MMBench repeats a question with its options turned; the repetitions' numbers are this far apart.
+# MMBench repeats each question with its options rotated; the indices of repetitions differ by multiples of this.
 CIRCLE = 1_000_000
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a task's samples say.
+    """Scores of a task's samples.
 
     Args:
-        tallies: (n,) one value in 0 to 1 an item, or (n, parts, 2) values and counts of an item in the part it is of.
-        figure: what lmms-eval must have made of them.
+        example_scores: (n,) one value from 0 to 1 for each item, or (n, parts, 2) value and count of each item in the
+            part that it belongs to.
+        expected: Number that lmms-eval must have computed from these samples.
     """
 
     example_scores: np.ndarray
-    figure: float
+    expected: float
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One of the 16.
+    """One of the 16 benchmarks.
 
     Args:
-        group: of GROUPS.
-        task: lmms-eval's, or ours in `tasks/` where lmms-eval's needs a language model as judge.
-        split: that it is measured on.
-        key: lmms-eval's metric.
-        metric: what the result calls it.
-        read: how the items' scores come from the samples.
+        group: Group of the benchmark, from GROUPS.
+        task: Task of lmms-eval, or a task in `tasks/` if lmms-eval's own task needs a language model as judge.
+        split: Split that is measured.
+        key: Name of the metric in lmms-eval.
+        metric: Name of the metric in the result.
+        read: Function that computes the scores from the samples.
     """
 
     group: str
@@ -64,12 +65,8 @@ class Benchmark:
 
 
 def read_numbers(samples: Sequence[Sample], key: str) -> Scored:
-    """One number a question."""
+    """Read samples that have one number for each question."""
     return _mean(float(s[key]) for s in samples)
-
-
-def _field(name: str) -> Callable[[Sequence[Sample], str], Scored]:
-    return lambda samples, key: _mean(float(s[key][name]) for s in samples)
 
 
 def _mean(values: Iterable[float]) -> Scored:
@@ -83,15 +80,15 @@ def _of_1000(samples: Sequence[Sample], key: str) -> Scored:
 
 
 def _seed_image(samples: Sequence[Sample], key: str) -> Scored:
-    seen = [s[key] for s in samples if key in s]
-    return _mean(float(s["pred"].lower().strip() == s["answer"].lower().strip()) for s in seen)
+    items = [s[key] for s in samples if key in s]
+    return _mean(float(i["pred"].lower().strip() == i["answer"].lower().strip()) for i in items)
 
 
 def _mme(samples: Sequence[Sample], key: str) -> Scored:
     images: dict[tuple[str, str], list[float]] = {}
     for item in (s[key] for s in samples if key in s):
         images.setdefault((item["category"], str(item["question_id"])), []).append(item["score"])
-    # Accuracy and accuracy+ of an image, each half of its category's points.
+    # Accuracy and accuracy+ of an image each give half of the points of its category.
     values = [(sum(scores) / len(scores) + (sum(scores) == 2)) / 2 for scores in images.values()]
     example_scores = _in_parts(
         values, [[MME_PERCEPTION.index(category)] for category, _ in images], len(MME_PERCEPTION)
@@ -101,14 +98,14 @@ def _mme(samples: Sequence[Sample], key: str) -> Scored:
 
 
 def _cv_bench(samples: Sequence[Sample], key: str) -> Scored:
-    # Omni3D is two parts of four: half of the mean is 3D's.
+    # Omni3D counts as two parts of four, because 3D is half of the mean.
     parts = {"ADE20K": [0], "COCO": [1], "Omni3D": [2, 3]}
     values = [float(s[key]["is_correct"]) for s in samples]
     return Scored(_in_parts(values, [parts[s[key]["source"]] for s in samples], 4), float(np.mean(values)))
 
 
 def _in_parts(values: Sequence[float], parts: Sequence[Sequence[int]], count: int) -> np.ndarray:
-    """Tallies (n, count, 2) of values in the parts they belong to."""
+    """Build per-example scores (n, count, 2) from values and the parts they belong to."""
     example_scores = np.zeros((len(values), count, 2))
     for row, value, belongs in zip(example_scores, values, parts, strict=True):
         row[list(belongs)] = value, 1
@@ -120,11 +117,11 @@ def _mmbench(samples: Sequence[Sample], key: str) -> Scored:
 
 
 def repetitions(items: Iterable[Sample]) -> list[list[bool]]:
-    """For each question of MMBench, whether each of its repetitions is right."""
-    found: dict[int, list[bool]] = {}
+    """Return for each question of MMBench whether each of its repetitions is answered correctly."""
+    by_question: dict[int, list[bool]] = {}
     for item in items:
-        found.setdefault(item["index"] % CIRCLE, []).append(item["right"])
-    return list(found.values())
+        by_question.setdefault(item["index"] % CIRCLE, []).append(item["right"])
+    return list(by_question.values())
 
 
 def _mmvp(samples: Sequence[Sample], key: str) -> Scored:
@@ -139,14 +136,14 @@ def _mmmu(samples: Sequence[Sample], key: str) -> Scored:
 
 
 def _mmmu_right(item: Sample) -> bool:
-    """As MMMU's own eval_utils.py (eval_multi_choice, eval_open) on the answers that lmms-eval parsed."""
-    said = item["parsed_pred"][0]
+    """Judge an answer that lmms-eval parsed as MMMU's own eval_utils.py does (eval_multi_choice, eval_open)."""
+    parsed = item["parsed_pred"][0]
     right = item["answer"] if isinstance(item["answer"], list) else [item["answer"]]
     if item["question_type"] == "multiple-choice":
-        return said in right
-    wanted = [form for answer in right for form in _mmmu_forms(answer)]
-    texts = [form for form in wanted if isinstance(form, str)]
-    return any(any(t in s for t in texts) if isinstance(s, str) else s in wanted for s in said)
+        return parsed in right
+    accepted = [form for answer in right for form in _mmmu_forms(answer)]
+    texts = [form for form in accepted if isinstance(form, str)]
+    return any(any(t in p for t in texts) if isinstance(p, str) else p in accepted for p in parsed)
 
 
 def _mmmu_forms(answer: str) -> list[str | float]:

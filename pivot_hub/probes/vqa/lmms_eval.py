@@ -1,4 +1,4 @@
-"""The 16 VQA benchmarks for an MLLM: run lmms-eval task by task in its own environment, read, average."""
+"""The 16 VQA benchmarks of an MLLM: run lmms-eval task by task in its own environment, read and average its results."""
 
 from __future__ import annotations
 
@@ -29,28 +29,30 @@ from pivot_hub.probes.result import ProbeResult, measure, write_results
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS, GROUPS, Benchmark, Sample, read_numbers
 from pivot_hub.provenance import versions, weights_sha256
 
-# Tells the process of lmms-eval that its input is that of the process that waits for it.
+# Environment variable that tells the lmms-eval process to end when its standard input ends.
 WATCHED = "PIVOT_WATCHED"
-# Names the Python that has lmms-eval, where it is not the one that runs.
+# Environment variable that names the Python interpreter with lmms-eval, if it is not the running one.
 PYTHON = "PIVOT_LMMS_PYTHON"
 OVERALL = "All 16"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
-_JOB = "job.json"  # in a finished task's folder: what it was run on
+_JOB = "job.json"  # in the folder of a finished task; describes what it was run on
 _ASK_VERSIONS = (
     "import importlib.metadata as m, json, pivot_hub;"
-    "found = {n.replace('-', '_'): m.version(n) for n in ('lmms-eval', 'torch', 'transformers', 'datasets')};"
-    "print(json.dumps({**found, 'pivot_hub': pivot_hub.__version__}))"
+    "names = ('lmms-eval', 'torch', 'transformers', 'datasets');"
+    "versions = {n.replace('-', '_'): m.version(n) for n in names};"
+    "print(json.dumps({**versions, 'pivot_hub': pivot_hub.__version__}))"
 )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of an MLLM on the benchmarks.
+    """Results of an MLLM on the benchmarks.
 
     Args:
-        results: of the tasks that were asked for.
-        averages: of each group, and of all, that is finished.
-        refused: of each other of which a benchmark was run, and of all, a sentence that says why there is none.
+        results: Results of the requested tasks.
+        averages: Averages of every group, and of all 16, whose benchmarks are all finished.
+        refused: One message for each other group of which a benchmark was run, and for all 16, that says why there is
+            no average.
     """
 
     results: list[ProbeResult]
@@ -64,8 +66,8 @@ class Evaluation:
         for r in [*self.results, *self.averages]:
             name = r.task.removeprefix("vqa/")
             group = BENCHMARKS[name].group if name in BENCHMARKS else ""
-            shown = f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]"
-            table.add_row(name, group, r.metric, shown, str(r.n))
+            value = f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]"
+            table.add_row(name, group, r.metric, value, str(r.n))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,75 +89,97 @@ def evaluate_vqa(
     python: str | Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Run benchmarks through lmms-eval, each alone; those that are finished in the output are read, not run again.
+    """Run benchmarks through lmms-eval, one task at a time; tasks that are finished in the output are read instead.
 
     Args:
-        mllm: folder of a finished stage.
-        output: folder with a folder for each finished task, and `results.json` over those of this call.
-        tasks: names of BENCHMARKS, or of other tasks of lmms-eval; the 16 by default.
-        limit: questions of each task, for a trial: such results are never averaged.
-        batch: questions of one pass.
-        dtype: the MLLM computes in.
-        include: folder with lmms-eval task files of one's own.
-        python: that has lmms-eval; by default that of $PIVOT_LMMS_PYTHON, else this one.
-        say: called with a line before each task.
+        mllm: Folder of a finished stage.
+        output: Folder that receives one folder for each finished task, and `results.json` with the results of this
+            call.
+        tasks: Names from BENCHMARKS, or of other tasks of lmms-eval; the 16 benchmarks by default.
+        limit: Number of questions of each task, for a trial. Such results are never averaged.
+        batch: Number of questions in one forward pass.
+        dtype: Type that the MLLM computes in.
+        include: Folder with your own lmms-eval task files.
+        python: Python interpreter that has lmms-eval; by default the one in $PIVOT_LMMS_PYTHON, else this one.
+        log: Function that receives a line before each task.
 
     Raises:
-        CheckpointError: the folder holds no MLLM.
-        ProbeError: there is no lmms-eval, a task fails, or the output is another MLLM's.
+        CheckpointError: The folder holds no MLLM.
+        ProbeError: lmms-eval is not installed, a task fails, or the output holds results of another MLLM.
     """
     source, target = Path(mllm), Path(output)
     mllm_config(source)
-    if dtype not in DTYPES:
-        raise ProbeError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
-    if limit is not None and limit < 1:
-        raise ProbeError(f"a limit of {limit} questions leaves none; give 1 or more, or leave it out for all.")
     names = list(tasks or BENCHMARKS)
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ProbeError(f"{name!r} is no task; give names as in --tasks gqa,mmvp.")
-    if set(str(source.resolve())) & set(",="):
-        raise ProbeError(f"{source}: lmms-eval splits its arguments at commas and equals signs; rename the folder.")
+    _check_options(source, names, dtype, limit)
     program = Path(python or os.environ.get(PYTHON) or sys.executable)
     software = lmms_versions(program)
     base = {"mllm_sha256": weights_sha256(source), "dtype": dtype, "lmms_eval": software["lmms_eval"]}
     metadata = {**tower_metadata(source), "partner": source.resolve().name}
-    found: dict[str, list[ProbeResult]] = {}
+    by_task: dict[str, list[ProbeResult]] = {}
     for number, name in enumerate(names):
         job = {**base, "task": _task(name), "limit": limit, "files_sha256": _files_sha256(name, include)}
         folder = target / name
-        earlier = _job(folder)
-        if folder.exists() and not earlier:
-            raise ProbeError(f"{folder} is there and is no result of this command; choose another --output.")
-        if earlier and earlier["mllm_sha256"] != job["mllm_sha256"]:
-            raise ProbeError(f"{folder} holds the result of another MLLM; choose another --output.")
-        if earlier and earlier.items() >= job.items():
+        if _is_finished(folder, job):
             log(f"{name}: finished before")
         else:
             log_file = target / f"{name}.log"
             log(f"{name}: task {number + 1} of {len(names)}, {limit or 'all'} questions; log: {log_file}")
             _run(program, source, folder, {**job, "versions": software}, batch, include, log_file)
-        found[name] = read_task(folder, name, metadata)
-    run = [name for name in BENCHMARKS if _job(target / name).items() >= base.items()]
-    done = {name: (found.get(name) or read_task(target / name, name, metadata))[0] for name in run}
-    limited = [name for name in run if _job(target / name)["limit"] is not None]
-    averages, refused = [], []
-    for group in (*GROUPS, OVERALL) if run else ():
-        if group == OVERALL or any(BENCHMARKS[name].group == group for name in run):
-            try:
-                averages.append(average(group, done, limited))
-            except ProbeError as error:
-                refused.append(str(error))
-    results = [result for some in found.values() for result in some]
+        by_task[name] = read_task(folder, name, metadata)
+    benchmarks = [name for name in BENCHMARKS if _job(target / name).items() >= base.items()]
+    done = {name: (by_task.get(name) or read_task(target / name, name, metadata))[0] for name in benchmarks}
+    limited = [name for name in benchmarks if _job(target / name)["limit"] is not None]
+    averages, refused = _averages(done, limited)
+    results = [result for task_results in by_task.values() for result in task_results]
     write_results(target / "results.json", [*results, *averages])
     return Evaluation(results, averages, refused)
 
 
-def lmms_versions(python: Path) -> dict[str, str]:
-    """Versions of lmms-eval and of what it computes with, in the environment of a Python.
+def _check_options(mllm: Path, names: Sequence[str], dtype: str, limit: int | None) -> None:
+    """Raise a ProbeError for options that cannot be used, before anything is run."""
+    if dtype not in DTYPES:
+        raise ProbeError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
+    if limit is not None and limit < 1:
+        raise ProbeError(f"a limit of {limit} questions leaves none; give 1 or more, or leave it out for all.")
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ProbeError(f"{name!r} is no task; give names as in --tasks gqa,mmvp.")
+    if set(str(mllm.resolve())) & set(",="):
+        raise ProbeError(f"{mllm}: lmms-eval splits its arguments at commas and equals signs; rename the folder.")
+
+
+def _is_finished(folder: Path, job: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds the finished results of a job.
 
     Raises:
-        ProbeError: it has no lmms-eval, or this package not in this version.
+        ProbeError: The folder holds other files, or the result of another MLLM.
+    """
+    earlier = _job(folder)
+    if folder.exists() and not earlier:
+        raise ProbeError(f"{folder} exists and is no result of this command; choose another --output.")
+    if earlier and earlier["mllm_sha256"] != job["mllm_sha256"]:
+        raise ProbeError(f"{folder} holds the result of another MLLM; choose another --output.")
+    return bool(earlier) and earlier.items() >= job.items()
+
+
+def _averages(done: Mapping[str, ProbeResult], limited: Sequence[str]) -> tuple[list[ProbeResult], list[str]]:
+    """Average each group of which a benchmark was run, and all 16; also return why there is no average of a group."""
+    averages: list[ProbeResult] = []
+    refused: list[str] = []
+    for group in (*GROUPS, OVERALL) if done else ():
+        if group == OVERALL or any(BENCHMARKS[name].group == group for name in done):
+            try:
+                averages.append(average(group, done, limited))
+            except ProbeError as error:
+                refused.append(str(error))
+    return averages, refused
+
+
+def lmms_versions(python: Path) -> dict[str, str]:
+    """Ask a Python interpreter for its versions of lmms-eval and of the packages that lmms-eval computes with.
+
+    Raises:
+        ProbeError: Its environment has no lmms-eval, or another version of this package.
     """
     remedy = (
         "make one with `python -m venv .lmms && .lmms/bin/pip install 'pivot-hub[eval]'` ('.[eval]' in a checkout) and "
@@ -168,23 +192,25 @@ def lmms_versions(python: Path) -> dict[str, str]:
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it failed"])[-1]
         raise ProbeError(f"{python} has no environment with lmms-eval ({reason}); {remedy}.")
-    found: dict[str, str] = json.loads(done.stdout)
-    if found["pivot_hub"] != __version__:
-        raise ProbeError(f"{python} has pivot_hub {found['pivot_hub']}, this is {__version__}; install it there too.")
-    return found
+    installed: dict[str, str] = json.loads(done.stdout)
+    if installed["pivot_hub"] != __version__:
+        raise ProbeError(
+            f"{python} has pivot_hub {installed['pivot_hub']}, this is {__version__}; install it there too."
+        )
+    return installed
 
 
 def tower_metadata(mllm: Path) -> dict[str, Any]:
-    """What a result says of the encoder inside an MLLM: its layer, and the hash of its weights by name and content."""
+    """Describe the encoder inside an MLLM by its feature layer and the hash of its weights' names and contents."""
     digest = hashlib.sha256()
     tensors: dict[str, tuple[Path, str]] = {}
     for file in mllm.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            named = (key for key in weights.keys() if "vision_tower." in key)  # noqa: SIM118
-            tensors |= {key.partition("vision_tower.")[2]: (file, key) for key in named}
+            keys = (key for key in weights.keys() if "vision_tower." in key)  # noqa: SIM118
+            tensors |= {key.partition("vision_tower.")[2]: (file, key) for key in keys}
     for name, (file, key) in sorted(tensors.items()):
         with safe_open(file, framework="pt") as weights:
-            tensor = weights.get_tensor(key).contiguous().view(-1).view(torch.uint8)  # numpy knows no bfloat16
+            tensor = weights.get_tensor(key).contiguous().view(-1).view(torch.uint8)  # numpy has no bfloat16
             digest.update(name.encode() + tensor.numpy().tobytes())
     layer = mllm_config(mllm).vision_feature_layer
     name = f"{mllm.resolve().name}/vision_tower"
@@ -192,32 +218,32 @@ def tower_metadata(mllm: Path) -> dict[str, Any]:
 
 
 def read_task(folder: Path, name: str, metadata: Mapping[str, Any]) -> list[ProbeResult]:
-    """The results of a finished task: one of a benchmark, one for each metric of another task.
+    """Read the results of a finished task: one for a benchmark, or one for each metric of another task.
 
     Args:
-        folder: of the task, as `evaluate_vqa` fills it.
-        name: of BENCHMARKS, or the task's.
-        facts: conditions of the results: encoder, encoder_sha256, feature_layer, partner.
+        folder: Folder of the task, as `evaluate_vqa` fills it.
+        name: Name of a benchmark from BENCHMARKS, or of another task.
+        metadata: Conditions of the results: encoder, encoder_sha256, feature_layer, partner.
 
     Raises:
-        ProbeError: there is nothing to measure, or the samples do not make the figure that lmms-eval gives.
+        ProbeError: There is nothing to measure, or the samples do not give the number that lmms-eval reports.
     """
     job = json.loads((folder / _JOB).read_text())
-    figures, samples = read_lmms(folder, job["task"])
+    reported, samples = read_lmms(folder, job["task"])
     benchmark = BENCHMARKS.get(name)
-    read = [benchmark] if benchmark else _plain_metrics(name, job["split"], figures, samples)
-    made = []
-    for b in read:
+    benchmarks = [benchmark] if benchmark else _plain_metrics(name, job["split"], reported, samples)
+    results = []
+    for b in benchmarks:
         scored = b.read(samples, b.key)
-        if b.key not in figures or not len(scored.example_scores):
+        if b.key not in reported or not len(scored.example_scores):
             raise ProbeError(f"{name}: none of its questions counts for {b.metric}; give a larger --limit, or none.")
-        if not np.isclose(scored.figure, figures[b.key], atol=1e-4):
+        if not np.isclose(scored.expected, reported[b.key], atol=1e-4):
             raise ProbeError(
-                f"{name}: lmms-eval gives {b.key} {figures[b.key]}, and its samples {scored.figure:.5f}; delete "
+                f"{name}: lmms-eval gives {b.key} {reported[b.key]}, and its samples {scored.expected:.5f}; delete "
                 f"{folder}, and run it with the lmms-eval of pivot-hub[eval]."
             )
         limited = "" if job["limit"] is None else f", the first {job['limit']} questions only"
-        made.append(
+        results.append(
             measure(
                 f"vqa/{name}",
                 b.metric,
@@ -231,69 +257,73 @@ def read_task(folder: Path, name: str, metadata: Mapping[str, Any]) -> list[Prob
                 **metadata,
             )
         )
-    return made
+    return results
 
 
 def read_lmms(folder: Path, task: str) -> tuple[dict[str, float], list[Sample]]:
-    """What lmms-eval wrote of one task: its figures by metric, and its samples in the data's order.
+    """Read what lmms-eval wrote for one task: its numbers by metric, and its samples in the order of the data.
 
     Raises:
-        ProbeError: the files of exactly this task are not there.
+        ProbeError: The files of exactly this task are not there.
     """
-    results = list(folder.rglob("*_results.json"))
-    logs = list(folder.rglob(f"*_samples_{task}.jsonl"))
-    if len(results) != 1 or len(logs) != 1:
-        raise ProbeError(f"{task}: lmms-eval wrote no result of it alone; name single tasks, not a group.")
-    said = json.loads(results[0].read_text(encoding="utf-8"))["results"][task]
-    figures = {key.split(",")[0]: v for key, v in said.items() if isinstance(v, int | float)}
-    samples = [json.loads(line) for line in logs[0].read_text(encoding="utf-8").splitlines()]
-    return figures, sorted(samples, key=lambda s: s["doc_id"])
+    result_files = list(folder.rglob("*_results.json"))
+    sample_files = list(folder.rglob(f"*_samples_{task}.jsonl"))
+    if len(result_files) != 1 or len(sample_files) != 1:
+        raise ProbeError(f"{task}: lmms-eval wrote no result of this task alone; name single tasks, not a group.")
+    task_results = json.loads(result_files[0].read_text(encoding="utf-8"))["results"][task]
+    reported = {key.split(",")[0]: v for key, v in task_results.items() if isinstance(v, int | float)}
+    samples = [json.loads(line) for line in sample_files[0].read_text(encoding="utf-8").splitlines()]
+    return reported, sorted(samples, key=lambda s: s["doc_id"])
 
 
 def average(group: str, results: Mapping[str, ProbeResult], limited: Sequence[str] = ()) -> ProbeResult:
-    """The mean of a group of benchmarks, or of all 16, each counting once.
+    """Average a group of benchmarks, or all 16; each benchmark counts once.
 
     Args:
-        group: of GROUPS, or OVERALL.
-        results: of benchmarks, by name.
-        limited: those that were not run on all of their questions.
+        group: Name from GROUPS, or OVERALL.
+        results: Results of benchmarks by name.
+        limited: Benchmarks that were not run on all of their questions.
 
     Raises:
-        ProbeError: a benchmark is missing or limited; the message names it.
+        ProbeError: A benchmark is missing or limited; the message names it.
     """
     members = [name for name, b in BENCHMARKS.items() if group in (b.group, OVERALL)]
     missing = ", ".join(name for name in members if name not in results)
     short = ", ".join(name for name in members if name in limited)
-    if missing or short:
-        reasons = [f"missing {missing}"] * bool(missing) + [f"run with --limit {short}"] * bool(short)
+    reasons = []
+    if missing:
+        reasons.append(f"missing {missing}")
+    if short:
+        reasons.append(f"run with --limit {short}")
+    if reasons:
         raise ProbeError(f"{group} is not averaged: {'; '.join(reasons)}.")
-    of = [results[name] for name in members]
-    value = float(np.mean([r.value for r in of]))
-    # Benchmarks are independent samples: the half-widths of their intervals add up in squares.
-    low, high = (float(np.sqrt(sum((r.ci95[i] - r.value) ** 2 for r in of))) / len(of) for i in (0, 1))
+    averaged = [results[name] for name in members]
+    value = float(np.mean([r.value for r in averaged]))
+    # Benchmarks are independent samples, so the squares of their intervals' half-widths add up.
+    low, high = (float(np.sqrt(sum((r.ci95[i] - r.value) ** 2 for r in averaged))) / len(averaged) for i in (0, 1))
     return ProbeResult(
         task=f"vqa/{group}",
         metric="mean_of_benchmarks",
         value=value,
         unit="percent",
-        n=sum(r.n for r in of),
+        n=sum(r.n for r in averaged),
         split="as its benchmarks",
         seed=0,
         protocol=f"mean of {', '.join(members)}",
-        feature_layer=of[0].feature_layer,
-        encoder=of[0].encoder,
-        encoder_sha256=of[0].encoder_sha256,
-        partner=of[0].partner,
+        feature_layer=averaged[0].feature_layer,
+        encoder=averaged[0].encoder,
+        encoder_sha256=averaged[0].encoder_sha256,
+        partner=averaged[0].partner,
         ci95=(value - low, value + high),
-        duration_s=round(sum(r.duration_s for r in of), 2),
-        versions=of[0].versions,
+        duration_s=round(sum(r.duration_s for r in averaged), 2),
+        versions=averaged[0].versions,
     )
 
 
 def _run(
     python: Path, mllm: Path, folder: Path, job: dict[str, Any], batch: int, include: Path | None, log_file: Path
 ) -> None:
-    """Run one task of lmms-eval into its folder, which appears when it is finished."""
+    """Run one task of lmms-eval; its folder appears when the task is finished."""
     started = time.monotonic()
     command = [str(python), "-m", "pivot_hub.probes.vqa.lmms_model", "--model", "pivot", "--tasks", job["task"]]
     command += ["--model_args", f"pretrained={mllm.resolve()},dtype={job['dtype']}", "--batch_size", str(batch)]
@@ -302,22 +332,22 @@ def _run(
     with whole_folder(folder) as beside:
         with log_file.open("w") as file:
             command += ["--output_path", str(beside)]
-            # It leaves when its input ends: a killed command must not go on computing.
+            # The process ends when its input ends, so that it does not keep running after this command is killed.
             variables = {**os.environ, WATCHED: "1"}
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=variables) as child:
                 failed = child.wait()
         if failed:
-            lines = log_file.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = log_file.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
             reason = lines[-1].strip()[:300].rstrip(".")
             raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log_file}.")
-        read_lmms(beside, job["task"])  # without a result it is not finished
+        read_lmms(beside, job["task"])  # raises if there is no result
         split = _split(beside, job["task"])
         write_json(beside / _JOB, {**job, "split": split, "duration_s": round(time.monotonic() - started, 2)})
 
 
 def _split(folder: Path, task: str) -> str:
-    said = json.loads(next(folder.rglob("*_results.json")).read_text(encoding="utf-8"))
-    config = said["configs"].get(task, {})
+    lmms_results = json.loads(next(folder.rglob("*_results.json")).read_text(encoding="utf-8"))
+    config = lmms_results["configs"].get(task, {})
     return str(config.get("test_split") or config.get("validation_split"))
 
 
@@ -326,13 +356,13 @@ def _task(name: str) -> str:
 
 
 def _job(folder: Path) -> dict[str, Any]:
-    """What a finished task was run on; empty for one that is not finished."""
+    """Read what a finished task was run on; empty if the task is not finished."""
     file = folder / _JOB
     return dict(json.loads(file.read_text())) if file.is_file() else {}
 
 
 def _files_sha256(name: str, include: Path | None) -> str | None:
-    """Of the task files that a task of one's own may be in."""
+    """Hash the user's own task files, one of which may define the task; None for a benchmark."""
     if include is None or name in BENCHMARKS:
         return None
     files = sorted(f for f in include.rglob("*") if f.suffix in (".yaml", ".py"))
@@ -342,14 +372,14 @@ def _files_sha256(name: str, include: Path | None) -> str | None:
 
 
 def _questions_sha256(samples: Sequence[Sample]) -> str:
-    """Of the questions with their answers; lmms-eval's own `doc_hash` is that of an empty row, the same for all."""
-    asked = [(s["doc_id"], s["input"], s["target"]) for s in samples]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    """Hash the questions and answers; lmms-eval's own `doc_hash` is of an empty row and the same for all."""
+    questions = [(s["doc_id"], s["input"], s["target"]) for s in samples]
+    return hashlib.sha256(json.dumps(questions).encode()).hexdigest()
 
 
-def _plain_metrics(name: str, split: str, figures: Mapping[str, float], samples: Sequence[Sample]) -> list[Benchmark]:
-    """The metrics of a task that have a number for each question."""
-    metrics = [k for k in figures if all(isinstance(s.get(k), int | float) for s in samples)]
+def _plain_metrics(name: str, split: str, reported: Mapping[str, float], samples: Sequence[Sample]) -> list[Benchmark]:
+    """Describe the metrics of a task that have a number for each question as benchmarks."""
+    metrics = [k for k in reported if all(isinstance(s.get(k), int | float) for s in samples)]
     if not metrics:
-        raise ProbeError(f"{name}: no metric of it has a number for each question; give it one in process_results.")
+        raise ProbeError(f"{name}: no metric of this task has a number for each question; add one in process_results.")
     return [Benchmark("", name, split, key, key, read_numbers) for key in metrics]

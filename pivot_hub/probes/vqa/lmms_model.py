@@ -1,8 +1,8 @@
-"""An MLLM of ours in lmms-eval; `python -m pivot_hub.probes.vqa.lmms_model` is lmms-eval's command line with it.
+"""Model class for lmms-eval; `python -m pivot_hub.probes.vqa.lmms_model` is lmms-eval's command line with this class.
 
-It runs in the environment that has lmms-eval. lmms-eval's own `llava_hf` is not used: it writes `<image>` for the
-image where our vocabulary has another token, answers one question at a time, and goes on with an empty answer where
-generation fails.
+It runs in the environment that has lmms-eval. lmms-eval's own `llava_hf` is not used, because it always writes
+`<image>` for the image, whatever the model's image token is, answers one question at a time, and continues with an
+empty answer if generation fails.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 
 MODEL = "pivot"
 TASKS = Path(__file__).parent / "tasks"
-# What lmms-eval fills in as a stop where a task names none, for prompts with examples.
+# Stop string that lmms-eval adds for prompts with examples, if a task names no stop.
 _BETWEEN_EXAMPLES = "\n\n"
-# Where a task sets no limit; that of lmms-eval's llava_hf.
+# Default of lmms-eval's llava_hf, for tasks that set no limit.
 MAX_NEW_TOKENS = 1024
 
 
 def import_torchvision() -> None:
     """Make torchvision importable beside a CPU torch.
 
-    PyPI's torchvision holds CUDA kernels only; its Python part, which lmms-eval's packages import, needs the names of
-    two operators.
+    PyPI's torchvision contains CUDA kernels only. Its Python part, which lmms-eval's packages import, needs two
+    operators to be defined.
     """
     try:
         importlib.import_module("torchvision")
@@ -36,11 +36,11 @@ def import_torchvision() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(library)  # its operators vanish with it
+        _LIBRARIES.append(library)  # operators disappear when their library is garbage-collected
         importlib.import_module("torchvision")
 
 
-_KEPT: list[torch.library.Library] = []
+_LIBRARIES: list[torch.library.Library] = []
 import_torchvision()
 
 from lmms_eval.api.model import lmms  # noqa: E402
@@ -56,11 +56,11 @@ class PivotMllm(lmms):
     """A stage checkpoint that answers lmms-eval's questions as `generate_answers` does.
 
     Args:
-        pretrained: its folder.
-        batch_size: questions of one pass.
-        device: cuda where there is one, else cpu.
+        pretrained: Folder of the checkpoint.
+        batch_size: Number of questions in one forward pass.
+        device: Device to compute on; by default CUDA if it is available, else the CPU.
         dtype: float32, float16 or bfloat16.
-        max_batch_size: lmms-eval's, for models that look for a size.
+        max_batch_size: Argument of lmms-eval for models that search for a batch size; not used here.
     """
 
     is_simple = True
@@ -80,23 +80,25 @@ class PivotMllm(lmms):
         self.model = module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[dtype])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; those of one length limit and one set of stops share passes."""
-        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        """Answer requests in their order; those with the same length limit and stops share forward passes."""
+        by_limits: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(_limits(request.args[1]), []).append(i)
+            by_limits.setdefault(_limits(request.args[1]), []).append(i)
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="answers", mininterval=10) as bar:
-            for (longest, stops), indices in alike.items():
+            for (longest, stops), indices in by_limits.items():
                 for start in range(0, len(indices), self.batch_size):
-                    some = indices[start : start + self.batch_size]
-                    asked = [requests[i].args for i in some]
-                    images = [see(self.task_dict[task][split][row]) or [] for _, _, see, row, task, split in asked]
-                    said = generate_answers(
-                        self.model, self.processor, [a[0] for a in asked], images, longest, self.batch_size
-                    )
-                    for i, answer in zip(some, said, strict=True):
-                        answers[i] = _cut(answer, stops)
-                    bar.update(len(some))
+                    batch = indices[start : start + self.batch_size]
+                    arguments = [requests[i].args for i in batch]
+                    images = [
+                        to_images(self.task_dict[task][split][row]) or []
+                        for _, _, to_images, row, task, split in arguments
+                    ]
+                    questions = [a[0] for a in arguments]
+                    texts = generate_answers(self.model, self.processor, questions, images, longest, self.batch_size)
+                    for i, text in zip(batch, texts, strict=True):
+                        answers[i] = _cut(text, stops)
+                    bar.update(len(batch))
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -107,12 +109,12 @@ class PivotMllm(lmms):
 
 
 def _limits(options: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """Length limit and stops of a task's generation options; what would not be greedy is refused."""
+    """Read the length limit and the stops of a task's generation options; only greedy decoding is allowed."""
     if options.get("do_sample") or options.get("temperature") or options.get("num_beams", 1) != 1:
         raise ValueError(f"the task asks for sampling or beams ({options}); answers here are greedy")
     stops = options.get("until") or []
-    named = [stops] if isinstance(stops, str) else stops
-    return options.get("max_new_tokens", MAX_NEW_TOKENS), tuple(s for s in named if s != _BETWEEN_EXAMPLES)
+    listed = [stops] if isinstance(stops, str) else stops
+    return options.get("max_new_tokens", MAX_NEW_TOKENS), tuple(s for s in listed if s != _BETWEEN_EXAMPLES)
 
 
 def _cut(answer: str, stops: tuple[str, ...]) -> str:
@@ -120,7 +122,7 @@ def _cut(answer: str, stops: tuple[str, ...]) -> str:
 
 
 def main() -> None:
-    """lmms-eval's command line, with our model and tasks added; an error is raised, not only logged."""
+    """Run lmms-eval's command line with this model and our tasks; errors are raised, not only logged."""
     from lmms_eval.__main__ import cli_evaluate_single, parse_eval_args
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -134,16 +136,16 @@ def main() -> None:
     if args.include_path:
         _refuse_taken_names(args.tasks.split(","), args.include_path)
     args.include_path = [str(TASKS), *([args.include_path] if args.include_path else [])]
-    # MMMU draws a letter where it can read none: in threads the draws would fall differently each time.
+    # MMMU draws a random letter for an answer it cannot read. With several threads the draws would not repeat.
     args.process_docs_parallel = 1
     try:
         cli_evaluate_single(args)
-    except RetryError as error:  # a data set that cannot be fetched, tried five times
+    except RetryError as error:  # a data set could not be fetched in five attempts
         error.reraise()
 
 
 def leave_with_parent() -> None:
-    """End this process when its standard input ends, which that of a process that was killed does."""
+    """End this process when its standard input ends, which happens when the parent process is killed."""
 
     def watch() -> None:
         sys.stdin.read()
@@ -153,7 +155,7 @@ def leave_with_parent() -> None:
 
 
 def _refuse_taken_names(tasks: list[str], folder: str) -> None:
-    """Of two tasks of one name lmms-eval runs its own, without a word."""
+    """Raise an error if a task has the name of one of lmms-eval's tasks, which lmms-eval would silently run instead."""
     from lmms_eval.tasks import TaskManager
 
     own = TaskManager("ERROR", include_path=folder, include_defaults=False).task_index

@@ -1,4 +1,4 @@
-"""VQA: the share of held-out questions an MLLM answers in the right words."""
+"""VQA on the synthetic Shapes dataset: the share of held-out questions whose answer matches exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from pivot_hub.data.synthetic import KINDS, Question
-from pivot_hub.mllm.load import chat_prompt
+from pivot_hub.mllm.chat_templates import chat_prompt
 from pivot_hub.probes.result import ProbeResult, measure
 
 
@@ -25,26 +25,35 @@ def generate_answers(
     max_new_tokens: int = 16,
     batch: int = 64,
 ) -> list[str]:
-    """Answer each question greedily, on its image, or its several or none, where there are images."""
+    """Answer each question greedily.
+
+    Args:
+        model: An MLLM, or a language model alone.
+        processor: Processor or tokenizer of the model.
+        questions: Texts of the questions.
+        images: For each question an image or a list of images, which may be empty. None for questions without images.
+        max_new_tokens: Largest number of tokens of an answer.
+        batch: Number of questions in one forward pass.
+    """
     model.eval()
     answers: list[str] = []
-    shown = [[i] if isinstance(i, Image.Image) else list(i) for i in images or [[]] * len(questions)]
+    image_lists = [[i] if isinstance(i, Image.Image) else list(i) for i in images or [[]] * len(questions)]
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
-        asked = zip(questions[part], shown[part], strict=True)
-        pictures = [i for own in shown[part] for i in own]
+        batch_items = zip(questions[part], image_lists[part], strict=True)
+        batch_images = [i for own in image_lists[part] for i in own]
         inputs = processor(
-            text=[chat_prompt(processor, question, len(own)) for question, own in asked],
+            text=[chat_prompt(processor, question, len(own)) for question, own in batch_items],
             return_tensors="pt",
             padding=True,
             padding_side="left",
             add_special_tokens=False,
-            **({"images": pictures} if pictures else {}),
+            **({"images": batch_images} if batch_images else {}),
         ).to(model.device)
-        if pictures:
+        if batch_images:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        made = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = made[:, inputs["input_ids"].shape[1] :]
+        generated = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = generated[:, inputs["input_ids"].shape[1] :]
         answers += processor.batch_decode(new, skip_special_tokens=True)
     return [a.strip() for a in answers]
 
@@ -53,27 +62,30 @@ def answer_questions(
     model: PreTrainedModel,
     processor: LlavaProcessor | PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    shown: Sequence[Image.Image] | Sequence[str],
+    subjects: Sequence[Image.Image] | Sequence[str],
     conditions: dict[str, Any],
     split: str = "test",
     seed: int = 0,
 ) -> list[ProbeResult]:
-    """Exact-match accuracy over all questions and by kind; an answer is right in the words of the world.
+    """Measure exact-match accuracy over all questions and by kind; an answer is right if it is the dataset's own.
 
     Args:
-        model: an MLLM, or a language model alone.
-        processor: its processor or tokenizer.
-        questions: of the built-in world.
-        shown: what each question is about: an image, or for a language model a scan in words.
-        conditions: encoder, encoder_sha256, feature_layer, partner of the results.
+        model: An MLLM, or a language model alone.
+        processor: Processor or tokenizer of the model.
+        questions: Questions of the synthetic Shapes dataset.
+        subjects: What each question is about: an image, or for a language model the text of a scan.
+        conditions: Fields of the results: encoder, encoder_sha256, feature_layer, partner.
+        split: Split that the questions are from.
+        seed: Seed of the bootstrap.
     """
     started = time.monotonic()
-    if isinstance(shown[0], str):
-        said = generate_answers(model, processor, [f"{s}\n{q.text}" for s, q in zip(shown, questions, strict=True)])
+    if isinstance(subjects[0], str):
+        texts = [f"{scan}\n{q.text}" for scan, q in zip(subjects, questions, strict=True)]
+        answers = generate_answers(model, processor, texts)
     else:
-        images = cast(Sequence[Image.Image], shown)
-        said = generate_answers(model, processor, [q.text for q in questions], images)
-    right = np.array([float(s.casefold() == q.answer.casefold()) for s, q in zip(said, questions, strict=True)])
+        images = cast(Sequence[Image.Image], subjects)
+        answers = generate_answers(model, processor, [q.text for q in questions], images)
+    right = np.array([float(a.casefold() == q.answer.casefold()) for a, q in zip(answers, questions, strict=True)])
     duration = time.monotonic() - started
     return [
         measure(

@@ -97,17 +97,17 @@ def test_the_benchmark_compares_both_on_the_same_features() -> None:
         bench_probe(kinds=("tidy",))
 
 
-def test_the_pages_speeds_are_those_of_the_records() -> None:
+def test_speeds_on_the_page_match_the_records() -> None:
     root = Path(__file__).parents[3]
     page = (root / "pivot_hub" / "probes" / "README.md").read_text()
     for kind in KINDS:
         record = json.loads((root / "recipes" / "bench" / f"probe-{kind}.json").read_text())
         assert (record["images"], record["width"], record["classes"]) == (50_000, 1152, 1000)
-        made = record["features"][kind]
-        cells = f"{len(made['cs'])} | {made['pivot_s']:.0f} s | {made['sklearn_s']:.0f} s | {made['times_faster']}"
+        times = record["features"][kind]
+        cells = f"{len(times['cs'])} | {times['pivot_s']:.0f} s | {times['sklearn_s']:.0f} s | {times['times_faster']}"
         assert f"| {kind} | {cells} | " in page
-        assert made["times_faster"] >= 5
-        for both in made["cs"].values():
+        assert times["times_faster"] >= 5
+        for both in times["cs"].values():
             assert both["loss_above_ours"] > -1e-4
     random = json.loads((root / "recipes" / "bench" / "probe-random.json").read_text())["features"]["random"]
     for both in random["cs"].values():
@@ -115,7 +115,7 @@ def test_the_pages_speeds_are_those_of_the_records() -> None:
         assert abs(both["pivot"]["accuracy"] - both["scikit-learn"]["accuracy"]) <= 0.1
 
 
-def test_a_tolerance_below_what_float32_holds_ends_all_the_same() -> None:
+def test_a_tolerance_below_float32_precision_still_terminates() -> None:
     x, y = make_features("correlated", 200, 96, 5)
     (fit,) = fit_logistic(x, y, [1.0], tolerance=1e-12)
     exact = LogisticRegression(C=1.0, tol=1e-8, max_iter=20_000).fit(x.astype(np.float64), y)

@@ -1,4 +1,4 @@
-"""Classes of images: five protocols on folders, archives and data sets; the reported part is read last."""
+"""Classification of images: five protocols on folders, archives and data sets; the reported part is read last."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.encoder.encode import encode_images
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError, ProbeError
@@ -21,16 +22,16 @@ from pivot_hub.probes import features
 from pivot_hub.probes.classification import protocols as classify
 from pivot_hub.probes.classification.labelled_images import Labelled, Part, data_sha256, open_classes
 from pivot_hub.probes.classification.protocols import PROTOCOLS, Pools, classify_images
-from pivot_hub.probes.features import cached_features
+from pivot_hub.probes.features import EncodingOptions, cached_features
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_encoder
 
-FACTS = {"encoder": "test", "encoder_sha256": "0"}
-NAMES = ("base", "sft", "dpo", "random")  # of the encoders on record
+METADATA = {"encoder": "test", "encoder_sha256": "0"}
+NAMES = ("base", "sft", "dpo", "random")  # names of the recorded encoders
 
 
 def class_folder(folder: Path, per_class: int = 12, seed: int = 0) -> Path:
-    """Three classes that differ in brightness, with the modes that real files come in."""
+    """Write three classes that differ in brightness, in the image modes of real files."""
     modes, rng = ("RGB", "L", "P", "RGBA", "CMYK"), np.random.default_rng(seed)
     for label, level in (("dark", 20), ("grey", 120), ("light", 220)):
         (folder / label).mkdir(parents=True)
@@ -43,17 +44,17 @@ def class_folder(folder: Path, per_class: int = 12, seed: int = 0) -> Path:
 
 
 class Recorded:
-    """Three classes of images that know what was read of them, and when."""
+    """Three classes of images that record which part is read, and when."""
 
     name, classes = "recorded", ("dark", "grey", "light")
 
     def __init__(self, log: list[str], shuffled: bool = False, count: int = 60) -> None:
         self.log, rng = log, np.random.default_rng(0)
         self.truth = {part: rng.integers(3, size=count) for part in ("train", "test")}
-        self.told = {p: rng.permutation(t) if shuffled else t for p, t in self.truth.items()}
+        self.labels = {p: rng.permutation(t) if shuffled else t for p, t in self.truth.items()}
 
     def part(self, part: Part) -> Labelled:
-        return Labelled(RecordedImages(self.log, part, self.truth[part]), self.told[part])
+        return Labelled(RecordedImages(self.log, part, self.truth[part]), self.labels[part])
 
 
 class RecordedImages:
@@ -75,19 +76,19 @@ def encoder(parts: Path) -> tuple[Any, Any]:
 
 
 def run(encoder: tuple[Any, Any], data: Any, cache: Path, **options: Any) -> dict[str, Any]:
-    results, _ = classify_images(*encoder, data, FACTS, cache=cache, workers=0, **options)
+    encoding = EncodingOptions(cache=cache, workers=0)
+    results, _ = classify_images(*encoder, data, METADATA, encoding=encoding, **options)
     return {r.task.split("/")[-1]: r for r in results}
 
 
 def test_every_protocol_tells_classes_apart(parts: Path, tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "data")
-    results, skipped = probe_encoder(
-        str(parts / "vision"), str(folder), protocols=PROTOCOLS, cache=tmp_path / "cache", workers=0
-    )
+    encoding = EncodingOptions(cache=tmp_path / "cache", workers=0)
+    results, skipped = probe_encoder(str(parts / "vision"), str(folder), protocols=PROTOCOLS, encoding=encoding)
     assert not skipped
     assert [r.task for r in results] == [f"data/{p}" for p in PROTOCOLS]
     for result in results:
-        assert result.n == 6  # two of twelve a class
+        assert result.n == 6  # two of twelve in each class
         assert result.value > 80, result.task
         assert result.example_scores is not None
         assert "chance 33.3" in result.protocol
@@ -101,12 +102,12 @@ def test_the_reported_part_is_read_when_all_is_chosen(
     def recorded(name: str) -> Any:
         fit = classify.FITTERS[name]
 
-        def fit_and_say(*args: Any) -> Any:
-            made = fit(*args)
+        def fit_and_log(*args: Any) -> Any:
+            classifier = fit(*args)
             log.append(f"chose {name}")
-            return made
+            return classifier
 
-        return fit_and_say
+        return fit_and_log
 
     fitters = {name: recorded(name) for name in classify.FITTERS}
     monkeypatch.setattr(classify, "FITTERS", fitters)
@@ -117,10 +118,10 @@ def test_the_reported_part_is_read_when_all_is_chosen(
 
 
 def test_settings_do_not_depend_on_the_reported_part(encoder: tuple[Any, Any], tmp_path: Path) -> None:
-    """With the reported labels turned round, every chosen setting is the same and the accuracy is not."""
-    straight, turned = Recorded([]), Recorded([])
-    turned.told["test"] = (turned.told["test"] + 1) % 3
-    one, other = (run(encoder, data, tmp_path, protocols=PROTOCOLS) for data in (straight, turned))
+    """With rotated reported labels, every chosen setting is the same and the accuracy is not."""
+    straight, rotated = Recorded([]), Recorded([])
+    rotated.labels["test"] = (rotated.labels["test"] + 1) % 3
+    one, other = (run(encoder, data, tmp_path, protocols=PROTOCOLS) for data in (straight, rotated))
     for protocol in PROTOCOLS:
         assert one[protocol].protocol.split("; chance")[0] == other[protocol].protocol.split("; chance")[0]
         assert one[protocol].value > 75 > 25 > other[protocol].value
@@ -142,7 +143,7 @@ def test_pools_do_not_overlap_and_hold_every_class() -> None:
 
 
 def _packed(folder: Path, kind: str, target: Path) -> str:
-    """The class folder in each form that people have it in."""
+    """Pack a class folder in one of the supported forms."""
     if kind == "folder":
         return str(folder)
     if kind == "zip":
@@ -171,10 +172,10 @@ def _packed(folder: Path, kind: str, target: Path) -> str:
     files = sorted(folder.rglob("*.*"))
     names = sorted({f.parent.name for f in files})
     columns = {
-        "picture": [{"bytes": f.read_bytes()} for f in files],
+        "image": [{"bytes": f.read_bytes()} for f in files],
         "label": [names.index(f.parent.name) for f in files],
     }
-    kinds = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     table = datasets.Dataset.from_dict(columns, features=kinds)
     (target / "hub").mkdir()
     table.to_parquet(target / "hub" / "train-00000-of-00001.parquet")
@@ -211,8 +212,8 @@ def test_features_are_computed_once_for_encoder_processor_data_and_layer(
     model, processor = read_encoder(parts / "vision")
 
     def count(**changes: Any) -> int:
-        made = {"model": model, "image_processor": processor, "data": train, "facts": FACTS, **changes}
-        cached_features(**made, cache=tmp_path / "cache", workers=0)
+        arguments = {"model": model, "image_processor": processor, "data": train, "metadata": METADATA, **changes}
+        cached_features(**arguments, options=EncodingOptions(cache=tmp_path / "cache", workers=0))
         return len(runs)
 
     assert (count(), count()) == (1, 1)
@@ -234,10 +235,11 @@ def test_corrupt_images_stop_the_probe_or_are_listed(parts: Path, tmp_path: Path
     for file in ("0.jpg", "5.jpg"):
         whole = (folder / "dark" / file).read_bytes()
         (folder / "dark" / file).write_bytes(whole[: len(whole) // 3])
-    options: dict[str, Any] = {"cache": tmp_path / "cache", "workers": 0, "protocols": ("prototypes",)}
+    encoding = EncodingOptions(cache=tmp_path / "cache", workers=0)
+    options: dict[str, Any] = {"encoding": encoding, "protocols": ("prototypes",)}
     with pytest.raises(DataError, match=r"dark/\d\.jpg cannot be decoded"):
         probe_encoder(str(parts / "vision"), str(folder), **options)
-    results, skipped = probe_encoder(str(parts / "vision"), str(folder), on_bad_row="skip", **options)
+    results, skipped = probe_encoder(str(parts / "vision"), str(folder), on_bad_row=OnBadRow.SKIP, **options)
     assert len(skipped) == 2
     assert len(results) == 1
 
@@ -248,9 +250,9 @@ def test_features_that_are_not_finite_are_named(encoder: tuple[Any, Any], tmp_pa
             self.config, self.device, self.dtype, self.model = model.config, model.device, model.dtype, model
 
         def __call__(self, pixels: Any) -> Any:
-            made = self.model(pixels)
-            made.pooler_output[3] = float("nan")
-            return made
+            output = self.model(pixels)
+            output.pooler_output[3] = float("nan")
+            return output
 
     with pytest.raises(ProbeError, match=r"features of train/3 are not finite"):
         run((Broken(encoder[0]), encoder[1]), Recorded([]), tmp_path, protocols=("prototypes",))
@@ -291,9 +293,9 @@ def test_the_pages_table_is_that_of_the_records() -> None:
     page = (root / "pivot_hub" / "probes" / "README.md").read_text()
     for data in ("tinyimagenet", "caltech101"):
         files = [root / "recipes" / "shapes" / "real" / f"classification-{data}-{n}.json" for n in NAMES]
-        found = [{r.task.split("/")[1]: r for r in read_results(file)} for file in files]
-        assert len({r.data_sha256 for some in found for r in some.values()}) == 1
+        encoders = [{r.task.split("/")[1]: r for r in read_results(file)} for file in files]
+        assert len({r.data_sha256 for by_protocol in encoders for r in by_protocol.values()}) == 1
         for protocol in PROTOCOLS:
-            cells = [some[protocol] for some in found]
-            shown = " | ".join(f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in cells)
-            assert f"| {data} | {protocol} | {shown} |" in page
+            results = [by_protocol[protocol] for by_protocol in encoders]
+            cells = " | ".join(f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in results)
+            assert f"| {data} | {protocol} | {cells} |" in page

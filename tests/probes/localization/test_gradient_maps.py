@@ -1,4 +1,4 @@
-"""Localisation in photos: regions where the labels say, masks where the encoder sees them, bad labels named."""
+"""Localisation in labelled images: regions as labelled, masks as the encoder sees them, errors for bad labels."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.explain.gradcam import seen_image, seen_mask
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
+from pivot_hub.mllm.build import randomise_vision
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.mllm.trainable import randomise_vision
-from pivot_hub.probes.localization.gradient_maps import Target, Wording, localize, localize_folder, photo_targets
+from pivot_hub.probes.localization.gradient_maps import (
+    LabelFiles,
+    Target,
+    Wording,
+    image_targets,
+    localize,
+    localize_folder,
+)
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from tests.encoder.originals import IMAGE_PX
 
@@ -28,7 +35,7 @@ LABELS = {"a": "0 0.25 0.5 0.5 1.0\n", "b": "1 0.5 0.5 0.2 0.2\n0 0.9 0.1 0.2 0.
 
 
 def yolo_folder(folder: Path, copies: int = 2) -> Path:
-    """Photos of 40 x 20 in YOLO's layout: boxes, two classes in one photo, a triangle."""
+    """Write images of 40 x 20 px in YOLO's layout: boxes, two classes in one image, a triangle."""
     (folder / "images" / "train").mkdir(parents=True)
     (folder / "labels" / "train").mkdir(parents=True)
     for stem, text in LABELS.items():
@@ -40,10 +47,10 @@ def yolo_folder(folder: Path, copies: int = 2) -> Path:
 
 
 def test_yolo_labels_are_regions(tmp_path: Path) -> None:
-    photos, left_out = read_annotated_images(yolo_folder(tmp_path, 1))
+    images, left_out = read_annotated_images(yolo_folder(tmp_path, 1))
     assert left_out == []
-    assert [p.name for p in photos] == ["train/a0.png", "train/b0.png", "train/c0.png"]
-    a, b, c = photos
+    assert [p.name for p in images] == ["train/a0.png", "train/b0.png", "train/c0.png"]
+    a, b, c = images
     left = np.zeros((20, 40), bool)
     left[:, :20] = True
     assert np.array_equal(a.regions["apple"](), left)
@@ -73,7 +80,7 @@ def test_coco_boxes_and_id_masks_give_the_same_regions(tmp_path: Path) -> None:
         "categories": [{"id": 3, "name": "apple"}],
     }
     (folder / "boxes.json").write_text(json.dumps(stored))
-    photos, left_out = read_annotated_images(folder, boxes=folder / "boxes.json")
+    images, left_out = read_annotated_images(folder, boxes=folder / "boxes.json")
     assert len(left_out) == 2
     ids = np.full((20, 40), 255, np.uint8)
     ids[:, :20] = 0
@@ -81,7 +88,7 @@ def test_coco_boxes_and_id_masks_give_the_same_regions(tmp_path: Path) -> None:
     Image.fromarray(ids).save(folder / "masks" / "train" / "a0.png")
     (masked,), _ = read_annotated_images(folder, masks=folder / "masks")
     assert set(masked.regions) == {"apple"}
-    assert np.array_equal(photos[0].regions["apple"](), masked.regions["apple"]())
+    assert np.array_equal(images[0].regions["apple"](), masked.regions["apple"]())
 
     stored["images"][0]["width"] = 80
     (folder / "boxes.json").write_text(json.dumps(stored))
@@ -123,8 +130,8 @@ def test_bad_labels_are_named_with_their_line(line: str, message: str, tmp_path:
     (folder / "labels" / "train" / "b0.txt").write_text(f"1 0.5 0.5 0.2 0.2\n{line}\n")
     with pytest.raises(DataError, match=message):
         read_annotated_images(folder)
-    photos, left_out = read_annotated_images(folder, on_bad_row="skip")
-    assert [p.name for p in photos] == ["train/a0.png", "train/c0.png"]
+    images, left_out = read_annotated_images(folder, on_bad_row="skip")
+    assert [p.name for p in images] == ["train/a0.png", "train/c0.png"]
     assert len(left_out) == 1
 
 
@@ -165,26 +172,26 @@ class _Cropping:
         self.image_processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_PX}, crop_size=square)
 
 
-def test_a_mask_goes_the_way_of_its_image(trained: Path) -> None:
-    """Resized or cropped, the mask of a white area covers the white of what the encoder sees."""
+def test_a_mask_is_processed_like_its_image(trained: Path) -> None:
+    """Resized or cropped, the mask of a white area covers the white pixels that the encoder sees."""
     white = np.zeros((20, 60), bool)
     white[5:15, 10:35] = True
     image = Image.fromarray(white).convert("RGB")
     _, processor = load_mllm(trained / "3-sft")
-    for some, share in ((processor, white.mean()), (_Cropping(), white[:, 20:40].mean())):
-        mask = seen_mask(some, white)  # type: ignore[arg-type]
-        seen = np.asarray(seen_image(some, image))[..., 0]  # type: ignore[arg-type]
+    for used, share in ((processor, white.mean()), (_Cropping(), white[:, 20:40].mean())):
+        mask = seen_mask(used, white)  # type: ignore[arg-type]
+        seen = np.asarray(seen_image(used, image))[..., 0]  # type: ignore[arg-type]
         assert mask.shape == (IMAGE_PX, IMAGE_PX)
         assert np.array_equal(mask, seen >= 128)
         assert mask.mean() == pytest.approx(share, abs=0.06)
 
 
-def test_what_the_crop_cuts_off_is_left_out_and_said(tmp_path: Path) -> None:
+def test_targets_that_the_crop_cuts_off_are_left_out_with_a_message(tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path, 1)
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.05 0.5 0.1 1.0\n1 0.5 0.5 0.5 1.0\n")
-    photos, left_out = read_annotated_images(folder)
-    made = list(photo_targets(photos[:1], _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
-    assert [t.pair.question for t in made] == ["Is there a cup?"]
+    images, left_out = read_annotated_images(folder)
+    targets = list(image_targets(images[:1], _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
+    assert [t.pair.question for t in targets] == ["Is there a cup?"]
     assert left_out == ["train/a0.png: apple is smaller than a pixel of what the encoder sees, or outside."]
 
 
@@ -205,17 +212,17 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
     assert left_out == []
     assert [r.task for r in results] == [f"fruit/localisation/{m} of answer" for m in ("gradcam", "gradient")
                                          for _ in range(3)]  # fmt: skip
-    assert {r.n for r in results} == {9}  # twelve photos, a quarter for validation
+    assert {r.n for r in results} == {9}  # twelve images, a quarter for validation
     assert {r.partner for r in results} == {"tiny/3-sft"}
     assert all(r.ci95[0] <= r.value <= r.ci95[1] for r in results)
     assert results[0].example_scores is not None
     targets = int(results[0].example_scores[:, 1].sum())
-    assert f"; {targets} targets, boxes, 'Is there {{article}} {{name}}?', 3 photos" in results[0].protocol
+    assert f"; {targets} targets, boxes, 'Is there {{article}} {{name}}?', 3 images" in results[0].protocol
     again, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
     assert [r.value for r in again] == [r.value for r in results]
     assert {r.data_sha256 for r in again} == {results[0].data_sha256}
     random, _ = localize_folder(trained / "3-sft", folder, explains=["answer"], random_vision=True)
-    assert random[0].data_sha256 == results[0].data_sha256  # the same items: they can be paired
+    assert random[0].data_sha256 == results[0].data_sha256  # the same items, so they can be compared item by item
     assert random[0].encoder_sha256 != results[0].encoder_sha256
     assert [r.value for r in random] != [r.value for r in results]
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.25 0.5 0.4 1.0\n")
@@ -224,19 +231,19 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
 
 
 def test_values_are_means_over_targets_and_intervals_over_images(trained: Path) -> None:
-    """Two targets a picture: as many tallies as pictures, the mean over all targets."""
+    """Two targets per image give one row of scores per image, and the mean is over all targets."""
     from pivot_hub.data.synthetic import ShapesDataset
     from pivot_hub.probes.run import probe_targets
 
     model, processor = load_mllm(trained / "3-sft")
-    some = probe_targets(ShapesDataset(image_px=IMAGE_PX), "test", 6)
+    targets = probe_targets(ShapesDataset(image_px=IMAGE_PX), "test", 6)
     metadata = {"encoder": "x", "encoder_sha256": "0", "feature_layer": -2}
     alone = localize(
-        model.eval(), processor, None, {"validation": some[:2], "test": some}, metadata, explains=["answer"]
+        model.eval(), processor, None, {"validation": targets[:2], "test": targets}, metadata, explains=["answer"]
     )
-    paired = [Target(t.pair, t.picture, str(i // 2)) for i, t in enumerate(some)]
+    paired = [Target(t.pair, t.rendered, str(i // 2)) for i, t in enumerate(targets)]
     joined = localize(
-        model.eval(), processor, None, {"validation": some[:2], "test": paired}, metadata, explains=["answer"]
+        model.eval(), processor, None, {"validation": targets[:2], "test": paired}, metadata, explains=["answer"]
     )
     assert [r.value for r in joined] == pytest.approx([r.value for r in alone])
     assert ({r.n for r in alone}, {r.n for r in joined}) == ({6}, {3})
@@ -256,14 +263,16 @@ def test_random_vision_changes_the_tower_alone(trained: Path) -> None:
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
 
 
-def test_what_cannot_be_localised_is_said(trained: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_localised_is_refused(trained: Path, tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path, 1)
     with pytest.raises(ProbeError, match="give at least 4"):
         localize_folder(trained / "3-sft", folder)
     with pytest.raises(ProbeError, match="give --reference"):
         localize_folder(trained / "3-sft", folder, explains=["dpo"])
-    with pytest.raises(ProbeError, match="it is some of answer, sft, dpo"):
+    with pytest.raises(ProbeError, match="give one or more of answer, sft, dpo"):
         localize_folder(trained / "3-sft", folder, explains=["loss"])
+    with pytest.raises(DataError, match="give one of them"):
+        localize_folder(trained / "3-sft", folder, LabelFiles(boxes=folder, masks=folder))
 
 
 def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_path: Path) -> None:
@@ -285,23 +294,24 @@ def test_command_writes_results_and_nothing_after_an_error(trained: Path, tmp_pa
 
 
 def test_the_page_shows_the_recorded_results() -> None:
-    """Every number of the table is that of the record, and all records are of the same targets."""
+    """Every number of the table is in the records, and all records have the same targets."""
     root = Path(__file__).parents[3]
-    kept = {
+    recorded = {
         name: read_results(root / "recipes" / "shapes" / "real" / f"localisation-coco128-{name}.json")
         for name in ("base", "sft", "dpo", "random")
     }
-    assert len({r.data_sha256 for results in kept.values() for r in results}) == 1
-    assert len({results[0].encoder_sha256 for results in kept.values()}) == 4
+    assert len({r.data_sha256 for results in recorded.values() for r in results}) == 1
+    assert len({results[0].encoder_sha256 for results in recorded.values()}) == 4
     page = (root / "pivot_hub" / "probes" / "README.md").read_text()
-    for row in zip(*kept.values(), strict=True):
+    for row in zip(*recorded.values(), strict=True):
         cells = [f"{r.value:.1f} [{r.ci95[0]:.1f}, {r.ci95[1]:.1f}]" for r in row]
         assert f"| {' | '.join([row[0].task.split('/')[-1], row[0].metric, *cells])} |" in page
-        assert f"{row[0].n} photos" in page
+        assert f"{row[0].n} images" in page
         assert all(r.example_scores is not None and len(r.example_scores) == r.n for r in row)
         assert all(r.ci95[0] < 18.2 for r in row)
     p_values = {
-        other: [_p_value(a, b) for a, b in zip(kept["dpo"], kept[other], strict=True)] for other in ("sft", "random")
+        other: [_p_value(a, b) for a, b in zip(recorded["dpo"], recorded[other], strict=True)]
+        for other in ("sft", "random")
     }
     assert round(min(p_values["sft"]), 2) == 0.04
     assert round(min(p_values["random"]), 4) == 0.0001

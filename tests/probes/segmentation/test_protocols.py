@@ -1,4 +1,4 @@
-"""Segmentation of real masks: every layout, every bad file, scores as scikit-learn's, the reported part read last."""
+"""Segmentation of images with masks: layouts, bad files, scores equal to scikit-learn's, reported part read last."""
 
 from __future__ import annotations
 
@@ -28,26 +28,33 @@ from pivot_hub.errors import DataError, PivotError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou, mean_recall, pixel_accuracy
 from pivot_hub.probes.features import patch_features
 from pivot_hub.probes.result import ProbeResult, read_results
-from pivot_hub.probes.segmentation.heads import Head, Scale, Setting, fit_heads, scale_of, tally
-from pivot_hub.probes.segmentation.labelled_masks import MaskData, Pair, decode_ids, open_masks, read_names
-from pivot_hub.probes.segmentation.protocols import _tokens, cached_encode, per_class, segment_folder, segment_masks
+from pivot_hub.probes.segmentation.heads import Head, Scale, Setting, count_pixels, fit_heads, scale_of
+from pivot_hub.probes.segmentation.labelled_masks import MaskData, MaskedImage, decode_ids, open_masks, read_names
+from pivot_hub.probes.segmentation.protocols import (
+    SegmentationOptions,
+    _tokens,
+    cached_encode,
+    per_class,
+    segment_folder,
+    segment_masks,
+)
 
 CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
 REAL = Path(os.environ.get("PIVOT_REAL_DATA", Path(__file__).parents[4] / "shared" / "data"))
-PX, GRID, CLASSES, VOID = 32, 4, 4, 9  # the test encoder's image, its patches a side; ids of the masks made here
+PX, GRID, CLASSES, VOID = 32, 4, 4, 9  # image and patches per side of the test encoder; ids of the test masks
 
 
 @dataclass(frozen=True)
-class MadePair(Pair):
-    """A pair in memory that writes down when it is read."""
+class MemoryImage(MaskedImage):
+    """A masked image in memory that records when it is read."""
 
-    picture: Image.Image
+    pixels: Image.Image
     ids: np.ndarray = field(repr=False)
     reads: list[str] = field(repr=False)
 
     def open_image(self) -> Image.Image:
         self.reads.append(self.name)
-        return self.picture
+        return self.pixels
 
     def open_ids(self) -> np.ndarray:
         self.reads.append(self.name)
@@ -55,37 +62,37 @@ class MadePair(Pair):
 
 
 def make_data(counts: Sequence[int] = (24, 8, 10), seed: int = 0) -> tuple[MaskData, list[str]]:
-    """Masks whose every patch is of one class (and some void), larger than the encoder's image, not square."""
+    """Build masks larger than the encoder's image and not square; each patch has one class, a corner is void."""
     rng, reads = np.random.default_rng(seed), list[str]()
-    parts: dict[Split, Sequence[Pair]] = {}
+    parts: dict[Split, Sequence[MaskedImage]] = {}
     for split, count in zip(SPLITS, counts, strict=True):
-        made = []
+        images: list[MaskedImage] = []
         for i in range(count):
             ids = np.kron(rng.integers(CLASSES, size=(GRID, GRID)), np.ones((12, 16), int)).astype(np.int32)
             ids[:2, :3] = VOID
-            picture = Image.fromarray(rng.integers(256, size=(*ids.shape, 3), dtype=np.uint8))
-            made.append(MadePair(f"{split}/{i}", _Nowhere(), _Nowhere(), picture, ids, reads))
-        parts[split] = made
-    return MaskData("made", parts, "val", frozenset({VOID})), reads
+            pixels = Image.fromarray(rng.integers(256, size=(*ids.shape, 3), dtype=np.uint8))
+            images.append(MemoryImage(f"{split}/{i}", _Nowhere(), _Nowhere(), pixels, ids, reads))
+        parts[split] = images
+    return MaskData("tiny", parts, "val", frozenset({VOID})), reads
 
 
 class _Nowhere:
     def open(self) -> Path:
-        raise AssertionError("a pair in memory has no file")
+        raise AssertionError("an image in memory has no file")
 
     def stamp(self) -> tuple[str, ...]:
         return ("in memory",)
 
 
-def knowing(pairs: Sequence[Pair], px: int) -> np.ndarray:
-    """Tokens that are the class of their patch, seen through a fixed mixing of channels."""
+def knowing(images: Sequence[MaskedImage], px: int) -> np.ndarray:
+    """Return tokens that encode the class of their patch by a fixed linear map."""
     mix = np.random.default_rng(7).normal(size=(CLASSES, 12)).astype(np.float32)
-    classes = np.stack([p.ids[6::12, 8::16] for p in pairs if isinstance(p, MadePair)])
-    return mix[classes.reshape(len(pairs), -1)]
+    classes = np.stack([image.ids[6::12, 8::16] for image in images if isinstance(image, MemoryImage)])
+    return mix[classes.reshape(len(images), -1)]
 
 
-def noise(pairs: Sequence[Pair], px: int) -> np.ndarray:
-    return np.random.default_rng(len(pairs)).normal(size=(len(pairs), GRID * GRID, 12)).astype(np.float32)
+def noise(images: Sequence[MaskedImage], px: int) -> np.ndarray:
+    return np.random.default_rng(len(images)).normal(size=(len(images), GRID * GRID, 12)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +100,24 @@ def encoder(parts: Path) -> tuple[Any, Any]:
     return read_encoder(parts / "vision")
 
 
-def probe(encoder: tuple[Any, Any], data: MaskData, **options: Any) -> dict[str, ProbeResult]:
-    results, skipped = segment_masks(*encoder, data, conditions=CONDITIONS, **{"steps": 150, **options})
+def probe(
+    encoder: tuple[Any, Any],
+    data: MaskData,
+    encode: Any = None,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> dict[str, ProbeResult]:
+    settings = SegmentationOptions(**{"steps": 150, **options})
+    results, skipped = segment_masks(*encoder, data, conditions=CONDITIONS, options=settings, encode=encode, log=log)
     assert not skipped
     return {f"{r.task.split('/', 2)[2]} {r.metric}": r for r in results}
+
+
+def segment(
+    encoder: tuple[Any, Any], data: Path, masks: Path | None = None, **options: Any
+) -> tuple[list[ProbeResult], list[str]]:
+    settings = SegmentationOptions(**options)
+    return segment_folder(*encoder, data, masks=masks, conditions=CONDITIONS, options=settings)
 
 
 def test_tokens_that_know_the_class_score_high_and_noise_scores_chance(encoder: tuple[Any, Any]) -> None:
@@ -108,8 +129,8 @@ def test_tokens_that_know_the_class_score_high_and_noise_scores_chance(encoder: 
         assert bad[f"{kind}/{PX}px mean_recall"].value == pytest.approx(100 / CLASSES, abs=5)
         assert bad[f"{kind}/{PX}px mean_iou"].value < 20
     result = good[f"linear/{PX}px mean_iou"]
-    assert (result.n, result.split, result.task) == (10, "val", f"segmentation/made/linear/{PX}px")
-    assert "4 x 4 patch tokens, images squashed to 32 px" in result.protocol
+    assert (result.n, result.split, result.task) == (10, "val", f"segmentation/tiny/linear/{PX}px")
+    assert "4 x 4 patch tokens, images resized to 32 x 32 px" in result.protocol
     assert "ids 9 ignored" in result.protocol
 
 
@@ -117,21 +138,19 @@ def test_shuffled_labels_give_chance(encoder: tuple[Any, Any]) -> None:
     data, _ = make_data()
     rng = np.random.default_rng(3)
 
-    def shuffled(pairs: Sequence[Pair], px: int) -> np.ndarray:
-        tokens = knowing(pairs, px)
+    def shuffled(images: Sequence[MaskedImage], px: int) -> np.ndarray:
+        tokens = knowing(images, px)
         return rng.permutation(tokens.reshape(-1, 12)).reshape(tokens.shape)
 
-    made = probe(encoder, data, encode=shuffled)
+    results = probe(encoder, data, encode=shuffled)
     for kind in ("linear", "mlp"):
-        assert made[f"{kind}/{PX}px mean_recall"].value == pytest.approx(100 / CLASSES, abs=5)
+        assert results[f"{kind}/{PX}px mean_recall"].value == pytest.approx(100 / CLASSES, abs=5)
 
 
 def test_reported_part_is_opened_after_everything_is_chosen(encoder: tuple[Any, Any]) -> None:
     data, reads = make_data((6, 2, 3))
-    said: list[str] = []
 
     def log(line: str) -> None:
-        said.append(line)
         if "chosen" in line:
             reads.append("chosen")
 
@@ -145,10 +164,10 @@ def test_reported_part_is_opened_after_everything_is_chosen(encoder: tuple[Any, 
 def test_reported_masks_change_no_setting(encoder: tuple[Any, Any]) -> None:
     data, _ = make_data()
     other, _ = make_data(seed=1)
-    mixed = MaskData("made", {**data.parts, "test": other.parts["test"]}, "val", data.ignored)
-    said: list[list[str]] = [[], []]
-    one, two = (probe(encoder, d, encode=noise, log=s.append) for d, s in zip((data, mixed), said, strict=True))
-    assert said[0] == said[1]
+    mixed = MaskData("tiny", {**data.parts, "test": other.parts["test"]}, "val", data.ignored)
+    logs: list[list[str]] = [[], []]
+    one, two = (probe(encoder, d, encode=noise, log=lines.append) for d, lines in zip((data, mixed), logs, strict=True))
+    assert logs[0] == logs[1]
     key = f"mlp/{PX}px mean_iou"
     assert one[key].value != two[key].value
     assert one[key].data_sha256 != two[key].data_sha256
@@ -157,27 +176,27 @@ def test_reported_masks_change_no_setting(encoder: tuple[Any, Any]) -> None:
 def test_same_seed_same_numbers(encoder: tuple[Any, Any]) -> None:
     data, _ = make_data((6, 2, 3))
     one, two, other = (probe(encoder, data, steps=20, seed=seed) for seed in (0, 0, 1))
-    values, again, changed = ([(r.value, r.ci95) for r in made.values()] for made in (one, two, other))
+    values, again, changed = ([(r.value, r.ci95) for r in results.values()] for results in (one, two, other))
     assert values == again
     assert values != changed
 
 
 def test_each_size_has_its_own_tokens_and_results(encoder: tuple[Any, Any]) -> None:
     data, _ = make_data((6, 2, 3))
-    made = probe(encoder, data, image_px=[PX, 64], steps=3, heads=["linear"])
-    assert [k.split(" ")[0] for k in made] == [f"linear/{px}px" for px in (PX, 64) for _ in range(3)]
-    assert "8 x 8 patch tokens, images squashed to 64 px" in made["linear/64px mean_iou"].protocol
-    picture = data.parts["train"][0].open_image()
-    assert [_tokens(*encoder, [picture], px).shape[1] for px in (PX, 64)] == [16, 64]
+    results = probe(encoder, data, image_px=[PX, 64], steps=3, heads=["linear"])
+    assert [k.split(" ")[0] for k in results] == [f"linear/{px}px" for px in (PX, 64) for _ in range(3)]
+    assert "8 x 8 patch tokens, images resized to 64 x 64 px" in results["linear/64px mean_iou"].protocol
+    image = data.parts["train"][0].open_image()
+    assert [_tokens(*encoder, [image], px).shape[1] for px in (PX, 64)] == [16, 64]
     for px in (36, 0):
         with pytest.raises(ProbeError, match=rf"takes no images of {px} px .*its own size is 32"):
             probe(encoder, data, image_px=[px])
 
 
-def test_pixels_are_the_processors_where_it_squashes_too(encoder: tuple[Any, Any]) -> None:
-    picture = make_data((1, 1, 1))[0].parts["train"][0].open_image()
-    assert picture.size[0] != picture.size[1]
-    assert np.array_equal(_tokens(*encoder, [picture], PX), patch_features(*encoder, [picture]))
+def test_pixels_equal_those_of_a_processor_that_resizes_to_a_square_too(encoder: tuple[Any, Any]) -> None:
+    image = make_data((1, 1, 1))[0].parts["train"][0].open_image()
+    assert image.size[0] != image.size[1]
+    assert np.array_equal(_tokens(*encoder, [image], PX), patch_features(*encoder, [image]))
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
@@ -185,7 +204,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     truth = rng.integers(-1, k, size=(5, 30, 40))
     truth[truth == 3] = 2  # a class that never occurs
     predicted = np.where(rng.random(truth.shape) < 0.5, truth, rng.integers(0, 3, size=truth.shape)).clip(0)
-    sums = np.stack([tally(p, t, k) for p, t in zip(predicted, truth, strict=True)]).sum(0)
+    sums = np.stack([count_pixels(p, t, k) for p, t in zip(predicted, truth, strict=True)]).sum(0)
     t, p = truth[truth >= 0], predicted[truth >= 0]
     table = confusion_matrix(t, p, labels=range(k))
     assert np.array_equal(sums, [table.diagonal(), table.sum(0), table.sum(1)])
@@ -196,7 +215,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
 
 
 def test_scores_of_single_classes() -> None:
-    example_scores = np.array([[[3, 0, 0, 0], [4, 0, 2, 0], [5, 1, 0, 0]]])  # hit, predicted, true
+    example_scores = np.array([[[3, 0, 0, 0], [4, 0, 2, 0], [5, 1, 0, 0]]])  # correct, predicted, true
     assert per_class(example_scores, {0: "sky"}) == [
         {"id": 0, "name": "sky", "pixels": 5, "iou": 50.0, "recall": 60.0},
         {"id": 1, "name": "1", "pixels": 1, "iou": 0.0, "recall": 0.0},
@@ -232,7 +251,7 @@ def test_heads_fitted_from_disk_are_those_fitted_from_memory(tmp_path: Path) -> 
 
 
 def test_heads_fitted_together_are_those_fitted_alone() -> None:
-    """Candidates share batches only: none may touch another's weights."""
+    """Candidates share only their batches; none may change the weights of another."""
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(20, 16, 6)).astype(np.float32)
     labels = rng.integers(0, 3, size=(20, 8, 8)).astype(np.int32)
@@ -260,8 +279,8 @@ def test_ignored_pixels_teach_nothing() -> None:
 # Data sets on disk
 
 
-def write_pair(folder: Path, image: str, mask: str, seed: int, ids: Sequence[int] = (0, 1, 2, 255)) -> None:
-    """A picture of 20 x 16 px and its mask, ids in vertical stripes that the picture's colours follow."""
+def write_masked_image(folder: Path, image: str, mask: str, seed: int, ids: Sequence[int] = (0, 1, 2, 255)) -> None:
+    """Write an image of 20 x 16 px and its mask, with ids in vertical stripes that the image's colours follow."""
     stripes = np.repeat(np.array(ids, np.uint8), 5)[None].repeat(16, 0)
     colours = (stripes[..., None] * np.array([60, 90, 120]) % 256 + seed % 7).astype(np.uint8)
     for name in (image, mask):
@@ -274,7 +293,7 @@ def parted(image: str, mask: str) -> Callable[[Path], dict[str, Any]]:
     def write(folder: Path) -> dict[str, Any]:
         for part, count in (("train", 10), ("val", 4)):
             for i in range(count):
-                write_pair(folder, image.format(part=part, i=i), mask.format(part=part, i=i), i)
+                write_masked_image(folder, image.format(part=part, i=i), mask.format(part=part, i=i), i)
         return {"data": folder}
 
     return write
@@ -284,7 +303,7 @@ def scene_parse(folder: Path) -> dict[str, Any]:
     for part, count in (("training", 10), ("validation", 4)):
         for i in range(count):
             name = f"{part}/ADE_{i:08}"
-            write_pair(folder, f"images/{name}.jpg", f"annotations/{name}.png", i, (0, 1, 2, 150))
+            write_masked_image(folder, f"images/{name}.jpg", f"annotations/{name}.png", i, (0, 1, 2, 150))
     (folder / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t1\t1\t1\twall\n150\t0\t1\t1\t0\tflag\n"
     )
@@ -294,27 +313,27 @@ def scene_parse(folder: Path) -> dict[str, Any]:
 
 def flat(folder: Path) -> dict[str, Any]:
     for i in range(10):
-        write_pair(folder, f"images/city{i % 2}/{i}.jpg", f"masks/city{i % 2}/{i}.png", i)
+        write_masked_image(folder, f"images/city{i % 2}/{i}.jpg", f"masks/city{i % 2}/{i}.png", i)
     return {"data": folder}
 
 
 def apart(folder: Path) -> dict[str, Any]:
-    parted("shown/{part}/{i}.jpg", "labelled/{part}/{i}.png")(folder)
-    return {"data": folder / "shown", "masks": folder / "labelled"}
+    parted("pixels/{part}/{i}.jpg", "labelled/{part}/{i}.png")(folder)
+    return {"data": folder / "pixels", "masks": folder / "labelled"}
 
 
 def unlabelled_test(folder: Path) -> dict[str, Any]:
-    made = parted("images/{part}/{i}.jpg", "masks/{part}/{i}.png")(folder)
+    arguments = parted("images/{part}/{i}.jpg", "masks/{part}/{i}.png")(folder)
     (folder / "images" / "test").mkdir()
     shutil.copy(folder / "images" / "train" / "0.jpg", folder / "images" / "test" / "0.jpg")
-    return made
+    return arguments
 
 
 def packed(kind: str) -> Callable[[Path], dict[str, Any]]:
     def write(folder: Path) -> dict[str, Any]:
         scene_parse(folder / "ADEChallengeData2016")
-        made = shutil.make_archive(str(folder / "ade"), kind, folder, "ADEChallengeData2016")
-        return {"data": made}
+        archive = shutil.make_archive(str(folder / "ade"), kind, folder, "ADEChallengeData2016")
+        return {"data": archive}
 
     return write
 
@@ -350,19 +369,23 @@ LAYOUTS: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[int, int, int],
 def test_layouts_are_found(layout: str, encoder: tuple[Any, Any], tmp_path: Path) -> None:
     write, counts, reported = LAYOUTS[layout]
     options = write(tmp_path / "set")
-    found = open_masks(**options)
-    assert tuple(len(found.parts[s]) for s in SPLITS) == counts
-    assert len({p.name for some in found.parts.values() for p in some}) == sum(counts)
-    assert found.reported == reported
-    assert open_masks(**options, seed=1).parts["train"] != found.parts["train"]
-    for some in found.parts.values():
-        for pair in some:
-            assert pair.open_image().size == pair.open_ids().shape[::-1]
-    results, skipped = segment_folder(*encoder, **options, conditions=CONDITIONS, steps=60, heads=["linear"])
+    opened = open_masks(**options)
+    assert tuple(len(opened.parts[s]) for s in SPLITS) == counts
+    assert len({image.name for part in opened.parts.values() for image in part}) == sum(counts)
+    assert opened.reported == reported
+    assert open_masks(**options, seed=1).parts["train"] != opened.parts["train"]
+    for part in opened.parts.values():
+        for image in part:
+            assert image.open_image().size == image.open_ids().shape[::-1]
+    results, skipped = segment(encoder, **options, steps=60, heads=["linear"])
     assert not skipped
     assert results[0].value > 40
     if layout in ("scene-parse", "zip", "tar"):
-        assert (found.classes, found.ignored, dict(found.names)) == (151, frozenset({0, 255}), {1: "wall", 150: "flag"})
+        assert (opened.classes, opened.ignored, dict(opened.names)) == (
+            151,
+            frozenset({0, 255}),
+            {1: "wall", 150: "flag"},
+        )
         assert [c["id"] for c in per_class(_example_scores(results[0]))] == [1, 2, 150]
     else:
         assert [c["id"] for c in per_class(_example_scores(results[0]))] == [0, 1, 2]
@@ -375,10 +398,8 @@ def _example_scores(result: ProbeResult) -> np.ndarray:
 
 def test_packed_and_unpacked_data_are_one(tmp_path: Path, encoder: tuple[Any, Any]) -> None:
     packed("zip")(tmp_path)
-    options: dict[str, Any] = {"conditions": CONDITIONS, "steps": 5, "heads": ["linear"]}
-    results = [
-        segment_folder(*encoder, tmp_path / name, **options)[0][0] for name in ("ade.zip", "ADEChallengeData2016")
-    ]
+    options: dict[str, Any] = {"steps": 5, "heads": ["linear"]}
+    results = [segment(encoder, tmp_path / name, **options)[0][0] for name in ("ade.zip", "ADEChallengeData2016")]
     assert results[0].data_sha256 == results[1].data_sha256
     assert results[0].value == results[1].value
 
@@ -390,8 +411,8 @@ def test_palette_and_deep_masks_hold_ids(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.png")
     deep = ids.astype(np.uint16) * 100
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    with Image.open(tmp_path / "palette.png") as kept:
-        assert kept.mode == "P"
+    with Image.open(tmp_path / "palette.png") as image:
+        assert image.mode == "P"
     assert np.array_equal(decode_ids(_At(tmp_path / "palette.png")), ids)
     assert np.array_equal(decode_ids(_At(tmp_path / "deep.png")), deep)
 
@@ -453,7 +474,7 @@ def _twice(folder: Path) -> None:
 
 
 ROWS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "rgb": (_rgb, r"mask masks/train/3\.png is a picture in colour \(RGB\), not class ids; write"),
+    "rgb": (_rgb, r"mask masks/train/3\.png is an image in colour \(RGB\), not class ids; write"),
     "jpeg": (_jpeg, r"mask masks/train/3\.jpg is a JPEG, which blurs ids; write masks as PNG"),
     "size": (_size, r"mask masks/train/3\.png is 20 x 15 px, its image 20 x 16; scale"),
     "corrupt mask": (_cut("masks/train/3.png"), r"mask masks/train/3\.png cannot be decoded .*replace the file"),
@@ -474,10 +495,10 @@ def folder(tmp_path: Path) -> Path:
 def test_bad_files_stop_the_probe_or_are_counted(kind: str, folder: Path, encoder: tuple[Any, Any]) -> None:
     spoil, message = ROWS[kind]
     spoil(folder)
-    options: dict[str, Any] = {"conditions": CONDITIONS, "steps": 3, "heads": ["linear"]}
+    options: dict[str, Any] = {"steps": 3, "heads": ["linear"]}
     with pytest.raises(DataError, match=message):
-        segment_folder(*encoder, folder, **options)
-    results, skipped = segment_folder(*encoder, folder, **options, on_bad_row="skip")
+        segment(encoder, folder, **options)
+    results, skipped = segment(encoder, folder, **options, on_bad_row="skip")
     assert len(skipped) == 1
     assert str(folder) not in skipped[0]
     assert results[0].n == 4 - ("val" in skipped[0])
@@ -520,18 +541,18 @@ def _high_id(part: str) -> Callable[[Path], None]:
 
 
 def _cut_zip(folder: Path) -> None:
-    made = Path(shutil.make_archive(str(folder.with_name("made")), "zip", folder))
+    archive = Path(shutil.make_archive(str(folder.with_name("whole")), "zip", folder))
     shutil.rmtree(folder)
-    folder.with_suffix(".zip").write_bytes(made.read_bytes()[:-200])
+    folder.with_suffix(".zip").write_bytes(archive.read_bytes()[:-200])
 
 
 WHOLES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "empty": (_empty, {}, r"set is empty; give a folder"),
     "absent": (shutil.rmtree, {}, r"is no folder, \.zip or \.tar, and no name of a Hub data set"),
-    "no layout": (_no_layout, {}, r"no layout of images and masks is known in it; name its folders"),
-    "other names": (_other_names, {}, r"no image and no mask have one name"),
+    "no layout": (_no_layout, {}, r"its layout of images and masks is unknown; name its folders"),
+    "other names": (_other_names, {}, r"no image and mask have the same name"),
     "few": (_few, {}, r"3 images with masks to fit on; a probe needs at least 5"),
-    "twice": (_twice, {}, r"3\.jpg and images/train/3\.png have one name"),
+    "twice": (_twice, {}, r"3\.jpg and images/train/3\.png have the same name"),
     "one class": (_one_class, {}, r"hold only class 1; a probe needs at least two"),
     "one class is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 255)}, r"hold only class 2"),
     "none is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 2, 255)}, r"hold no class"),
@@ -548,9 +569,9 @@ WHOLES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
 def test_data_that_cannot_be_measured_is_named(kind: str, folder: Path, encoder: tuple[Any, Any]) -> None:
     spoil, options, message = WHOLES[kind]
     spoil(folder)
-    settings = {"data": folder, "conditions": CONDITIONS, "steps": 3, **options}
+    settings = {"data": folder, "steps": 3, **options}
     with pytest.raises(PivotError, match=message):
-        segment_folder(*encoder, **settings)
+        segment(encoder, **settings)
 
 
 def test_damaged_archive_is_named(folder: Path) -> None:
@@ -560,16 +581,16 @@ def test_damaged_archive_is_named(folder: Path) -> None:
 
 
 def test_damaged_member_of_an_archive_is_named(folder: Path, encoder: tuple[Any, Any], tmp_path: Path) -> None:
-    made = tmp_path / "set.zip"
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+    archive_file = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive_file, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(f for f in folder.rglob("*") if f.is_file()):
             archive.write(file, file.relative_to(folder))
         at = archive.getinfo("masks/train/3.png").header_offset + 60
-    data = bytearray(made.read_bytes())
+    data = bytearray(archive_file.read_bytes())
     data[at : at + 20] = bytes(20)
-    made.write_bytes(bytes(data))
+    archive_file.write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"masks/train/3\.png"):
-        segment_folder(*encoder, made, conditions=CONDITIONS, steps=3)
+        segment(encoder, archive_file, steps=3)
 
 
 def test_features_that_are_not_finite_are_named(folder: Path, parts: Path) -> None:
@@ -577,7 +598,7 @@ def test_features_that_are_not_finite_are_named(folder: Path, parts: Path) -> No
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(ProbeError, match=r"features of train/\d are not finite; check its weights"):
-        segment_folder(model, processor, folder, conditions=CONDITIONS, steps=3)
+        segment((model, processor), folder, steps=3)
 
 
 def test_columns_of_tables_are_named(tmp_path: Path) -> None:
@@ -587,7 +608,7 @@ def test_columns_of_tables_are_named(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     table.rename_column("annotation", "depth").to_parquet(folder / "train-00000-of-00001.parquet")
-    with pytest.raises(ProbeError, match="its picture columns are image, depth; a probe needs an image and one mask"):
+    with pytest.raises(ProbeError, match="its image columns are image, depth; a probe needs an image and one mask"):
         open_masks(folder)
 
 
@@ -603,7 +624,7 @@ def command(folder: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return run
 
 
-def test_command_writes_results_tallies_and_classes(command: Any, folder: Path, tmp_path: Path) -> None:
+def test_command_writes_results_scores_and_classes(command: Any, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("sky\nroad\ntree\n")
     (folder / "masks/train/3.png").unlink()
     done = command("--image-px", "32,64", "--names", str(tmp_path / "names.txt"), "--on-bad-row", "skip")
@@ -621,8 +642,8 @@ def test_command_writes_results_tallies_and_classes(command: Any, folder: Path, 
 
 
 def test_command_has_an_example() -> None:
-    shown = " ".join(CliRunner().invoke(app, ["segment", "--help"], env={"COLUMNS": "200"}).output.split())
-    assert "Example: pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016" in shown
+    text = " ".join(CliRunner().invoke(app, ["segment", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert "Example: pivot segment hub/pivot/shapes-dpo --data ADEChallengeData2016" in text
 
 
 def test_command_refuses_in_one_sentence_and_writes_nothing(command: Any, tmp_path: Path) -> None:
@@ -639,15 +660,15 @@ def test_command_refuses_in_one_sentence_and_writes_nothing(command: Any, tmp_pa
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"real files are not here: {REAL.name} (set PIVOT_REAL_DATA)")
 def test_camvid_and_coco_masks(encoder: tuple[Any, Any]) -> None:
-    options: dict[str, Any] = {"conditions": CONDITIONS, "steps": 20, "heads": ["linear"]}
-    camvid, skipped = segment_folder(*encoder, REAL / "segmentation" / "camvid", ignore_ids=(11,), **options)
+    options: dict[str, Any] = {"steps": 20, "heads": ["linear"]}
+    camvid, skipped = segment(encoder, REAL / "segmentation" / "camvid", ignore_ids=(11,), **options)
     assert not skipped
     assert (camvid[0].n, _example_scores(camvid[0]).shape) == (20, (20, 3, 11))
     coco = REAL / "coco128"
     names = read_names(coco / "semantic_segmentation" / "config.yaml")
     masks: dict[str, Any] = {"masks": coco / "semantic_segmentation" / "masks", "names": names, "ignore_ids": (0,)}
     masks |= {**options, "on_bad_row": "skip"}
-    results, skipped = segment_folder(*encoder, coco / "images", **masks)
+    results, skipped = segment(encoder, coco / "images", **masks)
     assert results[0].task == "segmentation/coco128/linear/32px"
     assert (results[0].n, len(skipped)) == (20, 28)
 
@@ -662,25 +683,25 @@ def test_the_pages_table_is_that_of_the_records() -> None:
 
 
 def table_rows(folder: Path) -> list[str]:
-    """Rows of the page's table: a data set, size and head each, an encoder a column."""
+    """Build the rows of the page's table: one for each data set, size and head, with one column per encoder."""
     cells: dict[str, list[str]] = {}
     for data in ("camvid", "coco128"):
         hashes = set()
         for encoder in ("base", "sft", "dpo", "random"):
-            found = {(r.task, r.metric): r for r in read_results(folder / f"segmentation-{data}-{encoder}.json")}
-            for task in dict.fromkeys(task for task, _ in found):
-                iou, accuracy, recall = (found[task, m] for m in ("mean_iou", "pixel_accuracy", "mean_recall"))
+            by_key = {(r.task, r.metric): r for r in read_results(folder / f"segmentation-{data}-{encoder}.json")}
+            for task in dict.fromkeys(task for task, _ in by_key):
+                iou, accuracy, recall = (by_key[task, m] for m in ("mean_iou", "pixel_accuracy", "mean_recall"))
                 low, high = iou.ci95
                 text = f"{iou.value:.1f} [{low:.1f}, {high:.1f}], {accuracy.value:.1f}, {recall.value:.1f}"
                 cells.setdefault(task, []).append(text)
                 hashes.add(iou.data_sha256)
-        assert len(hashes) == 1  # one split and the same masks, so that encoders can be paired
-    return [f"| {' | '.join([*task.split('/')[1:], *some])} |" for task, some in cells.items()]
+        assert len(hashes) == 1  # the same split and masks, so that encoders can be compared item by item
+    return [f"| {' | '.join([*task.split('/')[1:], *texts])} |" for task, texts in cells.items()]
 
 
-def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
+def test_what_the_page_says_about_encoders_holds_in_paired_comparisons() -> None:
     folder = Path(__file__).parents[3] / "recipes" / "shapes" / "real"
-    found = {
+    recorded = {
         (data, encoder): [
             r for r in read_results(folder / f"segmentation-{data}-{encoder}.json") if r.metric == "mean_iou"
         ]
@@ -694,11 +715,11 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
 
     for data, above in (("camvid", True), ("coco128", False)):
         for encoder in ("base", "sft", "dpo"):
-            for trained, random in zip(found[data, encoder], found[data, "random"], strict=True):
+            for trained, random in zip(recorded[data, encoder], recorded[data, "random"], strict=True):
                 low, high = np.percentile(drawn(trained) - drawn(random), [2.5, 97.5])
                 assert (low > 0) == above, (trained.task, encoder, low, high)
                 assert not above or 6 <= round(trained.value - random.value) <= 14
-    pairs = zip(found["camvid", "dpo"], found["camvid", "sft"], strict=True)
+    pairs = zip(recorded["camvid", "dpo"], recorded["camvid", "sft"], strict=True)
     assert [round(d.value - s.value, 1) for d, s in pairs] == [-0.3, -0.9, -0.5, 1.9]
     seeded = [read_results(folder / f"segmentation-camvid-{e}-seed1.json")[0] for e in ("sft", "dpo")]
     assert [(r.task.split("/", 2)[2], r.metric, r.seed, round(r.value, 1)) for r in seeded] == [
@@ -706,19 +727,19 @@ def test_what_the_page_says_of_encoders_holds_in_pairs() -> None:
     ]
 
 
-def test_tokens_on_disk_are_those_made_and_are_made_once(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+def test_tokens_on_disk_equal_computed_ones_and_are_computed_once(encoder: tuple[Any, Any], tmp_path: Path) -> None:
     data, _ = make_data()
-    seen: list[int] = []
+    batches: list[int] = []
     metadata = {"encoder": "test", "encoder_sha256": "0"}
 
     def run() -> dict[str, ProbeResult]:
-        kept = cached_encode(*encoder, metadata, tmp_path / "cache", lambda done, total, rate: seen.append(done))
-        return probe(encoder, data, encode=kept, image_px=[32, 64])
+        encode = cached_encode(*encoder, metadata, tmp_path / "cache", lambda done, total, per_s: batches.append(done))
+        return probe(encoder, data, encode=encode, image_px=[32, 64])
 
     plain, first = probe(encoder, data, image_px=[32, 64]), run()
-    count = len(seen)
+    count = len(batches)
     assert count > 0
     again = run()
-    assert len(seen) == count  # nothing was encoded again
-    values = [[r.value for r in made.values()] for made in (plain, first, again)]
+    assert len(batches) == count  # nothing was encoded again
+    values = [[r.value for r in results.values()] for results in (plain, first, again)]
     assert values[0] == values[1] == values[2]

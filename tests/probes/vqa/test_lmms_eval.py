@@ -1,4 +1,4 @@
-"""`pivot eval vqa` on files that lmms-eval wrote (tests/lmms, see tests/conformance/vqa_tasks.py), and its rules."""
+"""`pivot eval vqa` on files that lmms-eval wrote (see tests/conformance/vqa_tasks.py), and the rules for answers."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from pivot_hub.probes.vqa.rule_judges import ask_mathvista, score_mathvista
 from pivot_hub.probes.vqa.synthetic import generate_answers
 
 RECORDED = Path(__file__).with_name("recorded")
-# Two right answers, then a wrong one, twelve rows; what differs from 2 in 3 was worked out by hand.
+# Twelve rows: two right answers, then a wrong one, and so on. Values that differ from 2 in 3 were computed by hand.
 EXPECTED = dict.fromkeys(BENCHMARKS, (200 / 3, 12)) | {
-    "mme": (75.0, 5),  # five images of three categories, 62.5, 62.5 and 100: a wrong "none" reads as no
-    "mmbench_en": (100 / 3, 6),  # questions, each right only in both of its turns
+    "mme": (75.0, 5),  # five images of three categories, 62.5, 62.5 and 100: a wrong "none" counts as no
+    "mmbench_en": (100 / 3, 6),  # questions, each right only if both of its rotations are
     "mmbench_cn": (100 / 3, 6),
     "seed_bench": (200 / 3, 9),  # three of the twelve are videos
     "textvqa": (140 / 3, 12),
     "mmvp": (100 / 3, 6),  # pairs
     "cv_bench": (62.5, 12),  # 2D: 75 of ADE20K, 75 of COCO; 3D: 50
 }
-# Answers `-c`, which asks for versions, and `-m`, which runs a task: it gives what lmms-eval wrote of it.
+# Stands in for Python: `-c` asks for versions, and `-m` runs a task by copying what lmms-eval wrote for it.
 PROGRAM = f"""#!{sys.executable}
 import json, pathlib, shutil, sys, time
 if sys.argv[1] == "-c":
@@ -73,14 +73,14 @@ whole["configs"] = {{task: {{"test_split": "test"}}}}
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The benchmarks under the names they were recorded by."""
+    """Give the benchmarks the names that they were recorded with."""
     for name, benchmark in BENCHMARKS.items():
         monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(benchmark, task=f"tiny_{name}"))
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """Stands in for a Python with lmms-eval; `calls` beside it names the tasks it ran."""
+    """Write a stand-in for a Python with lmms-eval; the file `calls` beside it lists the tasks that it ran."""
     file = tmp_path / "program" / "python"
     file.parent.mkdir()
     file.write_text(PROGRAM)
@@ -102,36 +102,36 @@ def silent(line: str) -> None:
     pass
 
 
-def test_the_table_is_the_papers() -> None:
+def test_benchmarks_are_those_of_the_paper() -> None:
     assert Counter(b.group for b in BENCHMARKS.values()) == dict(zip(GROUPS, (5, 4, 4, 3), strict=True))
     assert len({b.task for b in BENCHMARKS.values()}) == 16
 
 
 @pytest.mark.usefixtures("tiny")
 def test_every_benchmark_is_read_and_groups_are_averaged(mllm: Path, program: Path, tmp_path: Path) -> None:
-    made = evaluate_vqa(mllm, tmp_path / "out", python=program, log=silent)
-    seen = {r.task.removeprefix("vqa/"): r for r in made.results}
-    assert {name: (round(r.value, 6), r.n) for name, r in seen.items()} == {
+    evaluation = evaluate_vqa(mllm, tmp_path / "out", python=program, log=silent)
+    by_name = {r.task.removeprefix("vqa/"): r for r in evaluation.results}
+    assert {name: (round(r.value, 6), r.n) for name, r in by_name.items()} == {
         name: (round(value, 6), n) for name, (value, n) in EXPECTED.items()
     }
     assert len(calls(program)) == 16
-    assert made.refused == []
+    assert evaluation.refused == []
     values = {name: value for name, (value, _) in EXPECTED.items()}
     for group in (*GROUPS, OVERALL):
-        wanted = np.mean([v for name, v in values.items() if group in (BENCHMARKS[name].group, OVERALL)])
-        mean = next(r for r in made.averages if r.task == f"vqa/{group}")
-        assert mean.value == pytest.approx(wanted)
+        expected = np.mean([v for name, v in values.items() if group in (BENCHMARKS[name].group, OVERALL)])
+        mean = next(r for r in evaluation.averages if r.task == f"vqa/{group}")
+        assert mean.value == pytest.approx(expected)
         assert mean.ci95[0] < mean.value < mean.ci95[1]
-    mme = seen["mme"]
+    mme = by_name["mme"]
     assert (mme.split, mme.metric, mme.unit) == ("test", "perception_score", "percent")
     assert mme.protocol == "lmms-eval 0.7.3, tiny_mme, mme_perception_score, greedy, float32"
     assert (mme.partner, mme.feature_layer, mme.versions["lmms_eval"]) == ("3-dpo", -2, "0.7.3")
     assert mme.encoder_sha256 == tower_metadata(mllm)["encoder_sha256"]
-    assert len({r.data_sha256 for r in made.results}) == 16
-    kept = read_results(tmp_path / "out" / "results.json")
-    assert kept == [*made.results, *made.averages]
-    assert kept[0].example_scores is not None
-    assert kept[0].example_scores.shape == (5, 10, 2)
+    assert len({r.data_sha256 for r in evaluation.results}) == 16
+    stored = read_results(tmp_path / "out" / "results.json")
+    assert stored == [*evaluation.results, *evaluation.averages]
+    assert stored[0].example_scores is not None
+    assert stored[0].example_scores.shape == (5, 10, 2)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -154,19 +154,19 @@ def test_finished_tasks_are_not_run_again(mllm: Path, trained: Path, program: Pa
 def test_no_average_over_missing_or_limited_tasks(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_vqa(mllm, out, ["mmvp", "realworldqa"], python=program, log=silent)
-    made = evaluate_vqa(mllm, out, ["cv_bench"], limit=8, python=program, log=silent)
-    assert made.results[0].protocol.endswith(", the first 8 questions only")
-    assert made.averages == []
-    assert made.refused[0] == "Vision-centric is not averaged: run with --limit cv_bench."
-    assert made.refused[1].startswith("All 16 is not averaged: missing mme, mmbench_en,")
-    assert made.refused[1].endswith("docvqa; run with --limit cv_bench.")
-    assert len(made.refused) == 2  # nothing of the other groups was asked for
+    evaluation = evaluate_vqa(mllm, out, ["cv_bench"], limit=8, python=program, log=silent)
+    assert evaluation.results[0].protocol.endswith(", the first 8 questions only")
+    assert evaluation.averages == []
+    assert evaluation.refused[0] == "Vision-centric is not averaged: run with --limit cv_bench."
+    assert evaluation.refused[1].startswith("All 16 is not averaged: missing mme, mmbench_en,")
+    assert evaluation.refused[1].endswith("docvqa; run with --limit cv_bench.")
+    assert len(evaluation.refused) == 2  # no benchmark of the other groups was run
     with pytest.raises(ProbeError, match="Knowledge is not averaged: missing scienceqa, mmmu, mathvista, ai2d"):
         average("Knowledge", {})
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_failed_task_leaves_nothing_and_the_next_run_goes_on(mllm: Path, program: Path, tmp_path: Path) -> None:
+def test_a_failed_task_leaves_nothing_and_the_next_run_resumes(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     program.with_name("broken").touch()
     with pytest.raises(ProbeError, match=r"tiny_gqa: lmms-eval failed: ValueError: Tasks not found: tiny_gqa; its log"):
@@ -177,8 +177,8 @@ def test_a_failed_task_leaves_nothing_and_the_next_run_goes_on(mllm: Path, progr
     assert calls(program) == ["tiny_mmvp None", "tiny_gqa None", "tiny_gqa None"]
 
 
-def test_a_killed_command_goes_on(mllm: Path, program: Path, tmp_path: Path) -> None:
-    """Through the command line, on tasks that are no benchmark."""
+def test_a_killed_command_resumes(mllm: Path, program: Path, tmp_path: Path) -> None:
+    """Run through the command line, on tasks that are no benchmarks."""
     program.with_name("slow").touch()
     options = ["--output", "out", "--python", str(program), "--tasks", "tiny_gqa,tiny_mmvp"]
     command = [sys.executable, "-m", "pivot_hub", "eval", "vqa", str(mllm), *options]
@@ -192,16 +192,18 @@ def test_a_killed_command_goes_on(mllm: Path, program: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "tiny_mmvp").exists()
     program.with_name("slow").unlink()
     command[-1] = "tiny_gqa"
-    done = subprocess.run([*command, "--json", "found.json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--json", "results.json"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert "tiny_gqa: finished before" in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["averages"] == found["refused"] == []
-    assert [(r["task"], r["metric"]) for r in found["results"]] == [("vqa/tiny_gqa", "exact_match")]
-    assert found["results"][0]["value"] == pytest.approx(200 / 3)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["averages"] == stored["refused"] == []
+    assert [(r["task"], r["metric"]) for r in stored["results"]] == [("vqa/tiny_gqa", "exact_match")]
+    assert stored["results"][0]["value"] == pytest.approx(200 / 3)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_figures_that_samples_do_not_make_are_refused(mllm: Path, program: Path, tmp_path: Path) -> None:
+def test_numbers_that_do_not_follow_from_the_samples_are_refused(mllm: Path, program: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     evaluate_vqa(mllm, out, ["gqa"], python=program, log=silent)
     metadata = {"encoder": "tower", "encoder_sha256": "0", "feature_layer": -2}
@@ -216,25 +218,25 @@ def test_figures_that_samples_do_not_make_are_refused(mllm: Path, program: Path,
         read_task(out / "gqa", "gqa", metadata)
 
 
-def test_bad_input_is_refused_in_words(
+def test_bad_input_is_refused(
     mllm: Path, parts: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     options: dict[str, Any]
-    for options, says in (
+    for options, message in (
         ({"dtype": "int8"}, "give one of float32, float16, bfloat16"),
         ({"limit": 0}, "a limit of 0 questions leaves none"),
         ({"tasks": [""]}, "'' is no task; give names as in --tasks gqa,mmvp"),
         ({"tasks": ["../gqa"]}, "is no task"),
         ({"tasks": ["own"], "include": tmp_path / "none"}, "holds no task file of lmms-eval"),
-        ({"tasks": ["tiny_none"]}, "tiny_none: lmms-eval wrote no result of it alone; name single tasks"),
-        ({"tasks": ["tiny_mmvp", "tiny_mme"]}, "tiny_mmvp: no metric of it has a number for each question"),
+        ({"tasks": ["tiny_none"]}, "tiny_none: lmms-eval wrote no result of this task alone; name single tasks"),
+        ({"tasks": ["tiny_mmvp", "tiny_mme"]}, "tiny_mmvp: no metric of this task has a number for each question"),
     ):
-        with pytest.raises(ProbeError, match=says):
+        with pytest.raises(ProbeError, match=message):
             evaluate_vqa(mllm, out, python=program, log=silent, **options)
-    (tmp_path / "pictures" / "mme").mkdir(parents=True)
-    with pytest.raises(ProbeError, match="mme is there and is no result of this command; choose another --output"):
-        evaluate_vqa(mllm, tmp_path / "pictures", python=program, log=silent)
+    (tmp_path / "images" / "mme").mkdir(parents=True)
+    with pytest.raises(ProbeError, match="mme exists and is no result of this command; choose another --output"):
+        evaluate_vqa(mllm, tmp_path / "images", python=program, log=silent)
     with pytest.raises(CheckpointError, match="not an MLLM; give a LLaVA checkpoint"):
         evaluate_vqa(parts / "language", out, python=program)
     shutil.copytree(mllm, tmp_path / "a,b")
@@ -266,15 +268,17 @@ def test_the_towers_hash_is_of_the_tower_alone(trained: Path, tmp_path: Path) ->
     assert tower_metadata(copy)["encoder_sha256"] not in (one, two)
 
 
-@pytest.mark.parametrize("said", ["(A)", "A", "A.", "(a)", "a", "A) yes", "A: yes", "(A) yes.", "yes", "Yes.", "A yes"])
-def test_an_option_is_recognised_in_every_form(said: str) -> None:
+@pytest.mark.parametrize(
+    "answer", ["(A)", "A", "A.", "(a)", "a", "A) yes", "A: yes", "(A) yes.", "yes", "Yes.", "A yes"]
+)
+def test_an_option_is_recognised_in_every_form(answer: str) -> None:
     question = "Is the car beneath the cat?\nSelect from the following choices.\n(A) yes\n(B) no"
-    assert same_choice(said, "(A)", question)
-    assert not same_choice(said, "(B)", question)
+    assert same_choice(answer, "(A)", question)
+    assert not same_choice(answer, "(B)", question)
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("answer", "letter"),
     [
         ("The answer is B.", "B"),
         ("The answer is (b).", "B"),
@@ -290,8 +294,8 @@ def test_an_option_is_recognised_in_every_form(said: str) -> None:
         ("b is closer.", "B"),
     ],
 )
-def test_what_else_is_said_means_an_option_or_none(said: str, letter: str | None) -> None:
-    assert chosen_letter(said, {"A": "A is closer", "B": "B is closer"}) == letter
+def test_other_answers_mean_an_option_or_none(answer: str, letter: str | None) -> None:
+    assert chosen_letter(answer, {"A": "A is closer", "B": "B is closer"}) == letter
 
 
 def test_options_are_read_from_the_question() -> None:
@@ -300,7 +304,7 @@ def test_options_are_read_from_the_question() -> None:
     assert options_in("Look at (A) and at B. Which?") == {}
 
 
-def test_mathvista_is_judged_by_rule() -> None:
+def test_mathvista_is_judged_by_rules() -> None:
     text = {"question": "Which?", "question_type": "multi_choice", "answer_type": "text", "answer": "9", "unit": None}
     row = text | {"choices": ["7", "9"], "precision": None}
     assert ask_mathvista(row) == "Which?\nA. 7\nB. 9\nAnswer with the option's letter from the given choices directly."
@@ -312,7 +316,7 @@ def test_mathvista_is_judged_by_rule() -> None:
         "How far? (Unit: m)",
         "Answer the question using a single floating-point number with one decimal place.",
     ]
-    for asked, said, right in (
+    for question, answer, right in (
         (row, "B", 1),
         (row, "(b)", 1),
         (row, "9", 1),
@@ -328,28 +332,28 @@ def test_mathvista_is_judged_by_rule() -> None:
         (several, "[1,2]", 1),
         (several, "[2, 1]", 0),
     ):
-        assert score_mathvista(asked, [said]) == {"accuracy": right}, said
+        assert score_mathvista(question, [answer]) == {"accuracy": right}, answer
 
 
 def test_results_of_two_mllms_can_be_paired(tiny: None, trained: Path, program: Path, tmp_path: Path) -> None:
-    made: list[ProbeResult] = []
+    results: list[ProbeResult] = []
     for stage in ("3-sft", "3-dpo"):
-        made += evaluate_vqa(trained / stage, tmp_path / stage, ["gqa"], python=program, log=silent).results
-    assert made[0].data_sha256 == made[1].data_sha256
-    assert made[0].encoder_sha256 != made[1].encoder_sha256
+        results += evaluate_vqa(trained / stage, tmp_path / stage, ["gqa"], python=program, log=silent).results
+    assert results[0].data_sha256 == results[1].data_sha256
+    assert results[0].encoder_sha256 != results[1].encoder_sha256
 
 
 def test_questions_of_several_images_and_of_none_share_a_pass(mllm: Path) -> None:
     model, processor = load_mllm(mllm)
     assert model.generation_config is not None
     model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids
-    with torch.no_grad():  # the tiny model says the same to all; with large weights whatever it sees counts
+    with torch.no_grad():  # the tiny model gives the same answer to all inputs, unless its weights are large
         for weight in model.parameters():
             weight.mul_(3)
     one, two = (ShapesDataset().scene("test", i).render().image for i in range(2))
-    question, shown = "Which is larger?", [[one], [one, two], [two, one], []]
-    together = generate_answers(model, processor, [question] * 4, shown)
-    alone = [generate_answers(model, processor, [question], [images])[0] for images in shown]
+    question, image_lists = "Which is larger?", [[one], [one, two], [two, one], []]
+    together = generate_answers(model, processor, [question] * 4, image_lists)
+    alone = [generate_answers(model, processor, [question], [images])[0] for images in image_lists]
     assert together == alone
     assert len(set(together)) == 4
     assert together[:1] == generate_answers(model, processor, [question], [one])

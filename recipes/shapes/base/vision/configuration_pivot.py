@@ -1,6 +1,6 @@
-"""Configuration of a PIVOT encoder: the native config of its backbone, and what was done to it.
+"""Configuration of a PIVOT encoder: the native config of its backbone, and how it was trained.
 
-This file travels with every published encoder: it imports transformers only.
+This file is copied into every published encoder, so it imports transformers only.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,26 @@ from transformers import AutoConfig, PretrainedConfig
 
 @dataclass(frozen=True)
 class Backbone:
-    """What differs between vision architectures.
+    """Properties in which vision architectures differ.
 
     Args:
-        model_type: of the vision config.
-        image_processor: transformers' class for its images, where the repository names none or the one it replaces.
-        replaces: a class that needs torchvision, whose steps image_processor does without.
-        prefix_tokens: tokens before the first patch, as CLS: CLIP 1, SigLIP 0. Registers, which the config counts,
-            are added.
-        feature_layer: hidden state that an MLLM sees, -2 in the paper.
-        key_prefix: put before every key transformers writes, to give the keys of the original Hub checkpoint.
+        model_type: Model type of the vision config.
+        image_processor: transformers' image processor class, used if the repository names none or the class in
+            `replaces`.
+        prefix_tokens: Number of tokens before the first patch, such as CLS: 1 for CLIP, 0 for SigLIP. Registers,
+            which the config counts, are added to it.
+        feature_layer: Hidden state that enters an MLLM, -2 in the paper.
+        key_prefix: Prefix of every key in the original Hub checkpoint that transformers leaves out when it saves.
             transformers 5 drops `vision_model.` from SigLIP and CLIP towers, and 4.57 then loads the file with
-            random weights and only a warning; both read the canonical keys.
-        interpolates: its `forward` takes `interpolate_pos_encoding`; others take other image sizes or refuse them.
-        native_type: another model type whose class computes it as an encoder, and in which it is written.
-        optional: beginnings of keys that original checkpoints may lack and no feature uses: never random, identity.
-        maps: its hidden states are maps (B, D, H, W), not tokens (B, N, D).
-        image_px: side of the square images its config is made for.
+            random weights and only a warning. Both versions read the original keys.
+        interpolates: Whether `forward` has the option `interpolate_pos_encoding`. Without it, an architecture
+            either takes every image size or refuses all but its own.
+        native_type: Model type that the encoder is loaded and written as, if its own class is not a plain encoder.
+        optional: Prefixes of keys that original checkpoints may lack and that no feature uses. Such weights are set
+            to the identity or zero, never to random values.
+        maps: Whether hidden states are maps (B, D, H, W) instead of tokens (B, N, D).
+        replaces: Image processor class that needs torchvision and that `image_processor` replaces step by step.
+        image_px: Function that returns the side of the square images that a config is for, in pixels.
     """
 
     model_type: str
@@ -44,7 +47,7 @@ class Backbone:
 
 
 def _side(size):
-    """One side of a square size, given as a number or a pair."""
+    """Return the side of a square size that is given as a number or as a pair."""
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
@@ -53,9 +56,9 @@ def _side(size):
 
 
 def _timm_side(config):
-    """timm's model arguments come before the size that its weights were trained on."""
-    given = (config.model_args or {}).get("img_size")
-    return _side(given or getattr(config, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
+    """Return the image size of a timm config, whose model arguments override the size used in training."""
+    overridden = (config.model_args or {}).get("img_size")
+    return _side(overridden or getattr(config, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:])
 
 
 BACKBONES = {
@@ -67,7 +70,7 @@ BACKBONES = {
         Backbone("dinov2_with_registers", "BitImageProcessor", 1),
         Backbone("dinov3_vit", "ViTImageProcessor", 1, replaces="DINOv3ViTImageProcessor"),
         Backbone("vit", "ViTImageProcessor", 1, interpolates=True, optional=("pooler.",)),
-        # ViTMAEModel masks three patches of four and shuffles the rest; ViTModel is the encoder itself.
+        # ViTMAEModel masks three quarters of the patches and shuffles the rest; ViTModel is the plain encoder.
         Backbone("vit_mae", "ViTImageProcessor", 1, interpolates=True, native_type="vit", optional=("pooler.",)),
         Backbone("aimv2_vision_model", "CLIPImageProcessor"),
         Backbone("timm_wrapper", "TimmWrapperImageProcessor", maps=True, image_px=_timm_side),
@@ -76,10 +79,10 @@ BACKBONES = {
 
 
 def backbone_of(config: PretrainedConfig) -> Backbone:
-    """Look up a vision config's architecture.
+    """Return the properties of a vision config's architecture.
 
     Raises:
-        ValueError: the architecture is not in the table; the message lists those that are.
+        ValueError: The architecture is not supported; the message lists those that are.
     """
     if config.model_type not in BACKBONES:
         known = ", ".join(BACKBONES)
@@ -88,15 +91,15 @@ def backbone_of(config: PretrainedConfig) -> Backbone:
 
 
 def prefix_tokens(config: PretrainedConfig) -> int:
-    """Tokens before the first patch: CLS and registers."""
+    """Return the number of tokens before the first patch: CLS and registers."""
     return backbone_of(config).prefix_tokens + getattr(config, "num_register_tokens", 0)
 
 
 def native_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The vision config of a model, in the type its encoder is written in.
+    """Return the vision config of a model, converted to the model type that its encoder is written as.
 
     Args:
-        config: of an encoder, or of a two-tower model or an MLLM, whose vision config is taken.
+        config: Config of an encoder, or of a two-tower model or an MLLM that contains one.
     """
     config = getattr(config, "vision_config", config)
     native_type = backbone_of(config).native_type
@@ -107,17 +110,20 @@ def native_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 class PivotVisionConfig(PretrainedConfig):
-    """A backbone's native config with the facts of its PIVOT training.
+    """Native config of a backbone, with metadata of its PIVOT training.
 
     Args:
-        backbone_config: the native config, or its dict; a small SigLIP by default.
-        pivot: stage, base_model, base_revision, feature_layer, prefix_tokens, language_head, recipe_sha256,
-            pivot_hub_version. Of an encoder this package did not train, stage is `base` and the rest is unset.
-        out_indices: hidden states that `PivotVisionBackbone` gives as maps; the feature layer's by default.
+        backbone_config: Native config or its dictionary; a small SigLIP by default.
+        pivot: Metadata with the keys stage, base_model, base_revision, feature_layer, prefix_tokens, language_head,
+            recipe_sha256 and pivot_hub_version. For an encoder that this package did not train, stage is `base` and
+            only feature_layer and prefix_tokens are set besides.
+        out_indices: Hidden states that `PivotVisionBackbone` returns as maps; the feature layer by default.
 
     Attributes:
-        image_size: side of the images in pixels; patch_size: of a patch; hidden_size: D. The last two are None for
-            a timm model until it is built, because its config does not tell them.
+        image_size: Side of the images in pixels.
+        patch_size: Side of a patch in pixels. None for a timm model until it is built, since its config has no such
+            entry.
+        hidden_size: Number of channels D. None for a timm model until it is built.
     """
 
     model_type = "pivot_vision"
@@ -144,16 +150,16 @@ class PivotVisionConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read our own layout, or a native config.json with a `pivot` entry or without."""
-        found, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if found.get("model_type") == cls.model_type:
-            return found, unused
-        native = {k: v for k, v in found.items() if k not in ("pivot", "auto_map")}
-        # AutoModel finds the remote class by the config's auto_map.
-        ours = {k: found[k] for k in ("pivot", "auto_map") if k in found}
-        return {"model_type": cls.model_type, "backbone_config": native, **ours}, unused
+        """Read a config.json in this class's own layout, or a native one with or without a `pivot` entry."""
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == cls.model_type:
+            return values, unused
+        native = {k: v for k, v in values.items() if k not in ("pivot", "auto_map")}
+        # AutoModel looks up the remote class in the config's auto_map.
+        own = {k: values[k] for k in ("pivot", "auto_map") if k in values}
+        return {"model_type": cls.model_type, "backbone_config": native, **own}, unused
 
     def to_dict(self):
-        made = super().to_dict()
-        made["backbone_config"] = self.backbone_config.to_dict()
-        return made
+        values = super().to_dict()
+        values["backbone_config"] = self.backbone_config.to_dict()
+        return values

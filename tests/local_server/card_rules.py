@@ -1,4 +1,4 @@
-"""What the Hub checks in a card's metadata before it takes a commit, as far as it is known: form, not truth."""
+"""The rules that the Hub is known to apply to a card's metadata before it accepts a commit: form, not truth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-# https://github.com/huggingface/hub-docs/blob/main/modelcard.md and docs/hub/model-cards: type of each known key.
+# Type of each known key, from hub-docs/modelcard.md and docs/hub/model-cards in github.com/huggingface/hub-docs.
 TEXTS = ("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model_relation", "inference")
 LISTS = ("tags", "metrics", "datasets")
 REPOSITORIES = ("base_model", "datasets", "models")
@@ -18,7 +18,15 @@ SPACE_SDKS = ("gradio", "docker", "static")
 
 
 def metadata_problems(content: str, repo_type: str) -> tuple[list[str], list[str]]:
-    """Errors, which the Hub refuses, and warnings of a README's metadata."""
+    """Check a README's metadata.
+
+    Args:
+        content: Text of the README.
+        repo_type: Type of the repository: model, dataset or space.
+
+    Returns:
+        Errors, for which the Hub refuses the commit, and warnings.
+    """
     match = REGEX_YAML_BLOCK.search(content)
     if match is None:
         return [], ["empty or missing yaml metadata in repo card"]

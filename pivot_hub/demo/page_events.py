@@ -1,0 +1,330 @@
+"""The events of the page: what each control does, and which components it updates.
+
+Every function returns its updates as a dict of components; the components it leaves out stay as they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from pivot_hub.data.synthetic import DESCRIBE
+from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, upload_path
+from pivot_hub.demo.model_bundle import BundleNames
+from pivot_hub.demo.page_layout import Page
+from pivot_hub.demo.service import ComparisonView, DemoService
+from pivot_hub.demo.view_state import ViewState, read_view_state
+from pivot_hub.errors import PivotError
+from pivot_hub.explain.heatmaps import data_uri
+
+Updates = dict[Any, Any]
+
+SET_OPACITY = "(percent) => { document.documentElement.style.setProperty('--heat', percent / 100); }"
+SHOW_LINK = """(query) => {
+  const theme = new URLSearchParams(location.search).get("__theme");
+  const parameters = [query, theme && `__theme=${theme}`].filter(Boolean).join("&");
+  const url = location.origin + location.pathname + (parameters ? `?${parameters}` : "");
+  history.replaceState(null, "", url);
+  for (const example of document.querySelectorAll("#examples button"))
+    example.setAttribute("aria-pressed", query.startsWith(`${example.dataset.query}&`) && !query.includes("image="));
+  return url;
+}"""
+SHOW_MESSAGE = "() => { document.querySelector('#message .message')?.scrollIntoView({ block: 'nearest' }); }"
+# On a narrow screen the maps are above the controls.
+SHOW_MAPS = "() => { if (innerWidth <= 900) document.querySelector('#comparison').scrollIntoView(); }"
+SAVE_AS = """(uri) => {
+  if (!uri) return;
+  const link = document.createElement("a");
+  link.href = uri;
+  link.download = "%s";
+  link.click();
+}"""
+
+
+def with_message(handler: Callable[..., Updates]) -> Callable[..., Updates]:
+    """Decorate a method of `PageEvents` to show an error as a message; the rest of the page stays as it is."""
+
+    @functools.wraps(handler)
+    def run(self: PageEvents, *values: Any) -> Updates:
+        try:
+            return handler(self, *values)
+        except PivotError as error:
+            return {self.page.texts.message: self.service.panels.message(str(error))}
+
+    return run
+
+
+class PageEvents:
+    """The functions behind the controls. They keep no state of a visitor, who may be one of several at a time."""
+
+    def __init__(self, page: Page, service: DemoService, examples: Sequence[ViewState]) -> None:
+        """Store the page's components, and what the functions need.
+
+        Args:
+            page: Components of the page.
+            service: Models and templates.
+            examples: View states of the gallery.
+        """
+        self.page, self.service, self.examples = page, service, examples
+
+    @with_message
+    def show_comparison(self, state: ViewState, upload: Any, *values: Any) -> Updates:
+        """Compare the models on what the controls say."""
+        return self._compare(self._read_controls(state, values), upload)
+
+    @with_message
+    def show_scene(self, state: ViewState, upload: Any, *values: Any) -> Updates:
+        """Compare on the scene of the controls, with its own question."""
+        return self._show_scene(self._read_controls(state, values))
+
+    @with_message
+    def show_another_scene(self, state: ViewState, upload: Any, *values: Any) -> Updates:
+        """Compare on a random scene."""
+        return self._show_scene(replace(self._read_controls(state, values), scene=random.randrange(100_000)))
+
+    @with_message
+    def show_example(self, event: gr.EventData, state: ViewState, upload: Any, *values: Any) -> Updates:
+        """Compare on an example of the gallery."""
+        example = self.examples[int(event.index) % len(self.examples)]
+        return self._show_scene(replace(self._read_controls(state, values), scene=example.scene, kind=example.kind))
+
+    def show_upload(self, state: ViewState, upload: Any, *values: Any) -> Updates:
+        """Compare on an image that was added, or on the scene if the visitor removed the image.
+
+        The input also changes when another function empties it to show a scene; then there is nothing to do.
+        """
+        page = self.page
+        if upload is None and not state.image:
+            return {page.state: state}
+        described = _without_texts(self._read_controls(state, values))
+        # Without a right answer there is no loss to explain.
+        described = replace(described, question=DESCRIBE if upload else "", explain="answer")
+        try:
+            return {page.settings.explain: "answer", **self._compare(described, upload)}
+        except PivotError as error:
+            message = self.service.panels.message(str(error))
+            return {page.texts.message: message, page.images.upload: None, page.state: replace(state, image="")}
+
+    @with_message
+    def redraw(self, view: ComparisonView | None, method: str, colours: str, opacity: float, details: str) -> Updates:
+        """Display the same comparison by another method, in other colours or with other details."""
+        if view is None:
+            return {self.page.view: None}
+        return self._display(view.with_state(method=method, colours=colours, opacity=int(opacity), details=details))
+
+    def store_opacity(self, view: ComparisonView | None, percent: float) -> Updates:
+        """Store the opacity, which the browser has applied already, in the link."""
+        page = self.page
+        if view is None:
+            return {page.view: None}
+        view = view.with_state(opacity=int(percent))
+        return {page.state: view.state, page.view: view, page.query: view.state.query()}
+
+    @with_message
+    def choose_patch(self, event: gr.EventData, view: ComparisonView | None) -> Updates:
+        """Compare another patch with all others."""
+        page = self.page
+        if view is None:
+            return {page.view: None}
+        view = view.with_state(row=int(event.row), column=int(event.column))
+        return {
+            page.state: view.state,
+            page.view: view,
+            page.results.details_panel: self.service.details_panel(view),
+            page.query: view.state.query(),
+        }
+
+    def load_models(
+        self, state: ViewState, upload: Any, *values: Any, progress: gr.Progress = gr.Progress()
+    ) -> Updates:
+        """Load the models that the visitor names, and compare them."""
+        page, panels = self.page, self.service.panels
+        *control_values, first, second, parent = values
+        names = BundleNames(first.strip(), second.strip(), parent.strip())
+        try:
+            bundle = self.service.bundles.get(names, progress)
+            state = self._read_controls(state, control_values)
+            state = replace(state, first=names.first, second=names.second, parent=names.parent, layer=0)
+            updates = self._compare(state, upload)
+        except PivotError as error:
+            return {page.models.status: panels.message(f"{error} The current models stay.")}
+        text = f"Loaded: {bundle.first.name} and {bundle.second.name}."
+        return {
+            **updates,
+            page.models.status: panels.message(text, "note"),
+            page.settings.layer: gr.Slider(maximum=bundle.layers, value=bundle.layers),
+        }
+
+    def load_built_in(self, *values: Any, progress: gr.Progress = gr.Progress()) -> Updates:
+        """Return to the models that the app was started with."""
+        no_names = ("", "", "")
+        updates = self.load_models(*values[: -len(no_names)], *no_names, progress=progress)
+        return {**dict(zip(self.page.model_names, no_names, strict=True)), **updates}
+
+    def open_link(self, request: gr.Request) -> Updates:
+        """Restore the view of the link; an invalid link shows a message above the default view."""
+        page, problem = self.page, ""
+        try:
+            state = read_view_state(dict(request.query_params))
+            updates = self._compare(state, None)
+        except PivotError as error:
+            problem, state = str(error), ViewState()
+            updates = self._compare(state, None)
+        layers = self.service.bundle(state).layers
+        layer = page.settings.layer
+        control_values = {
+            control: getattr(state, name)
+            for name, control in page.controls.items()
+            if control not in updates and control is not layer
+        }
+        return {
+            **updates,
+            **control_values,
+            **dict(zip(page.model_names, (state.first, state.second, state.parent), strict=True)),
+            layer: gr.Slider(maximum=layers, value=state.layer or layers),
+            page.texts.message: self.service.panels.message(problem),
+        }
+
+    def figure_uri(self, view: ComparisonView | None) -> str:
+        """Return the figure as a data URI."""
+        return "" if view is None else data_uri(self.service.figure(view))
+
+    def numbers_uri(self, view: ComparisonView | None) -> str:
+        """Return the numbers as a data URI."""
+        if view is None:
+            return ""
+        text = json.dumps(self.service.numbers(view), indent=2)
+        return f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"
+
+    def _read_controls(self, state: ViewState, values: Sequence[Any]) -> ViewState:
+        """The visitor's view state with the current values of the controls."""
+        choices = dict(zip(self.page.controls, values, strict=True))
+        for name in ("scene", "layer", "opacity"):
+            choices[name] = int(choices[name] or 0)  # sliders send floats, and an empty field None
+        choices["layer"] %= self.service.bundle(state).layers  # the last layer is each encoder's own, written as 0
+        return replace(state, **choices)
+
+    def _show_scene(self, state: ViewState) -> Updates:
+        return {self.page.images.upload: None, **self._compare(_without_texts(state), None)}
+
+    def _compare(self, state: ViewState, upload: Any) -> Updates:
+        """Run the comparison, and display it with the texts it used."""
+        page = self.page
+        view = self.service.compare(state, upload_path(upload))
+        return {
+            **self._display(view),
+            page.texts.question: view.state.question,
+            page.texts.right_answer: view.state.right_answer,
+            page.texts.wrong_answer: view.state.wrong_answer,
+            page.images.scene: view.state.scene,
+            page.images.kind: view.state.kind,
+        }
+
+    def _display(self, view: ComparisonView) -> Updates:
+        page = self.page
+        return {
+            page.state: view.state,
+            page.view: view,
+            page.results.comparison: self.service.comparison_panel(view),
+            page.results.details_panel: self.service.details_panel(view),
+            page.texts.message: "",
+            page.query: view.state.query(),
+        }
+
+
+def connect_events(app: gr.Blocks, page: Page, service: DemoService, examples: Sequence[ViewState]) -> None:
+    """Connect the controls of the page with their functions, within the context of the app.
+
+    Args:
+        app: App that contains the page.
+        page: Components of the page.
+        service: Models and templates.
+        examples: View states of the gallery.
+    """
+    events = PageEvents(page, service, examples)
+    displayed = _connect_comparison(page, events)
+    _connect_display(page, events, displayed)
+    _connect_models(app, page, events, displayed)
+    _connect_browser(page)
+    _connect_downloads(page, events)
+
+
+def _connect_comparison(page: Page, events: PageEvents) -> list[Any]:
+    """Connect the controls that start a comparison; return the components that a comparison updates."""
+    texts, images, settings = page.texts, page.images, page.settings
+    inputs = [page.state, images.upload, *page.controls.values()]
+    displayed = [
+        *(page.state, page.view, page.results.comparison, page.results.details_panel, texts.message, page.query),
+        *(texts.question, texts.right_answer, texts.wrong_answer),
+        *(images.scene, images.kind, images.upload, settings.explain),
+    ]
+    submits = [texts.compare.click, texts.question.submit, texts.right_answer.submit, texts.wrong_answer.submit]
+    gr.on(submits, events.show_comparison, inputs, displayed, **PRIVATE)
+    gr.on([settings.explain.input, settings.layer.input], events.show_comparison, inputs, displayed, **PRIVATE)
+    gr.on([images.scene.input, images.kind.input], events.show_scene, inputs, displayed, **PRIVATE)
+    images.another.click(events.show_another_scene, inputs, displayed, **PRIVATE)
+    page.gallery.select(events.show_example, inputs, displayed, **PRIVATE)
+    # Not `input`: Gradio 6.31 fires it for uploaded files but not for pasted images or the camera.
+    images.upload.change(events.show_upload, inputs, displayed, **PRIVATE)
+    return displayed
+
+
+def _connect_display(page: Page, events: PageEvents, displayed: list[Any]) -> None:
+    """Connect the controls that display the same comparison differently."""
+    settings, results = page.settings, page.results
+    display_settings = [settings.method, settings.colours, settings.opacity, results.details]
+    changes = [settings.method.input, settings.colours.input, results.details.input]
+    gr.on(changes, events.redraw, [page.view, *display_settings], displayed, **PRIVATE)
+    opacity_outputs = [page.state, page.view, page.query]
+    settings.opacity.input(events.store_opacity, [page.view, settings.opacity], opacity_outputs, **PRIVATE)
+    patch_outputs = [page.state, page.view, results.details_panel, page.query, page.texts.message]
+    results.details_panel.select(events.choose_patch, [page.view], patch_outputs, **PRIVATE)
+
+
+def _connect_models(app: gr.Blocks, page: Page, events: PageEvents, displayed: list[Any]) -> None:
+    """Connect the controls that load other models, and the link that names them."""
+    models, settings = page.models, page.settings
+    inputs = [page.state, page.images.upload, *page.controls.values(), *page.model_names]
+    outputs = [*displayed, settings.layer, models.status, *page.model_names]
+    options: dict[str, Any] = {
+        **PRIVATE,
+        **LOADING,
+        "show_progress": "full",
+        "show_progress_on": models.status,
+        "trigger_mode": "multiple",
+    }
+    models.load.click(events.load_models, inputs, outputs, **options)
+    models.built_in.click(events.load_built_in, inputs, outputs, **options)
+    link_outputs = [*outputs, settings.method, settings.opacity, settings.colours, page.results.details]
+    app.load(events.open_link, None, link_outputs, **{**PRIVATE, **LOADING})
+
+
+def _connect_browser(page: Page) -> None:
+    """Connect what the browser does itself, without the server."""
+    texts = page.texts
+    page.settings.opacity.change(None, page.settings.opacity, js=SET_OPACITY)
+    texts.message.change(None, js=SHOW_MESSAGE)
+    gr.on([texts.compare.click, page.images.another.click], None, js=SHOW_MAPS)
+    page.query.change(None, page.query, page.results.link, js=SHOW_LINK)
+
+
+def _connect_downloads(page: Page, events: PageEvents) -> None:
+    """Connect the buttons that save the figure and the numbers."""
+    for button, make_uri, name in (
+        (page.results.save_figure, events.figure_uri, "pivot-maps.png"),
+        (page.results.save_numbers, events.numbers_uri, "pivot-maps.json"),
+    ):
+        saved = button.click(make_uri, page.view, page.file_uri, **PRIVATE)
+        saved.then(None, page.file_uri, js=SAVE_AS % name)
+
+
+def _without_texts(state: ViewState) -> ViewState:
+    """The view state without the visitor's image, question and answers."""
+    return replace(state, question="", right_answer="", wrong_answer="", image="")
