@@ -200,8 +200,8 @@ def is_recorded_recipe(file: Path, recipe: Recipe) -> bool:
     since counts with its default.
     """
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text())) == recipe
-    except (yaml.YAMLError, ValidationError):  # written by hand, or by a version with other keys
+        return Recipe.model_validate(parse_yaml(file.read_bytes(), str(file), RecipeError)[0]) == recipe
+    except (RecipeError, ValidationError):  # written by hand, or by a version with other keys
         return False
 
 
