@@ -189,6 +189,9 @@ def encode(
         report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
     for image in report["corrupt"]:
         log(f"left out: {image['reason']}")
+    for kind, paths in report["not_read"].items():
+        if paths["count"]:
+            log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
     log(
         f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
         f"{report['images_per_s']} images/s; report: {out_path}.json"

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from pivot_hub.config.data_section import DataSpec, OnBadRow, ShapesData
 from pivot_hub.config.stages import Stage, argument_types, stage_names, stage_of
-from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, read_yaml
+from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, parse_yaml, read_yaml
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import shipped_folder
 
@@ -200,8 +200,8 @@ def is_recorded_recipe(file: Path, recipe: Recipe) -> bool:
     since counts with its default.
     """
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text())) == recipe
-    except (yaml.YAMLError, ValidationError):  # written by hand, or by a version with other keys
+        return Recipe.model_validate(parse_yaml(file.read_bytes(), str(file), RecipeError)[0]) == recipe
+    except (RecipeError, ValidationError):  # written by hand, or by a version with other keys
         return False
 
 
@@ -321,7 +321,7 @@ def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
         else:
             raise RecipeError(f"override {override}: `{dotted}` goes deeper than the recipe does.")
     try:
-        section[keys[-1]] = yaml.safe_load(text)
-    except (IndexError, TypeError, yaml.YAMLError) as error:
+        section[keys[-1]] = parse_yaml(text, f"override {override}", RecipeError)[0]
+    except (IndexError, TypeError) as error:
         raise RecipeError(f"override {override}: cannot be set there: {error}.") from error
     return tuple(keys)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
 
 from pivot_hub.config.data_section import OnBadRow
-from pivot_hub.data.image import image_files, open_image
-from pivot_hub.errors import DataError
+from pivot_hub.config.yaml_loader import parse_yaml
+from pivot_hub.data.image import image_files, open_image, open_stored
+from pivot_hub.data.row import open_text
+from pivot_hub.errors import DataError, shown_text
 
 NAME_FILES = ("config.yaml", "data.yaml")  # as lightly-train and ultralytics call them
 ID_MODES = {"1", "L", "P", "I", "I;16"}  # Pillow's modes of one channel, whose values are ids
@@ -128,11 +129,9 @@ def _read_names(file: Path | None, labels: Path, folder: Path) -> ClassNames:
     if file is None:
         raise DataError(f"{labels}: no {' or '.join(NAME_FILES)} beside it says what its ids mean; give --names.")
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(
-            f"{file}: cannot be read ({str(error).splitlines()[0]}); give a YAML file with names."
-        ) from None
+        stored, _ = parse_yaml(file.read_bytes(), str(file), DataError)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); give a YAML file with names.") from None
     names = stored.get("names", stored.get("classes")) if isinstance(stored, dict) else None
     by_id = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(by_id, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in by_id.items()):
@@ -183,16 +182,17 @@ def _yolo_regions(labels: Path, names: ClassNames, name: Path, size: Size) -> Re
 def _coco_reader(file: Path, folder: Path) -> RegionReader:
     """Read a COCO file of boxes, and return the function that gives the regions of one image."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        with open_text(file) as text:
+            stored = json.load(text)
         names = {c["id"]: str(c["name"]) for c in stored["categories"]}
         images = {i["id"]: i for i in stored["images"]}
         boxes: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in images}
         for annotation in stored["annotations"]:
             boxes[annotation["image_id"]].append(annotation)
         by_file = {str(image["file_name"]): image_id for image_id, image in images.items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{file}: is not COCO's JSON ({error}); give a file with images, annotations, categories."
+            f"{file}: is not COCO's JSON ({shown_text(str(error))}); give a file with images, annotations, categories."
         ) from None
     except KeyError as error:
         raise DataError(f"{file}: is not COCO's JSON: there is no {error}; give its file of instances.") from None
@@ -241,13 +241,10 @@ def _mask_regions(masks: Path, names: ClassNames, ignore: frozenset[int], name: 
 
 def _read_ids(file: Path) -> np.ndarray:
     """Read an id mask: (H, W) int64."""
-    try:
-        with Image.open(file) as stored:
-            if stored.mode not in ID_MODES:
-                raise DataError(f"{file} is a {stored.mode} image, not ids; give masks of one channel.")
-            return np.asarray(stored).astype(np.int64)
-    except OSError as error:
-        raise DataError(f"{file} cannot be decoded ({error}); replace the file.") from None
+    with open_stored(file, str(file)) as stored:
+        if stored.mode not in ID_MODES:
+            raise DataError(f"{file} is a {stored.mode} image, not ids; give masks of one channel.")
+        return np.asarray(stored).astype(np.int64)
 
 
 def _class_mask(file: Path, class_id: int) -> np.ndarray:

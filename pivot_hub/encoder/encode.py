@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pivot_hub.data.image import image_files, open_image
+from pivot_hub.data.image import DECODING, list_folder, open_image
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_json
@@ -60,7 +60,8 @@ def encode_folder(
 
     Returns:
         The report, which is also written beside the output as `<output>.json`: encoder, shape of an image's features,
-        files in order, corrupt images with their reason, images per second.
+        files in order, corrupt images with their reason, files and linked folders that were not read, images per
+        second.
 
     Raises:
         CheckpointError: The encoder cannot be loaded.
@@ -73,7 +74,8 @@ def encode_folder(
         raise DataError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     if not source.is_dir():
         raise DataError(f"{source} is not a folder; give the folder that holds the images.")
-    files = image_files(source)
+    listing = list_folder(source)
+    files = listing.images
     if not files:
         raise DataError(f"{source} holds no image file; give the folder that holds the images.")
     model, processor = read_encoder(encoder, dtype=DTYPES[dtype])
@@ -81,7 +83,10 @@ def encode_folder(
     names = [str(f.relative_to(source)) for f in files]
     images = FolderImages(source, names)
     metadata = {**encoder_metadata(encoder), "files_sha256": _listing_sha256(names, files)}
-    return encode_images(model, processor, images, target, metadata, tokens, batch, dtype, workers, progress)
+    report = encode_images(model, processor, images, target, metadata, tokens, batch, dtype, workers, progress)
+    report |= {"not_read": listing.not_read()}
+    write_json(target.with_name(f"{target.name}.json"), report)
+    return report
 
 
 class Images(Protocol):
@@ -280,9 +285,11 @@ def _features(model: Any, pixels: torch.Tensor, tokens: bool) -> np.ndarray:
     return features
 
 
-def _listing_sha256(names: list[str], files: list[Path]) -> str:
-    """Identify a folder's images by their names and sizes, without reading them."""
-    listing = "".join(f"{name}\0{file.stat().st_size}\n" for name, file in zip(names, files, strict=True))
+def _listing_sha256(names: list[str], files: Sequence[Path]) -> str:
+    """Identify a folder's images by their names and sizes, without reading them, and how they are decoded."""
+    listing = f"decoding {DECODING}\n" + "".join(
+        f"{name}\0{file.stat().st_size}\n" for name, file in zip(names, files, strict=True)
+    )
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
+from pivot_hub.data.image import DECODING
 from pivot_hub.encoder.encode import Progress, encode_images
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
@@ -148,6 +149,7 @@ def cached_values(
         "tokens": tokens,
         "dtype": options.dtype,
         "layout": LAYOUT,
+        "decoding": DECODING,
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
     file = (options.cache or Path(HF_HOME) / "pivot_hub" / "features") / f"{key}.npy"

@@ -57,6 +57,8 @@ def test_parquet_has_a_row_for_every_image(parts: Path, folder: Path, tmp_path: 
     table = pq.read_table(out)
     assert table["file"].to_pylist() == report["files"]
     assert report["files"] == sorted(report["files"])
+    assert report["not_read"]["files"] == {"count": 1, "first": ["notes.txt"]}
+    assert json.loads((tmp_path / "f.parquet.json").read_text()) == report
     assert len(table) == report["images"] == COUNT - 2
     assert [entry["file"] for entry in report["corrupt"]] == ["04.png", "b/05.png"]
     assert all("cannot be decoded" in entry["reason"] for entry in report["corrupt"])

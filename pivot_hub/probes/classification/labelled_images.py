@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pivot_hub.data.image import decode_image
-from pivot_hub.data.image_store import ARCHIVES, FileStore
+from pivot_hub.data.image_store import ARCHIVES, FileStore, open_cell
 from pivot_hub.data.row import Row
 from pivot_hub.encoder.encode import Images
 from pivot_hub.errors import ProbeError
@@ -73,7 +72,7 @@ def open_classes(data: str, revision: str | None = None, seed: int = 0) -> Class
     if path.is_dir():
         if next(path.rglob("*.parquet"), None) is None:
             return ClassFolders(path, seed)
-        return LabelledColumns(path.name, _load(str(path), None), seed)
+        return LabelledColumns(path.name, _load(str(path), None), seed, path)
     if path.exists() or data.count("/") != 1 or data.startswith((".", "/")):
         raise ProbeError(f"data {data!r} is no folder, .zip, .tar or Hub data set; give one with a folder per class.")
     return LabelledColumns(data, _load(data, revision), seed)
@@ -143,8 +142,8 @@ class ClassFolders:
 class LabelledColumns:
     """Images in a data set of the datasets library that has an image and a label column."""
 
-    def __init__(self, name: str, splits: datasets.DatasetDict, seed: int) -> None:
-        self.name = name.rsplit("/", 1)[-1]
+    def __init__(self, name: str, splits: datasets.DatasetDict, seed: int, folder: Path | None = None) -> None:
+        self.name, self._folder = name.rsplit("/", 1)[-1], folder
         train = next((splits[s] for s in TRAIN if s in splits), None)
         if train is None:
             raise ProbeError(f"{name}: there is no train split, only {', '.join(splits)}; give data with one.")
@@ -175,7 +174,8 @@ class LabelledColumns:
     def part(self, part: Part) -> Labelled:
         image, label = self._columns
         table = self._parts[part]
-        return Labelled(ColumnImages(table, image, part), np.array([self._numbers[v] for v in table[label]]))
+        labels = np.array([self._numbers[v] for v in table[label]])
+        return Labelled(ColumnImages(table, image, part, self._folder), labels)
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ class ColumnImages:
     table: datasets.Dataset
     column: str
     part: str
+    folder: Path | None = None  # of a local data set
 
     @cached_property
     def names(self) -> Sequence[str]:  # cached, because it is read for every image
@@ -192,7 +193,7 @@ class ColumnImages:
 
     def open(self, index: int) -> Image.Image:
         stored = self.table[index][self.column]
-        file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"])
+        file = open_cell(stored, self.folder, f"{self.names[index]}: its image")
         return decode_image(file, self.names[index], stored["path"] or self.column)
 
     def stamp(self) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import io
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
-from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image
-from pivot_hub.data.image_store import ARCHIVES, archive_members, read_member
+from pivot_hub.config.yaml_loader import parse_yaml
+from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image, open_stored
+from pivot_hub.data.image_store import ARCHIVES, archive_members, open_cell, read_member
 from pivot_hub.data.row import Span
 from pivot_hub.data.synthetic import Split
 from pivot_hub.errors import DataError, ProbeError
@@ -65,8 +64,8 @@ class File:
             return self.path
         try:
             return io.BytesIO(read_member(self.path, self.span))
-        except zlib.error as error:
-            raise DataError(f"{self}: damaged in its archive ({error}); fetch it again.") from error
+        except DataError as error:
+            raise DataError(f"{self}: {error}") from error
 
     def stamp(self) -> tuple[Any, ...]:
         return self.name, self.span, self.path.stat().st_size, self.path.stat().st_mtime_ns
@@ -83,12 +82,10 @@ class Cell:
     row: int
     column: str
     place: str
+    folder: Path | None = None  # of a local data set
 
     def open(self) -> Path | io.BytesIO:
-        value = self.table[self.row][self.column]
-        if value is None or (value["bytes"] is None and value["path"] is None):
-            raise DataError(f"{self}: holds no image; remove the row.")
-        return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+        return open_cell(self.table[self.row][self.column], self.folder, str(self))
 
     def stamp(self) -> tuple[Any, ...]:
         return self.table._fingerprint, self.row, self.column
@@ -201,12 +198,12 @@ def read_names(file: str | Path) -> dict[int, str]:
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
-        names = text.splitlines() if path.suffix == ".txt" else yaml.safe_load(text)
+        names = text.splitlines() if path.suffix == ".txt" else parse_yaml(text, path.name, DataError)[0]
         if isinstance(names, dict):
             names = next((names[k] for k in ("classes", "names", "id2label") if k in names), names)
         items = names.items() if isinstance(names, dict) else enumerate(names)
         return {int(i): str(name).strip() for i, name in items}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, DataError) as error:
         reason = str(error).splitlines()[0]
         raise ProbeError(
             f"{path}: no names of classes can be read ({reason}); give one name per line, or a list or a mapping by id."
@@ -232,7 +229,7 @@ def decode_ids(stored: Stored) -> np.ndarray:
         DataError: The mask is missing, incomplete, in colour, or a JPEG.
     """
     try:
-        with Image.open(stored.open()) as mask:
+        with open_stored(stored.open(), f"mask {stored}") as mask:
             if mask.mode not in ID_MODES:
                 raise DataError(
                     f"mask {stored} is an image in colour ({mask.mode}), not class ids; write the id of each "
@@ -246,9 +243,6 @@ def decode_ids(stored: Stored) -> np.ndarray:
             return ids
     except FileNotFoundError:
         raise DataError(f"mask {stored} does not exist; fetch it again.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is not in a known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"mask {stored} cannot be decoded ({reason}); replace the file.") from None
 
 
 def _files(place: Path) -> dict[str, File]:
@@ -410,9 +404,13 @@ def _table_rows(split: str, table: Dataset, data: str) -> list[MaskedImage]:
     for name in (column, masks[0]):
         table = table.cast_column(name, ImageFeature(decode=False))
     image_table, mask_table = table.select_columns([column]), table.select_columns([masks[0]])
-    place = f"{Path(data).name} ({split})"
+    place, folder = f"{Path(data).name} ({split})", Path(data) if Path(data).is_dir() else None
     return [
-        MaskedImage(f"{split}/{i}", Cell(image_table, i, column, place), Cell(mask_table, i, masks[0], place))
+        MaskedImage(
+            f"{split}/{i}",
+            Cell(image_table, i, column, place, folder),
+            Cell(mask_table, i, masks[0], place, folder),
+        )
         for i in range(len(table))
     ]
 

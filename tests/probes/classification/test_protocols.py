@@ -171,7 +171,10 @@ def _packed(folder: Path, kind: str, target: Path) -> str:
         return str(target / "tiny")
     files = sorted(folder.rglob("*.*"))
     names = sorted({f.parent.name for f in files})
-    columns = {"image": [str(f) for f in files], "label": [names.index(f.parent.name) for f in files]}
+    columns = {
+        "image": [{"bytes": f.read_bytes()} for f in files],
+        "label": [names.index(f.parent.name) for f in files],
+    }
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     table = datasets.Dataset.from_dict(columns, features=kinds)
     (target / "hub").mkdir()

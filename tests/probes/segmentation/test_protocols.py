@@ -344,8 +344,8 @@ def parquet(folder: Path) -> dict[str, Any]:
     for part, name in (("train", "train"), ("val", "validation")):
         files = sorted((drawn / "images" / part).iterdir())
         rows = {
-            "image": [str(f) for f in files],
-            "annotation": [str(drawn / f"masks/{part}/{f.stem}.png") for f in files],
+            "image": [{"bytes": f.read_bytes()} for f in files],
+            "annotation": [{"bytes": (drawn / f"masks/{part}/{f.stem}.png").read_bytes()} for f in files],
         }
         features = Features({"image": ImageFeature(), "annotation": ImageFeature()})
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
