@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, write
+from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
 from pivot_hub.config.data_section import OnBadRow
 
 
@@ -46,6 +46,7 @@ def probe(
             protocols=tuple(protocols.split(",")),
             revision=revision,
             encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
+            warn=warn,
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -81,7 +82,7 @@ def compare(
         comparisons = compare_seeds(seeds, draws, seed)
     else:
         with bar("images") as advance:
-            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance, warn=warn)
         comparisons = compare_results(results, draws, seed)
     out.print(comparisons.table())
     log(comparisons.method())
