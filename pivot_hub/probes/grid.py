@@ -41,8 +41,8 @@ def choose(
 ) -> Choice[T]:
     """Fit every setting of a grid and choose the best; among equals the smallest.
 
-    While the best is the first or the last, the grid is continued there by 1, 3.16, 10, 31.6, 100 and so on, by MORE
-    values at most.
+    While the best is the first or the last and better than the value beside it, the grid is continued there by 1, 3.16,
+    10, 31.6, 100 and so on, by MORE values at most.
 
     Args:
         grid: Settings in ascending order.
@@ -55,6 +55,8 @@ def choose(
     while True:
         best = max(scores, key=lambda value: (scores[value], -value))
         at_low, at_high = best == min(scores), best == max(scores)
+        if at_low and not at_high:  # the smallest may only be chosen because it equals the one beside it
+            at_low = scores[best] > scores[sorted(scores)[1]]
         if not ((at_low and low < MORE) or (at_high and high < MORE)):
             return Choice(best, fits[best], at_low or at_high)
         low, high = low + at_low, high + at_high
