@@ -321,6 +321,10 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.25 0.5 0.4 1.0\n")
     moved, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
     assert moved[0].data_sha256 != results[0].data_sha256
+    image = min(file for file in (folder / "images").rglob("*") if file.is_file())
+    Image.new("RGB", Image.open(image).size, "red").save(image)
+    repainted, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
+    assert repainted[0].data_sha256 != moved[0].data_sha256
 
 
 def test_values_are_means_over_targets_and_intervals_over_images(trained: Path) -> None:
