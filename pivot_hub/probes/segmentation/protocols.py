@@ -399,6 +399,9 @@ class _NamedImages:
     def open(self, index: int) -> Image.Image:
         return self.images[index].open_image()
 
+    def digest(self, index: int) -> bytes:
+        return self.images[index].image_digest()
+
     def stamp(self) -> str:
         return hashlib.sha256(repr([image.image.stamp() for image in self.images]).encode()).hexdigest()
 
