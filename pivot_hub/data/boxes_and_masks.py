@@ -146,7 +146,7 @@ def _region_reader(
         suffixes = {f.suffix.lower() for f in boxes.rglob("*") if f.name not in NAME_FILES}
         if ".xml" in suffixes and ".txt" not in suffixes:
             return partial(_voc_regions, boxes)
-        if ".txt" not in suffixes:
+        if suffixes - {""} and ".txt" not in suffixes:
             raise DataError(f"{boxes} holds no label file of a format that is read: give {FORMATS}.")
         return partial(_yolo_regions, boxes, _read_names(names, boxes, folder))
     assert masks is not None
