@@ -15,7 +15,7 @@ from pivot_hub.errors import CardError, PublishError
 @app.command()
 def extract(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a finished stage.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; replaced if it exists.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; an earlier one is replaced.")],
     json_path: JsonPath = None,
 ) -> None:
     """Detach the encoder of an MLLM and write it in its native format.
@@ -201,7 +201,7 @@ def encode(
 @app.command()
 def export(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the export; replaced if it exists.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the export; an earlier one is replaced.")],
     fp16: Annotated[bool, typer.Option("--fp16", help="Export float16 too.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Export int8 too, by ONNX Runtime and by optimum-quanto.")

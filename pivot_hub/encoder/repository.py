@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import PICKLES
 from pivot_hub.errors import CheckpointError
-from pivot_hub.files import whole_folder
+from pivot_hub.outputs import ENCODER, whole_folder
 from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
@@ -40,7 +40,7 @@ def write_repository(
     equal bit for bit.
 
     Args:
-        output: Folder that the repository is written to; an existing one is replaced.
+        output: Folder that the repository is written to; an earlier repository is replaced.
         model: The encoder, with its image processor.
         metadata: Origin of the encoder, for provenance.json.
         files: Further files, by their name in the repository.
@@ -51,9 +51,10 @@ def write_repository(
 
     Raises:
         CheckpointError: The written weights do not read back equal, or the model has no image processor.
+        OutputError: The output holds anything but an encoder repository, or another process is writing it.
     """
     target = Path(output)
-    with whole_folder(target) as folder:
+    with whole_folder(target, ENCODER) as folder:
         fill_repository(folder, model)
         if projector is not None:
             save_file({k: v.contiguous() for k, v in projector.items()}, folder / "projector.safetensors")

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
 
 from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
 from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
-from pivot_hub.errors import CheckpointError
+from pivot_hub.errors import CheckpointError, OutputError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.provenance import write_manifest
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, SIZES, make_vision
@@ -197,13 +197,19 @@ def test_golden_vectors_detect_changed_weights_whose_checksum_is_right(repositor
     assert any("golden vectors" in p for p in verify_repository(copy))
 
 
-def test_extracting_again_replaces_the_whole_folder(trained: Path, tmp_path: Path) -> None:
+def test_extracting_again_replaces_an_encoder_and_nothing_else(trained: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder"
-    extract_encoder(trained / "3-sft", target)
-    (target / "stale.txt").write_text("x")
-    extract_encoder(trained / "3-dpo", target)
-    assert not (target / "stale.txt").exists()
+    for stage in ("3-sft", "3-dpo"):
+        extract_encoder(trained / stage, target)
+        assert json.loads((target / "config.json").read_text())["pivot"]["stage"] == stage[2:]
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+    stage_copy = Path(shutil.copytree(trained / "3-sft", tmp_path / "stage"))
+    (target / "thesis.tex").write_text("ten years")
+    for folder, named in ((target, "thesis.tex"), (stage_copy, "chat_template.jinja")):
+        before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        with pytest.raises(OutputError, match=f"holds {named}, which is not part of an encoder repository"):
+            extract_encoder(trained / "3-dpo", folder)
+        assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
 
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused_and_nothing_is_written(parts: Path, tmp_path: Path) -> None:
