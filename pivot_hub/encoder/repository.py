@@ -7,9 +7,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -22,6 +23,19 @@ from pivot_hub.outputs import ENCODER, whole_folder
 from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
+# Errors of transformers at a model, a config, a processor or a tokenizer that it cannot load.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    RecursionError,
+    StrictDataclassError,
+    SafetensorError,
+)
 # Relative; golden vectors are replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
 HUBS_OWN = {".gitattributes"}  # the Hub adds it to every repository
@@ -98,23 +112,54 @@ def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, **vectors}
 
 
-def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, Any]:
-    """Load the encoder of a native repository with its image processor.
+def read_encoder(name: str | Path, replay: bool = True, **options: Any) -> tuple[PivotVisionModel, Any]:
+    """Load the encoder of a native repository with its image processor, and replay its golden vectors if it has any.
 
     Args:
         name: Folder or Hub name.
+        replay: Whether to replay the golden vectors, so that altered weights are never used.
         **options: Options of `PivotVisionModel.from_pretrained`; `dtype` is float32 by default.
 
     Raises:
-        CheckpointError: There is no encoder, or it is not complete; the message names the remedy.
+        CheckpointError: There is no encoder, it is not complete, or its features are not those that it was published
+            with; the message names the remedy.
     """
+    dtype = options.pop("dtype", torch.float32)
     try:
-        model = PivotVisionModel.from_pretrained(str(name), **{"dtype": torch.float32, **options})
-        return model, model.image_processor
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix(f"{name}: ")
-        hint = "" if Path(name).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
-        raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
+        is_ours = replay and _golden_file(name, options.get("revision")) is not None
+        loaded_dtype = torch.float32 if is_ours else dtype  # golden vectors are those of float32
+        model = PivotVisionModel.from_pretrained(str(name), dtype=loaded_dtype, **options)
+        processor = model.image_processor
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{name}: no encoder can be loaded: {loading_problem(name, error)}.") from error
+    if is_ours:
+        check_golden(name, model, options.get("revision"))
+        cast(torch.nn.Module, model).to(dtype)
+    return model, processor
+
+
+def loading_problem(name: str | Path, error: Exception) -> str:
+    """Describe in one line, without a full stop, why a model or a part of it cannot be loaded, with the remedy.
+
+    Args:
+        name: Folder or Hub name.
+        error: Exception that transformers raised.
+    """
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"access to it must be asked for; ask on https://huggingface.co/{name}, then log in with `hf auth login`, "
+            "or set HF_TOKEN"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "there is no such repository, or it is private; check the name, or log in with `hf auth login`"
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    reason = reason.removeprefix(f"{name}: ").rstrip(".")
+    hint = "" if Path(name).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
+    return f"{reason}{hint}"
 
 
 def encoder_metadata(name: str | Path) -> dict[str, str]:
@@ -168,23 +213,21 @@ def verify_repository(folder: str | Path) -> list[str]:
     return problems
 
 
-def check_golden(name: str | Path, model: PivotVisionModel) -> None:
+def check_golden(name: str | Path, model: PivotVisionModel, revision: str | None = None) -> None:
     """Replay the golden vectors of the repository that a model was loaded from, if it has any.
 
     Args:
         name: Folder or Hub name of the repository.
-        model: The encoder that was loaded from it.
+        model: The encoder that was loaded from it, in float32.
+        revision: Revision of the Hub repository.
 
     Raises:
         CheckpointError: The features differ from those that the repository was published with.
     """
-    try:
-        golden = cached_file(str(name), "golden.safetensors", _raise_exceptions_for_missing_entries=False)
-    except OSError:  # an original encoder, which has no golden vectors, while the Hub is out of reach
-        return
+    golden = _golden_file(name, revision)
     if golden is None:
         return
-    distance = _distance(model, Path(golden))
+    distance = _distance(model, golden)
     if not distance < GOLDEN_TOLERANCE:
         raise CheckpointError(
             f"{name}: its features differ from the golden vectors by {distance:.1e} relative, so it is not what was "
@@ -192,19 +235,32 @@ def check_golden(name: str | Path, model: PivotVisionModel) -> None:
         )
 
 
+def _golden_file(name: str | Path, revision: str | None) -> Path | None:
+    """Find the golden vectors of a repository; None for an original encoder, which has none."""
+    try:
+        golden = cached_file(
+            str(name), "golden.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:  # the Hub is out of reach, or the repository does not exist
+        return None
+    return None if golden is None else Path(golden)
+
+
 def _replay(folder: Path) -> float:
     """Relative distance of the repository's features from its golden vectors; refuse missing or unused keys."""
-    model, _ = read_encoder(folder)
+    model, _ = read_encoder(folder, replay=False)
     _load_native(folder)
     return _distance(model, folder / "golden.safetensors")
 
 
 @torch.no_grad()
 def _distance(model: PivotVisionModel, golden_file: Path) -> float:
-    """Relative distance of a model's features from golden vectors."""
+    """Relative distance of a model's features, at the layer of the repository's config, from golden vectors."""
     try:
         golden = load_file(golden_file)
-        features = model(golden["pixel_values"].to(model.device, model.dtype)).last_hidden_state.float().cpu()
+        layer = json.loads(golden_file.with_name("config.json").read_text())["pivot"]["feature_layer"]
+        outputs = model(golden["pixel_values"].to(model.device, model.dtype), output_hidden_states=True)
+        features = model._patch_tokens(outputs.hidden_states[layer]).float().cpu()
         return ((features - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error
@@ -212,7 +268,9 @@ def _distance(model: PivotVisionModel, golden_file: Path) -> float:
 
 def _load_native(folder: Path) -> Any:
     """Load a repository with plain AutoModel, the first loading path, and refuse missing or unused keys."""
-    native, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    native, info = AutoModel.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckpointError(
             f"{folder}: keys of model.safetensors and of the model differ, {info['missing_keys'] or 'none'} missing, "
@@ -226,7 +284,7 @@ def _read_back(folder: Path) -> None:
     """Load a written repository by the first two loading paths and compare the features bit for bit."""
     golden = load_file(folder / "golden.safetensors")
     pixels, features = golden["pixel_values"], golden["last_hidden_state"]
-    encoder, _ = read_encoder(folder)
+    encoder, _ = read_encoder(folder, replay=False)
     layer = encoder.config.pivot["feature_layer"]
     hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[layer]
     native_features = encoder._patch_tokens(hidden)

@@ -64,7 +64,10 @@ def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's provenance, and derive the `pivot` entry of its encoder's config from it."""
     file = checkpoint / "provenance.json"
     if not file.is_file():
-        raise CheckpointError(f"{checkpoint} has no provenance.json; give the output folder of a finished stage.")
+        raise CheckpointError(
+            f"{checkpoint} has no provenance.json; give the output folder of a finished stage. The encoder of "
+            "another LLaVA model is saved by PivotVisionModel.from_mllm(mllm).save_pretrained(FOLDER)."
+        )
     provenance = json.loads(file.read_text())
     model = provenance["model"]
     pivot = {
