@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
+from pivot_hub import __version__
+from pivot_hub.data.image import image_files
 from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.modeling_pivot import PICKLES
+from pivot_hub.encoder.modeling_pivot import AUTO_MAP, PICKLES
 from pivot_hub.errors import CheckpointError
-from pivot_hub.outputs import ENCODER, whole_folder
-from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
+from pivot_hub.outputs import ENCODER, is_bystander, whole_folder
+from pivot_hub.provenance import cached_commit, file_sha256, hub_commit, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
 # Errors of transformers at a model, a config, a processor or a tokenizer that it cannot load.
@@ -38,7 +41,34 @@ LOADING_ERRORS = (
 )
 # Relative; golden vectors are replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
-HUBS_OWN = {".gitattributes"}  # the Hub adds it to every repository
+# Hashes of the two code files in every version of this package; those of the running version are known besides.
+KNOWN_CODE: dict[str, list[str]] = json.loads(Path(__file__).with_name("known_code.json").read_text())
+# The files that a repository may hold. None of them but the code runs anything when it is loaded.
+KINDS = (
+    *REMOTE_CODE,
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "golden.safetensors",
+    "projector.safetensors",
+    "recipe.yaml",
+    "report.json",
+    "metrics.jsonl",
+    "results/*.json",
+    ".eval_results/*.yaml",
+    "export.json",
+    "onnx/*.onnx",
+    "onnx/*.onnx_data",
+    "quanto/model.safetensors",
+    "quanto/quantization_map.json",
+    "*.md",
+    "*.txt",
+    "*.png",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def write_repository(
@@ -176,30 +206,48 @@ def encoder_metadata(name: str | Path) -> dict[str, str]:
 
 
 def verify_repository(folder: str | Path) -> list[str]:
-    """Check a repository that this package wrote: hashes, unexpected files, pickles, every key, golden vectors.
+    """Check a repository that this package wrote: hashes, unexpected files, code, links, every key, golden vectors.
+
+    Files of the Hub's client, of git and of file managers are passed over, see `bystanders`.
 
     Returns:
-        One message for each problem; empty for an intact repository.
+        One message for each problem; empty for an intact repository. A hash shows damage; it does not show who wrote
+        the repository.
     """
     path, problems = Path(folder), []
+    if (reason := _not_a_repository(path)) is not None:
+        return [f"{path}: {reason}"]
     try:
         text = (path / "provenance.json").read_text()
         provenance = json.loads(text)
         expected, own_sha256 = provenance["files"], provenance["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
+        return [f"{path}: provenance.json is unreadable; pull the repository again."]
     computed = hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
     if text != manifest_text(provenance) or own_sha256 != computed:
         return ["provenance.json differs from its own hash; pull the repository again."]
-    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
+    names = {f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
+    present = {name for name in names if not is_bystander(name)} - {"provenance.json"}
+    outside = {name for name in present if _leads_out(path / name, path)}
+    for name in sorted(outside):
+        problems.append(f"{name} is a link out of the repository; delete it.")
     for name in sorted(expected.keys() - present):
         problems.append(f"{name} is missing; pull the repository again.")
-    for name in sorted(present - expected.keys()):
-        kind = "a pickle, which may run code" if name.endswith(PICKLES) else "not expected"
-        problems.append(f"{name} is {kind}; delete it.")
-    for name in sorted(expected.keys() & present):
-        if file_sha256(path / name) != expected[name]:
+    for name in sorted(present - outside):
+        if name.endswith(PICKLES):
+            problems.append(f"{name} is a pickle, which may run code; delete it.")
+        elif name not in expected:
+            problems.append(f"{name} is not expected; delete it.")
+        elif file_sha256(path / name) != expected[name]:
             problems.append(f"{name} differs from the hash it was published with; pull the repository again.")
+        elif not any(fnmatch(name, kind) for kind in KINDS):
+            problems.append(f"{name} is not a kind of file that an encoder repository holds; delete it.")
+        elif name in REMOTE_CODE and expected[name] not in _known_code(name):
+            problems.append(
+                f"{name} is not the code of any version of pivot_hub {__version__} and before; do not run it: load the "
+                "repository with pivot_hub or without trust_remote_code, or update pivot_hub."
+            )
+    problems += [] if problems else _foreign_code(path)
     if problems:
         return problems
     try:
@@ -210,6 +258,66 @@ def verify_repository(folder: str | Path) -> list[str]:
         problems.append(
             f"features differ from the golden vectors by {distance:.1e} relative; check torch and its kernels."
         )
+    return problems
+
+
+def bystanders(folder: str | Path) -> list[str]:
+    """List the files of a folder that `verify_repository` passes over."""
+    path = Path(folder)
+    names = (f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
+    return sorted(name for name in names if is_bystander(name))
+
+
+def _not_a_repository(path: Path) -> str | None:
+    """Say what a folder is that this package did not write as an encoder repository; None for one that it wrote."""
+    if not path.is_dir():
+        return "there is no such folder; give the folder of an encoder repository, or its name on the Hub."
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    model_type = config.get("model_type")
+    if model_type == "llava":
+        return "is an MLLM, not an encoder; take its encoder out with `pivot extract`, and verify that."
+    if (path / "provenance.json").exists():
+        return None
+    if "pivot" in config:
+        return (
+            "was written by save_pretrained, which writes no checksums, or its provenance.json is missing; write it by "
+            "`pivot extract` or write_repository, or pull it again."
+        )
+    if model_type is not None:
+        return (
+            f"is a {model_type} model that pivot_hub did not write, so there are no checksums to compare it with; "
+            "PivotVisionModel.from_pretrained checks that it is complete."
+        )
+    if images := image_files(path):
+        return f"holds {len(images)} images and no model; give the folder of an encoder repository."
+    return "is not a model repository: it has no config.json; give the folder of an encoder repository."
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
+    """Return whether a file is a link to a place outside of its repository; the Hub's cache links to its own blobs."""
+    if not file.is_symlink():
+        return False
+    root = folder.resolve()
+    places = [root, root.parents[1] / "blobs"] if hub_commit(root) else [root]
+    return not any(file.resolve().is_relative_to(place) for place in places) or file.is_dir()
+
+
+def _known_code(name: str) -> set[str]:
+    """Hashes of a code file in all versions of this package."""
+    return {*KNOWN_CODE[name], file_sha256(Path(__file__).with_name(name))}
+
+
+def _foreign_code(path: Path) -> list[str]:
+    """Name the configs that point at code other than the repository's own."""
+    problems = []
+    for name in ("config.json", "preprocessor_config.json"):
+        config = json.loads((path / name).read_text()) if (path / name).is_file() else {}
+        if config.get("auto_map", AUTO_MAP) != AUTO_MAP:
+            problems.append(f"{name} points at code that is not the repository's own (auto_map); pull it again.")
     return problems
 
 
