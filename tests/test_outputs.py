@@ -73,11 +73,11 @@ def test_anything_else_is_refused_by_name_and_not_touched(tmp_path: Path, kind: 
         foreign = "provenance.json"
     elif kind == "file":
         target.write_text("mine")
-        foreign = "is no folder"
+        foreign = "is not a folder"
     elif kind == "link":
         (tmp_path / "elsewhere").mkdir()
         target.symlink_to(tmp_path / "elsewhere")
-        foreign = "is no folder"
+        foreign = "is not a folder"
     else:
         target.mkdir()
         (target / "export.json").write_text(json.dumps({"files": {}}))

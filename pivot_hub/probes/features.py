@@ -17,8 +17,9 @@ from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.image import DECODING
-from pivot_hub.encoder.encode import Progress, encode_images
+from pivot_hub.encoder.encode import NotFiniteError, Progress, encode_images
 from pivot_hub.encoder.feature_model import FeatureModel
+from pivot_hub.encoder.feature_parts import finished_report
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.files import write_json
 from pivot_hub.outputs import lock_output
@@ -158,24 +159,24 @@ def cached_values(
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
     file = options.cache_folder() / f"{key}.npy"
-    report_file = file.with_name(f"{file.name}.json")
-
-    def encode() -> None:
-        encode_images(
-            model,
-            image_processor,
-            images,
-            file,
-            {**metadata, "key": key},
-            tokens,
-            options.batch,
-            options.dtype,
-            options.workers,
-            options.progress,
-        )
-
-    _ensure_cached([file, report_file], encode)
-    report = json.loads(report_file.read_text())
+    report = finished_report(file)
+    if report is None:
+        try:
+            report = encode_images(
+                model,
+                image_processor,
+                images,
+                file,
+                {**metadata, "key": key},
+                tokens,
+                options.batch,
+                options.dtype,
+                options.workers,
+                options.progress,
+                cache=True,
+            )
+        except NotFiniteError as error:
+            raise ProbeError(str(error)) from error
     values = np.load(file, mmap_mode="c")  # pages that are never written to stay on disk
     _check_finite(values, report["files"])
     return values, report["files"], [image["reason"] for image in report["corrupt"]]
