@@ -61,6 +61,9 @@ def train(
 ) -> None:
     """Train one stage. A run that was stopped resumes, and a finished one is reused.
 
+    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop a run after the current step, which is saved; the exit code is then 3, and
+    the same command resumes. A second Ctrl-C stops at once.
+
     Example: `pivot train shapes/1-align args.max_steps=20 --runs runs`
     """
     from pivot_hub.config.recipe import load_recipe

@@ -227,7 +227,7 @@ def extract_features(checkpoint: Path, folder: Path, image: Image.Image) -> Any:
 
 
 def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
-    from pivot_hub.training.stage import _last_checkpoint
+    from pivot_hub.training.checkpoints import last_checkpoint
 
     for step, whole in ((2, True), (4, False)):
         shards = tmp_path / f"checkpoint-{step}" / "optimizer_0"
@@ -235,7 +235,7 @@ def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
         (shards.parent / "trainer_state.json").write_text("{}")
         if whole:
             (shards / ".metadata").touch()
-    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path, quiet) == tmp_path / "checkpoint-2"
 
 
 def test_an_error_of_every_process_ends_them_all(recipes: Path, tmp_path: Path) -> None:
