@@ -157,8 +157,8 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if preemption.requested and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
-            f"stopped by {preemption.name} after step {trainer.state.global_step} of {trainer.state.max_steps}, which is "
-            "saved: run the same command again to resume."
+            f"stopped by {preemption.name} after step {trainer.state.global_step} of {trainer.state.max_steps}, which "
+            "is saved: run the same command again to resume."
         )
     metadata = {
         "recipe": loaded.name,
