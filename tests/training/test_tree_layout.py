@@ -191,7 +191,7 @@ def test_every_loss_of_trl_is_equal(loss: str, options: dict[str, Any], models: 
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"use_weighting": True},
         {"ld_alpha": 0.5},
-        {"max_length": 48},
+        {"max_length": 66},
         {"gradient_checkpointing": True},
         {"f_divergence_type": "js_divergence"},
     ],
@@ -383,7 +383,7 @@ def test_reference_values_are_computed_once_and_never_for_something_else(
         ((policy, other_model, processor), {}),
         ((policy, reference, other_processor), {}),
         ((policy, reference, other_template), {}),
-        (models, {"max_length": 80}),
+        (models, {"max_length": 66}),
         (models, {"ld_alpha": 0.5}),
     ]
     for changed_models, args in changed:
