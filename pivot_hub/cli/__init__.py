@@ -13,6 +13,8 @@ from pivot_hub.files import disk_is_full
 
 __all__ = ["app", "bench", "explain", "main", "measure", "out", "plan", "publish", "study", "train"]
 
+CTRL_C = 130
+
 
 def main() -> None:
     """Run the command. An error is one message on stderr; --debug shows the traceback."""
@@ -25,9 +27,10 @@ def main() -> None:
         if is_first() or isinstance(error, TrainingError):
             print(f"pivot: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("pivot: stopped; run the same command again to resume.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == CTRL_C:  # typer's code for KeyboardInterrupt, of which it says nothing
+            print("pivot: stopped; run the same command again to resume.", file=sys.stderr)
+        raise
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -178,7 +178,7 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "chunks" not in inputs:
-            _check_answers(inputs, self.args.max_length)
+            _check_answers(inputs, cast(PivotDPOConfig, self.args).max_length)
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             return loss if self._chunk_share == 1 else loss * self._chunk_share
         # Only evaluation arrives here: a training step takes its chunks one by one.

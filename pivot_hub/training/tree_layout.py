@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -479,7 +479,7 @@ def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProces
             "chosen": prepare_multimodal_messages(texts["chosen"]),
             "rejected": prepare_multimodal_messages(texts["rejected"]),
         }
-        texts = apply_chat_template({**texts, "chat_template_kwargs": template_options(example)}, processor)
+        texts = apply_chat_template(cast(Any, {**texts, "chat_template_kwargs": template_options(example)}), processor)
     return texts
 
 

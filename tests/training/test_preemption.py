@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 
+from pivot_hub import cli
+from pivot_hub.errors import StoppedError
 from pivot_hub.training import preemption
 from pivot_hub.training.preemption import SIGNALS, Preemption
 
@@ -51,3 +56,29 @@ def test_an_ignored_signal_stays_ignored() -> None:
             assert not stops(callback)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (StoppedError("stopped by SIGUSR1 after step 3 of 20"), 3, "stopped by SIGUSR1 after step 3 of 20"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full: free some space"),
+        (RuntimeError("[enforce fail] . unexpected pos 6827200 vs 6827088"), 1, "the disk is full: free some space"),
+    ],
+)
+def test_how_the_command_ends(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(sys, "argv", ["pivot"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert message in capsys.readouterr().err

@@ -509,7 +509,7 @@ def test_the_readmes_trainer_can_be_built(models: Models, tmp_path: Path, monkey
     assert {group["lr"] for group in groups} == {1e-6}
 
 
-def with_language(models: Models, language: torch.nn.Module) -> Models:
+def with_language(models: Models, language: Any) -> Models:
     """The models with another language model of random weights in policy and reference."""
     replaced = deepcopy(models)
     for model in replaced[:2]:
@@ -518,7 +518,7 @@ def with_language(models: Models, language: torch.nn.Module) -> Models:
     return replaced
 
 
-def language_model(kind: str, models: Models, **sizes: Any) -> torch.nn.Module:
+def language_model(kind: str, models: Models, **sizes: Any) -> Any:
     """A small random language model of a kind, of the sizes of the fixture's."""
     import transformers
 
@@ -533,8 +533,7 @@ def language_model(kind: str, models: Models, **sizes: Any) -> torch.nn.Module:
         **sizes,
     )
     torch.manual_seed(1)
-    model: torch.nn.Module = getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa")
-    return model
+    return getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa")
 
 
 LINEAR = {
