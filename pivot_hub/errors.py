@@ -42,6 +42,12 @@ class TrainingError(PivotError):
     """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
 
 
+class StoppedError(TrainingError):
+    """A signal ended training early. The last step is saved, and the same command resumes from it."""
+
+    exit_code = 3
+
+
 class ExportError(PivotError):
     """An encoder cannot be exported, or its export gives other features."""
 

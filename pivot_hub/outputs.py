@@ -100,7 +100,7 @@ def lock_output(target: Path, wait: bool = False) -> Iterator[None]:
     except Timeout:
         raise OutputError(
             f"{target}: {_owner(_beside(target, LOCK))} is working on this output; wait for it to end, or give another "
-            "output."
+            f"output. If it died on another machine, delete {_beside(target, LOCK)}."
         ) from None
     try:
         _recover(target)
