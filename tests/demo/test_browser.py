@@ -443,11 +443,11 @@ def test_other_models_by_field_and_by_link(
     p.wait_for_function("document.querySelector('#status').innerText.includes('loading 3-')")
     assert "SFT" in page.text(), "the old models stay while the new ones load"
     p.wait_for_function("document.querySelector('#status').innerText.includes('Loaded: 3-sft and 3-dpo.')")
-    assert p.locator("#comparison h3").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
+    assert p.locator("#comparison h2").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
     link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
     reopened = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
     assert [h.tobytes() for h in reopened.heats()] == [h.tobytes() for h in page.heats()]
-    assert reopened.page.locator("#comparison h3").nth(1).inner_text() == "3-sft"
+    assert reopened.page.locator("#comparison h2").nth(1).inner_text() == "3-sft"
     page.act(lambda: p.locator("#built-in").click())
     assert [h.tobytes() for h in page.heats()] == built_in
     assert "first=" not in page.linked(without="first=")
