@@ -73,9 +73,7 @@ def test_answers_to_the_former_question_are_cleared(events: PageEvents, example:
     updates = events.show_comparison(state, None, *controls(events, state, question=QUESTION))
     assert CLEARED in updates[page.texts.message]
     assert "not right" not in updates[page.results.comparison]
-    assert used(events, updates) | {"question": QUESTION, "right_answer": "", "wrong_answer": ""} == used(
-        events, updates
-    )
+    assert list(used(events, updates).values())[:3] == [QUESTION, "", ""]
     own = {"question": QUESTION, "right_answer": "A star.", "wrong_answer": state.wrong_answer}
     updates = events.show_comparison(state, None, *controls(events, state, **own))
     assert used(events, updates)["right_answer"] == "A star."
@@ -148,13 +146,12 @@ def test_an_unexpected_error_is_a_message_without_its_text(
         events.figure_uri(example[events.page.view])
 
 
-@pytest.mark.parametrize("size", [(4000, 3000), (9166, 6875)], ids=["12 megapixels", "63 megapixels"])
-def test_a_photograph_is_reduced_to_the_panel(events: PageEvents, size: tuple[int, int]) -> None:
-    upload = photograph(size)
+def test_a_photograph_is_reduced_to_the_panel(events: PageEvents) -> None:
+    upload = photograph((9166, 6875))
     start = time.process_time()
     view = events.service.compare(ViewState(question=QUESTION), upload["path"])
     assert view.comparison.subject.image.size == (640, 480)
-    assert time.process_time() - start < 5  # it was 7 s and 36 s, in one queue
+    assert time.process_time() - start < 5  # it was 36 s, in one queue
     assert ON_PHOTOGRAPHS in events.service.comparison_panel(view)
     again = events.service.compare(view.state)
     assert again.notes == (FROM_A_LINK, ON_PHOTOGRAPHS)

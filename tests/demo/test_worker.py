@@ -228,7 +228,7 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
         for name, value in server.environment(tmp_path / "visitors", user="").items():
             monkeypatch.setenv(name, value)
         module = load_module()
-        app = module.build_app(limits=WorkerLimits(memory_bytes=3 << 30, load_s=240, call_s=60))
+        app = module.build_app(limits=WorkerLimits(memory_bytes=3 << 30, load_s=240, call_s=120))
         _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
 
         def visit(**parameters: Any) -> tuple[str, float]:
@@ -246,14 +246,14 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
                 ]
                 time.sleep(5)
                 honest = list(threads.map(lambda _: visit(scene=27), range(20)))
-                assert not hostile[0].done(), "the honest visitors waited for the hostile one"
+                assert not hostile[0].done(), f"the honest visitors waited: {honest}, {hostile[0].result()}"
                 messages = [future.result()[0] for future in hostile]
             again, _ = visit(first="pivot/honest", second="pivot/honest", scene=27)
         finally:
             app.close()
     assert {answer for answer, _ in honest} == {"It is teal."}
     assert max(seconds for _, seconds in honest) < 60
-    assert "took more than 60 seconds, so they were stopped" in messages[0]
+    assert "took more than 120 seconds, so they were stopped" in messages[0]
     assert "need more than the 3.0 GiB of memory" in messages[1]
     assert "busy" not in again
     assert "stopped" not in again
