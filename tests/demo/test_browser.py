@@ -524,6 +524,37 @@ def test_long_and_hostile_questions(visit: Any) -> None:
     assert p.title() == "What did DPO change?"
 
 
+def test_the_last_of_two_quick_clicks_wins(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    p.evaluate(
+        """() => {
+          const buttons = document.querySelectorAll("#examples button");
+          buttons[4].click();
+          setTimeout(() => buttons[1].click(), 30);
+        }"""
+    )
+    p.wait_for_function("document.querySelector('#comparison').innerText.includes('Where is the brown ring?')")
+    page.linked("scene=17", "kind=position")
+    p.get_by_label("Similar patches").check()
+    p.wait_for_selector("#details-panel .patch-grid")
+    p.locator("#details-panel .patch-grid").scroll_into_view_if_needed()
+    box = p.locator("#details-panel .patch-grid").bounding_box()
+    for row, column in ((1, 1), (6, 2)):
+        p.mouse.click(box["x"] + box["width"] * (column + 0.5) / 8, box["y"] + box["height"] * (row + 0.5) / 8)
+    p.wait_for_selector("#details-panel .patch-grid[data-row='6'][data-column='2']")
+
+
+def test_what_is_typed_during_a_comparison_stays(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    question = p.get_by_role("textbox", name=re.compile("^Question"))
+    page.act(lambda: (p.locator("#examples button").nth(1).click(), question.fill("Is there a moon?")))
+    page.linked("scene=17")
+    p.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('It is at the'))")
+    assert question.input_value() == "Is there a moon?"
+
+
 def test_keyboard_alone(visit: Any) -> None:
     """The Tab key reaches the controls, and Enter chooses an example."""
     page = visit()

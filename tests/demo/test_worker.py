@@ -234,7 +234,8 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
         def visit(**parameters: Any) -> tuple[str, float]:
             start = time.monotonic()
             try:
-                _, numbers = Client(address, verbose=False).predict(api_name="/compare", **parameters)
+                client = Client(address, verbose=False, httpx_kwargs={"timeout": 240})
+                _, numbers = client.predict(api_name="/compare", **parameters)
                 return str(numbers["models"][0]["answer"]), time.monotonic() - start
             except AppError as error:
                 return str(error), time.monotonic() - start
