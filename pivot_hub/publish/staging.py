@@ -22,6 +22,7 @@ from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import source_commit, versions, write_manifest
 from pivot_hub.publish.card_inputs import Prose, read_metadata
 from pivot_hub.publish.card_render import card_files
+from pivot_hub.publish.manifest import manifest_files
 from pivot_hub.publish.secret_scan import scan_for_secrets
 
 EXPORTS = ("onnx", "int8")
@@ -111,7 +112,7 @@ def stage_encoder(
 
     Raises:
         CardError: A value of the card is missing.
-        PublishError: The repository is not sound, or the secret scan has findings.
+        PublishError: The repository is not sound, a file of it lies elsewhere, or the secret scan has findings.
     """
     from pivot_hub.encoder.repository import verify_repository
 
@@ -120,11 +121,13 @@ def stage_encoder(
         raise PublishError(f"--also {unknown[0]}: give any of {', '.join(EXPORTS)}.")
     if problems := verify_repository(source):
         raise PublishError(f"{source} is not sound, so nothing was published: {problems[0]}")
+    files = manifest_files(source)
     with TemporaryDirectory(prefix="pivot-push-") as temporary:
         folder = Path(temporary)
-        for name in json.loads((source / "provenance.json").read_text())["files"]:
+        for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source / name).resolve())
+        (folder / "provenance.json").unlink()  # a copy, because it is written again
         shutil.copyfile(source / "provenance.json", folder / "provenance.json")
         if also:
             _add_exports(source, folder, also, log)
