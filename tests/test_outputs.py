@@ -124,9 +124,12 @@ def test_a_cache_waits_for_the_other_process(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     holder.stdout.readline()
-    threading.Timer(
-        1, lambda: (holder.kill(), holder.wait())
-    ).start()  # a process that is not waited for counts as alive
+
+    def kill() -> None:  # a process that nobody waits for counts as alive
+        holder.kill()
+        holder.wait()
+
+    threading.Timer(1, kill).start()
     started = time.monotonic()
     with lock_output(target, wait=True):
         assert time.monotonic() - started > 0.5
