@@ -131,7 +131,7 @@ def served(*requests: tuple[str, Any]) -> list[tuple[str, Any]]:
         ours.send_bytes(pickle.dumps((function, arguments, 600)))
     thread = threading.Thread(target=serve, args=(theirs, _Bundles()))
     thread.start()
-    messages = []
+    messages: list[tuple[str, Any]] = []
     while len([m for m in messages if m[0] != "progress"]) < len(requests) and (ours.poll(0.2) or thread.is_alive()):
         if ours.poll(0.2):
             messages.append(pickle.loads(ours.recv_bytes()))
