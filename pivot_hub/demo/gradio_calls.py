@@ -79,7 +79,7 @@ def name_bad_inputs(app: gr.Blocks) -> None:
                 print_exception=False,
             ) from None
 
-    app.preprocess_data = checked
+    app.preprocess_data = checked  # type: ignore[method-assign]
 
 
 def upload_path(value: Any) -> Path | None:

@@ -428,7 +428,7 @@ def _without_former_answers(state: ViewState, chosen: ViewState) -> tuple[ViewSt
     """
     if not state.question or not chosen.question.strip() or chosen.question.strip() == state.question.strip():
         return chosen, False
-    former = {
+    former: dict[str, Any] = {
         name: ""
         for name in ("right_answer", "wrong_answer")
         if getattr(chosen, name) and getattr(chosen, name) == getattr(state, name)

@@ -213,7 +213,9 @@ def _encode_locked(
     remaining = [index for index, name in enumerate(names) if name not in encoded]
     for start in range(0, len(remaining), per_shard):
         indices = remaining[start : start + per_shard]
-        features, shard_names, corrupt = [np.empty((0, *shape), stored)], [], {}
+        features = [np.empty((0, *shape), stored)]
+        shard_names: list[str] = []
+        corrupt: dict[str, str] = {}
         for batch_names, pixels, batch_corrupt in _batches(processor, images, indices, batch, workers):
             if batch_names:
                 features.append(_features(model, pixels, tokens, batch_names, stored))

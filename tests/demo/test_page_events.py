@@ -122,7 +122,8 @@ def test_wrong_numbers_get_a_message(events: PageEvents, values: dict[str, Any],
 def test_a_link_with_a_number_out_of_range_gets_a_message(
     events: PageEvents, query: dict[str, str], message: str
 ) -> None:
-    updates = events.open_link(SimpleNamespace(query_params=query))
+    request: Any = SimpleNamespace(query_params=query)
+    updates = events.open_link(request)
     assert message in updates[events.page.texts.message]
     assert updates[events.page.state].query() == ViewState(**_texts(updates[events.page.state])).query()
 

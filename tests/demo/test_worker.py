@@ -131,7 +131,7 @@ def served(*requests: tuple[str, Any]) -> list[tuple[str, Any]]:
         ours.send_bytes(pickle.dumps((function, arguments, 600)))
     thread = threading.Thread(target=serve, args=(theirs, _Bundles()))
     thread.start()
-    messages = []
+    messages: list[tuple[str, Any]] = []
     while len([m for m in messages if m[0] != "progress"]) < len(requests) and (ours.poll(0.2) or thread.is_alive()):
         if ours.poll(0.2):
             messages.append(pickle.loads(ours.recv_bytes()))
@@ -242,6 +242,7 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
 
         try:
             with ThreadPoolExecutor(40) as threads:
+                alone = list(threads.map(lambda _: visit(scene=27), range(20)))
                 hostile = [
                     threads.submit(visit, first=f"pivot/{name}", second="pivot/honest") for name in ("loop", "large")
                 ]
@@ -252,8 +253,8 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
             again, _ = visit(first="pivot/honest", second="pivot/honest", scene=27)
         finally:
             app.close()
-    assert {answer for answer, _ in honest} == {"It is teal."}
-    assert max(seconds for _, seconds in honest) < 60
+    assert {answer for answer, _ in [*alone, *honest]} == {"It is teal."}
+    assert max(seconds for _, seconds in honest) < 4 * max(seconds for _, seconds in alone)
     assert "took more than 120 seconds, so they were stopped" in messages[0]
     assert "need more than the 3.0 GiB of memory" in messages[1]
     assert "busy" not in again

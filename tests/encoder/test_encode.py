@@ -112,7 +112,7 @@ def few_images(folder: Path, count: int = 6) -> Path:
     return folder
 
 
-def stopped(*arguments: Any, **options: Any) -> None:
+def stopped(encoder: Path, images: Path, out: Path) -> None:
     """Encode images in shards of two, and stop after the second shard."""
 
     def stop(done: int, total: int, rate: float) -> None:
@@ -120,7 +120,7 @@ def stopped(*arguments: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(*arguments, batch=2, workers=0, progress=stop, **options)
+        encode_folder(encoder, images, out, batch=2, workers=0, progress=stop)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npy"])
@@ -249,7 +249,8 @@ def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, t
     ):
         with pytest.raises(DataError, match=message):
             encode_folder(parts / "vision", source, tmp_path / out, dtype=dtype)
-    for options in ({"batch": 0}, {"workers": -1}):
+    wrong: list[dict[str, Any]] = [{"batch": 0}, {"workers": -1}]
+    for options in wrong:
         with pytest.raises(DataError, match=r"give [01] "):
             encode_folder(parts / "vision", folder, tmp_path / "f.npy", **options)
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
