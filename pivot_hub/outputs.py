@@ -13,15 +13,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from filelock import SoftFileLock, Timeout
 
 from pivot_hub.errors import OutputError
 
 LOCK, NEW, OLD = ".pivot-lock", ".pivot-new", ".pivot-old"
-# Files that file managers, git and the Hub's client leave in folders of others; nobody misses them.
-BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__", ".git", ".gitattributes", ".cache"})
+# Files that file managers, Python, git and the Hub's client leave in folders of others.
+BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__", ".git", ".gitattributes", ".gitignore"})
+
+
+def is_bystander(name: str) -> bool:
+    """Return whether a file of a folder, by its relative name, was left there by a file manager, git or the like."""
+    parts = PurePosixPath(name).parts
+    return not BYSTANDERS.isdisjoint(parts) or parts[:2] == (".cache", "huggingface")
 
 
 @dataclass(frozen=True)
@@ -32,29 +39,46 @@ class OutputKind:
         name: Name of the kind in messages, with its article.
         manifest: JSON file of the folder whose `files`, a mapping or a list, names every other file of the output.
         command: Command that writes such outputs.
+        also: Patterns of further files, which the manifest does not name.
+        not_keys: Keys of the manifest that only outputs of other kinds have.
     """
 
     name: str
     manifest: str
     command: str
+    also: tuple[str, ...] = ()
+    not_keys: frozenset[str] = frozenset()
 
     def foreign_file(self, folder: Path) -> str | None:
-        """Return the first file of a folder that no output of this kind holds, or None if there is none."""
+        """Return the first file of a folder that no output of this kind holds, or None if there is none.
+
+        The history of a git clone is such a file: nothing else may hold it.
+        """
         try:
-            files = set(json.loads((folder / self.manifest).read_text())["files"])
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads((folder / self.manifest).read_text())
+            files = set() if self.not_keys & manifest.keys() else {*manifest["files"], self.manifest}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             files = set()
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_dir() and not path.is_symlink():
                 continue
-            if BYSTANDERS.isdisjoint(Path(name).parts) and not (files and name in {*files, self.manifest}):
+            if is_bystander(name) and ".git" not in PurePosixPath(name).parts:
+                continue
+            if not files or not (name in files or any(fnmatch(name, pattern) for pattern in self.also)):
                 return name
         return None
 
 
-ENCODER = OutputKind("an encoder repository", "provenance.json", "pivot extract")
-EXPORT = OutputKind("an export", "export.json", "pivot export")
+# A stage's output has the same manifest, which names its stage.
+ENCODER = OutputKind("an encoder repository", "provenance.json", "pivot extract", not_keys=frozenset({"stage"}))
+# export.json names the models; their configs and the weights beside them follow from those.
+EXPORT = OutputKind(
+    "an export",
+    "export.json",
+    "pivot export",
+    also=("config.json", "preprocessor_config.json", "onnx/*.onnx_data", "quanto/quantization_map.json"),
+)
 
 
 @contextmanager
@@ -76,7 +100,7 @@ def lock_output(target: Path, wait: bool = False) -> Iterator[None]:
     except Timeout:
         raise OutputError(
             f"{target}: {_owner(_beside(target, LOCK))} is working on this output; wait for it to end, or give another "
-            "output."
+            f"output. If it died on another machine, delete {_beside(target, LOCK)}."
         ) from None
     try:
         _recover(target)
@@ -121,7 +145,7 @@ def check_replaceable(target: Path, kind: OutputKind | None) -> None:
         OutputError: The target is a file, a link, or a folder with a file of its own, which the message names.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target} is no folder; give another output. Nothing was touched.")
+        raise OutputError(f"{target} is not a folder; give another output. Nothing was touched.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if kind is None:
@@ -152,6 +176,8 @@ def _recover(target: Path) -> None:
 
 
 def _beside(target: Path, suffix: str) -> Path:
+    if not target.name:
+        raise OutputError(f"{target} is the current folder, which cannot be replaced; give a folder below it.")
     return target.with_name(f".{target.name}{suffix}")
 
 

@@ -73,11 +73,11 @@ def test_anything_else_is_refused_by_name_and_not_touched(tmp_path: Path, kind: 
         foreign = "provenance.json"
     elif kind == "file":
         target.write_text("mine")
-        foreign = "is no folder"
+        foreign = "is not a folder"
     elif kind == "link":
         (tmp_path / "elsewhere").mkdir()
         target.symlink_to(tmp_path / "elsewhere")
-        foreign = "is no folder"
+        foreign = "is not a folder"
     else:
         target.mkdir()
         (target / "export.json").write_text(json.dumps({"files": {}}))
@@ -124,9 +124,12 @@ def test_a_cache_waits_for_the_other_process(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(target)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     holder.stdout.readline()
-    threading.Timer(
-        1, lambda: (holder.kill(), holder.wait())
-    ).start()  # a process that is not waited for counts as alive
+
+    def kill() -> None:  # a process that nobody waits for counts as alive
+        holder.kill()
+        holder.wait()
+
+    threading.Timer(1, kill).start()
     started = time.monotonic()
     with lock_output(target, wait=True):
         assert time.monotonic() - started > 0.5

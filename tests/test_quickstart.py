@@ -163,7 +163,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
         (["search", "shapes/3-dpo", "--rates", "fast"], 2, "give numbers"),
         (["bench", "speed"], 2, "No such command"),
         (["bench", "encoder", "--forms", "tpu"], 2, "there is no form 'tpu'"),
-        (["encode", "nowhere", "--encoder", "nowhere"], 2, "is no folder"),
+        (["encode", "nowhere", "--encoder", "nowhere"], 2, "is not a folder"),
         (["export", "nowhere", "out"], 2, "no encoder can be loaded"),
         (["localize", "nowhere", "--data", "nowhere"], 2, "is not a folder"),
         (["space", "--runs", "nowhere"], 2, "run `pivot quickstart` first"),

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, write
+from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
 from pivot_hub.config.data_section import OnBadRow
 
 
@@ -15,7 +15,7 @@ from pivot_hub.config.data_section import OnBadRow
 def probe(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[
-        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; a Hub data set.")
+        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; Parquet; a Hub data set.")
     ] = "shapes",
     protocols: Annotated[
         str, typer.Option(help="For class data, comma-separated: prototypes, fast, full, knn, attention.")
@@ -46,6 +46,7 @@ def probe(
             protocols=tuple(protocols.split(",")),
             revision=revision,
             encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
+            warn=warn,
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -81,7 +82,7 @@ def compare(
         comparisons = compare_seeds(seeds, draws, seed)
     else:
         with bar("images") as advance:
-            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance, warn=warn)
         comparisons = compare_results(results, draws, seed)
     out.print(comparisons.table())
     log(comparisons.method())
@@ -96,7 +97,9 @@ def compare(
 def localize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
     data: Annotated[Path, typer.Option(help="Folder of images; or YOLO's layout, with `images` and `labels` in it.")],
-    boxes: Annotated[Path | None, typer.Option(help="Folder of YOLO label files, or a COCO JSON file.")] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(help="Folder of YOLO label files or VOC XML files, or a COCO JSON file.")
+    ] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of id masks in PNG format.")] = None,
     names: Annotated[
         Path | None, typer.Option(help="YAML file with the names of ids; by default the one beside the labels.")
@@ -149,7 +152,9 @@ def segment(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
     masks: Annotated[Path | None, typer.Option(help="The masks, if --data contains only the images.")] = None,
-    ignore: Annotated[str | None, typer.Option(help="Ids that are never counted, as in 255,0; 255 by default.")] = None,
+    ignore: Annotated[
+        str | None, typer.Option(help='Ids that are never counted, as in 255,0; 255 by default, "" for none.')
+    ] = None,
     classes: Annotated[int | None, typer.Option(help="Number of ids; by default found in the masks.")] = None,
     names: Annotated[Path | None, typer.Option(help="File with the names of ids: .txt, .json or .yaml.")] = None,
     heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",

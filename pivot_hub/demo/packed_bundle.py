@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.config.recipe import RECIPES
-from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, for_inference, one_thread
+from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, Origin, for_inference, one_thread
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import whole_folder, write_json
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.provenance import source_commit, versions, weights_sha256, write_manifest
 
+SHIPPED_NAME = "recipes/shapes/pair"
 SHIPPED = RECIPES / "shapes" / "pair"
 WEIGHTS = "pair.safetensors"
 DISPLAY_NAMES = {"parent": "parent", "sft": "SFT", "dpo": "DPO"}
@@ -73,8 +74,10 @@ def shipped_bundle(folder: Path = SHIPPED) -> ModelBundle:
     """
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no packed model bundle; make one with `pivot pair RUNS OUTPUT`.")
-    config = AutoConfig.from_pretrained(folder)
-    processor = cast(LlavaProcessor, AutoProcessor.from_pretrained(folder, backend="pil"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    processor = cast(LlavaProcessor, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    origin = Origin(f"pivot_hub:{SHIPPED_NAME}", provenance["commit"], weights_sha256(folder))
     packed = load_file(folder / WEIGHTS)
     parent = _unpack(packed, "parent")
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +87,7 @@ def shipped_bundle(folder: Path = SHIPPED) -> ModelBundle:
         differences = _unpack(packed, role) if role != "parent" else {}
         model = copy.deepcopy(skeleton)
         model.load_state_dict({k: w + differences[k] if k in differences else w for k, w in parent.items()})
-        members[role] = Mllm(name, for_inference(model), processor)
+        members[role] = Mllm(name, for_inference(model), processor, origin)
     return ModelBundle(BundleNames(), members["sft"], members["dpo"], members["parent"])
 
 

@@ -443,11 +443,11 @@ def test_other_models_by_field_and_by_link(
     p.wait_for_function("document.querySelector('#status').innerText.includes('loading 3-')")
     assert "SFT" in page.text(), "the old models stay while the new ones load"
     p.wait_for_function("document.querySelector('#status').innerText.includes('Loaded: 3-sft and 3-dpo.')")
-    assert p.locator("#comparison h3").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
+    assert p.locator("#comparison h2").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
     link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
     reopened = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
     assert [h.tobytes() for h in reopened.heats()] == [h.tobytes() for h in page.heats()]
-    assert reopened.page.locator("#comparison h3").nth(1).inner_text() == "3-sft"
+    assert reopened.page.locator("#comparison h2").nth(1).inner_text() == "3-sft"
     page.act(lambda: p.locator("#built-in").click())
     assert [h.tobytes() for h in page.heats()] == built_in
     assert "first=" not in page.linked(without="first=")
@@ -522,6 +522,37 @@ def test_long_and_hostile_questions(visit: Any) -> None:
     assert hostile in page.text()
     assert p.locator("#comparison script, #comparison img[src=x]").count() == 0
     assert p.title() == "What did DPO change?"
+
+
+def test_the_last_of_two_quick_clicks_wins(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    p.evaluate(
+        """() => {
+          const buttons = document.querySelectorAll("#examples button");
+          buttons[4].click();
+          setTimeout(() => buttons[1].click(), 30);
+        }"""
+    )
+    p.wait_for_function("document.querySelector('#comparison').innerText.includes('Where is the brown ring?')")
+    page.linked("scene=17", "kind=position")
+    p.get_by_label("Similar patches").check()
+    p.wait_for_selector("#details-panel .patch-grid")
+    p.locator("#details-panel .patch-grid").scroll_into_view_if_needed()
+    box = p.locator("#details-panel .patch-grid").bounding_box()
+    for row, column in ((1, 1), (6, 2)):
+        p.mouse.click(box["x"] + box["width"] * (column + 0.5) / 8, box["y"] + box["height"] * (row + 0.5) / 8)
+    p.wait_for_selector("#details-panel .patch-grid[data-row='6'][data-column='2']")
+
+
+def test_what_is_typed_during_a_comparison_stays(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    question = p.get_by_role("textbox", name=re.compile("^Question"))
+    page.act(lambda: (p.locator("#examples button").nth(1).click(), question.fill("Is there a moon?")))
+    page.linked("scene=17")
+    p.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('It is at the'))")
+    assert question.input_value() == "Is there a moon?"
 
 
 def test_keyboard_alone(visit: Any) -> None:

@@ -332,9 +332,9 @@ def test_similarity_and_principal_components() -> None:
 
 def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Image.new("RGB", (100, 40))
-    assert crop_for_encoders(bundle, wide).size == (100, 40)
+    assert crop_for_encoders(bundle.info, wide).size == (100, 40)
     monkeypatch.setattr(bundle.second.processor.image_processor, "do_center_crop", True, raising=False)
-    assert crop_for_encoders(bundle, wide).size == (40, 40)
+    assert crop_for_encoders(bundle.info, wide).size == (40, 40)
 
 
 # ---------------------------------------------------------------------- colours
