@@ -108,47 +108,18 @@ TARGETS = (
     Target(LOCALIZE, "yolo", ("yolo/*/*/*", "yolo/data.yaml", "mllm/*.json"), ("--limit", "--ignore", "--explain"), 12),
 )
 PIVOT = typer.main.get_command(cli.app)  # made once; making it takes longer than most commands
-UsageError: type[Exception] = (
-    typer.BadParameter.__base__
-)  # click's, or that of the copy of click in newer versions of typer
+# The class of usage errors is click's, or that of the copy of click in newer versions of typer.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 VALUES = ("0", "-1", "x", "", "1e400", "nan", "../x", "999999999999", "1,,2")
 
 # Failures that are known, by command and kind of damage. Each entry is a fault to fix, and none may be added to excuse
 # one. The test fails when none of an entry's seeds fails any more: then the entry is deleted.
 KNOWN: frozenset[tuple[str, str]] = frozenset(
     {
-        # ZeroDivisionError; OSError of a link to itself in the encoder
-        ("encode", "--batch"),
-        ("encode", ".safetensors loop"),
-        # errors of transformers and of json as they are; numbers that are not finite in preprocessor_config.json
-        ("extract", ".json nested"),
-        ("extract", ".json value"),
-        ("extract", ".json truncated"),
-        ("extract", ".json missing"),
-        ("extract", ".json encoding"),
-        ("extract", ".json bits"),
-        ("extract", ".json empty"),
-        ("extract", ".jinja bits"),
-        # RecursionError and UnicodeDecodeError in yaml_loader
-        ("train", ".yaml nested"),
-        ("train", ".yaml encoding"),
-        ("train", ".yaml bits"),
-        # the same in yaml_loader and in probes/result.py
-        ("card", ".yaml encoding"),
-        ("card", ".yaml nested"),
-        ("card", ".json nested"),
-        # RecursionError, EOFError and ValueError in probes/result.py; draws of 0 or less
-        ("compare", ".npz noise"),
-        ("compare", ".npz truncated"),
-        ("compare", ".npz empty"),
-        ("compare", ".json nested"),
-        ("compare", "--draws"),
-        # RecursionError and UnicodeDecodeError in data/row.py
-        ("data check", ".jsonl nested"),
-        ("data check", ".jsonl encoding"),
-        ("data check", ".jsonl bits"),
-        # a negative number of workers
-        ("probe", "--workers"),
+        ("compare", "--draws"),  # draws of 0 or less: a ValueError
+        ("encode", ".safetensors loop"),  # a link to itself in the encoder: an OSError
+        ("extract", ".json value"),  # numbers that are not finite are copied to preprocessor_config.json
+        ("probe", "--workers"),  # a negative number: a ValueError of torch
     }
 )
 

@@ -221,7 +221,7 @@ def verify_repository(folder: str | Path) -> list[str]:
         text = (path / "provenance.json").read_text()
         provenance = json.loads(text)
         expected, own_sha256 = provenance["files"], provenance["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [f"{path}: provenance.json is unreadable; pull the repository again."]
     computed = hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
     if text != manifest_text(provenance) or own_sha256 != computed:
@@ -274,7 +274,7 @@ def _not_a_repository(path: Path) -> str | None:
         return "there is no such folder; give the folder of an encoder repository, or its name on the Hub."
     try:
         config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = {}
     config = config if isinstance(config, dict) else {}
     model_type = config.get("model_type")
@@ -303,7 +303,10 @@ def _leads_out(file: Path, folder: Path) -> bool:
         return False
     root = folder.resolve()
     places = [root, root.parents[1] / "blobs"] if hub_commit(root) else [root]
-    return not any(file.resolve().is_relative_to(place) for place in places) or file.is_dir()
+    try:
+        return not any(file.resolve().is_relative_to(place) for place in places) or file.is_dir()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return True
 
 
 def _known_code(name: str) -> set[str]:

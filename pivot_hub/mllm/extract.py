@@ -68,7 +68,10 @@ def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} has no provenance.json; give the output folder of a finished stage. The encoder of "
             "another LLaVA model is saved by PivotVisionModel.from_mllm(mllm).save_pretrained(FOLDER)."
         )
-    provenance = json.loads(file.read_text())
+    try:
+        provenance = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged; train the stage again, or copy it again.") from error
     model = provenance["model"]
     pivot = {
         "stage": provenance["stage"],

@@ -181,7 +181,7 @@ def read_results(path: Path) -> list[ProbeResult]:
     """
     try:
         results = [ProbeResult.from_dict(stored) for stored in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ProbeError(f"{path} holds no probe results ({error}); give a file that `pivot probe` wrote.") from error
     scores_file = path.with_suffix(".npz")
     if not scores_file.is_file():

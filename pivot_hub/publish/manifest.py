@@ -20,18 +20,26 @@ def manifest_files(folder: Path) -> list[str]:
     """
     try:
         names = [*json.loads((folder / "provenance.json").read_text())["files"], "provenance.json"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PublishError(f"{folder}: provenance.json is missing or unreadable; pull the repository again.") from error
     root = folder.resolve()
     if root.parent.name == "snapshots":
         root = root.parents[1]
     for name in names:
         check_name(name, str(folder))
-        if not (folder / name).resolve().is_relative_to(root):
+        if not _lies_in(root, folder / name):
             raise PublishError(
                 f"{folder}: {name} is a link out of the repository; put the file itself in its place, or delete it."
             )
     return names
+
+
+def _lies_in(root: Path, file: Path) -> bool:
+    """Whether a file, or what it links to, lies in a folder."""
+    try:
+        return file.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return False
 
 
 def check_name(name: str, repository: str) -> None:
