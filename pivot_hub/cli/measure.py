@@ -27,7 +27,9 @@ def probe(
         OnBadRow, typer.Option(help="Raise an error for an image that cannot be decoded (stop), or skip it.")
     ] = OnBadRow.STOP,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; below HF_HOME by default.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode images; one per core by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images; one per core by default.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
@@ -65,7 +67,7 @@ def compare(
     data: Annotated[str, typer.Option(help="Data to probe encoders on, as for `pivot probe`.")] = "shapes",
     protocols: Annotated[str, typer.Option(help="Protocols, as for `pivot probe`.")] = "prototypes,fast,full,knn",
     seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap.")] = 0,
-    draws: Annotated[int, typer.Option(help="Number of draws of the paired bootstrap.")] = 10_000,
+    draws: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of draws of the paired bootstrap.")] = 10_000,
     figure: Annotated[Path | None, typer.Option(help="Draw the differences here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     json_path: JsonPath = None,
