@@ -407,7 +407,8 @@ def read_image_processor(name, config, **hub_options):
             "load it yourself and set the encoder's image_processor to it."
         )
     processor = processor_class.from_pretrained(name, **hub_options)
-    sides = [s for size in (processor.size, getattr(processor, "crop_size", None)) for s in dict(size or {}).values()]
+    sizes = (getattr(processor, "size", None), getattr(processor, "crop_size", None))  # timm's has neither
+    sides = [side for size in sizes for side in dict(size or {}).values()]
     if wrong := [side for side in sides if side is not None and not 1 <= side <= MOST["image_size"]]:
         raise ValueError(
             f"{name}: images of {wrong[0]} px in preprocessor_config.json are not of 1 to {MOST['image_size']} px; "
