@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fault_table import CONTRIBUTING, FAULTS, ROOT, insert, render, names_of_tests
+from tests.fault_table import CONTRIBUTING, FAULTS, ROOT, insert, names_of_tests, render
 
 
 def test_every_fault_has_its_test() -> None:
