@@ -1,13 +1,10 @@
-"""Write folders and files atomically: they are written beside their place, then renamed."""
+"""Write files atomically: they are written beside their place, then renamed."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,6 @@ def shipped_folder(name: str) -> Path:
     """Return `recipes`, `model_cards` or `spaces`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the target's place when the block ends, and is deleted if it fails.
-
-    A folder at the target is replaced at the end; its files are never mixed with the new ones.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            target.replace(old)
-        beside.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -20,6 +20,8 @@ from filelock import SoftFileLock, Timeout
 
 from pivot_hub.errors import OutputError
 
+# An owner writes its name into its lock file at once: an empty one this old is of a process killed in between.
+UNNAMED_S = 2.0
 LOCK, NEW, OLD = ".pivot-lock", ".pivot-new", ".pivot-old"
 # Files that file managers, Python, git and the Hub's client leave in folders of others.
 BYSTANDERS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "__pycache__", ".git", ".gitattributes", ".gitignore"})
@@ -40,14 +42,14 @@ class OutputKind:
         manifest: JSON file of the folder whose `files`, a mapping or a list, names every other file of the output.
         command: Command that writes such outputs.
         also: Patterns of further files, which the manifest does not name.
-        not_keys: Keys of the manifest that only outputs of other kinds have.
+        mark: A file that every output of this kind holds, and no output of another kind.
     """
 
     name: str
     manifest: str
     command: str
     also: tuple[str, ...] = ()
-    not_keys: frozenset[str] = frozenset()
+    mark: str | None = None
 
     def foreign_file(self, folder: Path) -> str | None:
         """Return the first file of a folder that no output of this kind holds, or None if there is none.
@@ -56,8 +58,10 @@ class OutputKind:
         """
         try:
             manifest = json.loads((folder / self.manifest).read_text())
-            files = set() if self.not_keys & manifest.keys() else {*manifest["files"], self.manifest}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            files = {*manifest["files"], self.manifest}
+        except (OSError, ValueError, KeyError, TypeError):
+            files = set()
+        if self.mark is not None and self.mark not in files:
             files = set()
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
@@ -70,8 +74,8 @@ class OutputKind:
         return None
 
 
-# A stage's output has the same manifest, which names its stage.
-ENCODER = OutputKind("an encoder repository", "provenance.json", "pivot extract", not_keys=frozenset({"stage"}))
+# A stage's output and a packed bundle have a manifest of the same name.
+ENCODER = OutputKind("an encoder repository", "provenance.json", "pivot extract", mark="modeling_pivot.py")
 # export.json names the models; their configs and the weights beside them follow from those.
 EXPORT = OutputKind(
     "an export",
@@ -94,13 +98,14 @@ def lock_output(target: Path, wait: bool = False) -> Iterator[None]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(target.parent)
-    lock = SoftFileLock(_beside(target, LOCK), timeout=-1 if wait else 0, poll_interval=0.2)
+    file = _beside(target, LOCK)
+    lock = SoftFileLock(file, timeout=-1 if wait else 0, poll_interval=0.2)
     try:
         lock.acquire()
     except Timeout:
         raise OutputError(
-            f"{target}: {_owner(_beside(target, LOCK))} is working on this output; wait for it to end, or give another "
-            f"output. If it died on another machine, delete {_beside(target, LOCK)}."
+            f"{target}: {_owner(file) or 'another process'} is working on this output; wait for it to end, or give "
+            f"another output. If it died on another machine, delete {file}."
         ) from None
     try:
         _recover(target)
@@ -161,6 +166,7 @@ def clear_leftovers(folder: Path) -> None:
     """Delete the unfinished outputs of processes that were killed, and put back an output that was being replaced."""
     for file in folder.glob(f".*{LOCK}"):
         target = folder / file.name.removeprefix(".").removesuffix(LOCK)
+        _clear_unnamed(file)
         lock = SoftFileLock(file, timeout=0)
         with suppress(Timeout, OSError), lock:  # a living owner keeps its files
             _recover(target)
@@ -181,10 +187,21 @@ def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}{suffix}")
 
 
-def _owner(lock: Path) -> str:
-    """Describe the owner of a lock: process, host and time."""
+def _clear_unnamed(lock: Path) -> None:
+    """Delete a lock file that stays empty; filelock would wait for its owner for ever."""
+    with suppress(FileNotFoundError):
+        seen = lock.stat()
+        if seen.st_size == 0:
+            time.sleep(UNNAMED_S)
+            now = lock.stat()
+            if (now.st_size, now.st_ino, now.st_ctime_ns) == (0, seen.st_ino, seen.st_ctime_ns):
+                lock.unlink()
+
+
+def _owner(lock: Path) -> str | None:
+    """Describe the owner of a lock: process, host and time; None where the file names none."""
     with suppress(OSError, ValueError, IndexError):
         process, host = lock.read_text().splitlines()[:2]
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(lock.stat().st_mtime))
         return f"process {process} on {host} (since {since})"
-    return "another process"
+    return None

@@ -23,9 +23,9 @@ from pivot_hub.outputs import ENCODER, whole_folder
 target = pathlib.Path(sys.argv[1])
 while True:
     with whole_folder(target, ENCODER) as folder:
-        for name in ("a", "b", "c"):
+        for name in ("a", "b", "modeling_pivot.py"):
             (folder / name).write_bytes(b"x" * 20000)
-        (folder / "provenance.json").write_text(json.dumps({"files": {"a": "", "b": "", "c": ""}}))
+        (folder / "provenance.json").write_text(json.dumps({"files": {"a": "", "b": "", "modeling_pivot.py": ""}}))
 """
 HOLDER = """
 import pathlib, sys, time
@@ -34,13 +34,14 @@ with lock_output(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+FILES = ("model.safetensors", "modeling_pivot.py")
 
 
 def encoder(folder: Path, *more: str) -> Path:
     folder.mkdir()
-    for name in ("model.safetensors", *more):
+    for name in (*FILES, *more):
         (folder / name).write_text("old")
-    (folder / "provenance.json").write_text(json.dumps({"files": {"model.safetensors": "hash"}}))
+    (folder / "provenance.json").write_text(json.dumps({"files": dict.fromkeys(FILES, "hash")}))
     return folder
 
 
@@ -56,7 +57,10 @@ def test_an_output_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path) == ["encoder"]
 
 
-@pytest.mark.parametrize("kind", ["thesis", "repository with notes", "forged manifest", "file", "link", "other kind"])
+FOREIGN = ["thesis", "repository with notes", "forged manifest", "file", "link", "export", "stage"]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_anything_else_is_refused_by_name_and_not_touched(tmp_path: Path, kind: str) -> None:
     target, foreign = tmp_path / "d", "thesis.tex"
     if kind == "thesis":
@@ -78,6 +82,11 @@ def test_anything_else_is_refused_by_name_and_not_touched(tmp_path: Path, kind: 
         (tmp_path / "elsewhere").mkdir()
         target.symlink_to(tmp_path / "elsewhere")
         foreign = "is not a folder"
+    elif kind == "stage":  # a manifest of the same name, in which all of its files are named
+        target.mkdir()
+        (target / "model.safetensors").write_text("three days of training")
+        (target / "provenance.json").write_text(json.dumps({"stage": "dpo", "files": {"model.safetensors": "hash"}}))
+        foreign = "model.safetensors"
     else:
         target.mkdir()
         (target / "export.json").write_text(json.dumps({"files": {}}))
@@ -101,7 +110,7 @@ def test_a_block_that_fails_leaves_everything_as_it_was(tmp_path: Path) -> None:
     target = encoder(tmp_path / "encoder")
     with pytest.raises(ZeroDivisionError), whole_folder(target, ENCODER) as folder:
         (folder / "half").write_text(str(1 / 0))
-    assert names(target) == ["model.safetensors", "provenance.json"]
+    assert names(target) == ["model.safetensors", "modeling_pivot.py", "provenance.json"]
     assert names(tmp_path) == ["encoder"]
 
 
@@ -115,6 +124,13 @@ def test_a_second_process_is_told_who_works_there(tmp_path: Path) -> None:
     holder.kill()
     holder.wait()
     with lock_output(target):  # a killed owner's lock is taken over
+        assert names(tmp_path) == [".run.pivot-lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_process_killed_before_it_wrote_its_name_is_followed_without_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".run.pivot-lock").touch()
+    with lock_output(tmp_path / "run"):
         assert names(tmp_path) == [".run.pivot-lock"]
     assert names(tmp_path) == []
 
@@ -149,6 +165,8 @@ def test_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
         writer.wait()
         with lock_output(tmp_path / "another"):  # another output beside it: its process clears what is left
             assert [n for n in names(tmp_path) if n.endswith(("-new", "-old"))] == []
-        assert names(target) == ["a", "b", "c", "provenance.json"]
-        assert all((target / n).stat().st_size == 20000 for n in ("a", "b", "c"))
+        assert names(target) == ["a", "b", "modeling_pivot.py", "provenance.json"]
+        assert all((target / n).stat().st_size == 20000 for n in ("a", "b", "modeling_pivot.py"))
+    with lock_output(target):
+        pass
     assert names(tmp_path) == ["encoder"]

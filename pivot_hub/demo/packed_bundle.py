@@ -22,13 +22,15 @@ from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneratio
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, Origin, for_inference, one_thread
 from pivot_hub.errors import CheckpointError
-from pivot_hub.files import whole_folder, write_json
+from pivot_hub.files import write_json
 from pivot_hub.mllm.load import load_mllm
+from pivot_hub.outputs import OutputKind, check_replaceable, whole_folder
 from pivot_hub.provenance import source_commit, versions, weights_sha256, write_manifest
 
 SHIPPED_NAME = "recipes/shapes/pair"
 SHIPPED = RECIPES / "shapes" / "pair"
 WEIGHTS = "pair.safetensors"
+BUNDLE = OutputKind("a packed bundle", "provenance.json", "pivot pair", mark=WEIGHTS)
 DISPLAY_NAMES = {"parent": "parent", "sft": "SFT", "dpo": "DPO"}
 
 
@@ -37,18 +39,20 @@ def pack_bundle(runs: Path, output: Path) -> Path:
 
     Args:
         runs: Folder with the stages 2-instruct, 3-sft and 3-dpo.
-        output: Folder that the bundle is written to; an existing one is replaced.
+        output: Folder that the bundle is written to; an earlier bundle is replaced.
 
     Returns:
         The output folder.
 
     Raises:
         CheckpointError: A stage is missing, or a branch was trained from another parent.
+        OutputError: The output holds anything but a packed bundle. Nothing was touched.
     """
+    check_replaceable(output, BUNDLE)  # before the work, and again after it
     folders = {role: runs / stage for role, stage in STAGES.items()}
     provenances = _read_provenances(folders)
     packed = _pack_weights({role: load_mllm(folder)[0].state_dict() for role, folder in folders.items()})
-    with whole_folder(output) as folder:
+    with whole_folder(output, BUNDLE) as folder:
         save_file(packed, folder / WEIGHTS)
         for file in sorted(folders["parent"].iterdir()):
             if file.suffix in (".json", ".jinja") and file.name not in ("provenance.json", "report.json"):
@@ -96,6 +100,7 @@ def _read_provenances(folders: dict[str, Path]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: A stage is missing, or a branch was trained from another parent.
+        OutputError: The output holds anything but a packed bundle. Nothing was touched.
     """
     for folder in folders.values():
         if not (folder / "provenance.json").is_file():

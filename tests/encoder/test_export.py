@@ -104,8 +104,8 @@ def test_large_weights_are_stored_beside_the_graph(tmp_path: Path, monkeypatch: 
 
 def test_exporting_again_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     source = make_vision(tmp_path / "original")
-    for options in ({"int8": True}, {}):
-        export_encoder(source, tmp_path / "out", log=quiet, **options)
+    for int8 in (True, False):
+        export_encoder(source, tmp_path / "out", int8=int8, log=quiet)
     assert not (tmp_path / "out" / "quanto").exists()
     (tmp_path / "out" / "onnx" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"holds onnx/notes\.txt, which is not part of an export"):
