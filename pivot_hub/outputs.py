@@ -8,7 +8,9 @@ together with the files that the owner had not finished.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -141,6 +143,23 @@ def whole_folder(target: Path, kind: OutputKind | None = None, wait: bool = Fals
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """Give a folder for the time of the block, after deleting those that killed processes left.
+
+    Args:
+        name: What the folder is for; it is part of its name in the system's folder for temporary files.
+    """
+    target = Path(tempfile.gettempdir()) / f"{name}-{secrets.token_hex(8)}"
+    with lock_output(target):
+        folder = _beside(target, NEW)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_replaceable(target: Path, kind: OutputKind | None) -> None:

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pivot_hub.errors import OutputError
-from pivot_hub.outputs import ENCODER, check_replaceable, lock_output, whole_folder
+from pivot_hub.outputs import ENCODER, check_replaceable, lock_output, scratch_folder, whole_folder
 
 WRITER = """
 import json, pathlib, sys, time
@@ -32,6 +33,14 @@ import pathlib, sys, time
 from pivot_hub.outputs import lock_output
 with lock_output(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
+    time.sleep(60)
+"""
+SCRATCH = """
+import time
+from pivot_hub.outputs import scratch_folder
+with scratch_folder("pivot-test") as folder:
+    (folder / "weights").write_bytes(b"x" * 20000)
+    print("made", flush=True)
     time.sleep(60)
 """
 FILES = ("model.safetensors", "modeling_pivot.py")
@@ -170,3 +179,23 @@ def test_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
     with lock_output(target):
         pass
     assert names(tmp_path) == ["encoder"]
+
+
+def test_scratch_folders_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    holders = [subprocess.Popen([sys.executable, "-c", SCRATCH], stdout=-1, text=True, env=variables) for _ in range(2)]
+    for holder in holders:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "made\n"
+    holders[0].kill()
+    holders[0].wait()
+    with scratch_folder("pivot-test") as folder:
+        assert names(folder) == []
+        assert folder.stat().st_mode & 0o077 == 0
+        assert len([n for n in names(tmp_path) if n.endswith("-new")]) == 2  # its own, and that of the living process
+    holders[1].kill()
+    holders[1].wait()
+    with scratch_folder("pivot-test"):
+        pass
+    assert names(tmp_path) == []

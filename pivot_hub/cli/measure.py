@@ -181,7 +181,7 @@ def segment(
     """
     import torch
 
-    from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
+    from pivot_hub.encoder.repository import encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
     from pivot_hub.probes.segmentation.protocols import SegmentationOptions, cached_encode, per_class, segment_masks
@@ -191,7 +191,6 @@ def segment(
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
-    check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metadata = encoder_metadata(encoder)
     with bar("images") as advance:

@@ -28,7 +28,7 @@ from pivot_hub.data.synthetic import (
 )
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.feature_model import FeatureModel
-from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
+from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm.load import image_px
 from pivot_hub.probes.classification.labelled_images import open_classes
@@ -262,7 +262,6 @@ def probe_encoder(
         raise ProbeError(f"dtype {encoding.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     classes = None if data == "shapes" else open_classes(data, revision, seed)
     model, image_processor = read_encoder(encoder)
-    check_golden(encoder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)

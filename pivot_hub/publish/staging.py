@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import SpaceCard
 
 from pivot_hub.errors import PublishError
 from pivot_hub.files import shipped_folder, write_json, write_whole
+from pivot_hub.outputs import scratch_folder
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import source_commit, versions, write_manifest
 from pivot_hub.publish.card_inputs import Prose, read_metadata
@@ -122,8 +122,7 @@ def stage_encoder(
     if problems := verify_repository(source):
         raise PublishError(f"{source} is not sound, so nothing was published: {problems[0]}")
     files = manifest_files(source)
-    with TemporaryDirectory(prefix="pivot-push-") as temporary:
-        folder = Path(temporary)
+    with scratch_folder("pivot-push") as folder:
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source / name).resolve())
@@ -161,8 +160,8 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
     Raises:
         PublishError: The secret scan has findings.
     """
-    with TemporaryDirectory(prefix="pivot-push-") as temporary:
-        folder = Path(temporary) / "space"
+    with scratch_folder("pivot-push") as temporary:
+        folder = temporary / "space"
         shutil.copytree(
             shipped_folder("spaces") / "gradcam", folder, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )

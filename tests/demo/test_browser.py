@@ -83,7 +83,7 @@ class Visit:
             permissions=["clipboard-read", "clipboard-write", "camera"],
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)
         self.errors: list[str] = []
         self.other_hosts: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
@@ -97,7 +97,7 @@ class Visit:
             self.other_hosts.append(url)
 
     def wait(self) -> None:
-        self.page.wait_for_selector("#comparison img.heat", timeout=15_000)
+        self.page.wait_for_selector("#comparison img.heat", timeout=60_000)
         self.page.wait_for_function("document.querySelector('#link textarea, #link input').value.length > 0")
 
     def act(self, action: Any) -> None:
@@ -105,7 +105,7 @@ class Visit:
         before = self.page.inner_html("#comparison section")
         action()
         changed = "before => document.querySelector('#comparison section').innerHTML !== before"
-        self.page.wait_for_function(changed, arg=before, timeout=15_000)
+        self.page.wait_for_function(changed, arg=before, timeout=60_000)
 
     def linked(self, *parts: str, without: str = "?!") -> str:
         """Wait until the link contains all parts, and does not contain another text; return the link."""

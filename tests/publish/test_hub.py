@@ -324,7 +324,7 @@ def test_bad_input_is_one_line(server: HubServer, encoder: Path, work: Path) -> 
     expected = [
         (["push", "nowhere"], 2, "push takes ENCODER REPO"),
         (["push", "a", "b", "c"], 2, "push takes ENCODER REPO"),
-        (["push", "nowhere", "ada/x", *prose], 1, "provenance.json is missing"),
+        (["push", "nowhere", "ada/x", *prose], 1, "there is no such folder"),
         (["push", mine, "ada/x/y", *prose], 1, "is not a valid repository name"),
         (["push", mine, "ada/x", *prose, "--also", "tflite"], 1, "give any of onnx, int8"),
         (["push", mine, "somebody/x", *prose], 1, "the hub answered 403"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pivot_hub.encoder.encode import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
+from pivot_hub.outputs import scratch_folder
 from pivot_hub.probes.features import EncodingOptions, cached_values
 from pivot_hub.probes.grid import described
 from pivot_hub.probes.result import ProbeResult, measure, statistic_of
@@ -218,7 +218,7 @@ class _Run:
     def fit(self, images: Sequence[MaskedImage], rows: tuple[Sequence[int], Sequence[int]], px: int) -> _Fit:
         """Choose settings and fit heads on the train and validation rows of images."""
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+        with scratch_folder("pivot-segment") as scratch:
             tokens = self._tokens(images, px, scratch)
             labels, counts = _labels(images, px, self.classes, self.ignored, scratch)
             heads = _choose(self.options, tokens, labels, rows, self.classes, self.model.device, self.log)
@@ -228,14 +228,14 @@ class _Run:
 
     def score(self, fit: _Fit, images: Sequence[MaskedImage], px: int) -> list[np.ndarray]:
         """Compute the per-example scores (n, 3, classes) of each head, and of the commonest class at each position."""
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+        with scratch_folder("pivot-segment") as scratch:
             tokens = self._tokens(images, px, scratch)
             heads = [head for _, head in fit.heads]
             head_scores = _score(heads, fit.by_position, tokens, images, self.classes, self.ignored)
             del tokens
         return head_scores
 
-    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: str) -> Rows:
+    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: Path) -> Rows:
         if self.encode:
             return self.encode(images, px)
         return encode_masked(self.model, self.image_processor, images, px, folder, self.log)
@@ -498,7 +498,7 @@ def _check_classes(data: MaskData, parts: Iterable[_Part], ignored: Iterable[int
 
 
 def _labels(
-    images: Sequence[MaskedImage], px: int, classes: int, ignored: Iterable[int], folder: str
+    images: Sequence[MaskedImage], px: int, classes: int, ignored: Iterable[int], folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample class ids at the centres of a square grid, and count the labels of each class.
 

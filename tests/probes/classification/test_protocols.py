@@ -261,7 +261,7 @@ def test_a_damaged_feature_cache_is_computed_again(parts: Path, tmp_path: Path) 
     assert np.array_equal(values(), whole)
     file.write_bytes(file.read_bytes()[:200])
     assert np.array_equal(values(), whole)
-    file.with_name(f"{file.name}.sha256").unlink()  # as of an earlier version
+    file.with_name(f"{file.name}.json").unlink()  # as of an earlier version
     _flip(file)
     assert np.array_equal(values(), whole)
     digests = features.cached_digests(train.images, options)
