@@ -40,7 +40,7 @@ class Fault(NamedTuple):
 FAULTS = [
     # Training
     Fault("train: a second run on one output", "refused: process, host, since", "nothing", "runs once the first has ended", "training/test_checkpoints.py", "test_a_second_run_is_refused_and_touches_nothing"),
-    Fault("train: SIGKILL", "lock and work folder stay", "steps since the last checkpoint", "takes the lock over and resumes", "training/test_stages.py", "test_a_killed_run_ends_with_the_weights_of_one_never_killed"),
+    Fault("train: SIGKILL", "lock and work folder stay", "steps since the last checkpoint", "takes the lock over and resumes", "test_kills.py", "test_train"),
     Fault("train: SIGTERM, Ctrl-C, SIGHUP, SIGUSR1", "saves the step, exit code 3", "nothing", "resumes", "training/test_preemption.py", "test_a_signal_stops_after_the_step"),
     Fault("train: a second Ctrl-C", "ends at once", "steps since the last checkpoint", "resumes", "training/test_preemption.py", "test_a_second_ctrl_c_stops_at_once_but_not_one_that_a_launcher_passes_on"),
     Fault("train: a damaged checkpoint", "passed over by name", "steps since the one before", "resumes from the one before", "training/test_checkpoints.py", "test_a_damaged_checkpoint_is_passed_over_by_name"),
@@ -68,10 +68,11 @@ FAULTS = [
     # Encoders
     Fault("extract: the output holds other files", "refused by name", "nothing", "the same", "encoder/test_repository.py", "test_extracting_again_replaces_an_encoder_and_nothing_else"),
     Fault("export: the output holds other files", "refused by name", "nothing", "the same", "encoder/test_export.py", "test_exporting_again_replaces_an_export_and_nothing_else"),
-    Fault("extract, export: SIGKILL at any moment", "the output is the old one or the new one", "nothing", "clears what was left", "test_outputs.py", "test_kills_lose_nothing_and_leave_nothing"),
+    Fault("extract: SIGKILL at any moment", "the output is the old one or the new one", "nothing", "clears what was left", "test_kills.py", "test_a_killed_extract_leaves_the_encoder_that_was_there"),
+    Fault("export: SIGKILL at any moment", "no output", "nothing", "clears what was left", "test_kills.py", "test_export"),
     Fault("export: the ONNX model gives other features", "refused", "nothing", "the same", "encoder/test_export.py", "test_an_export_that_differs_is_not_kept"),
     Fault("encode: the output is another's, or in use", "refused: process, host, since", "nothing", "works after the first", "encoder/test_encode.py", "test_files_of_others_and_of_running_processes_are_not_touched"),
-    Fault("encode: SIGKILL", "finished parts stay", "at most one part", "resumes", "encoder/test_encode.py", "test_a_killed_command_resumes"),
+    Fault("encode: SIGKILL", "finished parts stay", "at most one part", "resumes", "test_kills.py", "test_encode"),
     Fault("encode: a damaged part, or one of another encoder", "not used", "nothing", "encodes it again", "encoder/test_encode.py", "test_a_damaged_shard_is_encoded_again_and_another_encoders_shards_are_never_used"),
     Fault("encode: an image replaced or added", "seen by its bytes", "nothing", "encodes only that image", "encoder/test_encode.py", "test_only_added_and_replaced_images_are_encoded_again"),
     Fault("encode: features that are not finite", "stops, naming the image", "nothing", "the same", "encoder/test_encode.py", "test_features_that_are_not_finite_are_named_and_not_written"),
@@ -83,6 +84,9 @@ FAULTS = [
     Fault("pull: the output holds other files", "refused before the download", "nothing", "the same", "publish/test_pull.py", "test_a_folder_with_other_files_is_not_replaced_by_a_pull"),
     Fault("pull, push: a link out of the repository", "neither pulled nor pushed", "nothing", "the same", "publish/test_pull.py", "test_a_link_out_of_the_repository_is_neither_pulled_nor_published"),
     Fault("pull, push: a name that leads out", "refused before the file is used", "nothing", "the same", "publish/test_pull.py", "test_a_name_that_leads_out_is_refused"),
+    Fault("push: SIGKILL at any moment", "nothing or everything is published", "nothing", "publishes, and clears what was left", "test_kills.py", "test_push"),
+    Fault("any: SIGKILL while temporary files exist", "they stay", "nothing", "deletes them", "test_outputs.py", "test_scratch_folders_of_killed_processes_are_deleted"),
+    Fault("pair: the output holds other files", "refused by name", "nothing", "the same", "demo/test_comparison.py", "test_packing_keeps_the_differences_of_the_branches"),
     Fault("push: a secret in compressed or encoded content", "nothing is sent", "nothing", "the same until it is removed", "publish/test_secret_scan.py", "test_what_is_compressed_or_encoded_is_scanned"),
     # Probes
     Fault("probe: damaged cached features", "computed again", "nothing", "uses the new cache", "probes/classification/test_protocols.py", "test_a_damaged_feature_cache_is_computed_again"),

@@ -129,6 +129,7 @@ def pivot(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pivot_hub", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
     """extract, verify, probe and gradcam from the command line, each with its JSON."""
     checkpoint, encoder = output / "runs" / "shapes" / "3-dpo", tmp_path / "encoder"

@@ -29,6 +29,7 @@ from pivot_hub.mllm.load import load_mllm
 
 CHROMIUM = shutil.which("chromium")
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
+SIZES = [pytest.param(DESKTOP, id="desktop"), pytest.param(PHONE, id="phone", marks=pytest.mark.slow)]
 # CI requires a browser: without one the tests fail there, and are skipped elsewhere.
 absent = (CHROMIUM is None or find_spec("playwright") is None) and os.environ.get("PIVOT_BROWSER") != "required"
 pytestmark = [
@@ -201,7 +202,7 @@ def test_the_difference_panel_shows_the_difference_of_the_maps(visit: Any) -> No
     assert np.corrcoef(expected.ravel(), displayed.ravel())[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_controls(visit: Any, size: dict[str, int]) -> None:
     """Examples, scenes, the visitor's own question, explained quantity, method, layer, colours and opacity work."""
     page = visit(size)
@@ -250,7 +251,7 @@ def test_controls(visit: Any, size: dict[str, int]) -> None:
     p.wait_for_function("getComputedStyle(document.querySelector('#comparison img.heat')).opacity === '0.7'")
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_details(visit: Any, size: dict[str, int]) -> None:
     page = visit(size)
     p = page.page
@@ -306,7 +307,7 @@ def noise_image() -> Image.Image:
     return Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).resize((280, 180))
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_own_image_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     page = visit(size)
     p = page.page
@@ -340,7 +341,7 @@ def test_own_image_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], 
     assert "Describe the image." in page.text()
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     """The link restores question, method, colours and details; figure and numbers are saved."""
     page = visit(size)
@@ -417,7 +418,7 @@ def test_wrong_models_get_a_message_and_the_current_ones_stay(visit: Any) -> Non
     assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in before]
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_other_models_by_field_and_by_link(
     visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

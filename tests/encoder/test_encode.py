@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -215,27 +213,6 @@ def test_a_command_without_file_descriptors_ends(parts: Path, tmp_path: Path) ->
     )
     assert run.returncode == 2, run.stderr
     assert "give fewer --workers, or raise the limits of open files" in run.stderr
-
-
-def test_a_killed_command_resumes(parts: Path, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(400):
-        Image.new("RGB", (40, 40), (i % 255, 0, 0)).save(images / f"{i:03}.png")
-    command = [sys.executable, "-m", "pivot_hub", "encode", str(images), "--encoder", str(parts / "vision")]
-    options = ["--batch", "1", "--workers", "0", "--out"]
-    run = subprocess.Popen([*command, *options, str(tmp_path / "f.npy")], env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    partial = tmp_path / "f.npy.partial"
-    deadline = time.monotonic() + 60
-    while not (list(partial.glob("*.json"))[1:] or run.poll() is not None) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (tmp_path / "f.npy").exists()
-    subprocess.run([*command, *options, str(tmp_path / "f.npy")], check=True)
-    subprocess.run([*command, *options, str(tmp_path / "whole.npy")], check=True)
-    assert json.loads((tmp_path / "f.npy.json").read_text())["resumed_images"] > 0
-    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ def test_transformers_loads_it_by_name_from_an_empty_cache(
     assert loaded["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_without_access_the_message_names_the_remedy(
     server: HubServer, published: list[dict[str, Any]], work: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_pull_verify_and_use_by_name(server: HubServer, published: list[dict[str
     assert not (work / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_file_edited_on_the_hub_fails_verify_and_pull(
     server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_file_edited_on_the_hub_fails_verify_and_pull(
     assert after["pulls"] == [1]
 
 
+@pytest.mark.slow
 def test_other_edits_by_hand_become_a_pull_request_too(server: HubServer, encoder: Path, work: Path) -> None:
     names = {"ada/foreign": "notes.txt", "ada/config": "config.json", "ada/theirs": "README.md"}
     pushes = [["push", str(encoder), n, "--yes", "--prose", "0.1.0.yaml"] for n in names]
@@ -237,6 +240,7 @@ def test_other_edits_by_hand_become_a_pull_request_too(server: HubServer, encode
         assert state(server, name)["refs"]["refs/heads/main"] == heads[name]
 
 
+@pytest.mark.slow
 def test_the_question_can_be_answered_no(server: HubServer, encoder: Path, work: Path) -> None:
     """On a terminal, the question comes after the changes, and `n` publishes nothing."""
     import os

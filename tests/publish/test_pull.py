@@ -26,7 +26,8 @@ from tests.publish.publishable import make_prose
 def repository(tmp_path: Path) -> Path:
     folder = tmp_path / "repository"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "modeling_pivot.py"):
+        (folder / name).write_text("{}")
     write_manifest(folder, {})
     return folder
 
@@ -64,7 +65,7 @@ def test_an_empty_folder_is_filled_and_an_encoder_is_replaced(sound: Path, tmp_p
         (sound / "config.json").write_text(text)
         assert pulling.pull("pivot/x", output) == output
         assert (output / "config.json").read_text() == text
-    assert sorted(p.name for p in output.iterdir()) == ["config.json", "provenance.json"]
+    assert sorted(p.name for p in output.iterdir()) == ["config.json", "modeling_pivot.py", "provenance.json"]
     assert not [p for p in tmp_path.iterdir() if ".pivot-" in p.name]
 
 
@@ -90,7 +91,7 @@ def test_links_of_the_hubs_cache_are_files_of_the_repository(repository: Path, t
     for file in repository.iterdir():
         file.rename(blobs / file.name)
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
-    assert manifest_files(snapshot) == ["config.json", "provenance.json"]
+    assert manifest_files(snapshot) == ["config.json", "modeling_pivot.py", "provenance.json"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\..\\x", ""])

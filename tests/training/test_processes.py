@@ -89,7 +89,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("3-sft", "true", "ddp"),
         pytest.param("3-sft", "true", "fsdp2", marks=pytest.mark.slow),
         pytest.param("3-dpo", "false", "ddp", marks=pytest.mark.slow),
-        ("3-dpo", "false", "fsdp2"),
+        pytest.param("3-dpo", "false", "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_take_the_steps_of_one(
@@ -113,6 +113,7 @@ def test_two_processes_take_the_steps_of_one(
         assert len(list(tmp_path.glob("references/*"))) == 1
 
 
+@pytest.mark.slow
 def test_pairs_with_and_without_images_can_be_mixed(recipes: Path, trained: Path, tmp_path: Path) -> None:
     """One process has images where the other has none; shards and gradients are still exchanged."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
@@ -183,7 +184,8 @@ def when_logged(process: subprocess.Popen[str], log: Path, lines: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_a_run_stopped_on_two_processes_resumes_on_one_or_two(
     recipes: Path, trained: Path, tmp_path: Path, how: str
 ) -> None:

@@ -106,7 +106,6 @@ def test_a_finished_stage_is_reused_and_another_recipe_refused(recipes: Path, tr
 
 # A kill may come at any time between checkpoints. Ctrl-C saves a checkpoint, so that run saves none before.
 KILLED = [
-    ("3-dpo", "1", signal.SIGKILL, "args.save_steps=1"),
     ("2-instruct", "2", signal.SIGKILL, "args.save_steps=1"),
     ("3-dpo", "3", signal.SIGINT, "args.save_steps=500"),
 ]

@@ -451,6 +451,7 @@ def in_two_processes(module: str, models: Models, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.training.fsdp2", models, tmp_path)
     result = json.loads((tmp_path / "fsdp2.json").read_text())
