@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 from pivot_hub.config.accelerate import ACCELERATE_CONFIGS
@@ -84,7 +84,8 @@ def check_package(package: str) -> None:
     Raises:
         RecipeError: It cannot be found, or installs another package.
     """
-    if find_spec("pip"):
+    # find_spec("pip") would turn off setuptools' distutils in this process.
+    if any(distributions(name="pip")):
         command = [sys.executable, "-m", "pip", "install", "--ignore-installed"]
     elif uv := shutil.which("uv"):
         command = [uv, "pip", "install", "--python", sys.executable, "--reinstall"]
