@@ -330,6 +330,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))

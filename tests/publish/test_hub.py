@@ -258,6 +258,7 @@ def test_the_question_can_be_answered_no(server: HubServer, encoder: Path, work:
     assert server.repo("ada/declined") is None
 
 
+@pytest.mark.slow
 def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Path) -> None:
     """SFT and DPO are added to one collection with their base encoder; the Space refers to both."""
     server.store.create("model", "pivot/tiny-base", False, None, "ada")
@@ -315,6 +316,7 @@ def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypa
         assert not (publication.folder / "pair.json").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_without_xet_is_an_error_that_names_the_setting(server: HubServer, encoder: Path, work: Path) -> None:
     push = ["push", str(encoder), "ada/xet", "--yes", "--prose", "0.1.0.yaml"]
     (answer,) = commands(server, work, push, HF_HUB_DISABLE_XET="0")

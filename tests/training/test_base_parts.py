@@ -55,6 +55,7 @@ def from_chance(task: str, value: float, protocol: str) -> float:
     return (value - chance) / (100 - chance)
 
 
+@pytest.mark.slow
 def test_base_encoder_is_in_the_middle_of_every_scale() -> None:
     """Between 40% and 85% of the way from chance to perfect: at a floor or a ceiling SFT and DPO look alike."""
     results, _ = probe_encoder(str(BASE / "vision"), sizes=Sizes(train=1200, validation=300, test=500))
