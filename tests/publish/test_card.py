@@ -269,6 +269,7 @@ def test_the_command_puts_results_and_card_into_a_repository(encoder: Path, tmp_
     assert verify_repository(folder) == []
     assert card_problems(folder) == []
     assert "| probe | metric | sft | **dpo** (this) | n |" in (folder / "README.md").read_text()
+    assert "These features are `hidden_states[-2]` of the native class" in (folder / "README.md").read_text()
     # Another file of results is added to those that are there.
     write_card(folder, make_prose(), results={"base": make_results("base", "b" * 64, 50.0)})
     assert card_problems(folder) == []
