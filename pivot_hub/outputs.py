@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+import psutil
 from filelock import SoftFileLock, Timeout
 
 from pivot_hub.errors import OutputError
@@ -189,6 +191,20 @@ def clear_leftovers(folder: Path) -> None:
         lock = SoftFileLock(file, timeout=0)
         with suppress(Timeout, OSError), lock:  # a living owner keeps its files
             _recover(target)
+    for file in folder.glob(f".*{LOCK}.break.*"):
+        _clear_takeover(file)
+
+
+def _clear_takeover(file: Path) -> None:
+    """Delete the file of a process that was killed while it took a lock over, unless a living owner's lock is in it.
+
+    The file is filelock's: its name ends with the process id and a random number, its lines are process and host.
+    """
+    with suppress(OSError, ValueError):
+        process = int(file.name.rpartition(".break.")[2].partition(".")[0])
+        owner, host, *_ = [*file.read_text().splitlines(), str(process), socket.gethostname()]
+        if host == socket.gethostname() and not (psutil.pid_exists(process) or psutil.pid_exists(int(owner))):
+            file.unlink()
 
 
 def _recover(target: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,21 @@ def test_a_process_killed_before_it_wrote_its_name_is_followed_without_an_error(
     with lock_output(tmp_path / "run"):
         assert names(tmp_path) == [".run.pivot-lock"]
     assert names(tmp_path) == []
+
+
+def test_a_process_killed_while_it_took_a_lock_over_leaves_nothing(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    living = tmp_path / f".run.pivot-lock.break.{dead.pid}.c"
+    living.write_text(f"{os.getpid()}\n{host}\n")
+    elsewhere = tmp_path / f".run.pivot-lock.break.{dead.pid}.d"
+    elsewhere.write_text(f"{dead.pid}\nanother\n")
+    (tmp_path / f".run.pivot-lock.break.{dead.pid}.a").touch()
+    (tmp_path / f".run.pivot-lock.break.{dead.pid}.b").write_text(f"{dead.pid}\n{host}\n")
+    with lock_output(tmp_path / "other"):
+        pass
+    assert names(tmp_path) == [living.name, elsewhere.name]
 
 
 def test_a_cache_waits_for_the_other_process(tmp_path: Path) -> None:
