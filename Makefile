@@ -5,6 +5,10 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
+# Processes that run tests, of one thread and about 2 GB each. The tests of a file share its fixtures.
+PROCESSES ?= 2
+IN_PROCESSES := -n $(PROCESSES) --dist loadfile
+
 .PHONY: setup quickstart test slow browser conformance lint format space clean
 
 setup: $(VENV)/.done
@@ -20,16 +24,16 @@ quickstart: setup  ## set-up, then the end-to-end demo on the synthetic Shapes d
 	$(VENV)/bin/pivot quickstart
 
 test: setup  ## the default suite
-	$(PY) -m pytest
+	$(PY) -m pytest $(IN_PROCESSES)
 
 slow: setup  ## the long tests that the default suite leaves out
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest $(IN_PROCESSES) -m slow
 
 browser: setup  ## clicks through the Space in Chromium; the default suite does so too where Chromium is installed
 	PIVOT_BROWSER=required $(PY) -m pytest -m browser
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
-	$(PY) -m pytest -m conformance -s tests/conformance
+	$(PY) -m pytest -n $(PROCESSES) --dist loadgroup -m conformance -s tests/conformance
 
 lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class PivotError(Exception):
     """Base class of the errors that this package raises on purpose.
@@ -30,8 +32,20 @@ class CheckpointError(PivotError):
     exit_code = 2
 
 
+class OutputError(PivotError):
+    """An output cannot be written where it should be: others' files lie there, or another process is working on it."""
+
+    exit_code = 2
+
+
 class TrainingError(PivotError):
     """Training cannot continue: the loss is not finite, or a checkpoint cannot be written."""
+
+
+class StoppedError(TrainingError):
+    """A signal ended training early. The last step is saved, and the same command resumes from it."""
+
+    exit_code = 3
 
 
 class ExportError(PivotError):
@@ -56,3 +70,25 @@ class PublishError(PivotError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+_SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Return a short representation of a value that a user gave, for an error message.
+
+    A value may hold the bytes of an image, so messages and reports quote no value whole.
+    """
+    return _SHORT.repr(value)
+
+
+def shown_text(text: str, longest: int = 300) -> str:
+    """Return a name or a reason for an error message: shortened in its middle, and printable everywhere."""
+    if len(text) > longest:
+        half = longest // 2 - 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return text.encode("utf-8", "backslashreplace").decode()

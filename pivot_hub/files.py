@@ -1,43 +1,27 @@
-"""Write folders and files atomically: they are written beside their place, then renamed."""
+"""Write files atomically: they are written beside their place, then renamed."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
+# How torch and safetensors report a full disk: their errors have no errno.
+FULL_DISK_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "file write failed",
+    "PytorchStreamWriter failed writing",
+)
 
 
 def shipped_folder(name: str) -> Path:
     """Return `recipes`, `model_cards` or `spaces`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which takes the target's place when the block ends, and is deleted if it fails.
-
-    A folder at the target is replaced at the end; its files are never mixed with the new ones.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            target.replace(old)
-        beside.replace(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -54,3 +38,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write values as JSON in one step, indented, with a final newline."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, says that the disk is full."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # torch checks the length of what it wrote: "unexpected pos 6827200 vs 6827088".
+        if any(part in text for part in FULL_DISK_TEXTS) or ("unexpected pos" in text and " vs " in text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

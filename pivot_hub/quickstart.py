@@ -22,9 +22,10 @@ from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.explain.figure import draw_rows
 from pivot_hub.explain.gradcam import Method, gradient_map
-from pivot_hub.files import whole_folder, write_json, write_whole
+from pivot_hub.files import write_json, write_whole
 from pivot_hub.mllm.extract import extract_once
 from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.outputs import whole_folder
 from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
 from pivot_hub.probes.significance import Comparisons, compare_results

@@ -112,7 +112,7 @@ def test_first_lines_say_where_hours_and_expected_values_are_from(path: Path) ->
     assert "bfloat16 where the authors ran float16" in first_lines
 
 
-@pytest.mark.parametrize("name", ["siglip2-base/1-align", "mae-large/3-sft"])
+@pytest.mark.parametrize("name", ["siglip2-base/1-align", pytest.param("mae-large/3-sft", marks=pytest.mark.slow)])
 def test_hours_are_the_planners(name: str) -> None:
     stated = re.search(r"Hours: ([\d.]+) on H100", (RECIPES / f"{name}.yaml").read_text())
     assert stated is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_second_run_reuses_what_is_finished_and_restores_what_is_missing(outpu
     run_quickstart(output, overrides=FEW, sizes=SMALL, log=lambda line: None)
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()} == kept
     (output / "results" / "dpo.json").unlink()
-    (output / "hub" / "pivot" / "shapes-dpo" / "provenance.json").unlink()
+    shutil.rmtree(output / "hub" / "pivot" / "shapes-dpo")
     run_quickstart(output, overrides=FEW, sizes=SMALL, log=lambda line: None)
     again = json.loads((output / "report.json").read_text())
     values = [(r["task"], r["metric"], r["encoder"], r["value"]) for r in again["results"]]
@@ -128,6 +129,7 @@ def pivot(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "pivot_hub", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
     """extract, verify, probe and gradcam from the command line, each with its JSON."""
     checkpoint, encoder = output / "runs" / "shapes" / "3-dpo", tmp_path / "encoder"

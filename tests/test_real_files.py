@@ -134,6 +134,7 @@ def pivot(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
+@pytest.mark.slow
 def test_path_from_photographs_to_a_probed_encoder(folder: Path) -> None:
     reports = {}
     for stage in ("1-align", "2-instruct", "3-dpo"):

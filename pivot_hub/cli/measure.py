@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, write
+from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
 from pivot_hub.config.data_section import OnBadRow
 
 
@@ -15,7 +15,7 @@ from pivot_hub.config.data_section import OnBadRow
 def probe(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[
-        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; a Hub data set.")
+        str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; Parquet; a Hub data set.")
     ] = "shapes",
     protocols: Annotated[
         str, typer.Option(help="For class data, comma-separated: prototypes, fast, full, knn, attention.")
@@ -27,7 +27,9 @@ def probe(
         OnBadRow, typer.Option(help="Raise an error for an image that cannot be decoded (stop), or skip it.")
     ] = OnBadRow.STOP,
     cache: Annotated[Path | None, typer.Option(help="Folder of cached features; below HF_HOME by default.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that decode images; one per core by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that decode images; one per core by default.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
@@ -46,6 +48,7 @@ def probe(
             protocols=tuple(protocols.split(",")),
             revision=revision,
             encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
+            warn=warn,
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -64,7 +67,7 @@ def compare(
     data: Annotated[str, typer.Option(help="Data to probe encoders on, as for `pivot probe`.")] = "shapes",
     protocols: Annotated[str, typer.Option(help="Protocols, as for `pivot probe`.")] = "prototypes,fast,full,knn",
     seed: Annotated[int, typer.Option(help="Seed of splits, samples and bootstrap.")] = 0,
-    draws: Annotated[int, typer.Option(help="Number of draws of the paired bootstrap.")] = 10_000,
+    draws: Annotated[int, typer.Option(min=1, max=1_000_000, help="Number of draws of the paired bootstrap.")] = 10_000,
     figure: Annotated[Path | None, typer.Option(help="Draw the differences here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     json_path: JsonPath = None,
@@ -81,7 +84,7 @@ def compare(
         comparisons = compare_seeds(seeds, draws, seed)
     else:
         with bar("images") as advance:
-            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance)
+            results = probe_all(encoders, data, seed, tuple(protocols.split(",")), progress=advance, warn=warn)
         comparisons = compare_results(results, draws, seed)
     out.print(comparisons.table())
     log(comparisons.method())
@@ -96,7 +99,9 @@ def compare(
 def localize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
     data: Annotated[Path, typer.Option(help="Folder of images; or YOLO's layout, with `images` and `labels` in it.")],
-    boxes: Annotated[Path | None, typer.Option(help="Folder of YOLO label files, or a COCO JSON file.")] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(help="Folder of YOLO label files or VOC XML files, or a COCO JSON file.")
+    ] = None,
     masks: Annotated[Path | None, typer.Option(help="Folder of id masks in PNG format.")] = None,
     names: Annotated[
         Path | None, typer.Option(help="YAML file with the names of ids; by default the one beside the labels.")
@@ -149,7 +154,9 @@ def segment(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
     data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
     masks: Annotated[Path | None, typer.Option(help="The masks, if --data contains only the images.")] = None,
-    ignore: Annotated[str | None, typer.Option(help="Ids that are never counted, as in 255,0; 255 by default.")] = None,
+    ignore: Annotated[
+        str | None, typer.Option(help='Ids that are never counted, as in 255,0; 255 by default, "" for none.')
+    ] = None,
     classes: Annotated[int | None, typer.Option(help="Number of ids; by default found in the masks.")] = None,
     names: Annotated[Path | None, typer.Option(help="File with the names of ids: .txt, .json or .yaml.")] = None,
     heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
@@ -174,7 +181,7 @@ def segment(
     """
     import torch
 
-    from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
+    from pivot_hub.encoder.repository import encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
     from pivot_hub.probes.segmentation.protocols import SegmentationOptions, cached_encode, per_class, segment_masks
@@ -184,7 +191,6 @@ def segment(
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder)
-    check_golden(encoder, model)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metadata = encoder_metadata(encoder)
     with bar("images") as advance:

@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from pivot_hub.config.recipe import LoadedRecipe
     from pivot_hub.data.report import RowReport
 
+LENGTHS_REMEDY = "give the file that `pivot data check --json` wrote"
 LENGTHS_HELP = "The file that `pivot data check --json` wrote, in place of the recipe's `expect`."
+PACKAGE_HELP = (
+    "Requirement that installs pivot-hub in the job, as `pivot-hub @ git+https://github.com/me/pivot-hub@v1`; "
+    "checked before a job is submitted."
+)
 MFU_HELP = "Share of the GPU's peak that all FLOPs run at, recomputed ones too; 0.35 by default."
 
 
@@ -27,7 +32,7 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     accelerate_config: Annotated[str, typer.Option(help="Name of a file in recipes/accelerate.")] = "ddp",
-    processes: Annotated[int, typer.Option(help="Number of processes, one for each GPU.")] = 8,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, one for each GPU.")] = 8,
     mfu: Annotated[float | None, typer.Option(help=MFU_HELP)] = None,
     lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
     json_path: JsonPath = None,
@@ -46,6 +51,7 @@ def jobs(
     recipe: RecipeName,
     overrides: Overrides = None,
     bucket: Annotated[str | None, typer.Option(help="owner/name of the bucket that keeps runs.")] = None,
+    package: Annotated[str | None, typer.Option(help=PACKAGE_HELP)] = None,
     flavor: Annotated[str, typer.Option(help="Hardware, as `hf jobs hardware` lists it.")] = "a100x8",
     accelerate_config: Annotated[
         str | None,
@@ -56,11 +62,12 @@ def jobs(
 ) -> None:
     """Print the command that trains a stage on rented GPUs, as a Hugging Face Job; `--submit` runs it.
 
-    Example: `pivot jobs siglip2-so400m/3-dpo --bucket me/runs`
+    Example: `pivot jobs siglip2-so400m/3-dpo --bucket me/runs --package pivot-hub==1.0`
     """
     from pivot_hub.config.recipe import load_recipe
 
-    print_job(load_recipe(recipe, overrides or []), overrides, bucket, flavor, accelerate_config, submit, json_path)
+    loaded = load_recipe(recipe, overrides or [])
+    print_job(loaded, overrides, bucket, package, flavor, accelerate_config, submit, json_path)
 
 
 def print_plan(
@@ -75,17 +82,28 @@ def print_plan(
     from pivot_hub.planner.estimate import plan_stage
     from pivot_hub.planner.gpus import HFU
 
-    measured = json.loads(lengths.read_text()) if lengths else None
+    measured = _read_lengths(lengths) if lengths else None
     with out.status("profiling a step on fake tensors, which takes about half a minute"):  # on a terminal only
         plan = plan_stage(loaded, accelerate_config, processes, HFU if mfu is None else mfu, measured)
     out.print(plan.table(), markup=False)
     write(json_path, plan.to_dict())
 
 
+def _read_lengths(file: Path) -> dict[str, Any]:
+    try:
+        measured = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--lengths {file} cannot be read ({error}); {LENGTHS_REMEDY}.") from error
+    if not isinstance(measured, dict):
+        raise RecipeError(f"--lengths {file} holds no mapping; {LENGTHS_REMEDY}.")
+    return measured
+
+
 def print_job(
     loaded: LoadedRecipe,
     overrides: list[str] | None,
     bucket: str | None,
+    package: str | None,
     flavor: str,
     accelerate_config: str | None,
     submit: bool,
@@ -94,14 +112,23 @@ def print_job(
     """Print the command of a stage's Hugging Face Job, and run it if `submit` is set.
 
     Raises:
-        RecipeError: No bucket is given.
+        RecipeError: No bucket or no package is given, or the package cannot be installed.
         typer.Exit: The submitted command has ended; the code is its own.
     """
-    from pivot_hub.training.jobs import hf_job_command
+    from pivot_hub.training.jobs import check_package, hf_job_command
 
     if bucket is None:
         raise RecipeError("give --bucket owner/name, which keeps runs and checkpoints after the job ends.")
-    command = hf_job_command(loaded, overrides or [], flavor=flavor, bucket=bucket, accelerate_config=accelerate_config)
+    if package is None:
+        raise RecipeError(
+            "give --package, a requirement that installs pivot-hub in the job, as "
+            "`pivot-hub @ git+https://github.com/me/pivot-hub@v1`."
+        )
+    command = hf_job_command(
+        loaded, overrides or [], flavor=flavor, bucket=bucket, package=package, accelerate_config=accelerate_config
+    )
+    if submit:
+        check_package(package)
     log(shlex.join(command))
     write(json_path, {"command": command})
     if submit:
@@ -113,7 +140,7 @@ def data_check(
     recipe: RecipeName,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(help="Number of processes that decode images; one for each core by default.")
+        int | None, typer.Option(min=1, help="Number of processes that decode images; one for each core by default.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,7 @@ from pivot_hub.errors import CardError, PublishError
 @app.command()
 def extract(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a finished stage.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; replaced if it exists.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; an earlier one is replaced.")],
     json_path: JsonPath = None,
 ) -> None:
     """Detach the encoder of an MLLM and write it in its native format.
@@ -25,7 +26,7 @@ def extract(
     from pivot_hub.mllm.extract import extract_encoder
 
     folder = extract_encoder(checkpoint, output)
-    log(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
+    log(f"encoder: {folder}; {_how_to_load(folder)}")
     write(json_path, {"encoder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
 
 
@@ -34,23 +35,29 @@ def verify(
     encoder: Annotated[str, typer.Argument(help="Folder of an encoder repository, or its name on the Hub.")],
     json_path: JsonPath = None,
 ) -> None:
-    """Check a repository: hashes, keys, golden vectors, no pickle, no unexpected file, and the card's numbers.
+    """Check a repository: hashes, keys, golden vectors, no foreign code, no unexpected file, and the card's numbers.
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
+    from pivot_hub.encoder.repository import bystanders
     from pivot_hub.publish.pull import fetch, published_problems, repository_problems
 
-    if Path(encoder).exists() or "/" not in encoder:
-        with_card = (Path(encoder) / "README.md").is_file()  # an encoder has no card before `pivot card`
-        problems = published_problems(encoder) if with_card else repository_problems(encoder)
+    folder = Path(encoder)
+    if folder.exists() or "/" not in encoder:
+        with_card = (folder / "README.md").is_file()  # an encoder has no card before `pivot card`
+        problems = published_problems(folder) if with_card else repository_problems(folder)
     else:
-        problems = published_problems(fetch(encoder, log=log))
+        folder = fetch(encoder, log=log)
+        problems = published_problems(folder)
     for problem in problems:
         log(problem)
     write(json_path, {"encoder": encoder, "problems": problems})
     if problems:
         raise typer.Exit(1)
-    log(f"{encoder}: sound")
+    passed_over = bystanders(folder)
+    others = f"; {len(passed_over)} files of git, the Hub's client or a file manager passed over" if passed_over else ""
+    log(f"{encoder}: sound: undamaged and with no code but this package's{others}. A hash is no signature: it does not")
+    log("show who wrote the repository.")
 
 
 @app.command()
@@ -160,7 +167,7 @@ def pull(
     from pivot_hub.publish.pull import pull as download
 
     folder = download(repo, output or Path("hub") / repo, revision, log=log)
-    log(f"encoder: {folder}; load it with AutoModel.from_pretrained({str(folder)!r})")
+    log(f"encoder: {folder}; {_how_to_load(folder)}")
 
 
 @app.command()
@@ -189,6 +196,9 @@ def encode(
         report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
     for image in report["corrupt"]:
         log(f"left out: {image['reason']}")
+    for kind, paths in report["not_read"].items():
+        if paths["count"]:
+            log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
     log(
         f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
         f"{report['images_per_s']} images/s; report: {out_path}.json"
@@ -198,7 +208,7 @@ def encode(
 @app.command()
 def export(
     encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the export; replaced if it exists.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the export; an earlier one is replaced.")],
     fp16: Annotated[bool, typer.Option("--fp16", help="Export float16 too.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="Export int8 too, by ONNX Runtime and by optimum-quanto.")
@@ -223,3 +233,12 @@ def export(
         scores = ", ".join(f"{r['task'].split('/')[1]} {r['value']:.1f}" for r in results)
         log(f"probe of {form}: {scores}")
     log(f"export: {output}; report: {output / 'export.json'}")
+
+
+def _how_to_load(folder: Path) -> str:
+    """Say how an encoder is loaded, and which output of plain AutoModel its features are."""
+    pivot = json.loads((folder / "config.json").read_text()).get("pivot", {})
+    return (
+        f"load it with PivotVisionModel.from_pretrained({str(folder)!r}); in plain AutoModel its features are "
+        f"hidden_states[{pivot.get('feature_layer', -2)}], not last_hidden_state"
+    )

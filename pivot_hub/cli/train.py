@@ -51,15 +51,19 @@ def train(
     # Deprecated: `pivot plan` and `pivot jobs` are commands now.
     dry_run: Annotated[bool, typer.Option("--dry-run", hidden=True)] = False,
     machine: Annotated[str | None, typer.Option(hidden=True)] = None,
-    processes: Annotated[int, typer.Option(hidden=True)] = 8,
+    processes: Annotated[int, typer.Option(min=1, hidden=True)] = 8,
     mfu: Annotated[float | None, typer.Option(hidden=True)] = None,
     lengths: Annotated[Path | None, typer.Option(hidden=True)] = None,
     hf_job: Annotated[bool, typer.Option("--hf-job", hidden=True)] = False,
     submit: Annotated[bool, typer.Option("--submit", hidden=True)] = False,
     flavor: Annotated[str, typer.Option(hidden=True)] = "a100x8",
     bucket: Annotated[str | None, typer.Option(hidden=True)] = None,
+    package: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train one stage. A run that was stopped resumes, and a finished one is reused.
+
+    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C stop a run after the current step, which is saved; the exit code is then 3, and
+    the same command resumes. A second Ctrl-C stops at once.
 
     Example: `pivot train shapes/1-align args.max_steps=20 --runs runs`
     """
@@ -76,7 +80,7 @@ def train(
         from pivot_hub.cli.plan import print_job
 
         warn("`pivot train --hf-job` is deprecated: use `pivot jobs`.")
-        print_job(loaded, overrides, bucket, flavor, machine, submit, json_path)
+        print_job(loaded, overrides, bucket, package, flavor, machine, submit, json_path)
         return
     from pivot_hub.training.stage import leave_processes, run_stage
 

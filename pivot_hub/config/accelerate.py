@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from pivot_hub.config.recipe import RECIPES
-from pivot_hub.config.yaml_loader import nearest
+from pivot_hub.config.yaml_loader import nearest, read_yaml
 from pivot_hub.errors import RecipeError
 
 ACCELERATE_CONFIGS = RECIPES / "accelerate"
@@ -77,7 +75,7 @@ def accelerate_config(name: str) -> AccelerateConfig:
 
 
 def _read(file: Path) -> AccelerateConfig:
-    settings: dict[str, Any] = yaml.safe_load(file.read_text())
+    settings, _ = read_yaml(file, "an Accelerate config is a mapping of keys", RecipeError)
     distributed_type = str(settings.get("distributed_type", "NO"))
     return AccelerateConfig(file.stem, file, distributed_type, _shards(distributed_type, settings))
 

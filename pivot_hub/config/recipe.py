@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from pivot_hub.config.data_section import DataSpec, OnBadRow, ShapesData
 from pivot_hub.config.stages import Stage, argument_types, stage_names, stage_of
-from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, read_yaml
+from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, parse_yaml, read_yaml
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import shipped_folder
 
@@ -35,6 +36,10 @@ RESERVED_ARGS = {
     "remove_unused_columns": "nothing: rows have the trainer's columns already",
     "resume_from_checkpoint": "nothing: a stopped run resumes by itself",
     "push_to_hub": "`pivot push`, after the run",
+    "save_only_model": "nothing: a run could not resume without its optimizer",
+    "ignore_data_skip": "nothing: a resumed run would see other rows than one that was never stopped",
+    "sync_ref_model": "nothing: a checkpoint does not hold the reference, so a resumed run would have another one",
+    "enable_jit_checkpoint": "nothing: a signal saves a checkpoint by itself",
 }
 
 
@@ -49,8 +54,10 @@ class ModelSpec(Strict):
 
 
 def _positive(learning_rate: float) -> float:
-    if not learning_rate > 0:  # NaN is refused too
-        raise PydanticCustomError("learning_rate", "a learning rate is positive; leave it out to freeze the part")
+    if not 0 < learning_rate < math.inf:  # NaN is refused too
+        raise PydanticCustomError(
+            "learning_rate", "a learning rate is a positive, finite number; leave it out to freeze the part"
+        )
     return learning_rate
 
 
@@ -200,8 +207,8 @@ def is_recorded_recipe(file: Path, recipe: Recipe) -> bool:
     since counts with its default.
     """
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text())) == recipe
-    except (yaml.YAMLError, ValidationError):  # written by hand, or by a version with other keys
+        return Recipe.model_validate(parse_yaml(file.read_bytes(), str(file), RecipeError)[0]) == recipe
+    except (RecipeError, ValidationError):  # written by hand, or by a version with other keys
         return False
 
 
@@ -298,6 +305,8 @@ def _check_args(recipe: Recipe, where: Where) -> dict[str, Any]:
             reason = error.errors()[0]["msg"]
             raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: {reason}.") from error
         number = checked[key]
+        if isinstance(number, float) and not math.isfinite(number):
+            raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: it must be a finite number.")
         positive = key.startswith(("per_device", "num_train_epochs", "gradient_acc", "save_steps", "logging_"))
         if isinstance(number, int | float) and ((number < 0 and key != "max_steps") or (positive and number == 0)):
             raise RecipeError(f"{where('args', key)}: `{key}` is {value!r}: it must be positive.")
@@ -321,7 +330,7 @@ def _override(raw: dict[str, Any], override: str) -> tuple[str | int, ...]:
         else:
             raise RecipeError(f"override {override}: `{dotted}` goes deeper than the recipe does.")
     try:
-        section[keys[-1]] = yaml.safe_load(text)
-    except (IndexError, TypeError, yaml.YAMLError) as error:
+        section[keys[-1]] = parse_yaml(text, f"override {override}", RecipeError)[0]
+    except (IndexError, TypeError) as error:
         raise RecipeError(f"override {override}: cannot be set there: {error}.") from error
     return tuple(keys)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pivot_hub.errors import PivotError
+from pivot_hub.errors import PivotError, shown, shown_text
 
 Key = tuple[str | int, ...]
 M = TypeVar("M", bound="Strict")
@@ -47,16 +47,50 @@ def read_yaml(path: Path, what: str, kind: type[PivotError]) -> tuple[dict[str, 
         PivotError: The file is not YAML or no mapping; the error is of class `kind` and names the line.
     """
     try:
-        node = yaml.compose(path.read_text())
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{mark.line + 1}" if mark else "?"
-        problem = getattr(error, "problem", None) or error
-        raise kind(f"{path}:{line}: not YAML: {problem}.") from error
+        raw, node = parse_yaml(path.read_bytes(), str(path), kind)
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror}); give a YAML file.") from error
     if not isinstance(raw, dict):
         raise kind(f"{path}:1: {what}.")
     return raw, Where(path, _lines(node))
+
+
+def parse_yaml(content: bytes | str, name: str, kind: type[PivotError]) -> tuple[Any, yaml.Node | None]:
+    """Parse YAML in UTF-8 or UTF-16, with or without a byte order mark.
+
+    Args:
+        content: One YAML document.
+        name: Name of the document in messages.
+        kind: Class of the errors.
+
+    Returns:
+        The value, and the node that it was built from.
+
+    Raises:
+        PivotError: The content is not YAML, nested too deeply, or has a key twice in one mapping; the error is of class
+            `kind` and names the line.
+    """
+    try:
+        loader = yaml.SafeLoader(content)
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _refuse_duplicate_keys(node)
+        return loader.construct_document(node), node
+    except yaml.reader.ReaderError as error:
+        before = content[: error.position]
+        line = 1 + (before.count(b"\n") if isinstance(before, bytes) else before.count("\n"))
+        form = "YAML" if error.encoding == "unicode" else "UTF-8"
+        raise kind(f"{name}:{line}: not {form} ({error.reason}); save the file as UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line_text = f"{mark.line + 1}" if mark else "?"
+        problem = getattr(error, "problem", None) or error
+        raise kind(f"{name}:{line_text}: not YAML: {problem}.") from error
+    except RecursionError:
+        raise kind(f"{name}: not YAML that can be read: it is nested too deeply.") from None
+    except (ValueError, OverflowError) as error:  # a date such as 2026-13-01, a number of 5,000 digits
+        raise kind(f"{name}: not YAML that can be read: {shown_text(str(error))}.") from error
 
 
 def check_keys(model: type[M], raw: dict[str, Any], where: Where, kind: type[PivotError]) -> M:
@@ -78,17 +112,49 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
-def _lines(node: yaml.Node | None, prefix: Key = ()) -> dict[Key, int | str]:
-    """Return the line of each key and list item below a node."""
+def _refuse_duplicate_keys(root: yaml.Node) -> None:
+    """Refuse a key that occurs twice in one mapping: of the two values, YAML's parsers silently take the last.
+
+    Raises:
+        ConstructorError: A key occurs twice; the error has the place of the second one.
+    """
+    waiting, visited = [root], {id(root)}
+    while waiting:
+        node = waiting.pop()
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            first_lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                children += [key, value]
+                name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+                if isinstance(key, yaml.ScalarNode) and name in first_lines:
+                    problem = f"the key `{key.value}` is given again, first in line {first_lines[name]}; keep one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                first_lines[name] = line
+        waiting += [child for child in children if id(child) not in visited]
+        visited |= {id(child) for child in children}
+
+
+def _lines(root: yaml.Node | None) -> dict[Key, int | str]:
+    """Return the line of each key and list item below a node; a node that aliases repeat is followed once."""
     lines: dict[Key, int | str] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            lines[(*prefix, key.value)] = key.start_mark.line + 1
-            lines |= _lines(value, (*prefix, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            lines[(*prefix, i)] = value.start_mark.line + 1
-            lines |= _lines(value, (*prefix, i))
+    waiting: list[tuple[Key, yaml.Node | None]] = [((), root)]
+    visited: set[int] = set()
+    while waiting:
+        prefix, node = waiting.pop()
+        if id(node) in visited:
+            continue
+        visited.add(id(node))
+        items: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            items = [(key.value, key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        elif isinstance(node, yaml.SequenceNode):
+            items = [(i, value, value) for i, value in enumerate(node.value)]
+        for key, place, value in items:
+            lines[(*prefix, key)] = place.start_mark.line + 1
+            waiting.append(((*prefix, key), value))
     return lines
 
 
@@ -105,8 +171,8 @@ def _explain(error: ValidationError, model: type[BaseModel], where: Where) -> st
         field, tag, tags = (first["ctx"][name] for name in ("discriminator", "tag", "expected_tags"))
         field, tags = field.strip("'"), tags.replace("'", "")
         place = where(*location, field)
-        return f"{place}: `{key}.{field}` is {tag!r}{nearest(tag, tags.split(', '))}; give one of {tags}."
-    return f"{where(*location)}: `{key}` is {first['input']!r}: {first['msg']}."
+        return f"{place}: `{key}.{field}` is {shown(tag)}{nearest(tag, tags.split(', '))}; give one of {tags}."
+    return f"{where(*location)}: `{key}` is {shown(first['input'])}: {first['msg']}."
 
 
 def _follow(model: type[BaseModel], location: Key) -> tuple[Key, list[str]]:

@@ -1,28 +1,54 @@
-"""Annotated images: where each class lies in the images of a folder, from YOLO labels, COCO boxes or id masks."""
+"""Annotated images: where each class lies in the images of a folder, from YOLO, COCO or VOC labels, or id masks."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
-import yaml
 from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
 
 from pivot_hub.config.data_section import OnBadRow
-from pivot_hub.data.image import image_files, open_image
-from pivot_hub.errors import DataError
+from pivot_hub.config.yaml_loader import parse_yaml
+from pivot_hub.data.image import image_files, open_image, open_stored
+from pivot_hub.data.row import open_text
+from pivot_hub.errors import DataError, shown_text
 
-NAME_FILES = ("config.yaml", "data.yaml")  # as lightly-train and ultralytics call them
+NAME_FILES = ("config.yaml", "data.yaml", "classes.txt")  # of lightly-train, of ultralytics, and of label editors
+FORMATS = "YOLO's label files, COCO's JSON of instances (boxes, polygons, RLE), VOC's XML files, or --masks of ids"
+VOC_CORNERS, SIDES = ("xmin", "ymin", "xmax", "ymax"), ("width", "height")
 ID_MODES = {"1", "L", "P", "I", "I;16"}  # Pillow's modes of one channel, whose values are ids
 Size = tuple[int, int]  # width, height in px
-Outlines = dict[str, list[np.ndarray]]  # class name to corners in px: (2, 2) of a box, (k, 2) of a polygon
 Regions = Mapping[str, Callable[[], np.ndarray]]  # class name to a function that draws its mask: (H, W) bool
 RegionReader = Callable[[Path, Size], Regions]  # takes an image's path below the folder, and its size
+
+
+@dataclass(frozen=True)
+class Rle:
+    """COCO's run-length encoding of a mask: counts of runs along columns, as numbers or compressed to text."""
+
+    counts: list[int] | str
+    size: Size
+
+    def draw(self) -> np.ndarray:
+        """Decode the mask: (H, W) bool."""
+        width, height = self.size
+        if isinstance(self.counts, str):
+            counts: Any = {"size": [height, width], "counts": self.counts.encode()}
+        else:
+            counts = coco_mask.frPyObjects({"size": [height, width], "counts": self.counts}, height, width)
+        return coco_mask.decode(counts).astype(bool)
+
+
+Outline = np.ndarray | Rle  # corners in px: (2, 2) of a box, (k, 2) of a polygon; or a mask
+Outlines = dict[str, list[Outline]]  # by class name
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,7 @@ def read_annotated_images(
     Args:
         folder: Folder of images at any depth. Where it has a folder `images`, only images below that are read. With
             neither boxes nor masks, its folder `labels` holds the boxes, as in YOLO's layout.
-        boxes: Folder of YOLO label files at the images' relative paths, or a COCO JSON file.
+        boxes: Folder of YOLO label files or VOC XML files at the images' relative paths, or a COCO JSON file.
         masks: Folder of id masks at the images' relative paths.
         names: YAML file with `names` (or `classes`) by id; by default it is searched beside the labels, then above.
         ignore: Ids in masks that are no class.
@@ -112,9 +138,16 @@ def _region_reader(
     folder: Path, boxes: Path | None, masks: Path | None, names: Path | None, ignore: Sequence[int]
 ) -> RegionReader:
     """Open the labels, and return the function that reads the regions of one image from them."""
+    if boxes is not None and boxes.is_file() and boxes.suffix.lower() != ".json":
+        raise DataError(f"{boxes} is none of the formats that are read: give {FORMATS}.")
     if boxes is not None and boxes.is_file():
         return _coco_reader(boxes, folder)
     if boxes is not None:
+        suffixes = {f.suffix.lower() for f in boxes.rglob("*") if f.name not in NAME_FILES}
+        if ".xml" in suffixes and ".txt" not in suffixes:
+            return partial(_voc_regions, boxes)
+        if suffixes - {""} and ".txt" not in suffixes:
+            raise DataError(f"{boxes} holds no label file of a format that is read: give {FORMATS}.")
         return partial(_yolo_regions, boxes, _read_names(names, boxes, folder))
     assert masks is not None
     return partial(_mask_regions, masks, _read_names(names, masks, folder), frozenset(ignore))
@@ -128,11 +161,11 @@ def _read_names(file: Path | None, labels: Path, folder: Path) -> ClassNames:
     if file is None:
         raise DataError(f"{labels}: no {' or '.join(NAME_FILES)} beside it says what its ids mean; give --names.")
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(
-            f"{file}: cannot be read ({str(error).splitlines()[0]}); give a YAML file with names."
-        ) from None
+        if file.suffix == ".txt":
+            return ClassNames(file, dict(enumerate(file.read_text(encoding="utf-8").split("\n"))))
+        stored, _ = parse_yaml(file.read_bytes(), str(file), DataError)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); give a YAML file with names.") from None
     names = stored.get("names", stored.get("classes")) if isinstance(stored, dict) else None
     by_id = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(by_id, dict) or not all(isinstance(i, int) and isinstance(n, str) for i, n in by_id.items()):
@@ -181,18 +214,19 @@ def _yolo_regions(labels: Path, names: ClassNames, name: Path, size: Size) -> Re
 
 
 def _coco_reader(file: Path, folder: Path) -> RegionReader:
-    """Read a COCO file of boxes, and return the function that gives the regions of one image."""
+    """Read a COCO file of instances, and return the function that gives the regions of one image."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        with open_text(file) as text:
+            stored = json.load(text)
         names = {c["id"]: str(c["name"]) for c in stored["categories"]}
         images = {i["id"]: i for i in stored["images"]}
         boxes: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in images}
         for annotation in stored["annotations"]:
             boxes[annotation["image_id"]].append(annotation)
         by_file = {str(image["file_name"]): image_id for image_id, image in images.items()}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{file}: is not COCO's JSON ({error}); give a file with images, annotations, categories."
+            f"{file}: is not COCO's JSON ({shown_text(str(error))}); give a file with images, annotations, categories."
         ) from None
     except KeyError as error:
         raise DataError(f"{file}: is not COCO's JSON: there is no {error}; give its file of instances.") from None
@@ -213,15 +247,71 @@ def _coco_reader(file: Path, folder: Path) -> RegionReader:
             class_id = annotation.get("category_id")
             if class_id not in names:
                 raise DataError(f"{where}: class id {class_id} has no name in its categories.")
-            try:
-                x, y, w, h = (float(v) for v in annotation["bbox"])
-            except (KeyError, TypeError, ValueError):
-                raise DataError(f"{where}: has no bbox of four numbers; give COCO's file of instances.") from None
-            clipped = _clip(np.array([[x, y], [x + w, y + h]]), size, where)
-            outlines.setdefault(names[class_id], []).append(clipped)
+            if not annotation.get("iscrowd"):  # a crowd is a region of many objects, not the outline of one
+                outlines.setdefault(names[class_id], []).extend(_coco_outlines(annotation, size, where))
         return _draw_later(outlines, size)
 
     return read_regions
+
+
+def _coco_outlines(annotation: Mapping[str, Any], size: Size, where: str) -> list[Outline]:
+    """Read the polygons, the run-length encoding (RLE) or else the box of one annotation."""
+    segmentation = annotation.get("segmentation")
+    try:
+        if isinstance(segmentation, dict):
+            height, width = (int(v) for v in segmentation["size"])
+            counts = segmentation["counts"]
+            if (width, height) != size:
+                raise DataError(f"{where}: its RLE is {_format_size((width, height))}, its image {_format_size(size)}.")
+            if not isinstance(counts, str):
+                runs = [int(v) for v in counts]
+                if min(runs, default=0) < 0 or sum(runs) != width * height:
+                    raise ValueError
+                counts = runs
+            elif not counts.isascii() or not re.fullmatch("[0-o]*[0-O]", counts):  # the last number is whole
+                raise ValueError
+            encoded = Rle(counts, size)
+            encoded.draw()  # raises a ValueError for runs that do not fit the size
+            return [encoded]
+        if segmentation:
+            polygons = [np.array(flat, float).reshape(-1, 2) for flat in segmentation]
+            if min(map(len, polygons)) < 3:
+                raise ValueError
+            return [_clip(corners, size, where) for corners in polygons]
+        x, y, w, h = (float(v) for v in annotation["bbox"])
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{where}: has no polygons, RLE or bbox of four numbers; give COCO's file of instances."
+        ) from None
+    return [_clip(np.array([[x, y], [x + w, y + h]]), size, where)]
+
+
+def _voc_regions(labels: Path, name: Path, size: Size) -> Regions:
+    """Read one XML file of Pascal VOC, whose corners are numbers of pixels from 1, both inside the box."""
+    file = labels / name.with_suffix(".xml")
+    if not file.is_file():
+        return {}
+    outlines: Outlines = {}
+    try:
+        root = ElementTree.parse(file).getroot()
+        stored_size = tuple(
+            int(root.findtext(f"size/{side}") or length) for side, length in zip(SIDES, size, strict=True)
+        )
+        boxes = [
+            (found.findtext("name", "").strip(), [float(found.findtext(f"bndbox/{k}", "")) for k in VOC_CORNERS])
+            for found in root.iter("object")
+        ]
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{file}: is not VOC's XML ({shown_text(str(error))}); fix or remove it.") from None
+    if stored_size not in (size, (0, 0)):
+        raise DataError(f"{file} is for {stored_size[0]} x {stored_size[1]} px, its image is {_format_size(size)}.")
+    for number, (class_name, (x0, y0, x1, y1)) in enumerate(boxes, start=1):
+        where = f"{file}, object {number}"
+        if not class_name:
+            raise DataError(f"{where}: has no name; fix or remove it.")
+        corners = np.array([[x0 - 1, y0 - 1], [x1, y1]])
+        outlines.setdefault(class_name, []).append(_clip(corners, size, where))
+    return _draw_later(outlines, size)
 
 
 def _mask_regions(masks: Path, names: ClassNames, ignore: frozenset[int], name: Path, size: Size) -> Regions:
@@ -241,13 +331,10 @@ def _mask_regions(masks: Path, names: ClassNames, ignore: frozenset[int], name: 
 
 def _read_ids(file: Path) -> np.ndarray:
     """Read an id mask: (H, W) int64."""
-    try:
-        with Image.open(file) as stored:
-            if stored.mode not in ID_MODES:
-                raise DataError(f"{file} is a {stored.mode} image, not ids; give masks of one channel.")
-            return np.asarray(stored).astype(np.int64)
-    except OSError as error:
-        raise DataError(f"{file} cannot be decoded ({error}); replace the file.") from None
+    with open_stored(file, str(file)) as stored:
+        if stored.mode not in ID_MODES:
+            raise DataError(f"{file} is a {stored.mode} image, not ids; give masks of one channel.")
+        return np.asarray(stored).astype(np.int64)
 
 
 def _class_mask(file: Path, class_id: int) -> np.ndarray:
@@ -271,18 +358,22 @@ def _draw_later(outlines: Outlines, size: Size) -> Regions:
     return {name: partial(_draw_union, of_class, size) for name, of_class in outlines.items()}
 
 
-def _draw_union(outlines: Sequence[np.ndarray], size: Size) -> np.ndarray:
-    """Draw every pixel that a box touches or a polygon covers: (H, W) bool."""
+def _draw_union(outlines: Sequence[Outline], size: Size) -> np.ndarray:
+    """Draw every pixel that a box touches or a polygon or mask covers: (H, W) bool."""
+    arrays = [outline for outline in outlines if not isinstance(outline, Rle)]
     sheet = Image.new("1", size)
     draw = ImageDraw.Draw(sheet)
-    for corners in outlines:
+    for corners in arrays:
         if len(corners) > 2:
             draw.polygon([(float(x), float(y)) for x, y in corners], fill=1)
     mask = np.array(sheet, bool)
-    for corners in outlines:
+    for corners in arrays:
         if len(corners) == 2:
             (x0, y0), (x1, y1) = np.stack([np.floor(corners[0]), np.ceil(corners[1])]).astype(int)
             mask[y0:y1, x0:x1] = True
+    for outline in outlines:
+        if isinstance(outline, Rle):
+            mask |= outline.draw()
     return mask
 
 

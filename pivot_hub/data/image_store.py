@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 import zipfile
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 from PIL import Image
 
-from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image, image_files, open_image
-from pivot_hub.data.row import Row, Span, image_columns
+from pivot_hub.data.image import IMAGE_SUFFIXES, MOST_BYTES, decode_image, image_files, open_image, require_utf8
+from pivot_hub.data.row import Row, Span, image_columns, split_reference
 from pivot_hub.data.sampler import WINDOW
-from pivot_hub.errors import DataError
+from pivot_hub.errors import DataError, shown_text
 
 ARCHIVES = (".zip", ".tar")
 
@@ -43,7 +49,10 @@ class FileStore:
         if not self.root.is_file():
             return [f.relative_to(self.root).as_posix() for f in image_files(self.root)]
         members = self._list_members(".")
-        return sorted(n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES)
+        names = sorted(n for n in members if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES)
+        for name in names:
+            require_utf8(name, self.root)
+        return names
 
     def locate(self, row: Row) -> Row:
         """Return the row with the location of its image.
@@ -55,19 +64,24 @@ class FileStore:
             DataError: The image does not exist, or its archive is not whole.
         """
         assert row.image is not None
-        if self.root.is_file():
-            archives = ["."]
-        elif (self.root / row.image).is_file():
-            return row
-        else:
-            folders = [p for p in PurePosixPath(row.image).parents if p.name]
-            archives = [f"{f}{s}" for f in folders for s in ARCHIVES if (self.root / f"{f}{s}").is_file()]
+        try:
+            if self.root.is_file():
+                archives = ["."]
+            elif (self.root / row.image).is_file():
+                return row
+            else:
+                folders = [p for p in PurePosixPath(row.image).parents if p.name]
+                archives = [f"{f}{s}" for f in folders for s in ARCHIVES if (self.root / f"{f}{s}").is_file()]
+        except OSError as error:  # no permission, a path too long, a loop of links
+            name = shown_text(row.image)
+            raise DataError(f"{row.id}: image {name} cannot be read ({error.strerror}); fix or remove it.") from None
         for archive in archives:
             span = self._find(archive, row.image)
             if span is not None:
                 return replace(row, archive=archive, span=span)
-        place = self.root if self.root.is_file() else self.root / row.image
-        raise DataError(f"{row.id}: image {row.image} does not exist ({place}); check `images` in the recipe.")
+        place = self.root if self.root.is_file() else self.root / shown_text(row.image)
+        name = shown_text(row.image)
+        raise DataError(f"{row.id}: image {name} does not exist ({place}); check `images` in the recipe.")
 
     def open(self, row: Row) -> Image.Image:
         """Decode the image of a row as RGB.
@@ -84,8 +98,8 @@ class FileStore:
         file = self.root / row.archive
         try:
             data = read_member(file, row.span)
-        except zlib.error as error:
-            raise DataError(f"{row.id}: image {row.image} is damaged in {file} ({error}); fetch it again.") from error
+        except DataError as error:
+            raise DataError(f"{row.id}: image {row.image}: {error}") from error
         return decode_image(io.BytesIO(data), row.id, f"{row.image} of {file}")
 
     def read(self, name: str) -> bytes | None:
@@ -135,7 +149,7 @@ class ParquetStore:
     def __init__(self, folder: Path, kept: int = 2 * WINDOW) -> None:
         self.folder, self.kept = folder, kept
         self._starts: dict[str, list[int]] = {}
-        self._kept: OrderedDict[tuple[str, int], list[bytes | None]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, int, str | None], list[bytes | None]] = OrderedDict()
 
     def block(self, reference: str) -> str:
         """Return the name of the row group that holds an image.
@@ -143,7 +157,7 @@ class ParquetStore:
         Args:
             reference: Reference `file#row` of the image.
         """
-        file, row = _split(reference)
+        file, row, _ = split_reference(reference)
         return f"{file}#{self._group(file, row)[0]}"
 
     def open(self, row: Row) -> Image.Image:
@@ -156,9 +170,9 @@ class ParquetStore:
             DataError: The image is missing or not whole; the message names the row.
         """
         assert row.image is not None
-        file, number = _split(row.image)
+        file, number, column = split_reference(row.image)
         group, start = self._group(file, number)
-        data = self._images(file, group)[number - start]
+        data = self._images(file, group, column)[number - start]
         if data is None:
             raise DataError(f"{row.id}: the image has no bytes in {file}; download the file again.")
         return decode_image(io.BytesIO(data), row.id, f"of {row.id}")
@@ -175,23 +189,56 @@ class ParquetStore:
         group = bisect_right(starts, row) - 1
         return group, starts[group]
 
-    def _images(self, file: str, group: int) -> list[bytes | None]:
-        if (file, group) in self._kept:
-            self._kept.move_to_end((file, group))
-            return self._kept[file, group]
-        with pq.ParquetFile(self.folder / file) as table:
-            column = image_columns(table.schema_arrow)[0]
-            values = table.read_row_group(group, columns=[column])[column].to_pylist()
+    def _images(self, file: str, group: int, column: str | None) -> list[bytes | None]:
+        key = (file, group, column)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        try:
+            with pq.ParquetFile(self.folder / file) as table:
+                name = column or image_columns(table.schema_arrow)[0]
+                values = table.read_row_group(group, columns=[name])[name].to_pylist()
+        except (pa.ArrowException, OSError, KeyError, IndexError) as error:
+            reason = shown_text(str(error))
+            raise DataError(f"{self.folder / file}: images cannot be read ({reason}); download it again.") from error
         firsts = [v[0] if isinstance(v, list) and v else v for v in values]
-        self._kept[file, group] = [v["bytes"] if v else None for v in firsts]
+        self._kept[key] = [v["bytes"] if v else None for v in firsts]
         oldest = next(iter(self._kept.values()))
         while sum(map(len, self._kept.values())) - len(oldest) >= self.kept:
             self._kept.popitem(last=False)
             oldest = next(iter(self._kept.values()))
-        return self._kept[file, group]
+        return self._kept[key]
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict()}
+
+
+def open_cell(cell: Mapping[str, Any] | None, folder: Path | None, subject: str) -> Path | io.BytesIO:
+    """Return the image of a row as the datasets library gives it undecoded: bytes, or the path of a file.
+
+    A path comes from the data set, which may be anybody's: it names a file below the data set's own folder or below the
+    caches that the library downloads to.
+
+    Args:
+        cell: Values `bytes` and `path` of the row, or None.
+        folder: Folder of a local data set; None for one of the Hub.
+        subject: The image as the error message names it.
+
+    Raises:
+        DataError: The row has no image, or names a file elsewhere.
+    """
+    if cell is not None and cell["bytes"] is not None:
+        return io.BytesIO(cell["bytes"])
+    if cell is None or cell["path"] is None:
+        raise DataError(f"{subject} is missing; remove the row.")
+    roots = [Path(HF_HOME), Path(HF_HUB_CACHE), Path(HF_DATASETS_CACHE), *([folder] if folder else [])]
+    path = Path(os.path.abspath((folder or Path()) / cell["path"]))  # noqa: PTH100  (`..` is removed, links stay)
+    if not any(path.is_relative_to(os.path.abspath(root)) for root in roots):  # noqa: PTH100
+        raise DataError(
+            f"{subject} is a file outside the data set ({shown_text(cell['path'])}); put the images into the Parquet "
+            "file, or below its folder."
+        )
+    return path
 
 
 def archive_members(file: Path) -> dict[str, Span]:
@@ -217,18 +264,24 @@ def read_member(file: Path, span: Span) -> bytes:
         span: Span of the member, as `archive_members` returns it.
 
     Raises:
-        zlib.error: The bytes are damaged.
+        DataError: The member is damaged, or larger than an image may be; nothing of its size has been allocated.
     """
-    offset, length, method = span
+    offset, stored, method, size = span
+    if max(stored, size) > MOST_BYTES:
+        raise DataError(f"a file of {file} is larger than {MOST_BYTES >> 20} MiB; unpack the archive and replace it.")
     with file.open("rb") as archive:
         archive.seek(offset)
-        data = archive.read(length)
-    return zlib.decompress(data, -15) if method == zipfile.ZIP_DEFLATED else data
-
-
-def _split(reference: str) -> tuple[str, int]:
-    file, _, row = reference.rpartition("#")
-    return file, int(row)
+        data = archive.read(stored)
+    reason = f"{len(data)} of {stored} bytes"
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-15).decompress(data, size + 1)
+            reason = f"{len(data)} bytes where the archive says {size}"
+        except zlib.error as error:
+            data, reason = b"", str(error)
+    if len(data) != size:
+        raise DataError(f"a file is damaged in {file} ({reason}); fetch it again.")
+    return data
 
 
 def _zip_members(file: Path) -> dict[str, Span]:
@@ -243,7 +296,7 @@ def _zip_members(file: Path) -> dict[str, Span]:
             raw.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", raw.read(4))
             start = info.header_offset + 30 + name + extra
-            members[info.filename] = (start, info.compress_size, info.compress_type)
+            members[info.filename] = (start, info.compress_size, info.compress_type, info.file_size)
     return members
 
 
@@ -251,7 +304,7 @@ def _tar_members(file: Path) -> dict[str, Span]:
     # "r:" refuses compression: reading one image of a compressed archive would decompress all that precedes it.
     with tarfile.open(file, "r:") as archive:
         return {
-            PurePosixPath(info.name).as_posix(): (info.offset_data, info.size, zipfile.ZIP_STORED)
+            PurePosixPath(info.name).as_posix(): (info.offset_data, info.size, zipfile.ZIP_STORED, info.size)
             for info in archive
             if info.isfile()
         }

@@ -2,7 +2,7 @@
 
 Training reads rows from the index. It is mapped into memory, so 3.2 million rows take no more memory than 3,000, and a
 run resumes at an exact row. Its folder is named by a hash of all it depends on: the recipe's data, the files, and the
-check.
+check. Its files are compared with their hashes whenever it is read; an index that differs is built again.
 """
 
 from __future__ import annotations
@@ -29,16 +29,19 @@ from huggingface_hub.constants import HF_HOME
 
 from pivot_hub.config.data_section import OnBadRow, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.data.image import DECODING
 from pivot_hub.data.report import CheckResult, RowReport, RowStatistics
 from pivot_hub.data.row import Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
-from pivot_hub.files import whole_folder, write_json
+from pivot_hub.files import write_json
+from pivot_hub.outputs import OutputKind, lock_output, whole_folder
 from pivot_hub.provenance import hub_commit
 
 CHUNK = 256  # rows that one process checks at a time
 Advance = Callable[[int, int | None, float], None]  # takes rows checked, their total if known, and rows per second
-LAYOUT = 2  # version of the index's files
+LAYOUT = 3  # version of the index's files
+ROWS, EPOCH, REPORT, MANIFEST = "rows.arrow", "epoch.npy", "report.json", "index.json"
 NAMED = 100  # bad rows whose reasons are kept; all are counted
 SCHEMA = pa.schema(
     [
@@ -55,6 +58,16 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),  # position in the index
     ]
 )
+
+
+class IndexFolder(OutputKind):
+    """The folder of an index, a cache: whatever its files hold, it is replaced by a new one."""
+
+    def foreign_file(self, folder: Path) -> str | None:
+        return next((f.name for f in folder.iterdir() if f.name not in (ROWS, EPOCH, REPORT, MANIFEST)), None)
+
+
+INDEX = IndexFolder("a row index", MANIFEST, "pivot data check")
 
 
 class Check(Protocol):
@@ -175,26 +188,64 @@ def index_rows(
     sources = sources_of(loaded)
     metadata = {
         "layout": LAYOUT,
+        "decoding": DECODING,
         "data": [spec.model_dump(mode="json") for spec in loaded.recipe.data],
         "files": [source.to_dict() for source in sources],
         "check": check.to_dict(),
     }
     key = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:32]
     target = Path(folder or Path(HF_HOME) / "pivot_hub" / "rows") / key
-    # Images are no part of the key, so a row that was skipped may have been fixed since.
-    outdated = loaded.recipe.on_bad_row == OnBadRow.STOP and _has_skipped_rows(target)
-    if fresh or outdated or not (target / "report.json").is_file():
-        workers = os.cpu_count() or 1 if workers is None else workers
-        with whole_folder(target) as partial:
-            report = _build(partial, loaded, sources, check, advance, workers)
-            write_json(partial / "report.json", report.to_dict())
+    may_skip = loaded.recipe.on_bad_row == OnBadRow.SKIP
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if fresh or not _is_usable(target, sources, may_skip):
+        # One process builds an index; others wait for it, and then find it.
+        with lock_output(target.with_name(f"{key}.build"), wait=True):
+            if fresh or not _is_usable(target, sources, may_skip):
+                with whole_folder(target, INDEX) as partial:
+                    report, archives = _build(partial, loaded, sources, check, advance, workers)
+                    write_json(partial / REPORT, report.to_dict())
+                    write_json(partial / MANIFEST, _manifest(partial, sources, archives))
     return _read(target, sources)
 
 
-def _has_skipped_rows(folder: Path) -> bool:
-    """Return whether an index exists in the folder, and was built with rows skipped."""
-    file = folder / "report.json"
-    return file.is_file() and json.loads(file.read_text())["skipped_rows"] > 0
+def _is_usable(folder: Path, sources: list[Source], may_skip: bool) -> bool:
+    """Return whether a folder holds a whole index, whose archives have not changed.
+
+    Args:
+        folder: Folder of the index.
+        sources: Sources of its rows.
+        may_skip: Whether rows may have been skipped. Images are no part of an index's key, so a row that was skipped
+            for its image may have been fixed since.
+    """
+    try:
+        stored = json.loads((folder / MANIFEST).read_text())
+        if stored != _manifest(folder, sources, ((number, name) for number, name, *_ in stored["archives"])):
+            return False
+        return may_skip or json.loads((folder / REPORT).read_text())["skipped_rows"] == 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _manifest(folder: Path, sources: list[Source], archives: Iterable[tuple[int, str]]) -> dict[str, Any]:
+    """Describe an index for later readers: the hash of each file, and the archives that its rows point into.
+
+    Args:
+        folder: Folder of the index.
+        sources: Sources of its rows.
+        archives: Number of the source and name of each archive that holds images.
+    """
+    files = {}
+    for name in (ROWS, EPOCH, REPORT):
+        with (folder / name).open("rb") as file:
+            files[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    listing = []
+    for number, name in sorted(archives):
+        source = sources[number]
+        assert isinstance(source, FileSource)
+        assert source.images is not None
+        status = (source.images.root / name).stat()
+        listing.append([number, name, status.st_size, status.st_mtime_ns])
+    return {"files": files, "archives": listing}
 
 
 def _build(
@@ -204,15 +255,21 @@ def _build(
     check: Check,
     advance: Advance,
     workers: int,
-) -> RowReport:
-    """Check all rows, and write the usable ones and the order of an epoch into the folder."""
+) -> tuple[RowReport, set[tuple[int, str]]]:
+    """Check all rows, and write the usable ones and the order of an epoch into the folder.
+
+    Returns:
+        The report, and the number of the source and the name of each archive that holds images.
+    """
     report, statistics = RowReport(), RowStatistics()
     rows_read, rows_kept, started = 0, 0, time.monotonic()
     total = _expected_rows(loaded)
     groups = [_Groups() for _ in sources]
     first_rows: list[int] = []  # position of each source's first row in the index
+    first_reasons: dict[int, str] = {}  # why the first skipped row of a source is skipped
+    archives: set[tuple[int, str]] = set()
     with (
-        pa.OSFile(str(folder / "rows.arrow"), "wb") as file,
+        pa.OSFile(str(folder / ROWS), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as table,
     ):
         for number, source in enumerate(sources):
@@ -223,10 +280,13 @@ def _build(
                 for row, problem, image_mode, result in chunk:
                     if problem is not None:
                         _skip(report, problem, loaded.recipe.on_bad_row)
+                        first_reasons.setdefault(number, problem[1])
                         continue
                     assert row is not None
                     records.append(_to_record(row, number, rows_kept + len(records)))
                     groups[number].add(row.group)
+                    if row.archive is not None:
+                        archives.add((number, row.archive))
                     if image_mode is not None:
                         report.image_modes[image_mode] += 1
                     statistics.add(row, result)
@@ -234,21 +294,32 @@ def _build(
                 if records:
                     table.write_batch(pa.RecordBatch.from_pylist(records, schema=SCHEMA))
                 advance(rows_read, total, rows_read / max(time.monotonic() - started, 1e-9))
-    if not rows_kept:
-        reason = f": {report.skipped[0]}" if report.skipped else ""
-        raise DataError(f"{loaded.path}: no usable row is left{reason}")
-    names = Dataset.from_file(str(folder / "rows.arrow")).select_columns("id")
-    epoch_parts = []
+    for number, source_groups in enumerate(groups):
+        if not source_groups.codes:
+            place = _source_place(loaded, number)
+            reason = first_reasons.get(number, "it has no row")
+            raise DataError(f"{loaded.path}: {place}: no usable row is left: {reason}")
+    names = Dataset.from_file(str(folder / ROWS)).select_columns("id")
+    epoch_parts: list[np.ndarray] = []
     for spec, source, source_groups, first_row in zip(loaded.recipe.data, sources, groups, first_rows, strict=True):
         sample, seed = (None, 0) if isinstance(spec, ShapesData) else (spec.sample, spec.seed)
         positions = _select(source_groups, source.times(), sample, seed)
+        if not len(positions):
+            place = _source_place(loaded, len(epoch_parts))
+            raise DataError(f"{loaded.path}: {place}: `subsets` and `sample` leave no row; give larger numbers.")
         report.sources.append(_summarise(names, source_groups, positions, first_row, source))
         epoch_parts.append(positions + first_row)
     epoch = np.concatenate(epoch_parts)
-    np.save(folder / "epoch.npy", epoch)
+    np.save(folder / EPOCH, epoch)
     report.rows = len(epoch)
     statistics.fill(report)
-    return report
+    return report, archives
+
+
+def _source_place(loaded: LoadedRecipe, number: int) -> str:
+    """Name a source of a recipe for an error message."""
+    spec = loaded.recipe.data[number]
+    return f"data {number} ({'shapes' if isinstance(spec, ShapesData) else spec.path})"
 
 
 def _expected_rows(loaded: LoadedRecipe) -> int | None:
@@ -277,12 +348,12 @@ def _skip(report: RowReport, problem: tuple[str, str], on_bad_row: OnBadRow) -> 
 
 
 def _read(folder: Path, sources: list[Source]) -> RowIndex:
-    table = Dataset.from_file(str(folder / "rows.arrow"))
+    table = Dataset.from_file(str(folder / ROWS))
     names = table.select_columns("id")
-    epoch = np.load(folder / "epoch.npy")
+    epoch = np.load(folder / EPOCH)
     if len(epoch) != len(table) or (epoch != np.arange(len(table))).any():
         table = table.select(epoch)
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / REPORT).read_text())
     report |= {key: Counter(report[key]) for key in ("problems", "image_modes")}
     return RowIndex(table, names, sources, RowReport(**report))
 
@@ -430,6 +501,6 @@ def _from_record(record: dict[str, Any]) -> Row:
         record["rejected"],
         tuple((role, text) for role, text in json.loads(record["earlier"])),
         archive=record["archive"],
-        span=None if span is None else (span[0], span[1], span[2]),
+        span=None if span is None else (span[0], span[1], span[2], span[3]),
         block=record["block"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pivot_hub.data.row import Row, image_name
-from pivot_hub.errors import DataError
+from pivot_hub.errors import DataError, shown, shown_text
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -52,7 +52,9 @@ def parse_turns(name: str, messages: list[Any]) -> list[tuple[str, str]] | DataE
             role = ROLES[message["from"] if "from" in message else message["role"]]
             turns.append((role, _text(message["value"] if "value" in message else message["content"])))
         except (KeyError, TypeError) as error:
-            return DataError(f"{name}: a turn needs `from` (human or gpt) and `value`, not {error}")
+            return DataError(
+                f"{name}: a turn needs `from` (human or gpt) and `value`, not {shown_text(str(error), 100)}"
+            )
     return turns
 
 
@@ -61,5 +63,5 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise TypeError(repr(content))
+        raise TypeError(shown(content))
     return "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in content)

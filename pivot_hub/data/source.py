@@ -15,13 +15,14 @@ from PIL import Image
 
 from pivot_hub.config.data_section import FileData, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.data.image import require_utf8
 from pivot_hub.data.image_store import ARCHIVES, FileStore, ParquetStore
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_preference, parse_question_pair, parse_vlfeedback_pair
-from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, read_records
+from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, bad_character, read_records
 from pivot_hub.data.synthetic import DESCRIBE, KINDS, Form, ShapesDataset
-from pivot_hub.errors import DataError
+from pivot_hub.errors import DataError, shown_text
 
 PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
     "llava": parse_conversation,
@@ -30,6 +31,9 @@ PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
     "vlfeedback": parse_vlfeedback_pair,
     "preference": parse_preference,
 }
+IMAGE_KEYS = {"vlfeedback": "img_path"}  # key that a format reads its image from; "image" by default
+# Keys that other data sets hold their images under.
+OTHER_IMAGE_KEYS = re.compile(r"(image|img|picture|photo)s?(_(path|file|name|bytes)s?)?", re.IGNORECASE)
 Columns = Literal["plain", "conversation", "preference"]
 
 
@@ -161,17 +165,28 @@ class FileSource:
 
     def rows(self) -> Iterator[Row | DataError]:
         parse = PARSERS[self.format]
+        keys_without_image: set[str] | None = set()
         for annotation_file in self.files:
             count = 0
             for name, record in read_records(annotation_file.file, annotation_file.name):
                 count += 1
-                row = record if isinstance(record, DataError) else parse(name, record)
+                row = record if isinstance(record, DataError) else self._check(parse(name, record), record)
+                if isinstance(row, Row) and row.image is not None:
+                    keys_without_image = None
+                elif isinstance(row, Row) and keys_without_image is not None:
+                    keys_without_image |= record.keys() if isinstance(record, dict) else set()
                 yield self._complete(row, annotation_file)
             if annotation_file.length not in (None, count):
                 yield DataError(
                     f"{annotation_file.group}: {count} rows where the meta file says {annotation_file.length}: "
                     "download it again"
                 )
+        if self.images is not None and keys_without_image:
+            keys = shown_text(", ".join(sorted(keys_without_image)))
+            raise DataError(
+                f"{self.folder}: no row names an image, but the recipe gives `images`: format {self.format} reads "
+                f"`{self._image_key}`, and the rows have {keys}; rename the key, or leave out `images`."
+            )
 
     def locate(self, row: Row) -> Row:
         if row.block is not None:
@@ -195,6 +210,36 @@ class FileSource:
             for f in self.files
         ]
         return {"files": listing, "images": str(self.images.root) if self.images else None}
+
+    @property
+    def _image_key(self) -> str:
+        return IMAGE_KEYS.get(self.format, "image")
+
+    def _check(self, row: Row | DataError, record: dict[str, Any]) -> Row | DataError:
+        """Return an error in place of a row that has text that cannot be stored, or an image that is not read."""
+        if isinstance(row, DataError):
+            return row
+        texts = [row.image or "", row.prompt, row.chosen, row.rejected or "", *(text for _, text in row.earlier)]
+        if (character := bad_character(*texts)) is not None:
+            return DataError(
+                f"{row.id}: holds {character!r}, which is no character: the file is not UTF-8, or half of a surrogate "
+                "pair is missing; convert the file to UTF-8, or fix the row"
+            )
+        if row.image is not None:
+            return row
+        other = next((key for key, value in record.items() if value and OTHER_IMAGE_KEYS.fullmatch(key)), None)
+        if other is not None:
+            return DataError(
+                f"{row.id}: has an image as `{other}`, but format {self.format} reads `{self._image_key}`; rename it"
+            )
+        asked = [row.prompt, *(text for role, text in row.earlier if role == "user")]
+        if any(IMAGE_TAG in text for text in asked):
+            keys = shown_text(", ".join(record))
+            return DataError(
+                f"{row.id}: its text shows an image by {IMAGE_TAG}, but there is none as `{self._image_key}`; the row "
+                f"has {keys}"
+            )
+        return row
 
     def _complete(self, row: Row | DataError, annotation_file: AnnotationFile) -> Row | DataError:
         """Add to a row what its annotation file says about all rows: group, folder of the images, and block."""
@@ -327,6 +372,7 @@ def _annotation_files(path: Path, spec: FileData, images: Path | None) -> Iterat
         if meta is None:
             if path.suffix not in SUFFIXES:
                 raise DataError(f"{path}: rows are read from {', '.join(SUFFIXES)} files; convert it to one of them.")
+            require_utf8(path.name, path.parent)
             yield AnnotationFile(path, path.name)
             return
         for source in meta:
@@ -344,6 +390,7 @@ def _annotation_files(path: Path, spec: FileData, images: Path | None) -> Iterat
         if not files:
             raise DataError(f"{folder}: there is no {', '.join(SUFFIXES)} file in it; check `path` and `subsets`.")
         for file in files:
+            require_utf8(file.relative_to(path).as_posix(), path)
             yield AnnotationFile(file, file.relative_to(path).as_posix(), group, times=times)
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from pivot_hub.demo.model_bundle import BundleNames, ModelBundle, Progress, load_bundle
+from pivot_hub.demo.model_bundle import BundleNames, ModelBundle, Progress, describe_failure, load_bundle
 from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.errors import CheckpointError
 
@@ -57,6 +57,8 @@ class BundleCache:
             if self._default is None:
                 if self.names == BundleNames():
                     self._default = shipped_bundle()
+                elif not self.names.first or not self.names.second:
+                    raise CheckpointError("Two MLLMs are compared: give --first and --second, or neither of them.")
                 else:
                     folders = [(name, Path(name)) for name in astuple(self.names) if name]
                     self._default = load_bundle(BundleNames(), folders, _no_progress)
@@ -77,8 +79,7 @@ class BundleCache:
             progress = _no_progress
         if names == BundleNames():
             return self.default()
-        if not names.first or not names.second:
-            raise CheckpointError("Two MLLMs are compared: give both names, or neither for the built-in models.")
+        self.check_names(names)
         with self._lock:
             if names in self._others:
                 self._others.move_to_end(names)
@@ -95,6 +96,26 @@ class BundleCache:
                 self._others.popitem(last=False)
         return bundle
 
+    def check_names(self, names: BundleNames) -> None:
+        """Check the form of names that a visitor gave; nothing is read for them.
+
+        Raises:
+            CheckpointError: A name is missing, or is neither that of a checkpoint below `runs` nor a Hub name.
+        """
+        if not names.first or not names.second:
+            raise CheckpointError("Two MLLMs are compared: give both names, or neither for the built-in models.")
+        local_names = self.local_names()
+        for name in astuple(names):
+            if name and name not in local_names and (not HUB_NAME.fullmatch(name) or ".." in name):
+                also = f", or one of {', '.join(local_names[:9])}" if local_names else ""
+                raise CheckpointError(
+                    f"{name[:80]!r} names no MLLM: give a Hub repository as owner/name or owner/name@revision{also}."
+                )
+
+    def are_local(self, names: BundleNames) -> bool:
+        """Return whether no name is that of a Hub repository, whose content is a stranger's."""
+        return {name for name in astuple(names) if name} <= set(self.local_names())
+
     def local_names(self) -> list[str]:
         """Return the names of the checkpoints below `runs`, which visitors may give without the Hub."""
         if self.runs is None:
@@ -105,11 +126,6 @@ class BundleCache:
         """Return the folder of a name that a visitor gave: one below `runs`, or a download from the Hub."""
         if self.runs is not None and name in self.local_names():
             return self.runs / name
-        if not HUB_NAME.fullmatch(name) or ".." in name:
-            also = f", or one of {', '.join(self.local_names()[:9])}" if self.local_names() else ""
-            raise CheckpointError(
-                f"{name[:80]!r} names no MLLM: give a Hub repository as owner/name or owner/name@revision{also}."
-            )
         repo, _, revision = name.partition("@")
         try:
             config = Path(hf_hub_download(repo, "config.json", revision=revision or None))
@@ -119,7 +135,7 @@ class BundleCache:
             raise CheckpointError(
                 f"{name}: the Hub has no such public repository and revision; check the spelling."
             ) from None
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # no network, a proxy, a full disk: the library has a class for each
             raise CheckpointError(
@@ -130,9 +146,14 @@ class BundleCache:
     def _check_config(self, name: str, config_file: Path) -> None:
         if not _is_llava(config_file):
             raise CheckpointError(f"{name}: it is not an MLLM in transformers' LLaVA format.")
-        config = AutoConfig.from_pretrained(config_file.parent)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters())
+        try:
+            config = AutoConfig.from_pretrained(config_file.parent, trust_remote_code=False)
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters())
+        except MemoryError:
+            raise
+        except Exception as error:  # a broken config raises whatever reading it leads to
+            raise CheckpointError(f"{name}: its {describe_failure(error)}; give a repository that loads.") from error
         if parameters > self.most_parameters:
             raise CheckpointError(
                 f"{name}: {parameters / 1e9:.1f} billion parameters are more than the "

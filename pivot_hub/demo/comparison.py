@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pivot_hub.data.synthetic import Kind, ShapesDataset
-from pivot_hub.demo.model_bundle import Mllm, ModelBundle
+from pivot_hub.demo.model_bundle import BundleInfo, Mllm, ModelBundle
 from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import (
     Explain,
@@ -174,10 +174,9 @@ def scene_subject(dataset: ShapesDataset, number: int, kind: Kind) -> Subject:
     return Subject(rendered.image, preference.question, preference.chosen, preference.rejected, mask)
 
 
-def crop_for_encoders(bundle: ModelBundle, image: Image.Image) -> Image.Image:
+def crop_for_encoders(info: BundleInfo, image: Image.Image) -> Image.Image:
     """Crop an image to its middle square if one of the encoders does so itself; otherwise return it whole."""
-    image_processors: list[Any] = [mllm.processor.image_processor for mllm in (bundle.first, bundle.second)]
-    if not any(getattr(processor, "do_center_crop", False) for processor in image_processors):
+    if not info.crops:
         return image
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -58,7 +58,8 @@ def draw_comparison(
     label = f"{method} of {comparison.explain}, relative to a uniform map"
     figure.colorbar(drawn_maps[0], ax=axes[1:3], label=label, **bar)
     figure.colorbar(drawn_difference, ax=axes[3], **bar)
-    figure.savefig(file, dpi=130, format="png")
+    # "tight" grows the figure where two-line titles need more room than the constrained layout leaves.
+    figure.savefig(file, dpi=130, format="png", bbox_inches="tight", pad_inches=0.1)
 
 
 def _shorten(text: str) -> str:

@@ -11,10 +11,9 @@ import gradio as gr
 from PIL import Image
 
 from pivot_hub.data.synthetic import DESCRIBE, KINDS, Kind
-from pivot_hub.demo.gradio_calls import PROGRAMS, upload_path
+from pivot_hub.demo.gradio_calls import PROGRAMS, as_gradio_error, upload_path
 from pivot_hub.demo.service import ComparisonView, DemoService
-from pivot_hub.demo.view_state import ViewState
-from pivot_hub.errors import PivotError
+from pivot_hub.demo.view_state import ViewState, whole_number
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method
 from pivot_hub.explain.heatmaps import COLOURS
 
@@ -84,6 +83,7 @@ class Endpoints:
         """
         self._service = service
 
+    @as_gradio_error
     def compare(
         self,
         image: dict[str, Any] | None = None,
@@ -120,7 +120,7 @@ class Endpoints:
         Returns:
             The figure, and all numbers: answers, log-probabilities, maps, scores, overlap.
         """
-        view = self._compare(
+        view = self._view(
             image,
             scene=scene,
             kind=kind,
@@ -137,6 +137,7 @@ class Endpoints:
         )
         return self._service.figure(view), self._service.numbers(view)
 
+    @as_gradio_error
     def patch_features(
         self,
         image: dict[str, Any] | None = None,
@@ -162,9 +163,10 @@ class Endpoints:
             For each encoder the cosine similarities (H, W) and the three principal components as colours (H, W, 3).
         """
         names = {"first": first, "second": second, "parent": parent}
-        view = self._compare(image, question=DESCRIBE, scene=scene, row=row, column=column, **names)
+        view = self._view(image, question=DESCRIBE, scene=scene, row=row, column=column, **names)
         return self._service.patch_numbers(view)
 
+    @as_gradio_error
     def token_attribution(
         self,
         image: dict[str, Any] | None = None,
@@ -197,15 +199,12 @@ class Endpoints:
         """
         texts = {"question": question, "right_answer": right_answer, "wrong_answer": wrong_answer}
         names = {"first": first, "second": second, "parent": parent}
-        view = self._compare(image, scene=scene, kind=kind, method=method, **texts, **names)
+        view = self._view(image, scene=scene, kind=kind, method=method, **texts, **names)
         return self._service.token_numbers(view)
 
-    def _compare(self, image: dict[str, Any] | None, **choices: Any) -> ComparisonView:
-        """Compare the models as the parameters say; an error becomes Gradio's own, with the same message."""
-        try:
-            for name in WHOLE_NUMBERS:  # a JSON number may arrive as a float
-                if choices.get(name) is not None:
-                    choices[name] = int(choices[name])
-            return self._service.compare(ViewState(**choices), upload_path(image))
-        except PivotError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    def _view(self, image: dict[str, Any] | None, **choices: Any) -> ComparisonView:
+        """Compare the models as the parameters say."""
+        for name in WHOLE_NUMBERS:  # a JSON number may arrive as a float
+            if name in choices:
+                choices[name] = whole_number(name, choices[name])
+        return self._service.compare(ViewState(**choices), upload_path(image))

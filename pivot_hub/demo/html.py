@@ -47,9 +47,10 @@ class Panels:
         env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         self._macros: Any = env.get_template("panels.html.jinja").module
 
-    def comparison(self, comparison: Comparison, method: Method, colours: str) -> str:
-        """Render the image, both maps on one scale, their difference, the answers and the scores."""
-        return str(self._macros.comparison(_comparison_values(comparison, method, colours)))
+    def comparison(self, comparison: Comparison, method: Method, colours: str, notes: Sequence[str] = ()) -> str:
+        """Render the image, both maps on one scale, their difference, the answers, the scores and the notes."""
+        values = _comparison_values(comparison, method, colours)
+        return str(self._macros.comparison(values | {"notes": notes}))
 
     def swipe(self, comparison: Comparison, method: Method, colours: str) -> str:
         """Render both maps over one image, with a movable divider between them."""
@@ -72,12 +73,7 @@ class Panels:
         """
         rows, columns = features[0].shape[:2]
         row, column = min(position[0], rows - 1), min(position[1], columns - 1)
-        similarities = []
-        for grid in features:  # grids may differ in size: take the patch at the same place of the image
-            height, width = grid.shape[:2]
-            similarities.append(
-                similarity(grid, int((row + 0.5) / rows * height), int((column + 0.5) / columns * width))
-            )
+        similarities = [similarity(grid, *same_place((row, column), features[0], grid)) for grid in features]
         lowest = min(float(s.min()) for s in similarities)
         models = [
             {
@@ -188,6 +184,18 @@ class Panels:
             kind: Kind of the message: `problem` or `note`.
         """
         return str(self._macros.message(text, kind))
+
+
+def same_place(position: tuple[int, int], grid: np.ndarray, other: np.ndarray) -> tuple[int, int]:
+    """Return row and column of the patch of another grid (H, W, D) that is at the same place of the image.
+
+    Args:
+        position: Row and column of the patch on the first grid.
+        grid: First grid (H, W, D).
+        other: Other grid, which may differ in size.
+    """
+    (row, column), (rows, columns), (height, width) = position, grid.shape[:2], other.shape[:2]
+    return int((row + 0.5) / rows * height), int((column + 0.5) / columns * width)
 
 
 def _comparison_values(comparison: Comparison, method: Method, colours: str) -> dict[str, Any]:

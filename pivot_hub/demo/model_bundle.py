@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from pivot_hub.errors import CheckpointError
 from pivot_hub.explain.gradcam import feature_layer
 from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.provenance import hub_commit, weights_sha256
 
 STAGES = {"parent": "2-instruct", "sft": "3-sft", "dpo": "3-dpo"}
 SINGLE_THREAD_BELOW = 50_000_000  # parameters of an MLLM that computes faster on one thread
@@ -48,12 +49,47 @@ class BundleNames:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the weights of an MLLM come from, so that saved numbers say what they were computed with.
+
+    Args:
+        repository: Hub repository, or the folder inside this package; None for a folder of this machine.
+        revision: Commit of the repository; None for a folder of this machine.
+        weights_sha256: One hash over all weight files.
+    """
+
+    repository: str | None
+    revision: str | None
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
 class Mllm:
     """One MLLM with the name that the page shows."""
 
     name: str
     model: LlavaForConditionalGeneration
     processor: LlavaProcessor
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What the page has to know of a bundle whose models may be in another process.
+
+    Args:
+        names: Displayed names of the first and the second MLLM.
+        origins: Origins of the first MLLM, of the second, and of the parent if there is one.
+        image_px: Side in px at which scenes are rendered: the larger input size of the two encoders.
+        layers: Number of hidden states that Grad-CAM can explain in both encoders.
+        crops: Whether an encoder crops an image to its middle square.
+    """
+
+    names: tuple[str, str]
+    origins: tuple[Origin, ...]
+    image_px: int
+    layers: int
+    crops: bool
 
 
 @dataclass(frozen=True)
@@ -86,6 +122,19 @@ class ModelBundle:
         """Number of hidden states that Grad-CAM can explain in both encoders."""
         return min(feature_layer(self.first.model), feature_layer(self.second.model))
 
+    @property
+    def info(self) -> BundleInfo:
+        """What the page has to know of this bundle."""
+        members = [mllm for mllm in (self.first, self.second, self.parent) if mllm is not None]
+        image_processors: list[Any] = [mllm.processor.image_processor for mllm in members[:2]]
+        return BundleInfo(
+            names=(self.first.name, self.second.name),
+            origins=tuple(mllm.origin for mllm in members),
+            image_px=self.image_px,
+            layers=self.layers,
+            crops=any(getattr(processor, "do_center_crop", False) for processor in image_processors),
+        )
+
 
 def load_bundle(names: BundleNames, folders: Sequence[tuple[str, Path]], progress: Progress) -> ModelBundle:
     """Load two MLLMs and, if a third folder is given, their parent.
@@ -96,7 +145,7 @@ def load_bundle(names: BundleNames, folders: Sequence[tuple[str, Path]], progres
         progress: Callback that takes the finished share, from 0.6 on, and the next step.
 
     Raises:
-        CheckpointError: A folder holds no MLLM; the message gives its name instead of the path.
+        CheckpointError: A folder holds no MLLM that can be loaded; the message gives its name instead of the path.
     """
     members = []
     for number, (name, folder) in enumerate(folders):
@@ -105,12 +154,23 @@ def load_bundle(names: BundleNames, folders: Sequence[tuple[str, Path]], progres
             model, processor = load_mllm(folder)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(folder), name)) from error
-        members.append(Mllm(name.rstrip("/").rpartition("/")[2], for_inference(model), processor))
+        except MemoryError:
+            raise
+        except Exception as error:  # a broken config, processor or tokenizer raises whatever reading it leads to
+            raise CheckpointError(f"{name}: its {describe_failure(error)}; give a repository that loads.") from error
+        commit = hub_commit(folder)
+        origin = Origin(name.partition("@")[0] if commit else None, commit, weights_sha256(folder))
+        members.append(Mllm(name.rstrip("/").rpartition("/")[2], for_inference(model), processor, origin))
     if members[0].name == members[1].name:  # two owners or two revisions of one name: show the whole names
-        members[:2] = [
-            Mllm(name, member.model, member.processor) for (name, _), member in zip(folders, members[:2], strict=False)
-        ]
+        members[:2] = [replace(m, name=name) for (name, _), m in zip(folders, members[:2], strict=False)]
     return ModelBundle(names, members[0], members[1], members[2] if len(members) == 3 else None)
+
+
+def describe_failure(error: BaseException) -> str:
+    """Describe an unexpected exception in one short phrase that contains no path of this machine."""
+    lines = str(error).strip().splitlines()
+    reason = f": {lines[0][:160]}" if lines and "/" not in lines[0] else ""
+    return f"files or settings lead to an error ({type(error).__name__}{reason})"
 
 
 def for_inference(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:

@@ -20,14 +20,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.config.recipe import RECIPES
-from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, for_inference, one_thread
+from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, Origin, for_inference, one_thread
 from pivot_hub.errors import CheckpointError
-from pivot_hub.files import whole_folder, write_json
+from pivot_hub.files import write_json
 from pivot_hub.mllm.load import load_mllm
+from pivot_hub.outputs import OutputKind, check_replaceable, whole_folder
 from pivot_hub.provenance import source_commit, versions, weights_sha256, write_manifest
 
+SHIPPED_NAME = "recipes/shapes/pair"
 SHIPPED = RECIPES / "shapes" / "pair"
 WEIGHTS = "pair.safetensors"
+BUNDLE = OutputKind("a packed bundle", "provenance.json", "pivot pair", mark=WEIGHTS)
 DISPLAY_NAMES = {"parent": "parent", "sft": "SFT", "dpo": "DPO"}
 
 
@@ -36,18 +39,20 @@ def pack_bundle(runs: Path, output: Path) -> Path:
 
     Args:
         runs: Folder with the stages 2-instruct, 3-sft and 3-dpo.
-        output: Folder that the bundle is written to; an existing one is replaced.
+        output: Folder that the bundle is written to; an earlier bundle is replaced.
 
     Returns:
         The output folder.
 
     Raises:
         CheckpointError: A stage is missing, or a branch was trained from another parent.
+        OutputError: The output holds anything but a packed bundle. Nothing was touched.
     """
+    check_replaceable(output, BUNDLE)  # before the work, and again after it
     folders = {role: runs / stage for role, stage in STAGES.items()}
     provenances = _read_provenances(folders)
     packed = _pack_weights({role: load_mllm(folder)[0].state_dict() for role, folder in folders.items()})
-    with whole_folder(output) as folder:
+    with whole_folder(output, BUNDLE) as folder:
         save_file(packed, folder / WEIGHTS)
         for file in sorted(folders["parent"].iterdir()):
             if file.suffix in (".json", ".jinja") and file.name not in ("provenance.json", "report.json"):
@@ -73,8 +78,10 @@ def shipped_bundle(folder: Path = SHIPPED) -> ModelBundle:
     """
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no packed model bundle; make one with `pivot pair RUNS OUTPUT`.")
-    config = AutoConfig.from_pretrained(folder)
-    processor = cast(LlavaProcessor, AutoProcessor.from_pretrained(folder, backend="pil"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    processor = cast(LlavaProcessor, AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False))
+    provenance = json.loads((folder / "provenance.json").read_text())
+    origin = Origin(f"pivot_hub:{SHIPPED_NAME}", provenance["commit"], weights_sha256(folder))
     packed = load_file(folder / WEIGHTS)
     parent = _unpack(packed, "parent")
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +91,7 @@ def shipped_bundle(folder: Path = SHIPPED) -> ModelBundle:
         differences = _unpack(packed, role) if role != "parent" else {}
         model = copy.deepcopy(skeleton)
         model.load_state_dict({k: w + differences[k] if k in differences else w for k, w in parent.items()})
-        members[role] = Mllm(name, for_inference(model), processor)
+        members[role] = Mllm(name, for_inference(model), processor, origin)
     return ModelBundle(BundleNames(), members["sft"], members["dpo"], members["parent"])
 
 
@@ -93,6 +100,7 @@ def _read_provenances(folders: dict[str, Path]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: A stage is missing, or a branch was trained from another parent.
+        OutputError: The output holds anything but a packed bundle. Nothing was touched.
     """
     for folder in folders.values():
         if not (folder / "provenance.json").is_file():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -14,17 +15,20 @@ from dataclasses import replace
 from typing import Any
 
 import gradio as gr
+from gradio.context import LocalContext
 
 from pivot_hub.data.synthetic import DESCRIBE
-from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, upload_path
+from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, as_gradio_error, error_message, upload_path
 from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.demo.page_layout import Page
 from pivot_hub.demo.service import ComparisonView, DemoService
-from pivot_hub.demo.view_state import ViewState, read_view_state
+from pivot_hub.demo.turns import Turns
+from pivot_hub.demo.view_state import ViewState, read_view_state, whole_number
 from pivot_hub.errors import PivotError
 from pivot_hub.explain.heatmaps import data_uri
 
 Updates = dict[Any, Any]
+CLEARED = "The answers belonged to the former question, so they were cleared."
 
 SET_OPACITY = "(percent) => { document.documentElement.style.setProperty('--heat', percent / 100); }"
 SHOW_LINK = """(query) => {
@@ -35,6 +39,12 @@ SHOW_LINK = """(query) => {
   for (const example of document.querySelectorAll("#examples button"))
     example.setAttribute("aria-pressed", query.startsWith(`${example.dataset.query}&`) && !query.includes("image="));
   return url;
+}"""
+# What the visitor typed while the comparison was running stays.
+KEEP_TYPED = """(text, ...current) => {
+  if (!text) return current;
+  const { sent, used } = JSON.parse(text);
+  return current.map((value, i) => (value === sent[i] ? used[i] : value));
 }"""
 SHOW_MESSAGE = "() => { document.querySelector('#message .message')?.scrollIntoView({ block: 'nearest' }); }"
 # On a narrow screen the maps are above the controls.
@@ -48,17 +58,21 @@ SAVE_AS = """(uri) => {
 }"""
 
 
-def with_message(handler: Callable[..., Updates]) -> Callable[..., Updates]:
-    """Decorate a method of `PageEvents` to show an error as a message; the rest of the page stays as it is."""
+def in_turn(kind: str) -> Callable[[Callable[..., Updates]], Callable[..., Updates]]:
+    """Decorate a method of `PageEvents` to run after the visitor's earlier calls, and to show an error as a message.
 
-    @functools.wraps(handler)
-    def run(self: PageEvents, *values: Any) -> Updates:
-        try:
-            return handler(self, *values)
-        except PivotError as error:
-            return {self.page.texts.message: self.service.panels.message(str(error))}
+    Args:
+        kind: Kind of the call; a later call of the same kind replaces one that still waits.
+    """
 
-    return run
+    def decorate(handler: Callable[..., Updates]) -> Callable[..., Updates]:
+        @functools.wraps(handler)
+        def run(self: PageEvents, *values: Any) -> Any:
+            return self.take_turn(kind, functools.partial(handler, self), values)
+
+        return run
+
+    return decorate
 
 
 class PageEvents:
@@ -73,28 +87,72 @@ class PageEvents:
             examples: View states of the gallery.
         """
         self.page, self.service, self.examples = page, service, examples
+        self._turns = Turns()
+        self._serials = itertools.count()
 
-    @with_message
+    def take_turn(self, kind: str, function: Callable[..., Updates], values: Sequence[Any]) -> Any:
+        """Run a function after the visitor's earlier calls; an error becomes a message, and the page stays as it is.
+
+        Args:
+            kind: Kind of the call; a later call of the same kind replaces one that still waits.
+            function: Function of the values.
+            values: Values from the page. A view state or a view that an earlier call has displayed in the meantime
+                takes the place of the one that was sent.
+        """
+        page = self.page
+        request = LocalContext.request.get(None)
+        with self._turns.turn(getattr(request, "session_hash", None) or "", kind) as latest:
+            if latest is None:
+                return gr.skip()
+            values = [
+                latest.get(page.state, value)
+                if isinstance(value, ViewState)
+                else latest.get(page.view, value)
+                if isinstance(value, ComparisonView)
+                else value
+                for value in values
+            ]
+            try:
+                updates = function(*values)
+            except Exception as error:
+                return {page.texts.message: self.service.panels.message(error_message(error))}
+            latest.update(
+                {component: updates[component] for component in (page.state, page.view) if component in updates}
+            )
+            return updates
+
+    @in_turn("compare")
     def show_comparison(self, state: ViewState, upload: Any, *values: Any) -> Updates:
-        """Compare the models on what the controls say."""
-        return self._compare(self._read_controls(state, values), upload)
+        """Compare the models on what the controls say; answers to the former question are cleared."""
+        page, panels = self.page, self.service.panels
+        chosen, cleared = _without_former_answers(state, self._read_controls(state, values))
+        if not cleared:
+            return self._compare(chosen, upload, values)
+        try:
+            return {**self._compare(chosen, upload, values), page.texts.message: panels.message(CLEARED, "note")}
+        except PivotError as error:
+            message = panels.message(f"{CLEARED} {error}")
+            return {page.state: chosen, page.texts.message: message, page.used_values: self._used(chosen, values)}
 
-    @with_message
+    @in_turn("compare")
     def show_scene(self, state: ViewState, upload: Any, *values: Any) -> Updates:
         """Compare on the scene of the controls, with its own question."""
-        return self._show_scene(self._read_controls(state, values))
+        return self._show_scene(self._read_controls(state, values), values)
 
-    @with_message
+    @in_turn("compare")
     def show_another_scene(self, state: ViewState, upload: Any, *values: Any) -> Updates:
         """Compare on a random scene."""
-        return self._show_scene(replace(self._read_controls(state, values), scene=random.randrange(100_000)))
+        chosen = self._read_controls(state, values, scene=random.randrange(100_000))
+        return self._show_scene(chosen, values)
 
-    @with_message
+    @in_turn("compare")
     def show_example(self, event: gr.EventData, state: ViewState, upload: Any, *values: Any) -> Updates:
         """Compare on an example of the gallery."""
         example = self.examples[int(event.index) % len(self.examples)]
-        return self._show_scene(replace(self._read_controls(state, values), scene=example.scene, kind=example.kind))
+        chosen = self._read_controls(state, values, scene=example.scene, kind=example.kind)
+        return self._show_scene(chosen, values)
 
+    @in_turn("compare")
     def show_upload(self, state: ViewState, upload: Any, *values: Any) -> Updates:
         """Compare on an image that was added, or on the scene if the visitor removed the image.
 
@@ -103,31 +161,34 @@ class PageEvents:
         page = self.page
         if upload is None and not state.image:
             return {page.state: state}
-        described = _without_texts(self._read_controls(state, values))
+        described = _without_texts(self._read_controls(state, values, scene=state.scene))
         # Without a right answer there is no loss to explain.
         described = replace(described, question=DESCRIBE if upload else "", explain="answer")
         try:
-            return {page.settings.explain: "answer", **self._compare(described, upload)}
-        except PivotError as error:
-            message = self.service.panels.message(str(error))
+            return {page.settings.explain: "answer", **self._compare(described, upload, values)}
+        except Exception as error:
+            message = self.service.panels.message(error_message(error))
             return {page.texts.message: message, page.images.upload: None, page.state: replace(state, image="")}
 
-    @with_message
+    @in_turn("redraw")
     def redraw(self, view: ComparisonView | None, method: str, colours: str, opacity: float, details: str) -> Updates:
         """Display the same comparison by another method, in other colours or with other details."""
         if view is None:
             return {self.page.view: None}
-        return self._display(view.with_state(method=method, colours=colours, opacity=int(opacity), details=details))
+        return self._display(
+            view.with_state(method=method, colours=colours, opacity=whole_number("opacity", opacity), details=details)
+        )
 
+    @in_turn("opacity")
     def store_opacity(self, view: ComparisonView | None, percent: float) -> Updates:
         """Store the opacity, which the browser has applied already, in the link."""
         page = self.page
         if view is None:
             return {page.view: None}
-        view = view.with_state(opacity=int(percent))
+        view = view.with_state(opacity=whole_number("opacity", percent))
         return {page.state: view.state, page.view: view, page.query: view.state.query()}
 
-    @with_message
+    @in_turn("patch")
     def choose_patch(self, event: gr.EventData, view: ComparisonView | None) -> Updates:
         """Compare another patch with all others."""
         page = self.page
@@ -139,6 +200,7 @@ class PageEvents:
             page.view: view,
             page.results.details_panel: self.service.details_panel(view),
             page.query: view.state.query(),
+            page.texts.message: "",
         }
 
     def load_models(
@@ -149,23 +211,31 @@ class PageEvents:
         *control_values, first, second, parent = values
         names = BundleNames(first.strip(), second.strip(), parent.strip())
         try:
-            bundle = self.service.bundles.get(names, progress)
-            state = self._read_controls(state, control_values)
-            state = replace(state, first=names.first, second=names.second, parent=names.parent, layer=0)
-            updates = self._compare(state, upload)
-        except PivotError as error:
-            return {page.models.status: panels.message(f"{error} The current models stay.")}
-        text = f"Loaded: {bundle.first.name} and {bundle.second.name}."
-        return {
-            **updates,
-            page.models.status: panels.message(text, "note"),
-            page.settings.layer: gr.Slider(maximum=bundle.layers, value=bundle.layers),
-        }
+            info = self.service.load(names, progress)
+        except Exception as error:
+            return {page.models.status: panels.message(f"{error_message(error)} The current models stay.")}
+
+        def compare(state: ViewState) -> Updates:
+            try:
+                chosen = self._read_controls(state, control_values)
+                chosen = replace(chosen, first=names.first, second=names.second, parent=names.parent, layer=0)
+                updates = self._compare(chosen, upload, control_values)
+            except Exception as error:
+                return {page.models.status: panels.message(f"{error_message(error)} The current models stay.")}
+            return {
+                **updates,
+                page.models.status: panels.message(f"Loaded: {info.names[0]} and {info.names[1]}.", "note"),
+                page.settings.layer: gr.Slider(maximum=info.layers, value=info.layers),
+            }
+
+        return self.take_turn("compare", compare, [state])
 
     def load_built_in(self, *values: Any, progress: gr.Progress = gr.Progress()) -> Updates:
         """Return to the models that the app was started with."""
         no_names = ("", "", "")
         updates = self.load_models(*values[: -len(no_names)], *no_names, progress=progress)
+        if not isinstance(updates, dict) or self.page.state not in updates:  # replaced by a later call, or an error
+            return updates
         return {**dict(zip(self.page.model_names, no_names, strict=True)), **updates}
 
     def open_link(self, request: gr.Request) -> Updates:
@@ -174,10 +244,11 @@ class PageEvents:
         try:
             state = read_view_state(dict(request.query_params))
             updates = self._compare(state, None)
-        except PivotError as error:
-            problem, state = str(error), ViewState()
+        except Exception as error:
+            problem, state = error_message(error), ViewState()
             updates = self._compare(state, None)
-        layers = self.service.bundle(state).layers
+        state = updates[page.state]
+        layers = updates[page.view].info.layers
         layer = page.settings.layer
         control_values = {
             control: getattr(state, name)
@@ -192,10 +263,12 @@ class PageEvents:
             page.texts.message: self.service.panels.message(problem),
         }
 
+    @as_gradio_error
     def figure_uri(self, view: ComparisonView | None) -> str:
         """Return the figure as a data URI."""
         return "" if view is None else data_uri(self.service.figure(view))
 
+    @as_gradio_error
     def numbers_uri(self, view: ComparisonView | None) -> str:
         """Return the numbers as a data URI."""
         if view is None:
@@ -203,29 +276,45 @@ class PageEvents:
         text = json.dumps(self.service.numbers(view), indent=2)
         return f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"
 
-    def _read_controls(self, state: ViewState, values: Sequence[Any]) -> ViewState:
-        """The visitor's view state with the current values of the controls."""
-        choices = dict(zip(self.page.controls, values, strict=True))
+    def _read_controls(self, state: ViewState, values: Sequence[Any], **choices: Any) -> ViewState:
+        """The visitor's view state with the current values of the controls, and with choices that replace them."""
+        choices = dict(zip(self.page.controls, values, strict=True)) | choices
         for name in ("scene", "layer", "opacity"):
-            choices[name] = int(choices[name] or 0)  # sliders send floats, and an empty field None
-        choices["layer"] %= self.service.bundle(state).layers  # the last layer is each encoder's own, written as 0
+            choices[name] = whole_number(name, choices[name])  # sliders send floats
+        if choices["layer"] == self.service.info(state).layers:
+            choices["layer"] = 0  # the last layer is each encoder's own
         return replace(state, **choices)
 
-    def _show_scene(self, state: ViewState) -> Updates:
-        return {self.page.images.upload: None, **self._compare(_without_texts(state), None)}
+    def _show_scene(self, state: ViewState, values: Sequence[Any]) -> Updates:
+        return {self.page.images.upload: None, **self._compare(_without_texts(state), None, values)}
 
-    def _compare(self, state: ViewState, upload: Any) -> Updates:
-        """Run the comparison, and display it with the texts it used."""
+    def _compare(self, state: ViewState, upload: Any, values: Sequence[Any] | None = None) -> Updates:
+        """Run the comparison, and display it with the texts it used.
+
+        Args:
+            state: View state of the comparison.
+            upload: Value of the image input.
+            values: Values of the controls when the call was sent; None to set them whatever they are.
+        """
         page = self.page
         view = self.service.compare(state, upload_path(upload))
-        return {
-            **self._display(view),
-            page.texts.question: view.state.question,
-            page.texts.right_answer: view.state.right_answer,
-            page.texts.wrong_answer: view.state.wrong_answer,
-            page.images.scene: view.state.scene,
-            page.images.kind: view.state.kind,
-        }
+        if values is None:
+            used = {component: getattr(view.state, name) for name, component in page.editable.items()}
+        else:
+            used = {page.used_values: self._used(view.state, values)}
+        return {**self._display(view), **used}
+
+    def _used(self, state: ViewState, values: Sequence[Any]) -> str:
+        """Text for KEEP_TYPED: what was sent from the editable controls, and what the comparison has used."""
+        sent = dict(zip(self.page.controls, values, strict=True))
+        names = list(self.page.editable)
+        return json.dumps(
+            {
+                "serial": next(self._serials),  # so that each text is a change
+                "sent": [sent[name] for name in names],
+                "used": [getattr(state, name) for name in names],
+            }
+        )
 
     def _display(self, view: ComparisonView) -> Updates:
         page = self.page
@@ -262,8 +351,7 @@ def _connect_comparison(page: Page, events: PageEvents) -> list[Any]:
     inputs = [page.state, images.upload, *page.controls.values()]
     displayed = [
         *(page.state, page.view, page.results.comparison, page.results.details_panel, texts.message, page.query),
-        *(texts.question, texts.right_answer, texts.wrong_answer),
-        *(images.scene, images.kind, images.upload, settings.explain),
+        *(page.used_values, images.upload, settings.explain),
     ]
     submits = [texts.compare.click, texts.question.submit, texts.right_answer.submit, texts.wrong_answer.submit]
     gr.on(submits, events.show_comparison, inputs, displayed, **PRIVATE)
@@ -282,7 +370,7 @@ def _connect_display(page: Page, events: PageEvents, displayed: list[Any]) -> No
     display_settings = [settings.method, settings.colours, settings.opacity, results.details]
     changes = [settings.method.input, settings.colours.input, results.details.input]
     gr.on(changes, events.redraw, [page.view, *display_settings], displayed, **PRIVATE)
-    opacity_outputs = [page.state, page.view, page.query]
+    opacity_outputs = [page.state, page.view, page.query, page.texts.message]
     settings.opacity.input(events.store_opacity, [page.view, settings.opacity], opacity_outputs, **PRIVATE)
     patch_outputs = [page.state, page.view, results.details_panel, page.query, page.texts.message]
     results.details_panel.select(events.choose_patch, [page.view], patch_outputs, **PRIVATE)
@@ -302,7 +390,8 @@ def _connect_models(app: gr.Blocks, page: Page, events: PageEvents, displayed: l
     }
     models.load.click(events.load_models, inputs, outputs, **options)
     models.built_in.click(events.load_built_in, inputs, outputs, **options)
-    link_outputs = [*outputs, settings.method, settings.opacity, settings.colours, page.results.details]
+    display = [settings.method, settings.opacity, settings.colours, page.results.details]
+    link_outputs = [*outputs, *page.editable.values(), *display]
     app.load(events.open_link, None, link_outputs, **{**PRIVATE, **LOADING})
 
 
@@ -311,6 +400,8 @@ def _connect_browser(page: Page) -> None:
     texts = page.texts
     page.settings.opacity.change(None, page.settings.opacity, js=SET_OPACITY)
     texts.message.change(None, js=SHOW_MESSAGE)
+    editable = list(page.editable.values())
+    page.used_values.change(None, [page.used_values, *editable], editable, js=KEEP_TYPED)
     gr.on([texts.compare.click, page.images.another.click], None, js=SHOW_MAPS)
     page.query.change(None, page.query, page.results.link, js=SHOW_LINK)
 
@@ -323,6 +414,26 @@ def _connect_downloads(page: Page, events: PageEvents) -> None:
     ):
         saved = button.click(make_uri, page.view, page.file_uri, **PRIVATE)
         saved.then(None, page.file_uri, js=SAVE_AS % name)
+
+
+def _without_former_answers(state: ViewState, chosen: ViewState) -> tuple[ViewState, bool]:
+    """Clear the answers that belong to another question than the visitor's, as they would judge the wrong thing.
+
+    Args:
+        state: View state of the last comparison.
+        chosen: View state of the controls.
+
+    Returns:
+        The view state, and whether an answer was cleared.
+    """
+    if not state.question or not chosen.question.strip() or chosen.question.strip() == state.question.strip():
+        return chosen, False
+    former: dict[str, Any] = {
+        name: ""
+        for name in ("right_answer", "wrong_answer")
+        if getattr(chosen, name) and getattr(chosen, name) == getattr(state, name)
+    }
+    return replace(chosen, **former), bool(former)
 
 
 def _without_texts(state: ViewState) -> ViewState:

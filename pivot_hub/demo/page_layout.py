@@ -93,6 +93,7 @@ class Page:
         state: The visitor's `ViewState`.
         view: The `ComparisonView` that is displayed; None before the first one.
         query: Query string of the link, hidden.
+        used_values: Question, answers and scene of the last comparison, with those that were sent for it, hidden.
         file_uri: Data URI of a file to download, hidden.
     """
 
@@ -105,7 +106,19 @@ class Page:
     state: Any
     view: Any
     query: Any
+    used_values: Any
     file_uri: Any
+
+    @property
+    def editable(self) -> dict[str, Any]:
+        """The controls that a comparison may set while the visitor edits them, by the name of the field."""
+        return {
+            "question": self.texts.question,
+            "right_answer": self.texts.right_answer,
+            "wrong_answer": self.texts.wrong_answer,
+            "scene": self.images.scene,
+            "kind": self.images.kind,
+        }
 
     @property
     def controls(self) -> dict[str, Any]:
@@ -162,6 +175,7 @@ def build_page(gallery_html: str, script: str, layers: int, local_names: list[st
         state=gr.State(ViewState()),
         view=gr.State(),
         query=gr.Textbox(visible="hidden", elem_id="query"),
+        used_values=gr.Textbox(visible="hidden", elem_id="used-values"),
         file_uri=gr.Textbox(visible="hidden"),
     )
 
@@ -283,7 +297,8 @@ def _results(script: str) -> Results:
     with gr.Row(elem_classes="share"):
         link = gr.Textbox(
             label="Share",
-            info="This link restores the whole view; it contains a reduced copy of your own image.",
+            info="This link restores the view. Of your own image it contains a reduced copy, on which answers and maps "
+            "may differ.",
             interactive=False,
             buttons=["copy"],
             elem_id="link",

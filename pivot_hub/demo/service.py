@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,21 @@ from pivot_hub.demo.comparison import (
     crop_for_encoders,
     scene_subject,
 )
-from pivot_hub.demo.html import Panels
-from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
+from pivot_hub.demo.html import Panels, same_place
+from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, Progress
 from pivot_hub.demo.view_state import ViewState
+from pivot_hub.demo.worker import WorkerPool
+from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import TokenMap
+from pivot_hub.explain.heatmaps import SIDE_PX
 from pivot_hub.explain.patch_features import principal_colours, similarity
+
+UPLOAD_SIDE_PX = 2 * SIDE_PX  # longer side to which an upload is reduced, as the panels show it
+ON_PHOTOGRAPHS = (
+    "The built-in models know nothing but synthetic scenes of shapes: on another image, their answers and maps mean "
+    "little. Load other models for photographs."
+)
+FROM_A_LINK = "This image is the reduced copy inside a link: answers and maps may differ from those of the original."
 
 
 @dataclass(frozen=True)
@@ -37,21 +47,29 @@ class ComparisonView:
     Args:
         state: View state; its texts are the question and the answers that were compared.
         comparison: Results of both models.
+        info: Description of the models.
+        notes: Sentences that are shown beside the maps.
     """
 
     state: ViewState
     comparison: Comparison
+    info: BundleInfo
+    notes: tuple[str, ...] = ()
 
     def with_state(self, **changes: Any) -> ComparisonView:
         """Return the same comparison with another view state, of which only the display may differ."""
-        return ComparisonView(replace(self.state, **changes), self.comparison)
+        return replace(self, state=replace(self.state, **changes))
 
 
 class DemoService:
     """Models and templates, shared by all visitors. The data of one visitor are passed as arguments."""
 
     def __init__(
-        self, bundles: BundleCache, panels: Panels, on_gpu: Callable[[Any], Any] = lambda function: function
+        self,
+        bundles: BundleCache,
+        panels: Panels,
+        on_gpu: Callable[[Any], Any] = lambda function: function,
+        workers: WorkerPool | None = None,
     ) -> None:
         """Load the bundle that the app starts with.
 
@@ -59,11 +77,13 @@ class DemoService:
             bundles: Cache of the model bundles.
             panels: Renderer of the panels.
             on_gpu: Decorator of the functions that run models; ZeroGPU's lends a GPU for the time of a call.
+            workers: Processes for the models that visitors name by Hub name.
 
         Raises:
             CheckpointError: The bundle cannot be loaded.
         """
         self.bundles, self.panels = bundles, panels
+        self.workers = workers or WorkerPool(runs=bundles.runs)
         self.default_bundle = bundles.default()
 
         # Under ZeroGPU the arguments of these functions are sent to another process: pass names, not models.
@@ -79,15 +99,27 @@ class DemoService:
         def patches_by_name(names: BundleNames, image: Image.Image, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
             return compare_patches(bundles.get(names), image, layer)
 
-        self._compare, self._tokens, self._patches = compare_by_name, tokens_by_name, patches_by_name
+        self._in_this_process = {"compare": compare_by_name, "tokens": tokens_by_name, "patches": patches_by_name}
 
-    def bundle(self, state: ViewState) -> ModelBundle:
-        """Return the bundle that a view state names.
+    def load(self, names: BundleNames, progress: Progress | None = None) -> BundleInfo:
+        """Load the bundle of these names unless it is loaded, and describe it.
+
+        Args:
+            names: Names that a visitor gave.
+            progress: Callback that takes the finished share, from 0 to 1, and the next step.
 
         Raises:
-            CheckpointError: The bundle cannot be loaded.
+            CheckpointError: A name is not allowed, the bundle cannot be loaded, or it exceeds a limit.
         """
-        return self.bundles.get(state.bundle_names)
+        if names != BundleNames():
+            self.bundles.check_names(names)
+        if self.bundles.are_local(names):
+            return self.bundles.get(names, progress).info
+        return self.workers.info(names, progress)
+
+    def info(self, state: ViewState) -> BundleInfo:
+        """Describe the bundle that a view state names; see `load`."""
+        return self.load(state.bundle_names)
 
     def compare(self, state: ViewState, upload: str | Path | None = None) -> ComparisonView:
         """Compare both MLLMs as a view state says.
@@ -103,24 +135,38 @@ class DemoService:
             DataError: The image, the question or an answer cannot be used.
             CheckpointError: The bundle cannot be loaded.
         """
-        bundle = self.bundle(state)
-        image = read_upload(Path(upload)) if upload else state.load_image()
+        info = self.info(state)
+        if state.layer > info.layers:
+            raise DataError(f"layer is {state.layer}: it must be between 0 and {info.layers}, the last layer of both.")
+        image = _reduced(read_upload(Path(upload))) if upload else state.load_image()
+        notes = []
         if image is None:
-            subject = _scene_subject(bundle, state)
+            subject = _scene_subject(info, state)
         else:
-            image = crop_for_encoders(bundle, image)
+            image = crop_for_encoders(info, image)
             subject = Subject(image, state.question, state.right_answer, state.wrong_answer)
             if upload:
                 state = state.with_image(image)
-        layer = state.layer if 0 < state.layer < bundle.layers else None
-        comparison = self._compare(state.bundle_names, subject, state.explain, layer)
-        return ComparisonView(state, comparison).with_state(
+            else:
+                notes.append(FROM_A_LINK)
+            if state.bundle_names == self.bundles.names == BundleNames():
+                notes.append(ON_PHOTOGRAPHS)
+        layer = state.layer if 0 < state.layer < info.layers else None
+        comparison = self._run(state.bundle_names, "compare", subject, state.explain, layer)
+        comparison = replace(comparison, subject=subject)  # a process of its own leaves it out of the answer
+        return ComparisonView(state, comparison, info, tuple(notes)).with_state(
             question=subject.question, right_answer=subject.right_answer, wrong_answer=subject.wrong_answer
         )
 
+    def _run(self, names: BundleNames, function: str, *arguments: Any) -> Any:
+        """Run a function where the models of these names are: in this process, or in one of their own."""
+        if self.bundles.are_local(names):
+            return self._in_this_process[function](names, *arguments)
+        return self.workers.run(names, function, *arguments)
+
     def comparison_panel(self, view: ComparisonView) -> str:
         """Render the saliency maps side by side, as HTML."""
-        return self.panels.comparison(view.comparison, view.state.method, view.state.colours)
+        return self.panels.comparison(view.comparison, view.state.method, view.state.colours, view.notes)
 
     def details_panel(self, view: ComparisonView) -> str:
         """Render the panel below the maps that the visitor chose, as HTML."""
@@ -128,12 +174,12 @@ class DemoService:
         if state.details == "swipe":
             return self.panels.swipe(comparison, state.method, state.colours)
         if state.details == "tokens":
-            tokens = self._tokens(state.bundle_names, comparison)
+            tokens = self._tokens(view)
             return self.panels.tokens(comparison, tokens, state.method, state.colours)
         features = self._features(view)
         if state.details == "colours":
             return self.panels.colours(comparison, features)
-        return self.panels.patches(comparison, features, (state.row, state.column), state.colours)
+        return self.panels.patches(comparison, features, _patch_position(state, features[0]), state.colours)
 
     def figure(self, view: ComparisonView) -> Image.Image:
         """Draw the content of the page as one image, colour scales included."""
@@ -146,8 +192,12 @@ class DemoService:
     def numbers(self, view: ComparisonView) -> dict[str, Any]:
         """Return the content of the page as numbers."""
         state = view.state
+        values = view.comparison.to_dict()
+        roles = ("first", "second", "parent")
         return {
-            **view.comparison.to_dict(),
+            **values,
+            "origins": dict(zip(roles, map(asdict, view.info.origins), strict=False)),
+            "notes": list(view.notes),
             "scene": None if state.image else state.scene,
             "method": state.method,
             "link": f"?{state.query()}",
@@ -157,10 +207,11 @@ class DemoService:
     def patch_numbers(self, view: ComparisonView) -> dict[str, Any]:
         """Return the chosen patch's similarity with all others and the features as colours, in both encoders."""
         state, features = view.state, self._features(view)
+        position = _patch_position(state, features[0])
         colours, variance_share, joint = principal_colours(features)
         models = []
         for result, grid, pixels in zip(view.comparison.results, features, colours, strict=True):
-            row, column = min(state.row, grid.shape[0] - 1), min(state.column, grid.shape[1] - 1)
+            row, column = same_place(position, features[0], grid)
             similarities = np.round(similarity(grid, row, column), 4).tolist()
             models.append(
                 {"name": result.name, "row": row, "column": column, "similarity": similarities, "rgb": pixels.tolist()}
@@ -170,7 +221,7 @@ class DemoService:
     def token_numbers(self, view: ComparisonView) -> dict[str, Any]:
         """Return the probability and the saliency map of each token of the explained answers."""
         method = view.state.method
-        tokens = self._tokens(view.state.bundle_names, view.comparison)
+        tokens = self._tokens(view)
         models = [
             {
                 "name": result.name,
@@ -187,12 +238,41 @@ class DemoService:
     def _features(self, view: ComparisonView) -> tuple[np.ndarray, np.ndarray]:
         """Patch features (H, W, D) of the compared image in both encoders."""
         comparison = view.comparison
-        return self._patches(view.state.bundle_names, comparison.subject.image, comparison.layer)
+        features: tuple[np.ndarray, np.ndarray] = self._run(
+            view.state.bundle_names, "patches", comparison.subject.image, comparison.layer
+        )
+        return features
+
+    def _tokens(self, view: ComparisonView) -> tuple[list[TokenMap], list[TokenMap]]:
+        """Token attribution of the explained answers in both models."""
+        tokens: tuple[list[TokenMap], list[TokenMap]] = self._run(view.state.bundle_names, "tokens", view.comparison)
+        return tokens
 
 
-def _scene_subject(bundle: ModelBundle, state: ViewState) -> Subject:
+def _reduced(image: Image.Image) -> Image.Image:
+    """Reduce a photograph to what the panels show: models and panels need no more, and megapixels cost seconds."""
+    if max(image.size) > UPLOAD_SIDE_PX:
+        image.thumbnail((UPLOAD_SIDE_PX, UPLOAD_SIDE_PX), reducing_gap=3.0)
+    return image
+
+
+def _patch_position(state: ViewState, grid: np.ndarray) -> tuple[int, int]:
+    """Row and column of the chosen patch on the first encoder's grid.
+
+    Raises:
+        DataError: The grid has no such patch.
+    """
+    position = []
+    for name, number, length in zip(("row", "column"), (state.row, state.column), grid.shape, strict=False):
+        if number >= length and number != getattr(ViewState, name):  # the default may exceed a very small grid
+            raise DataError(f"{name} is {number}: it must be between 0 and {length - 1} in these encoders.")
+        position.append(min(number, length - 1))
+    return position[0], position[1]
+
+
+def _scene_subject(info: BundleInfo, state: ViewState) -> Subject:
     """The scene of a view state, with the visitor's question if there is one and otherwise its own."""
-    scene = scene_subject(ShapesDataset(image_px=bundle.image_px), state.scene, state.kind)
+    scene = scene_subject(ShapesDataset(image_px=info.image_px), state.scene, state.kind)
     if not state.question:
         return scene
     # The mask is that of the object in the scene's own question, so it does not fit any other question.

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 TYPE_NAMES = {int: "a whole number", str: "a text"}
 LARGEST = 999_999_999
+LARGEST_OF = {"opacity": 100}
 MOST_LINK_BYTES = 4000  # of an image inside a link: servers and proxies accept addresses of about 8 KB
 LINK_SIDES_PX = (160, 128, 96, 64, 48)  # longer sides that are tried until the image fits; the last one always does
 
@@ -89,8 +90,9 @@ class ViewState:
             value = getattr(self, name)
             if type(value) is not type(default):
                 raise DataError(f"{name} is {str(value)[:40]!r}: it must be {TYPE_NAMES[type(default)]}.")
-            if isinstance(value, int) and not 0 <= value <= LARGEST:
-                raise DataError(f"{name} is {value}: it must be between 0 and {LARGEST:,}.")
+            largest = LARGEST_OF.get(name, LARGEST)
+            if isinstance(value, int) and not 0 <= value <= largest:
+                raise DataError(f"{name} is {value}: it must be between 0 and {largest:,}.")
 
     @property
     def bundle_names(self) -> BundleNames:
@@ -127,6 +129,23 @@ class ViewState:
         except (binascii.Error, ValueError):
             raise DataError("The image inside this link is damaged; copy the whole link again.") from None
         return read_upload(io.BytesIO(content))
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a number from the page or from a program, where 3.0 is a whole number too.
+
+    Args:
+        name: Name of the field, for the error message.
+        value: Value of any type; None if the field is empty.
+
+    Raises:
+        DataError: The value is no whole number.
+    """
+    if value is None or value == "":
+        raise DataError(f"{name} is empty: give a whole number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise DataError(f"{name} is {str(value)[:40]!r}: it must be a whole number.")
+    return int(value)
 
 
 def read_view_state(query: Mapping[str, str]) -> ViewState:

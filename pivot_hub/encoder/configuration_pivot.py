@@ -46,6 +46,53 @@ class Backbone:
     image_px: Callable[[PretrainedConfig], int] = lambda config: _side(config.image_size)
 
 
+# Largest values of a config's sizes. A config beyond them is damaged or hostile: it would fill the memory, or hang.
+MOST = {
+    "image_size": 8192,
+    "patch_size": 8192,
+    "num_channels": 64,
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 4096,
+    "hidden_size": 65_536,
+    "intermediate_size": 1_048_576,
+    "vocab_size": 10_000_000,
+}
+
+
+def check_sizes(config: PretrainedConfig) -> None:
+    """Refuse a config whose sizes are no numbers, below 1, or too large, before anything is allocated.
+
+    Raises:
+        ValueError: A size is wrong; the message names it.
+    """
+    for key, most in MOST.items():
+        value = getattr(config, key, 1)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+                raise ValueError(
+                    f"{key} of {number!r} in config.json is not a number from 1 to {most}; restore the file."
+                )
+    registers = getattr(config, "num_register_tokens", 0)
+    if not isinstance(registers, int) or not 0 <= registers <= 1024:
+        raise ValueError(f"num_register_tokens of {registers!r} in config.json is not a number from 0 to 1024.")
+
+
+def check_feature_layer(layer: int, layers: int | None) -> None:
+    """Refuse a feature layer that an encoder does not have.
+
+    Args:
+        layer: Hidden state that enters an MLLM.
+        layers: Number of the encoder's layers; None if it is not known.
+
+    Raises:
+        ValueError: The layer is not one number, or out of range; the message names the range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(f"feature layer {layer!r}: features of several layers are not supported; give one number.")
+    if layers is not None and not -layers - 1 <= layer <= layers:
+        raise ValueError(f"feature layer {layer}: the encoder has {layers} layers; give {-layers - 1} to {layers}.")
+
+
 def _side(size):
     """Return the side of a square size that is given as a number or as a pair."""
     if isinstance(size, int):
@@ -103,6 +150,11 @@ def native_config(config: PretrainedConfig) -> PretrainedConfig:
     """
     config = getattr(config, "vision_config", config)
     native_type = backbone_of(config).native_type
+    if not backbone_of(config).maps:
+        check_sizes(config)
+        image_px, patch = backbone_of(config).image_px(config), _side(config.patch_size)
+        if patch > image_px:
+            raise ValueError(f"patches of {patch} px in config.json are larger than images of {image_px} px.")
     if native_type is None:
         return config
     known = AutoConfig.for_model(native_type).to_dict().keys() - {"model_type", "architectures", "transformers_version"}
@@ -116,7 +168,7 @@ class PivotVisionConfig(PretrainedConfig):
         backbone_config: Native config or its dictionary; a small SigLIP by default.
         pivot: Metadata with the keys stage, base_model, base_revision, feature_layer, prefix_tokens, language_head,
             recipe_sha256 and pivot_hub_version. For an encoder that this package did not train, stage is `base` and
-            only feature_layer and prefix_tokens are set besides.
+            only feature_layer and prefix_tokens are set besides. A saved PivotVisionBackbone has out_indices too.
         out_indices: Hidden states that `PivotVisionBackbone` returns as maps; the feature layer by default.
 
     Attributes:
@@ -135,12 +187,16 @@ class PivotVisionConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config = native_config(backbone_config)
         backbone = backbone_of(backbone_config)
-        self.pivot = {
-            "stage": "base",
-            "feature_layer": backbone.feature_layer,
-            "prefix_tokens": prefix_tokens(backbone_config),
-            **(pivot or {}),
-        }
+        pivot, prefix = dict(pivot or {}), prefix_tokens(backbone_config)
+        saved_indices = pivot.pop("out_indices", None)
+        out_indices = saved_indices if out_indices is None else out_indices
+        self.pivot = {"stage": "base", "feature_layer": backbone.feature_layer, "prefix_tokens": prefix, **pivot}
+        if self.pivot["prefix_tokens"] != prefix:
+            raise ValueError(
+                f"prefix_tokens of {self.pivot['prefix_tokens']!r} in config.json: {backbone_config.model_type} has "
+                f"{prefix}; restore the file."
+            )
+        check_feature_layer(self.pivot["feature_layer"], getattr(backbone_config, "num_hidden_layers", None))
         self.image_size = backbone.image_px(backbone_config)
         self.patch_size = None if backbone.maps else _side(backbone_config.patch_size)
         self.hidden_size = None if backbone.maps else backbone_config.hidden_size
@@ -152,6 +208,8 @@ class PivotVisionConfig(PretrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Read a config.json in this class's own layout, or a native one with or without a `pivot` entry."""
         values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(values, dict):
+            raise ValueError(f"{pretrained_model_name_or_path}: config.json is not a JSON object; restore the file.")
         if values.get("model_type") == cls.model_type:
             return values, unused
         native = {k: v for k, v in values.items() if k not in ("pivot", "auto_map")}

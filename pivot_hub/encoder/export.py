@@ -24,7 +24,8 @@ from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import ExportError
-from pivot_hub.files import whole_folder, write_json
+from pivot_hub.files import write_json
+from pivot_hub.outputs import EXPORT, check_replaceable, whole_folder
 from pivot_hub.provenance import machine, versions
 
 FLOAT32_TOLERANCE = 1e-4  # relative, for every batch that is checked
@@ -50,7 +51,7 @@ def export_encoder(
 
     Args:
         encoder: Folder or Hub name of the encoder.
-        output: Folder that the export is written to; an existing one is replaced.
+        output: Folder that the export is written to; an earlier export is replaced.
         fp16: Whether to write `onnx/model_fp16.onnx` too, which has float32 inputs and outputs.
         int8: Whether to write `onnx/model_quantized.onnx` (ONNX Runtime's dynamic quantisation) and `quanto/` (int8
             weights for torch by optimum-quanto) too.
@@ -66,13 +67,15 @@ def export_encoder(
     Raises:
         CheckpointError: The encoder cannot be loaded.
         ExportError: A package is missing, or the exported model's features differ from torch's.
+        OutputError: The output holds anything but an export, or another process is writing it.
     """
     _require_packages("onnx", "onnxscript", "onnxruntime", *(["optimum.quanto"] if int8 else []))
+    check_replaceable(Path(output), EXPORT)  # before the work, and again after it
     model, processor = read_encoder(encoder)
     dataset = ShapesDataset(image_px=model.config.image_size)
     check_images = [*images, *(dataset.scene("test", i).render().image for i in range(5))]
     batches = {"random": _noise(model.config.image_size), "images": _prepare(processor, check_images)}
-    with whole_folder(Path(output)) as folder:
+    with whole_folder(Path(output), EXPORT) as folder:
         forms = _write_forms(encoder, model, processor, folder, fp16, int8, log)
         files = {}
         for name, load in forms.items():
@@ -128,13 +131,13 @@ def _write_forms(
     forms: dict[str, Callable[[], FeatureModel]] = {"onnx/model.onnx": lambda: OnnxEncoder(folder)}
     if fp16:
         log("writing onnx/model_fp16.onnx")
-        half, _ = read_encoder(encoder, dtype=torch.float16)
+        half, _ = read_encoder(encoder, replay=False, dtype=torch.float16)  # they were replayed before
         _write_onnx(half, onnx_folder / "model_fp16.onnx")
         forms["onnx/model_fp16.onnx"] = lambda: OnnxEncoder(folder, "model_fp16.onnx")
     if int8:
         log("writing onnx/model_quantized.onnx and quanto/")
         _quantize_onnx(onnx_folder / "model.onnx", onnx_folder / "model_quantized.onnx")
-        _write_quanto(read_encoder(encoder)[0], folder / "quanto")
+        _write_quanto(read_encoder(encoder, replay=False)[0], folder / "quanto")
         forms["onnx/model_quantized.onnx"] = lambda: OnnxEncoder(folder, "model_quantized.onnx")
         forms["quanto/model.safetensors"] = lambda: load_quanto(folder)
     return forms

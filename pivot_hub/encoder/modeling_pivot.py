@@ -5,19 +5,21 @@ Pillow, transformers, safetensors (which transformers depends on) and its own co
 """
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .configuration_pivot import PivotVisionConfig, backbone_of, native_config
+from .configuration_pivot import BACKBONES, MOST, PivotVisionConfig, backbone_of, check_feature_layer, native_config
 
 try:  # transformers 5 collects hidden states with hooks, which it installs at the first call
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -25,6 +27,18 @@ except ImportError:  # transformers 4 has no such hooks
     maybe_install_capturing_hooks = None
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# As in pivot_hub.data.image, which this file cannot import. No format here starts another program, as EPS would.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000")
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SAVE_TOWER = "AutoModelForImageTextToText.from_pretrained({name!r}).model.vision_tower.save_pretrained(FOLDER)"
 AUTO_MAP = {
     "AutoConfig": "configuration_pivot.PivotVisionConfig",
     "AutoModel": "modeling_pivot.PivotVisionModel",
@@ -98,19 +112,27 @@ class PivotVisionModel(PreTrainedModel):
         hub_options = {
             k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
         }
-        repository_config = AutoConfig.from_pretrained(name, **hub_options)
+        _refuse_config(PretrainedConfig.get_config_dict(name, **hub_options)[0], name)
+        repository_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_options)
         pivot = vars(repository_config).pop("pivot", None)
         vars(repository_config).pop("auto_map", None)
         native = native_config(repository_config)
         if not isinstance(config, PivotVisionConfig):
             config = PivotVisionConfig(native, pivot)
         if feature_layer is not None:
+            check_feature_layer(feature_layer, config.num_hidden_layers)
             config.pivot = {**config.pivot, "feature_layer": feature_layer}
         if out_indices is not None:
             config.out_indices = list(out_indices)
         try:
             backbone, info = AutoModel.from_pretrained(
-                name, *args, config=native, output_loading_info=True, use_safetensors=True, **kwargs
+                name,
+                *args,
+                config=native,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **kwargs,
             )
         except SafetensorError as error:
             raise ValueError(f"{name}: its weights are cut off or damaged ({error}); download it again.") from error
@@ -168,19 +190,28 @@ class PivotVisionModel(PreTrainedModel):
         processor = (
             self.image_processor if has_processor else None
         )  # may fail, so it is read before anything is written
-        # One file, because renaming the keys of shards would mean changing their index too.
         self.backbone.save_pretrained(folder, **{"max_shard_size": "100GB", **kwargs})
         if prefix := backbone_of(self.backbone.config).key_prefix:
-            weights = load_file(folder / "model.safetensors")
-            weights = {prefix + k.removeprefix(prefix): v for k, v in weights.items()}
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            _add_key_prefix(folder, prefix)
         config = json.loads((folder / "config.json").read_text())
-        config |= {"auto_map": AUTO_MAP, "pivot": self.config.pivot}
+        indices = {} if self.config.out_indices is None else {"out_indices": list(self.config.out_indices)}
+        config |= {"auto_map": AUTO_MAP, "pivot": self.config.pivot | indices}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if processor is not None:
             processor.save_pretrained(folder)
         for name in ("configuration_pivot.py", "modeling_pivot.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
+
+    def __reduce__(self):
+        """Pickle without transformers' hooks, which are local functions; they are installed again afterwards."""
+        backbone = deepcopy(self.backbone)
+        for module in backbone.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if "output_capturing_hook" in getattr(hook, "__qualname__", ""):
+                    del module._forward_hooks[key]
+            if hasattr(module, "_output_capturing_hooks_installed"):
+                module._output_capturing_hooks_installed = False
+        return _unpickle, (type(self), {**vars(self), "_modules": {**self._modules, "backbone": backbone}})
 
     @property
     def image_processor(self):
@@ -239,14 +270,18 @@ class PivotVisionModel(PreTrainedModel):
         """Prepare images with the repository's own image processor and encode them.
 
         Args:
-            images: A PIL image, an array or a tensor, or a list of them. PIL images may have any mode; transparent
-                pixels become white.
+            images: An image or a list of them: PIL images of any mode, paths, and arrays or tensors (height, width),
+                (height, width, channels) or (channels, height, width) of integers from 0 to 255 or floats from 0 to 1.
+                Images are turned upright as their EXIF says, and transparent pixels become white.
             **kwargs: Options of `forward`.
 
         Returns:
             The output of `forward` for the images in order.
+
+        Raises:
+            ValueError: An image cannot be decoded, or an array has another shape or range.
         """
-        images = [_rgb(i) if isinstance(i, Image.Image) else i for i in _listed(images)]
+        images = [_as_rgb(image) for image in _listed(images)]
         pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return self(pixel_values.to(self.device, self.dtype), **kwargs)
 
@@ -272,7 +307,13 @@ class PivotVisionModel(PreTrainedModel):
                         "resize them, or set interpolate_pos_encoding=True."
                     )
                 options["interpolate_pos_encoding"] = True
-        return self.backbone(pixel_values, output_hidden_states=True, **options)
+        outputs = self.backbone(pixel_values, output_hidden_states=True, **options)
+        if output_attentions and (not outputs.attentions or outputs.attentions[0] is None):
+            raise ValueError(
+                f"{self.config._attn_implementation} attention returns no attentions; load the encoder with "
+                'attn_implementation="eager".'
+            )
+        return outputs
 
     def _patch_tokens(self, hidden):
         """Convert a hidden state (B, prefix + H*W, D), or timm's (B, D, H, W), to patch tokens (B, H*W, D)."""
@@ -365,7 +406,15 @@ def read_image_processor(name, config, **hub_options):
             f"{name}: its image processor {class_name} has no PIL form in transformers {transformers.__version__}; "
             "load it yourself and set the encoder's image_processor to it."
         )
-    return processor_class.from_pretrained(name, **hub_options)
+    processor = processor_class.from_pretrained(name, **hub_options)
+    sizes = (getattr(processor, "size", None), getattr(processor, "crop_size", None))  # timm's has neither
+    sides = [side for size in sizes for side in dict(size or {}).values()]
+    if wrong := [side for side in sides if side is not None and not 1 <= side <= MOST["image_size"]]:
+        raise ValueError(
+            f"{name}: images of {wrong[0]} px in preprocessor_config.json are not of 1 to {MOST['image_size']} px; "
+            "restore the file."
+        )
+    return processor
 
 
 def _pil_class(name):
@@ -373,6 +422,27 @@ def _pil_class(name):
     if transformers.__version__.startswith("4."):
         return getattr(transformers, name, None)
     return getattr(transformers, f"{name}Pil", None)
+
+
+def _unpickle(model_class, state):
+    """Restore a pickled encoder."""
+    model = model_class.__new__(model_class)
+    model.__setstate__(state)
+    if maybe_install_capturing_hooks is not None:
+        maybe_install_capturing_hooks(model.backbone)
+    return model
+
+
+def _add_key_prefix(folder, prefix):
+    """Add a prefix to every key of the weights in a folder, and of their index."""
+    for file in folder.glob("model*.safetensors"):
+        weights = {prefix + k.removeprefix(prefix): v for k, v in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        values = json.loads(index.read_text())
+        values["weight_map"] = {prefix + k.removeprefix(prefix): v for k, v in values["weight_map"].items()}
+        index.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def to_grid(tokens, height, width):
@@ -404,19 +474,39 @@ def _refuse_folder(folder):
         )
     if "config.json" not in names:
         raise ValueError(f"{folder}: is not a model repository, it has no config.json; give the folder that holds one.")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith(PICKLES))
-        if pickles:
-            raise ValueError(
-                f"{folder}: its weights are a pickle ({pickles[0]}), which may run code; convert them where you trust "
-                "them, with AutoModel.from_pretrained(...).save_pretrained(...), which writes safetensors."
-            )
-        raise ValueError(f"{folder}: has no weights; the download stopped half-way, run it again.")
+    refuse_pickles(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         absent = sorted(set(json.loads(index.read_text())["weight_map"].values()) - names)
         if absent:
             raise ValueError(f"{folder}: {absent[0]} is missing; the download stopped half-way, run it again.")
+
+
+def refuse_pickles(folder):
+    """Raise a ValueError if a folder holds no weights in safetensors; a pickle may run code when it is loaded."""
+    names = {f.name for f in folder.iterdir()}
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        raise ValueError(
+            f"{folder}: its weights are a pickle ({pickles[0]}), which may run code; convert them where you trust "
+            "them, with AutoModel.from_pretrained(...).save_pretrained(...), which writes safetensors."
+        )
+    raise ValueError(f"{folder}: has no weights; the download stopped half-way, run it again.")
+
+
+def _refuse_config(values, name):
+    """Raise a ValueError that says what a repository is, if its config.json is not an encoder's."""
+    model_type = values.get("model_type")
+    if any(key in values for key in ("image_token_index", "image_token_id")):
+        remedy = "`pivot extract FOLDER OUTPUT`" if model_type == "llava" else SAVE_TOWER.format(name=name)
+        raise ValueError(f"{name}: is an MLLM ({model_type}), not an encoder; take its encoder out with {remedy}.")
+    own_code = "auto_map" in values and model_type not in CONFIG_MAPPING and model_type != PivotVisionConfig.model_type
+    if own_code or (isinstance(model_type, str) and model_type not in CONFIG_MAPPING and model_type != "pivot_vision"):
+        code = "; the code that it brings is not run" if own_code else ""
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"{name}: vision architecture {model_type!r} is not supported{code}; give one of: {known}.")
 
 
 @torch.no_grad()
@@ -435,6 +525,11 @@ def _require_complete(backbone, info, name):
             "download it again, or give the config that belongs to the weights."
         )
     info["missing_keys"] = type(info["missing_keys"])()
+    if unused := _unused_keys(backbone, info["unexpected_keys"]):
+        raise ValueError(
+            f"{name}: {len(unused)} weights of the encoder are not used ({unused[0]} first), because config.json says "
+            "fewer layers than the weights have; give the config that belongs to them."
+        )
     for key, weight in backbone.named_parameters():
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(
@@ -442,14 +537,105 @@ def _require_complete(backbone, info, name):
             )
 
 
-def _rgb(image):
-    """Convert an image to RGB, with transparent pixels made white."""
-    if "A" in image.getbands() or "transparency" in image.info:
+def _unused_keys(backbone, unexpected):
+    """Return unexpected keys that are like the encoder's own except for a number, such as that of a further layer."""
+    prefixes = ("", backbone_of(backbone.config).key_prefix, "vision_model.", f"{backbone.base_model_prefix}.")
+    number = re.compile(r"(?<=\.)\d+(?=\.)")
+    own = {prefix + number.sub("#", key) for key in backbone.state_dict() for prefix in prefixes}
+    return sorted(key for key in unexpected if number.sub("#", key) in own)
+
+
+def _as_rgb(image):
+    """Convert an image, a path, an array or a tensor to an RGB image."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, (str, Path)):
+        try:
+            Image.init()
+            with Image.open(image, formats=[f for f in FORMATS if f in Image.OPEN]) as stored:
+                stored.load()
+                return to_rgb(stored)
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged file raises whatever its decoder stumbles over
+            name = str(image)[:200]
+            raise ValueError(f"image {name} cannot be decoded ({str(error)[:200]}); give an image file.") from error
+    if not hasattr(image, "__array__") or isinstance(image, (bytes, dict)):
+        raise ValueError(f"{type(image).__name__} is not an image; give a PIL image, a path, an array or a tensor.")
+    pixels = torch.as_tensor(image if torch.is_tensor(image) else image.copy()).detach().cpu()
+    return to_rgb(_array_image(pixels, channels_first=torch.is_tensor(image)))
+
+
+def _array_image(pixels, channels_first):
+    """Convert an array of pixels to a PIL image.
+
+    Args:
+        pixels: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+        channels_first: Whether (3, H, 3) has its channels in front.
+    """
+    shape = tuple(pixels.shape)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    elif pixels.ndim != 3 or not {1, 3, 4} & {shape[0], shape[-1]}:
+        raise ValueError(f"an array of shape {shape} is not an image; give (H, W), (H, W, 3) or (3, H, W).")
+    elif shape[-1] not in (1, 3, 4) or (channels_first and shape[0] in (1, 3, 4)):
+        pixels = pixels.permute(1, 2, 0)
+    if pixels.numel() == 0:
+        raise ValueError(f"an array of shape {shape} has no pixels.")
+    floating = pixels.is_floating_point()
+    low, high = pixels.min().item(), pixels.max().item()
+    dtype = str(pixels.dtype).removeprefix("torch.")
+    if pixels.dtype == torch.bool or pixels.is_complex() or not 0 <= low <= high <= (1 if floating else 255):
+        raise ValueError(
+            f"an array of {dtype} from {low:.4g} to {high:.4g} is not an image; give integers from 0 to "
+            "255 or floats from 0 to 1. Pixels that are already normalised go to the model itself."
+        )
+    pixels = (pixels.float() * 255).round() if floating else pixels
+    array = pixels.to(torch.uint8).contiguous().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def to_rgb(image):
+    """Convert an image to RGB: turned upright as its EXIF says, transparency on white, 16-bit grey scaled to 8 bits.
+
+    Raises:
+        ValueError: The pixels are floats or 32-bit integers, whose black and white are not defined.
+    """
+    turn = TURNS.get(_orientation(image))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # at most 16 bits
+        image = _to_8_bits(image)
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"an image of mode {image.mode} has 32-bit pixels, whose black and white are not defined; save it with 8 "
+            "or 16 bits."
+        )
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    if "A" in palette or "transparency" in image.info or {"A", "a"} & set(image.getbands()):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image):
+    """Return the orientation in an image's EXIF; 1, which is upright, where there is none that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF leaves the pixels as they are
+        return 1
+
+
+def _to_8_bits(image):
+    """Convert 16-bit grey to 8 bits by its high byte, as Pillow converts 16-bit colours."""
+    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+    values = values.reshape(image.height, image.width)
+    grey = (values.clamp(0, 65535) >> 8).to(torch.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey.numpy())
 
 
 def _listed(images):
-    """Return images as a list; a single image, array or tensor becomes a list of one."""
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    """Return images as a list; a batch (B, C, H, W) is taken apart, and a single image becomes a list of one."""
+    return list(images) if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 else [images]

@@ -6,25 +6,69 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils.hub import cached_file
 
+from pivot_hub import __version__
+from pivot_hub.data.image import image_files
 from pivot_hub.encoder import PivotVisionModel
-from pivot_hub.encoder.modeling_pivot import PICKLES
+from pivot_hub.encoder.modeling_pivot import AUTO_MAP, PICKLES
 from pivot_hub.errors import CheckpointError
-from pivot_hub.files import whole_folder
-from pivot_hub.provenance import cached_commit, file_sha256, manifest_text, weights_sha256, write_manifest
+from pivot_hub.outputs import ENCODER, is_bystander, whole_folder
+from pivot_hub.provenance import cached_commit, file_sha256, hub_commit, manifest_text, weights_sha256, write_manifest
 
 REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
+# Errors of transformers at a model, a config, a processor or a tokenizer that it cannot load.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    RecursionError,
+    StrictDataclassError,
+    SafetensorError,
+)
 # Relative; golden vectors are replayed on other machines, whose kernels sum in another order.
 GOLDEN_TOLERANCE = 1e-3
-HUBS_OWN = {".gitattributes"}  # the Hub adds it to every repository
+# Hashes of the two code files in every version of this package; those of the running version are known besides.
+KNOWN_CODE: dict[str, list[str]] = json.loads(Path(__file__).with_name("known_code.json").read_text())
+# The files that a repository may hold. None of them but the code runs anything when it is loaded.
+KINDS = (
+    *REMOTE_CODE,
+    "config.json",
+    "preprocessor_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "golden.safetensors",
+    "projector.safetensors",
+    "recipe.yaml",
+    "report.json",
+    "metrics.jsonl",
+    "results/*.json",
+    ".eval_results/*.yaml",
+    "export.json",
+    "onnx/*.onnx",
+    "onnx/*.onnx_data",
+    "quanto/model.safetensors",
+    "quanto/quantization_map.json",
+    "*.md",
+    "*.txt",
+    "*.png",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def write_repository(
@@ -40,7 +84,7 @@ def write_repository(
     equal bit for bit.
 
     Args:
-        output: Folder that the repository is written to; an existing one is replaced.
+        output: Folder that the repository is written to; an earlier repository is replaced.
         model: The encoder, with its image processor.
         metadata: Origin of the encoder, for provenance.json.
         files: Further files, by their name in the repository.
@@ -51,9 +95,10 @@ def write_repository(
 
     Raises:
         CheckpointError: The written weights do not read back equal, or the model has no image processor.
+        OutputError: The output holds anything but an encoder repository, or another process is writing it.
     """
     target = Path(output)
-    with whole_folder(target) as folder:
+    with whole_folder(target, ENCODER) as folder:
         fill_repository(folder, model)
         if projector is not None:
             save_file({k: v.contiguous() for k, v in projector.items()}, folder / "projector.safetensors")
@@ -97,23 +142,54 @@ def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, **vectors}
 
 
-def read_encoder(name: str | Path, **options: Any) -> tuple[PivotVisionModel, Any]:
-    """Load the encoder of a native repository with its image processor.
+def read_encoder(name: str | Path, replay: bool = True, **options: Any) -> tuple[PivotVisionModel, Any]:
+    """Load the encoder of a native repository with its image processor, and replay its golden vectors if it has any.
 
     Args:
         name: Folder or Hub name.
+        replay: Whether to replay the golden vectors, so that altered weights are never used.
         **options: Options of `PivotVisionModel.from_pretrained`; `dtype` is float32 by default.
 
     Raises:
-        CheckpointError: There is no encoder, or it is not complete; the message names the remedy.
+        CheckpointError: There is no encoder, it is not complete, or its features are not those that it was published
+            with; the message names the remedy.
     """
+    dtype = options.pop("dtype", torch.float32)
     try:
-        model = PivotVisionModel.from_pretrained(str(name), **{"dtype": torch.float32, **options})
-        return model, model.image_processor
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix(f"{name}: ")
-        hint = "" if Path(name).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
-        raise CheckpointError(f"{name}: no encoder can be loaded: {reason.rstrip('.')}{hint}.") from error
+        is_ours = replay and _golden_file(name, options.get("revision")) is not None
+        loaded_dtype = torch.float32 if is_ours else dtype  # golden vectors are those of float32
+        model = PivotVisionModel.from_pretrained(str(name), dtype=loaded_dtype, **options)
+        processor = model.image_processor
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{name}: no encoder can be loaded: {loading_problem(name, error)}.") from error
+    if is_ours:
+        check_golden(name, model, options.get("revision"))
+        cast(torch.nn.Module, model).to(dtype)
+    return model, processor
+
+
+def loading_problem(name: str | Path, error: Exception) -> str:
+    """Describe in one line, without a full stop, why a model or a part of it cannot be loaded, with the remedy.
+
+    Args:
+        name: Folder or Hub name.
+        error: Exception that transformers raised.
+    """
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"access to it must be asked for; ask on https://huggingface.co/{name}, then log in with `hf auth login`, "
+            "or set HF_TOKEN"
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "there is no such repository, or it is private; check the name, or log in with `hf auth login`"
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    reason = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    reason = reason.removeprefix(f"{name}: ").rstrip(".")
+    hint = "" if Path(name).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
+    return f"{reason}{hint}"
 
 
 def encoder_metadata(name: str | Path) -> dict[str, str]:
@@ -130,30 +206,48 @@ def encoder_metadata(name: str | Path) -> dict[str, str]:
 
 
 def verify_repository(folder: str | Path) -> list[str]:
-    """Check a repository that this package wrote: hashes, unexpected files, pickles, every key, golden vectors.
+    """Check a repository that this package wrote: hashes, unexpected files, code, links, every key, golden vectors.
+
+    Files of the Hub's client, of git and of file managers are passed over, see `bystanders`.
 
     Returns:
-        One message for each problem; empty for an intact repository.
+        One message for each problem; empty for an intact repository. A hash shows damage; it does not show who wrote
+        the repository.
     """
     path, problems = Path(folder), []
+    if (reason := _not_a_repository(path)) is not None:
+        return [f"{path}: {reason}"]
     try:
         text = (path / "provenance.json").read_text()
         provenance = json.loads(text)
         expected, own_sha256 = provenance["files"], provenance["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [f"{path}: provenance.json is missing or unreadable; pull the repository again."]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [f"{path}: provenance.json is unreadable; pull the repository again."]
     computed = hashlib.sha256(manifest_text(provenance, False).encode()).hexdigest()
     if text != manifest_text(provenance) or own_sha256 != computed:
         return ["provenance.json differs from its own hash; pull the repository again."]
-    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()} - {"provenance.json"} - HUBS_OWN
+    names = {f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_symlink() or not f.is_dir()}
+    present = {name for name in names if not is_bystander(name)} - {"provenance.json"}
+    outside = {name for name in present if _leads_out(path / name, path)}
+    for name in sorted(outside):
+        problems.append(f"{name} is a link out of the repository; delete it.")
     for name in sorted(expected.keys() - present):
         problems.append(f"{name} is missing; pull the repository again.")
-    for name in sorted(present - expected.keys()):
-        kind = "a pickle, which may run code" if name.endswith(PICKLES) else "not expected"
-        problems.append(f"{name} is {kind}; delete it.")
-    for name in sorted(expected.keys() & present):
-        if file_sha256(path / name) != expected[name]:
+    for name in sorted(present - outside):
+        if name.endswith(PICKLES):
+            problems.append(f"{name} is a pickle, which may run code; delete it.")
+        elif name not in expected:
+            problems.append(f"{name} is not expected; delete it.")
+        elif file_sha256(path / name) != expected[name]:
             problems.append(f"{name} differs from the hash it was published with; pull the repository again.")
+        elif not any(fnmatch(name, kind) for kind in KINDS):
+            problems.append(f"{name} is not a kind of file that an encoder repository holds; delete it.")
+        elif name in REMOTE_CODE and expected[name] not in _known_code(name):
+            problems.append(
+                f"{name} is not the code of any version of pivot_hub {__version__} and before; do not run it: load the "
+                "repository with pivot_hub or without trust_remote_code, or update pivot_hub."
+            )
+    problems += [] if problems else _foreign_code(path)
     if problems:
         return problems
     try:
@@ -167,23 +261,84 @@ def verify_repository(folder: str | Path) -> list[str]:
     return problems
 
 
-def check_golden(name: str | Path, model: PivotVisionModel) -> None:
+def bystanders(folder: str | Path) -> list[str]:
+    """List the files of a folder that `verify_repository` passes over."""
+    path = Path(folder)
+    names = (f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
+    return sorted(name for name in names if is_bystander(name))
+
+
+def _not_a_repository(path: Path) -> str | None:
+    """Say what a folder is that this package did not write as an encoder repository; None for one that it wrote."""
+    if not path.is_dir():
+        return "there is no such folder; give the folder of an encoder repository, or its name on the Hub."
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    model_type = config.get("model_type")
+    if model_type == "llava":
+        return "is an MLLM, not an encoder; take its encoder out with `pivot extract`, and verify that."
+    if (path / "provenance.json").exists():
+        return None
+    if "pivot" in config:
+        return (
+            "was written by save_pretrained, which writes no checksums, or its provenance.json is missing; write it by "
+            "`pivot extract` or write_repository, or pull it again."
+        )
+    if model_type is not None:
+        return (
+            f"is a {model_type} model that pivot_hub did not write, so there are no checksums to compare it with; "
+            "PivotVisionModel.from_pretrained checks that it is complete."
+        )
+    if images := image_files(path):
+        return f"holds {len(images)} images and no model; give the folder of an encoder repository."
+    return "is not a model repository: it has no config.json; give the folder of an encoder repository."
+
+
+def _leads_out(file: Path, folder: Path) -> bool:
+    """Return whether a file is a link to a place outside of its repository; the Hub's cache links to its own blobs."""
+    if not file.is_symlink():
+        return False
+    root = folder.resolve()
+    places = [root, root.parents[1] / "blobs"] if hub_commit(root) else [root]
+    try:
+        return not any(file.resolve().is_relative_to(place) for place in places) or file.is_dir()
+    except (OSError, RuntimeError):  # a link that leads to itself
+        return True
+
+
+def _known_code(name: str) -> set[str]:
+    """Hashes of a code file in all versions of this package."""
+    return {*KNOWN_CODE[name], file_sha256(Path(__file__).with_name(name))}
+
+
+def _foreign_code(path: Path) -> list[str]:
+    """Name the configs that point at code other than the repository's own."""
+    problems = []
+    for name in ("config.json", "preprocessor_config.json"):
+        config = json.loads((path / name).read_text()) if (path / name).is_file() else {}
+        if config.get("auto_map", AUTO_MAP) != AUTO_MAP:
+            problems.append(f"{name} points at code that is not the repository's own (auto_map); pull it again.")
+    return problems
+
+
+def check_golden(name: str | Path, model: PivotVisionModel, revision: str | None = None) -> None:
     """Replay the golden vectors of the repository that a model was loaded from, if it has any.
 
     Args:
         name: Folder or Hub name of the repository.
-        model: The encoder that was loaded from it.
+        model: The encoder that was loaded from it, in float32.
+        revision: Revision of the Hub repository.
 
     Raises:
         CheckpointError: The features differ from those that the repository was published with.
     """
-    try:
-        golden = cached_file(str(name), "golden.safetensors", _raise_exceptions_for_missing_entries=False)
-    except OSError:  # an original encoder, which has no golden vectors, while the Hub is out of reach
-        return
+    golden = _golden_file(name, revision)
     if golden is None:
         return
-    distance = _distance(model, Path(golden))
+    distance = _distance(model, golden)
     if not distance < GOLDEN_TOLERANCE:
         raise CheckpointError(
             f"{name}: its features differ from the golden vectors by {distance:.1e} relative, so it is not what was "
@@ -191,19 +346,32 @@ def check_golden(name: str | Path, model: PivotVisionModel) -> None:
         )
 
 
+def _golden_file(name: str | Path, revision: str | None) -> Path | None:
+    """Find the golden vectors of a repository; None for an original encoder, which has none."""
+    try:
+        golden = cached_file(
+            str(name), "golden.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:  # the Hub is out of reach, or the repository does not exist
+        return None
+    return None if golden is None else Path(golden)
+
+
 def _replay(folder: Path) -> float:
     """Relative distance of the repository's features from its golden vectors; refuse missing or unused keys."""
-    model, _ = read_encoder(folder)
+    model, _ = read_encoder(folder, replay=False)
     _load_native(folder)
     return _distance(model, folder / "golden.safetensors")
 
 
 @torch.no_grad()
 def _distance(model: PivotVisionModel, golden_file: Path) -> float:
-    """Relative distance of a model's features from golden vectors."""
+    """Relative distance of a model's features, at the layer of the repository's config, from golden vectors."""
     try:
         golden = load_file(golden_file)
-        features = model(golden["pixel_values"].to(model.device, model.dtype)).last_hidden_state.float().cpu()
+        layer = json.loads(golden_file.with_name("config.json").read_text())["pivot"]["feature_layer"]
+        outputs = model(golden["pixel_values"].to(model.device, model.dtype), output_hidden_states=True)
+        features = model._patch_tokens(outputs.hidden_states[layer]).float().cpu()
         return ((features - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
     except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error
@@ -211,7 +379,9 @@ def _distance(model: PivotVisionModel, golden_file: Path) -> float:
 
 def _load_native(folder: Path) -> Any:
     """Load a repository with plain AutoModel, the first loading path, and refuse missing or unused keys."""
-    native, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    native, info = AutoModel.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+    )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckpointError(
             f"{folder}: keys of model.safetensors and of the model differ, {info['missing_keys'] or 'none'} missing, "
@@ -225,7 +395,7 @@ def _read_back(folder: Path) -> None:
     """Load a written repository by the first two loading paths and compare the features bit for bit."""
     golden = load_file(folder / "golden.safetensors")
     pixels, features = golden["pixel_values"], golden["last_hidden_state"]
-    encoder, _ = read_encoder(folder)
+    encoder, _ = read_encoder(folder, replay=False)
     layer = encoder.config.pivot["feature_layer"]
     hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[layer]
     native_features = encoder._patch_tokens(hidden)

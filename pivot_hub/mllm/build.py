@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -21,9 +20,9 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
-from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.configuration_pivot import backbone_of, check_feature_layer
 from pivot_hub.encoder.modeling_pivot import read_image_processor
-from pivot_hub.encoder.repository import read_encoder
+from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem, read_encoder
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.chat_templates import ChatFormat, chat_format
 from pivot_hub.mllm.load import load_complete
@@ -54,6 +53,10 @@ def build_mllm(
         CheckpointError: A part does not exist, or some of its weights are missing.
     """
     encoder, image_processor = _load_encoder(vision, vision_revision)
+    try:
+        check_feature_layer(feature_layer, encoder.config.num_hidden_layers)
+    except ValueError as error:
+        raise CheckpointError(f"{vision}: {error}") from error
     tower = encoder.backbone
     language_model = load_complete(AutoModelForCausalLM, language, language_revision)
     tokenizer = _load_tokenizer(language, language_revision)
@@ -106,10 +109,9 @@ def read_processor(
     try:
         config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
         image_processor = read_image_processor(vision, config.backbone_config, revision=vision_revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix(f"{vision}: ").rstrip(".")
-        hint = "" if Path(vision).exists() else "; give a folder, or a Hub name where the Hub or its cache is in reach"
-        raise CheckpointError(f"{vision}: its configuration cannot be read: {reason}{hint}.") from error
+    except LOADING_ERRORS as error:
+        problem = loading_problem(vision, error)
+        raise CheckpointError(f"{vision}: its configuration cannot be read: {problem}.") from error
     tokenizer = _load_tokenizer(language, language_revision)
     chat = chat_format(tokenizer)
     _add_tokens(tokenizer, None, chat)
@@ -156,10 +158,9 @@ def _load_encoder(name: str, revision: str | None) -> tuple[PivotVisionModel, An
 
 def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason}") from error
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {loading_problem(name, error)}.") from error
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None, chat: ChatFormat) -> None:

@@ -12,6 +12,7 @@ from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm.load import load_mllm
+from pivot_hub.outputs import ENCODER, check_replaceable
 from pivot_hub.provenance import weights_sha256
 
 
@@ -22,7 +23,7 @@ def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | N
 
     Args:
         checkpoint: Folder of a finished align, instruct, sft or dpo stage.
-        output: Folder that the repository is written to; an existing one is replaced.
+        output: Folder that the repository is written to; an earlier repository is replaced.
         command: Command that reproduces this encoder, for provenance.json. By default it is derived from the
             recipes, provided that all of them are shipped ones.
 
@@ -31,8 +32,10 @@ def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | N
 
     Raises:
         CheckpointError: The checkpoint is not a stage's MLLM, or the written weights do not read back equal.
+        OutputError: The output holds anything but an encoder repository, or another process is writing it.
     """
     source = Path(checkpoint)
+    check_replaceable(Path(output), ENCODER)  # before the work, and again after it
     mllm, processor = load_mllm(source)
     metadata = _stage_metadata(source)
     model = PivotVisionModel.from_mllm(mllm, metadata["pivot"], processor.image_processor)
@@ -61,8 +64,14 @@ def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's provenance, and derive the `pivot` entry of its encoder's config from it."""
     file = checkpoint / "provenance.json"
     if not file.is_file():
-        raise CheckpointError(f"{checkpoint} has no provenance.json; give the output folder of a finished stage.")
-    provenance = json.loads(file.read_text())
+        raise CheckpointError(
+            f"{checkpoint} has no provenance.json; give the output folder of a finished stage. The encoder of "
+            "another LLaVA model is saved by PivotVisionModel.from_mllm(mllm).save_pretrained(FOLDER)."
+        )
+    try:
+        provenance = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged; train the stage again, or copy it again.") from error
     model = provenance["model"]
     pivot = {
         "stage": provenance["stage"],

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -17,7 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pivot_hub.encoder.configuration_pivot import prefix_tokens
+from pivot_hub.encoder.configuration_pivot import check_feature_layer, check_sizes, native_config, prefix_tokens
+from pivot_hub.encoder.modeling_pivot import SAVE_TOWER, refuse_pickles
+from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 
 
@@ -28,12 +29,15 @@ def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaP
         folder: Folder of the checkpoint.
 
     Raises:
-        CheckpointError: The folder does not hold a LLaVA model, or some of its weights are missing.
+        CheckpointError: The folder does not hold a LLaVA model, or its weights are incomplete or a pickle.
     """
     path = Path(folder)
     mllm_config(path)
     model = load_complete(LlavaForConditionalGeneration, str(path), None)
-    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    try:
+        processor = AutoProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{path}: its processor cannot be loaded: {loading_problem(path, error)}.") from error
     return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
 
 
@@ -41,13 +45,29 @@ def mllm_config(path: Path) -> LlavaConfig:
     """Read the config of a stage checkpoint.
 
     Raises:
-        CheckpointError: The folder does not hold a LLaVA model.
+        CheckpointError: The folder does not hold a LLaVA model, or a size of its config is wrong.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{path}: its config cannot be read: {loading_problem(path, error)}.") from error
     if config.model_type != "llava":
-        raise CheckpointError(f"{path} holds a {config.model_type} model, not an MLLM; give a LLaVA checkpoint.")
+        kind = f"{path} holds a {config.model_type} model"
+        if hasattr(config, "vision_config") and hasattr(config, "image_token_id"):
+            save_tower = SAVE_TOWER.format(name=str(path))
+            raise CheckpointError(
+                f"{kind}, an MLLM, but not of LLaVA's classes; give a LLaVA checkpoint, or take its encoder out with "
+                f"{save_tower}."
+            )
+        raise CheckpointError(f"{kind}, not an MLLM; give a LLaVA checkpoint.")
+    try:
+        vision = native_config(config)
+        check_sizes(config.text_config)
+        check_feature_layer(config.vision_feature_layer, getattr(vision, "num_hidden_layers", None))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     return cast(LlavaConfig, config)
 
 
@@ -73,15 +93,23 @@ def load_complete(loader: Any, name: str, revision: str | None, **options: Any) 
         **options: Further options for `from_pretrained`.
 
     Raises:
-        CheckpointError: The model cannot be loaded, or weights are missing or have another shape.
+        CheckpointError: The model cannot be loaded, its weights are a pickle, are missing or have another shape, or it
+            would run code of its own.
     """
     try:
+        if Path(name).is_dir():
+            refuse_pickles(Path(name))
         model, info = loader.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True, **options
+            name,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: cannot be loaded: {reason}") from error
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{name}: cannot be loaded: {loading_problem(name, error)}.") from error
     wrong = sorted(info["missing_keys"]) or [str(key[0]) for key in info["mismatched_keys"]]
     if wrong:
         raise CheckpointError(

@@ -11,7 +11,15 @@ import yaml
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from pivot_hub.config.recipe import RECIPES
-from pivot_hub.encoder.configuration_pivot import BACKBONES, backbone_of, native_config, prefix_tokens
+from pivot_hub.encoder.configuration_pivot import (
+    BACKBONES,
+    backbone_of,
+    check_feature_layer,
+    check_sizes,
+    native_config,
+    prefix_tokens,
+)
+from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 
 
@@ -38,13 +46,13 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         if revision is None and not Path(name).is_dir() and name in published_parts():
             config = AutoConfig.for_model(**published_parts()[name]["config"])
         else:
-            config = AutoConfig.from_pretrained(name, revision=revision)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         is_vision = hasattr(config, "vision_config") or config.model_type in BACKBONES
         return native_config(config) if is_vision else config
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except LOADING_ERRORS as error:
         raise CheckpointError(
-            f"{name}: its config cannot be read: {reason}; give a folder that holds its config.json, connect to the "
+            f"{name}: its config cannot be read: {loading_problem(name, error)}; give a folder that "
+            "holds its config.json, connect to the "
             f"Hub, or give one of: {', '.join(published_parts())}."
         ) from error
 
@@ -73,6 +81,11 @@ def meta_mllm(
     """
     if backbone_of(vision_config).maps:
         raise CheckpointError("timm models give feature maps, which transformers' LLaVA does not take.")
+    try:
+        check_feature_layer(feature_layer, getattr(vision_config, "num_hidden_layers", None))
+        check_sizes(text_config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     text: Any = text_config
     config = LlavaConfig(
         vision_config=vision_config,

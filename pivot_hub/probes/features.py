@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,13 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
-from pivot_hub.encoder.encode import Progress, encode_images
+from pivot_hub.data.image import DECODING
+from pivot_hub.encoder.encode import NotFiniteError, Progress, encode_images
 from pivot_hub.encoder.feature_model import FeatureModel
+from pivot_hub.encoder.feature_parts import finished_report
 from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.files import write_json
+from pivot_hub.outputs import lock_output
 from pivot_hub.probes.classification.labelled_images import Labelled, ProbeImages
 
 LAYOUT = 1  # version of the layout of cached files
@@ -81,6 +85,9 @@ class EncodingOptions:
     workers: int | None = None
     progress: Progress = lambda done, total, rate: None
 
+    def cache_folder(self) -> Path:
+        return self.cache or Path(HF_HOME) / "pivot_hub" / "features"
+
 
 def cached_features(
     model: Any,
@@ -123,7 +130,7 @@ def cached_values(
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Compute the features of images, or read them if they were cached for the same encoder, processor and images.
 
-    A stopped run resumes where it was stopped.
+    A stopped run resumes where it was stopped. A cached file that was damaged is computed again.
 
     Args:
         model: The encoder, on its device and in `options.dtype`.
@@ -148,28 +155,70 @@ def cached_values(
         "tokens": tokens,
         "dtype": options.dtype,
         "layout": LAYOUT,
+        "decoding": DECODING,
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
-    file = (options.cache or Path(HF_HOME) / "pivot_hub" / "features") / f"{key}.npy"
-    report_file = file.with_name(f"{file.name}.json")  # written last
-    if not report_file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        encode_images(
-            model,
-            image_processor,
-            images,
-            file,
-            {**metadata, "key": key},
-            tokens,
-            options.batch,
-            options.dtype,
-            options.workers,
-            options.progress,
-        )
-    report = json.loads(report_file.read_text())
+    file = options.cache_folder() / f"{key}.npy"
+    report = finished_report(file)
+    if report is None:
+        try:
+            report = encode_images(
+                model,
+                image_processor,
+                images,
+                file,
+                {**metadata, "key": key},
+                tokens,
+                options.batch,
+                options.dtype,
+                options.workers,
+                options.progress,
+                cache=True,
+            )
+        except NotFiniteError as error:
+            raise ProbeError(str(error)) from error
     values = np.load(file, mmap_mode="c")  # pages that are never written to stay on disk
     _check_finite(values, report["files"])
     return values, report["files"], [image["reason"] for image in report["corrupt"]]
+
+
+def cached_digests(images: ProbeImages, options: EncodingOptions = EncodingOptions()) -> np.ndarray:
+    """Hash the file of each image, or read the hashes if they were cached for the same images: (N, 32) uint8."""
+    file = options.cache_folder() / f"{hashlib.sha256(images.stamp().encode()).hexdigest()}.digests.npy"
+
+    def digest() -> None:
+        digests = b"".join(images.digest(i) for i in range(len(images.names)))
+        np.save(file, np.frombuffer(digests, np.uint8).reshape(-1, 32))
+
+    _ensure_cached([file], digest)
+    return np.load(file)
+
+
+def _ensure_cached(files: Sequence[Path], make: Callable[[], None]) -> None:
+    """Make cached files unless they are there with the contents that they were written with.
+
+    The hashes of the contents are written beside the first file, last. Another process that makes the same files is
+    waited for.
+    """
+    hash_file = files[0].with_name(f"{files[0].name}.sha256")
+    with lock_output(files[0].with_name(f"{files[0].name}.cache"), wait=True):
+        try:
+            if json.loads(hash_file.read_text()) == _hashes(files):
+                return
+        except (OSError, ValueError):  # a file is missing, or is no JSON
+            pass
+        for file in (hash_file, *files):
+            file.unlink(missing_ok=True)
+        make()
+        write_json(hash_file, _hashes(files))
+
+
+def _hashes(files: Sequence[Path]) -> dict[str, str]:
+    hashes = {}
+    for file in files:
+        with file.open("rb") as stored:
+            hashes[file.name] = hashlib.file_digest(stored, "sha256").hexdigest()
+    return hashes
 
 
 def _check_finite(values: np.ndarray, names: list[str]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -173,16 +176,44 @@ def read_results(path: Path) -> list[ProbeResult]:
     results have no per-example scores.
 
     Raises:
-        ProbeError: The file is not a list of results, or a result lacks a required field.
+        ProbeError: The file is not a list of results, a result lacks a required field, the per-example scores are
+            damaged, or a value does not follow from them.
     """
     try:
         results = [ProbeResult.from_dict(stored) for stored in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ProbeError(f"{path} holds no probe results ({error}); give a file that `pivot probe` wrote.") from error
-    if not path.with_suffix(".npz").is_file():
+    scores_file = path.with_suffix(".npz")
+    if not scores_file.is_file():
         return results
-    with np.load(path.with_suffix(".npz")) as stored_scores:
-        return [replace(r, example_scores=stored_scores.get(str(i))) for i, r in enumerate(results)]
+    try:
+        with np.load(scores_file) as stored_scores:
+            results = [replace(r, example_scores=stored_scores.get(str(i))) for i, r in enumerate(results)]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ProbeError(
+            f"{scores_file} is damaged ({error}); write it again with `--json`, or delete it: the results are then "
+            "without per-example scores."
+        ) from error
+    for row, result in enumerate(results):
+        _check_value(path, row, result)
+    return results
+
+
+def _check_value(path: Path, row: int, result: ProbeResult) -> None:
+    """Raise a ProbeError if a value does not follow from the per-example scores beside it."""
+    if result.example_scores is None:
+        return
+    sums = result.example_scores.sum(0, dtype=np.float64)[None]
+    try:
+        value = float(statistic_of(result.metric)(sums)[0]) * (100 if result.unit == "percent" else 1)
+    except (IndexError, ValueError, TypeError):
+        value = math.nan
+    n = len(result.example_scores)
+    if n != result.n or not math.isclose(value, result.value, rel_tol=1e-6, abs_tol=1e-6):
+        raise ProbeError(
+            f"{path}, result {row} ({result.task}, {result.metric}): it says {result.value:g} over {result.n} items, "
+            f"and its per-example scores give {value:g} over {n}; one of the two files was changed, so measure again."
+        )
 
 
 def balanced_accuracy(sums: np.ndarray) -> np.ndarray:

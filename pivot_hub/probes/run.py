@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from pivot_hub.data.synthetic import (
 )
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.feature_model import FeatureModel
-from pivot_hub.encoder.repository import check_golden, encoder_metadata, read_encoder
+from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm.load import image_px
 from pivot_hub.probes.classification.labelled_images import open_classes
@@ -177,8 +177,10 @@ def probe_language(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> list[Pro
         CheckpointError: The language model cannot be loaded.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: no language model can be loaded: {str(error).splitlines()[0]}") from error
     dataset = ShapesDataset()
@@ -232,6 +234,7 @@ def probe_encoder(
     protocols: Sequence[str] = PROTOCOLS[:-1],
     revision: str | None = None,
     encoding: EncodingOptions = EncodingOptions(),
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[ProbeResult], list[str]]:
     """Probe an encoder by name, on the synthetic Shapes dataset or on labelled images.
 
@@ -244,6 +247,7 @@ def probe_encoder(
         protocols: Classification protocols for labelled images, from PROTOCOLS.
         revision: Revision of a Hub data set.
         encoding: How labelled images are encoded.
+        warn: Function that receives a warning if reported images are copies of train's.
 
     Returns:
         The results, and one error message for each image that was skipped.
@@ -258,13 +262,12 @@ def probe_encoder(
         raise ProbeError(f"dtype {encoding.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     classes = None if data == "shapes" else open_classes(data, revision, seed)
     model, image_processor = read_encoder(encoder)
-    check_golden(encoder, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)
     if classes is None:
         return probe_shapes(model, image_processor, metadata["encoder"], metadata["encoder_sha256"], sizes, seed), []
-    return classify_images(model, image_processor, classes, metadata, protocols, seed, on_bad_row, encoding)
+    return classify_images(model, image_processor, classes, metadata, protocols, seed, on_bad_row, encoding, warn)
 
 
 def probe_all(
@@ -273,6 +276,7 @@ def probe_all(
     seed: int = 0,
     protocols: Sequence[str] = PROTOCOLS[:-1],
     progress: Progress = lambda done, total, rate: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[ProbeResult]]:
     """Collect the results of several encoders by name: probed now, or read from a file that a probe wrote.
 
@@ -282,6 +286,7 @@ def probe_all(
         seed: Seed of splits, samples and bootstrap.
         protocols: Classification protocols for labelled images.
         progress: Function that is called after every batch of images.
+        warn: Function that receives warnings, see `probe_encoder`.
 
     Raises:
         ProbeError: Two encoders have the same name.
@@ -293,7 +298,7 @@ def probe_all(
             results = read_results(path)
         else:
             encoding = EncodingOptions(progress=progress)
-            results, _ = probe_encoder(encoder, data, seed, protocols=protocols, encoding=encoding)
+            results, _ = probe_encoder(encoder, data, seed, protocols=protocols, encoding=encoding, warn=warn)
         name = results[0].encoder
         if name in by_name and path.suffix == ".json":
             name = path.stem

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.errors import CardError
-from pivot_hub.files import PACKAGE, whole_folder, write_whole
+from pivot_hub.files import PACKAGE, write_whole
+from pivot_hub.outputs import ENCODER, whole_folder
 from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata, read_prose
 from pivot_hub.publish.card_render import FIGURE, card_files, render_plan
 
@@ -72,7 +73,7 @@ def _record_metadata(quickstart: Path) -> None:
         if not (source / "results").is_dir():
             raise CardError(f"{source} has no results: give the folder of a finished `pivot quickstart`.")
     for name, source in encoders.items():
-        with whole_folder(RECORDED / name) as folder:
+        with whole_folder(RECORDED / name, ENCODER) as folder:
             for file in ("config.json", "recipe.yaml", "provenance.json"):
                 shutil.copyfile(source / file, folder / file)
             shutil.copytree(source / "results", folder / "results")

@@ -199,8 +199,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         content = (yaml.safe_load if path.suffix == ".yaml" else json.loads)(path.read_text())
     except OSError as error:
         raise CardError(f"{path.name} is missing: give the folder of an encoder repository.") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise CardError(f"{path.name} cannot be read: {' '.join(str(error).split())}.") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CardError(f"{path.name} cannot be read: {reason}; extract or pull the repository again.") from error
     if not isinstance(content, dict):
         raise CardError(f"{path.name} is not a mapping of keys.")
     return content

@@ -27,6 +27,8 @@ from pivot_hub.publish.eval_results import eval_files
 
 FIGURE = "sft-against-dpo.png"
 NOT_TRAINED = "**Not trained yet: there are no weights and no results, only the plan.**"
+# Errors of code that expects a number or a list where an edited file holds something else.
+WRONG_TYPE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError)
 COLUMNS = ("base", "sft", "dpo")  # order of the encoders in a table of results
 Comparison = list[tuple[ProbeResult, ProbeResult]]
 
@@ -109,13 +111,19 @@ def card_files(metadata: EncoderMetadata, prose: Prose, repository: str | None =
         Content of each file by its name.
 
     Raises:
-        CardError: A required value is missing; the message names it.
+        CardError: A required value is missing, and the message names it; or a value has another type.
     """
-    files = {"README.md": str(render_card(metadata, prose, repository)).encode()}
-    if comparison := _compared_results(metadata):
-        files[FIGURE] = _draw_comparison(comparison)
-    evaluations = eval_files(metadata.own_results(), prose.benchmarks)
-    return files | {name: text.encode() for name, text in evaluations.items()}
+    try:
+        files = {"README.md": str(render_card(metadata, prose, repository)).encode()}
+        if comparison := _compared_results(metadata):
+            files[FIGURE] = _draw_comparison(comparison)
+        evaluations = eval_files(metadata.own_results(), prose.benchmarks)
+        return files | {name: text.encode() for name, text in evaluations.items()}
+    except WRONG_TYPE as error:
+        raise CardError(
+            "config.json, provenance.json, report.json, export.json or a result holds a value of another type "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); extract or pull the repository again."
+        ) from error
 
 
 def _stage_row(step: dict[str, Any], prose: Prose, metadata: EncoderMetadata) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from pivot_hub.errors import PublishError
-from pivot_hub.files import whole_folder
+from pivot_hub.outputs import ENCODER, check_replaceable, whole_folder
 from pivot_hub.publish.card_check import card_problems
-from pivot_hub.publish.remote import HUB_OWN_FILE, repository_info
+from pivot_hub.publish.manifest import check_name, manifest_files
+from pivot_hub.publish.remote import repository_info
 from pivot_hub.publish.retry import RetryPolicy, explain_hub_errors
 
 
@@ -29,7 +30,7 @@ def pull(
 
     Args:
         repo: Name of the repository on the Hub.
-        output: Folder that the repository is written to; replaced if it exists.
+        output: Folder that the repository is written to. An encoder repository that is there is replaced.
         revision: Tag, branch or commit; the newest commit of `main` by default.
         retry_policy: How long a Hub that does not answer is tried again.
         log: Callback that receives progress messages.
@@ -38,8 +39,10 @@ def pull(
         The output folder.
 
     Raises:
+        OutputError: The output holds other files, or another process is working on it; nothing was touched.
         PublishError: The repository cannot be downloaded, or fails the checks.
     """
+    check_replaceable(Path(output), ENCODER)  # before the download
     snapshot = fetch(repo, revision, retry_policy, log)
     problems = published_problems(snapshot)
     if problems:
@@ -48,10 +51,11 @@ def pull(
         problems = published_problems(snapshot)
     if problems:
         raise PublishError(f"{repo} is not what was published: {problems[0]}")
-    with explain_hub_errors(repo), whole_folder(Path(output)) as folder:
-        for file in (f for f in snapshot.rglob("*") if f.is_file() and f.name != HUB_OWN_FILE):
-            (folder / file.relative_to(snapshot)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / file.relative_to(snapshot))
+    files = manifest_files(snapshot)
+    with explain_hub_errors(repo), whole_folder(Path(output), ENCODER) as folder:
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(snapshot / name, folder / name)
     return Path(output)
 
 
@@ -83,6 +87,8 @@ def fetch(
         names = sorted(s.rfilename for s in info.siblings)
         if not names:
             raise PublishError(f"{repo} is empty: nothing was published there yet.")
+        for name in names:
+            check_name(name, repo)
         for name in names:
             download = partial(hf_hub_download, repo, name, revision=info.sha, force_download=force)
             file = Path(retry_policy.call(download, log))

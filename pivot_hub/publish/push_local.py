@@ -29,7 +29,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModel
 loaded = {}
 for name in sys.argv[1:]:
-    model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    model, info = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
     if info["missing_keys"] or info["unexpected_keys"]:
         sys.exit(f"{name}: keys differ: {info}")
     cached = pathlib.Path(try_to_load_from_cache(name, "config.json"))

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import SpaceCard
 
 from pivot_hub.errors import PublishError
 from pivot_hub.files import shipped_folder, write_json, write_whole
+from pivot_hub.outputs import scratch_folder
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import source_commit, versions, write_manifest
 from pivot_hub.publish.card_inputs import Prose, read_metadata
 from pivot_hub.publish.card_render import card_files
+from pivot_hub.publish.manifest import manifest_files
 from pivot_hub.publish.secret_scan import scan_for_secrets
 
 EXPORTS = ("onnx", "int8")
@@ -111,7 +112,7 @@ def stage_encoder(
 
     Raises:
         CardError: A value of the card is missing.
-        PublishError: The repository is not sound, or the secret scan has findings.
+        PublishError: The repository is not sound, a file of it lies elsewhere, or the secret scan has findings.
     """
     from pivot_hub.encoder.repository import verify_repository
 
@@ -120,11 +121,12 @@ def stage_encoder(
         raise PublishError(f"--also {unknown[0]}: give any of {', '.join(EXPORTS)}.")
     if problems := verify_repository(source):
         raise PublishError(f"{source} is not sound, so nothing was published: {problems[0]}")
-    with TemporaryDirectory(prefix="pivot-push-") as temporary:
-        folder = Path(temporary)
-        for name in json.loads((source / "provenance.json").read_text())["files"]:
+    files = manifest_files(source)
+    with scratch_folder("pivot-push") as folder:
+        for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source / name).resolve())
+        (folder / "provenance.json").unlink()  # a copy, because it is written again
         shutil.copyfile(source / "provenance.json", folder / "provenance.json")
         if also:
             _add_exports(source, folder, also, log)
@@ -158,8 +160,8 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
     Raises:
         PublishError: The secret scan has findings.
     """
-    with TemporaryDirectory(prefix="pivot-push-") as temporary:
-        folder = Path(temporary) / "space"
+    with scratch_folder("pivot-push") as temporary:
+        folder = temporary / "space"
         shutil.copytree(
             shipped_folder("spaces") / "gradcam", folder, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )

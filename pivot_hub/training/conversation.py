@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import LlavaProcessor
 
-from pivot_hub.errors import DataError
+from pivot_hub.errors import DataError, shown_text
 from pivot_hub.mllm.chat_templates import markers_of
 
 IGNORED = -100  # label of a token that the loss ignores
@@ -117,14 +117,23 @@ class ConversationCollator:
         texts = [p.text for p in pieces]
         pieces_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         if sum(i.count(image) for i in pieces_ids) != len(widths):
-            raise DataError(f"the text of a row names another number of images than the row has: {''.join(texts)!r}.")
+            raise DataError(
+                f"the text of a row names another number of images than the row has: {shown_text(''.join(texts))!r}."
+            )
         for piece, tokens in zip(pieces, pieces_ids, strict=True):
             learnt = piece.answer or (piece.header and self.labels == "llava_next")
             for token in tokens:
                 times = next(runs) if token == image else 1
                 ids += [token] * times
                 labels += [token if learnt or token in self._markers else IGNORED] * times
-        return ids[: self.max_length], labels[: self.max_length]
+        if self.max_length is not None and len(ids) > self.max_length:
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if all(label == IGNORED for label in labels):
+                raise DataError(
+                    f"a row has no answer token left in max_length {self.max_length}: {shown_text(''.join(texts))!r}; "
+                    "raise max_length."
+                )
+        return ids, labels
 
 
 def prepare_images(processor: LlavaProcessor, images: Sequence[Any]) -> tuple[torch.Tensor | None, list[int]]:

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.report import RowReport
-from pivot_hub.errors import CheckpointError, TrainingError
+from pivot_hub.errors import CheckpointError, DataError, TrainingError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.lora import add_lora
 from pivot_hub.mllm.trainable import freeze_parts
@@ -26,10 +26,12 @@ from pivot_hub.training.losses import check_loss_types, is_own_loss, load_loss, 
 from pivot_hub.training.part_trainer import PartTrainer
 from pivot_hub.training.reference_cache import ReferenceCache, model_hash, processor_hash, row_key
 from pivot_hub.training.row_check import rows_of
-from pivot_hub.training.tree_layout import PairCollator, share_forward
+from pivot_hub.training.tree_layout import PairCollator, layout_difference, share_forward
 
 # The options of PivotDPOConfig that leave out repeated work.
 SPEED_OPTIONS = ("encode_once", "share_prefix", "cache_reference", "pack")
+# Largest difference between the layouts that is rounding, in float32 and in 16 bits.
+LAYOUT_TOLERANCE, LAYOUT_TOLERANCE_HALF = 1e-4, 0.05
 logger = logging.getLogger(__name__)
 
 
@@ -90,7 +92,8 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
             `args.learning_rate`.
 
     Raises:
-        TrainingError: An option that is on cannot be combined with another setting; the message names the option.
+        TrainingError: An option that is on cannot be combined with another setting, or would change what this model
+            computes; the message names the option.
     """
 
     def __init__(
@@ -135,6 +138,9 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
             )
             for each in (model, ref_model):
                 share_forward(each)
+            _check_layout(model, options["data_collator"], enabled)
+            if ref_model.config.to_dict() != model.config.to_dict():
+                _check_layout(ref_model, options["data_collator"], enabled)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -172,6 +178,7 @@ class PivotDPOTrainer(PartTrainer, DPOTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "chunks" not in inputs:
+            _check_answers(inputs, cast(PivotDPOConfig, self.args).max_length)
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             return loss if self._chunk_share == 1 else loss * self._chunk_share
         # Only evaluation arrives here: a training step takes its chunks one by one.
@@ -291,6 +298,9 @@ def _enabled_options(
     if not isinstance(processor, LlavaProcessor):
         logger.warning("processing_class is not a LlavaProcessor: %s are off.", ", ".join(SPEED_OPTIONS))
         return dict.fromkeys(SPEED_OPTIONS, False)
+    if not _has_images(train_dataset):
+        logger.warning("train_dataset has no column image or images: %s are off.", ", ".join(SPEED_OPTIONS))
+        return dict.fromkeys(SPEED_OPTIONS, False)
     if args.pack_tokens is not None:
         _check_pack_tokens(args, trainer_options)
     for applies, names, reason in _refusals(model, args, train_dataset, trainer_options):
@@ -298,6 +308,52 @@ def _enabled_options(
         if applies and conflicting:
             raise TrainingError(f"{reason}; set {', '.join(f'{name}=False' for name in conflicting)}.")
     return enabled
+
+
+def _has_images(dataset: Any) -> bool:
+    """Return whether rows have images, decided by the first row as TRL does. Nothing is known without a dataset."""
+    first = None if dataset is None else next(iter(dataset), None)
+    return first is None or "image" in first or "images" in first
+
+
+def _check_answers(inputs: dict[str, Any], max_length: int | None) -> None:
+    """Refuse a batch with a row whose answer `max_length` has cut off whole: its loss would be log 2 without end.
+
+    Raises:
+        DataError: A row has no answer token left.
+    """
+    answered = inputs["completion_mask"].any(1) if max_length is not None else None
+    if answered is not None and not answered.all():
+        raise DataError(
+            f"{int((~answered).sum())} of {len(answered)} answers of a batch have no token left in max_length "
+            f"{max_length}, which image and prompt fill; raise max_length."
+        )
+
+
+def _check_layout(model: Any, collator: PairCollator, enabled: dict[str, bool]) -> None:
+    """Check that the model computes in the layout of the options what it computes in TRL's.
+
+    Raises:
+        TrainingError: It computes something else; the message names the options.
+    """
+    if any(weight.is_meta or not weight.numel() for weight in model.parameters()):  # elsewhere, as under ZeRO-3
+        return
+    language = model.model.language_model
+    remedy = f"set {', '.join(f'{name}=False' for name in SPEED_OPTIONS if enabled[name])}"
+    tolerance = LAYOUT_TOLERANCE if language.dtype == torch.float32 else LAYOUT_TOLERANCE_HALF
+    difference = layout_difference(model, collator)
+    if not difference <= tolerance:
+        raise TrainingError(
+            f"the language model, a {type(language).__name__}, computes other hidden states in the layout of these "
+            f"options than in TRL's ({difference:.1e} apart, relative to their norm); {remedy}."
+        )
+    window = getattr(language.config, "sliding_window", None)
+    exceeds = window is not None and (collator.max_length is None or collator.max_length > window)
+    if exceeds and not layout_difference(model, collator, window=3) <= tolerance:
+        raise TrainingError(
+            f"the language model, a {type(language).__name__}, attends to a sliding window of {window} tokens, which "
+            f"these options do not support; set max_length to at most {window}, or {remedy}."
+        )
 
 
 def _check_pack_tokens(args: PivotDPOConfig, trainer_options: dict[str, Any]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import uuid
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ import torch
 from transformers import LlavaProcessor
 
 from pivot_hub.errors import DataError
-from pivot_hub.training.tree_layout import Logps, image_key
+from pivot_hub.files import write_whole
+from pivot_hub.training.tree_layout import Logps, image_key, images_of, template_options
+
+logger = logging.getLogger(__name__)
 
 
 class ReferenceCache:
@@ -23,7 +26,8 @@ class ReferenceCache:
 
     A row is looked up by its content, so other rows, another order or another epoch never mix. Another model,
     processor or setting has another folder. Files are only added, each in one piece, so several processes and runs
-    may share a folder.
+    may share a folder. A file is named by the hash of its content; one that does not match it is deleted, and its
+    values are computed again.
 
     Args:
         folder: Folder of all caches.
@@ -39,9 +43,17 @@ class ReferenceCache:
         self.known: dict[str, Logps] = {}
 
     def read(self) -> None:
-        """Read all values that are on disk."""
-        for file in sorted(self.folder.glob("*.npz")):
-            with np.load(file) as part:
+        """Read all values that are on disk and whole. Files of earlier versions, which have no hash, are left out."""
+        for file in sorted(self.folder.glob(f"{'[0-9a-f]' * 64}.npz")):
+            try:
+                content = file.read_bytes()
+            except FileNotFoundError:  # another process found it damaged
+                continue
+            if hashlib.sha256(content).hexdigest() != file.stem:
+                logger.warning("%s is damaged; it is deleted, and its values are computed again.", file)
+                file.unlink(missing_ok=True)
+                continue
+            with np.load(io.BytesIO(content)) as part:
                 pairs = zip(part["chosen"].tolist(), part["rejected"].tolist(), strict=True)
                 self.known |= dict(zip(part["rows"].tolist(), pairs, strict=True))
 
@@ -53,15 +65,9 @@ class ReferenceCache:
             chosen: Log-probability of the chosen answer of each row.
             rejected: Log-probability of the rejected answer of each row.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, rows=np.array(rows), chosen=np.array(chosen), rejected=np.array(rejected))
-            temporary.replace(self.folder / f"{name}.npz")
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = io.BytesIO()
+        np.savez(content, rows=np.array(rows), chosen=np.array(chosen), rejected=np.array(rejected))
+        write_whole(self.folder / f"{hashlib.sha256(content.getvalue()).hexdigest()}.npz", content.getvalue())
 
     def find(self, example: dict[str, Any]) -> Logps:
         """Return the log-probabilities of a row's chosen and rejected answers.
@@ -80,9 +86,10 @@ class ReferenceCache:
 
 def row_key(example: dict[str, Any]) -> str:
     """Return the hash of a preference row: of its texts and the pixels of its images."""
-    images = [example["image"]] if "image" in example else example.get("images") or []
     texts = {side: example[side] for side in ("prompt", "chosen", "rejected")}
-    metadata = {"texts": texts, "images": [image_key(i) for i in images]}
+    metadata: dict[str, Any] = {"texts": texts, "images": [image_key(i) for i in images_of(example)]}
+    if options := template_options(example):
+        metadata["chat_template_kwargs"] = options
     return hashlib.sha256(json.dumps(metadata, sort_keys=True, default=_without_pixels).encode()).hexdigest()
 
 

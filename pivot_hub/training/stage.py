@@ -10,12 +10,12 @@ nodes need a shared filesystem.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,14 +25,16 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, is_recorded_recipe, load_recipe, write_recipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.data.report import RowReport
-from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
-from pivot_hub.files import write_json
+from pivot_hub.errors import CheckpointError, OutputError, RecipeError, StoppedError, TrainingError
+from pivot_hub.files import disk_is_full, write_json
 from pivot_hub.mllm.lora import merge_lora
+from pivot_hub.outputs import check_replaceable, lock_output
 from pivot_hub.provenance import (
     cached_commit,
     machine,
@@ -42,8 +44,9 @@ from pivot_hub.provenance import (
     weights_sha256,
     write_manifest,
 )
+from pivot_hub.training.checkpoints import CheckpointFiles, last_checkpoint, step_of
 from pivot_hub.training.metrics_log import MetricsLog, PlainProgress
-from pivot_hub.training.part_trainer import SHARDS, stopped_file
+from pivot_hub.training.part_trainer import stopped_file
 from pivot_hub.training.preemption import Preemption
 
 BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # parts of the names of its optimizers
@@ -72,11 +75,13 @@ def run_stage(
 
     Raises:
         RecipeError: The output folder holds a run of another recipe.
-        CheckpointError: The parent has no checkpoint.
+        OutputError: The output folder holds other files, or another process trains there. Nothing was touched.
+        StoppedError: A signal asked the run to stop, and its last step is saved.
+        CheckpointError: The parent has no checkpoint, or every checkpoint of the run is damaged.
         DataError: A row, an image or a data file cannot be used.
         TrainingError: Training cannot continue; the last good checkpoint is kept.
     """
-    folder = Path(output) if output is not None else Path(runs) / loaded.name
+    folder = _output_folder(Path(output) if output is not None else Path(runs) / loaded.name)
     work = folder.with_name(f"{folder.name}.partial")
     state = _processes(loaded.recipe)
     if state.num_processes > 1 and stage_of(loaded.recipe.stage).base_part:
@@ -86,22 +91,50 @@ def run_stage(
         log(f"{loaded.name}: finished before, at {folder}")
         return folder
     parent_folder = _on_main(lambda: _parent_checkpoint(loaded, Path(runs), parent))
-    try:
-        return _train(loaded, folder, work, parent_folder, log)
-    except Exception as error:
-        if state.is_main_process and not _last_checkpoint(work):  # there is nothing to resume from
-            shutil.rmtree(work, ignore_errors=True)
-        if _disk_is_full(error):
-            raise TrainingError(
-                f"the disk is full: free some space and run the same command again; it resumes from {work}."
-            ) from error
-        raise
+    with _locked(folder):
+        if _on_main(lambda: _is_finished(folder, work, loaded.recipe)):  # another process may have finished it
+            log(f"{loaded.name}: finished before, at {folder}")
+            return folder
+        try:
+            return _train(loaded, folder, work, parent_folder, log)
+        except Exception as error:
+            resumable = any(work.glob("checkpoint-*"))
+            kept = resumable or any(work.glob("damaged-*"))
+            if state.is_main_process and not kept:
+                shutil.rmtree(work, ignore_errors=True)
+            if disk_is_full(error):
+                again = f"it resumes from {work}" if resumable else "no checkpoint was written yet, so it starts again"
+                raise TrainingError(
+                    f"the disk is full: free some space and run the same command again; {again}."
+                ) from error
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an output for all processes of the run; the main process takes it."""
+    with ExitStack() as stack:
+        _on_main(lambda: stack.enter_context(lock_output(folder)))
+        yield
+
+
+def _output_folder(folder: Path) -> Path:
+    """Return the output folder under a name of its own, which `.` and `..` are not.
+
+    Raises:
+        OutputError: The folder is the root of a file system.
+    """
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    if not folder.name:
+        raise OutputError(f"{folder} cannot be an output, because the run works beside it; give another --output.")
+    return folder
 
 
 def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, log: Callable[[str], None]) -> Path:
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
-    checkpoint = _on_main(lambda: _prepare_work(loaded, work))
+    checkpoint = _on_main(lambda: _prepare_work(loaded, work, log))
     metrics_log = MetricsLog(work / "metrics.jsonl")
     module = import_module(stage_of(recipe.stage).module)
     args = trainer_arguments(loaded, work)
@@ -114,17 +147,19 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         first = f"the first: {report.skipped[0]}"
         log(f"{loaded.name}: {report.skipped_rows} rows skipped, {first} (`pivot data check` checks them again)")
     if checkpoint is not None:
-        log(f"{loaded.name}: resuming from step {_step_of(checkpoint)}")
-    _on_main(lambda: metrics_log.cut_to(_step_of(checkpoint) if checkpoint else 0))
+        log(f"{loaded.name}: resuming from step {step_of(checkpoint)}")
+    _on_main(lambda: metrics_log.cut_to(step_of(checkpoint) if checkpoint else 0))
+    checkpoint_files = CheckpointFiles(trainer, checkpoint)
+    # It corrects the mean loss of a resumed run, so it comes before the callbacks that write it.
+    trainer.callback_handler.callbacks.insert(0, checkpoint_files)
     with Preemption() as preemption:
         trainer.add_callback(preemption)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if preemption.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingError(
-            f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved: "
-            "run the same command again to resume."
+        raise StoppedError(
+            f"stopped by {preemption.name} after step {trainer.state.global_step} of {trainer.state.max_steps}, which "
+            "is saved: run the same command again to resume."
         )
-    train_losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
     metadata = {
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
@@ -133,7 +168,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         "resumed": checkpoint is not None,
         "processes": PartialState().num_processes,
         "peak_memory_mb": peak_memory_mb(),
-        "train_loss": train_losses[-1] if train_losses else None,
+        "train_loss": checkpoint_files.train_loss,
         "data": report.to_dict(),
     }
     whole = work / "whole"
@@ -187,19 +222,21 @@ def _ignore(line: str) -> None:
 
 
 def _is_finished(folder: Path, work: Path, recipe: Recipe) -> bool:
-    """Return whether the run is finished, after refusing folders of other runs."""
+    """Return whether the run is finished, after refusing folders of other runs. An empty folder will be filled."""
     for each in (folder, work):
-        if each.exists():
+        if each.exists() and not each.is_dir():
+            raise OutputError(f"{each} is a file, not a folder; choose another --output. Nothing was touched.")
+        if each.exists() and any(each.iterdir()):
             _check_same_recipe(each, recipe)
-    return folder.exists()
+    return folder.exists() and any(folder.iterdir())
 
 
-def _prepare_work(loaded: LoadedRecipe, work: Path) -> Path | None:
+def _prepare_work(loaded: LoadedRecipe, work: Path, log: Callable[[str], None]) -> Path | None:
     """Create the folder that a run works in, and return the checkpoint to resume from."""
     work.mkdir(parents=True, exist_ok=True)
     write_recipe(loaded, work / "recipe.yaml")
     stopped_file(work).unlink(missing_ok=True)
-    return _last_checkpoint(work)
+    return last_checkpoint(work, log)
 
 
 def _save_gathered(trainer: Trainer, whole: Path) -> None:
@@ -217,6 +254,7 @@ def _save_gathered(trainer: Trainer, whole: Path) -> None:
 def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path, metadata: dict[str, Any]) -> None:
     """Complete the final checkpoint with its metadata and move it to its folder."""
     whole = work / "whole"
+    _check_finite(whole)
     (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
     for name in ("recipe.yaml", "metrics.jsonl"):
         shutil.copy2(work / name, whole / name)
@@ -224,8 +262,33 @@ def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path,
     write_manifest(whole, _provenance(loaded, parent, whole, metadata))
     if (work / "runs").is_dir():  # TensorBoard's events are not in the manifest: their file names hold the host name
         shutil.copytree(work / "runs", whole / "tensorboard")
+    check_replaceable(folder, None)  # files may have come into an empty folder since the start
     whole.replace(folder)
     shutil.rmtree(work)
+
+
+def _check_finite(whole: Path) -> None:
+    """Refuse trained weights that are not finite numbers.
+
+    Raises:
+        TrainingError: A weight is NaN or infinite; the message names the first tensor.
+    """
+    bad, count = [], 0
+    for file in sorted(whole.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (the file is no mapping)
+                tensor = tensors.get_tensor(name)
+                count += 1
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    bad.append(name)
+    if bad:
+        work = whole.parent
+        shutil.rmtree(whole)
+        raise TrainingError(
+            f"{len(bad)} of {count} trained tensors are not finite, {bad[0]} first, so the run is not finished. Lower "
+            f"the learning rates or set `args.max_grad_norm`, and delete {work}, whose checkpoints belong to these "
+            "learning rates."
+        )
 
 
 def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
@@ -330,37 +393,6 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         raise RecipeError(
             f"{folder} holds a run of another version of this recipe; delete it or choose another --output."
         )
-
-
-def _last_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written completely.
-
-    trainer_state.json is the last file of a checkpoint, and .metadata the last file of a folder of shards.
-    """
-    complete = []
-    for folder in work.glob("checkpoint-*"):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        shard_folders = [folder / name for name in SHARDS if (folder / name).is_dir()]
-        if all((shards / ".metadata").is_file() for shards in shard_folders):
-            complete.append(folder)
-    return max(complete, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and torch raise their own exceptions for it, which only the text tells apart.
-        if full or "No space left on device" in str(error) or "file write failed" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, LlavaProcessor
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 
-from pivot_hub.errors import DataError
+from pivot_hub.data.image import open_image, to_rgb
+from pivot_hub.errors import DataError, shown, shown_text
 from pivot_hub.training.conversation import padded, prepare_images
 
 ATTENTION = "pivot_pairs"
@@ -83,14 +88,14 @@ class PairCollator:
             if the examples have numbers. With `max_tokens`, a list of such batches under `chunks`.
         """
         references = [self.references(e) for e in examples] if self.references else None
-        images = [_images(e) for e in examples]
+        images = [images_of(e) for e in examples]
         rows = [_rendered(e, i, self.processor) for e, i in zip(examples, images, strict=True)]
         distinct, image_of = self._distinct(images)
         pixels, runs = prepare_images(self.processor, distinct)
         prompts = self._prompts([r["prompt"] for r in rows], image_of, runs)
         tokenizer: Any = self.processor.tokenizer
         answers = [
-            self._cut(prompts, tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"])
+            self._cut(examples, prompts, tokenizer([r[side] for r in rows], add_special_tokens=False)["input_ids"])
             for side in ("chosen", "rejected")
         ]
 
@@ -125,7 +130,9 @@ class PairCollator:
             widths = iter(runs[i] for i in images)
             named = ids.count(token) * (1 if self.share_prefix else 2)
             if named != len(images):
-                raise DataError(f"the prompt of a row names another number of images than the row has: {text!r}.")
+                raise DataError(
+                    f"the prompt of a row names another number of images than the row has: {shown_text(text)!r}."
+                )
             prompts.append([t for i in ids for t in [i] * (next(widths) if i == token else 1)])
         return prompts
 
@@ -153,10 +160,28 @@ class PairCollator:
                     image_of[-1].append(known[key])
         return distinct, image_of
 
-    def _cut(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+    def _cut(
+        self, examples: Sequence[dict[str, Any]], prompts: list[list[int]], answers: list[list[int]]
+    ) -> list[list[int]]:
+        """Cut answers that are longer than `max_length` allows behind their prompt.
+
+        Raises:
+            DataError: A prompt is empty, or leaves no room for an answer.
+        """
+        for example, prompt in zip(examples, prompts, strict=True):
+            if not prompt:
+                raise DataError(
+                    f"{_row_name(example)}: the prompt is empty, but an answer's first token is predicted from the "
+                    "prompt; give the row a prompt."
+                )
+            if self.max_length is not None and len(prompt) >= self.max_length:
+                raise DataError(
+                    f"{_row_name(example)}: image and prompt take {len(prompt)} tokens and leave no room for an "
+                    f"answer in max_length {self.max_length}; raise max_length."
+                )
         if self.max_length is None:
             return answers
-        return [a[: max(0, self.max_length - len(p))] for p, a in zip(prompts, answers, strict=True)]
+        return [a[: self.max_length - len(p)] for p, a in zip(prompts, answers, strict=True)]
 
     def _laid_out(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> dict[str, Any]:
         """Lay out B pairs as trees.
@@ -272,6 +297,64 @@ def _run_trees(
     return LlavaModelOutputWithPast(last_hidden_state=states.flatten(0, 1)[pair_take])
 
 
+def layout_difference(model: Any, collator: PairCollator, window: int | None = None) -> float:
+    """Run two small pairs of random tokens as trees and as TRL lays them out.
+
+    What a language model does with the trees shows here, whatever it is called: whether attention gets the trees, and
+    whether anything besides attention passes from one token to the next.
+
+    Args:
+        model: The LLaVA-style model after `share_forward`.
+        collator: Collator with the options that will be used.
+        window: Number of tokens that a sliding window is shortened to, so that the small pairs exceed it.
+
+    Returns:
+        Norm of the difference of hidden states, relative to their norm; infinite where the trees cannot be run.
+    """
+    embedding = model.get_input_embeddings()
+    tokenizer: Any = collator.processor.tokenizer
+    special = {collator.processor.image_token_id, model.config.image_token_id, tokenizer.pad_token_id}
+    tokens = torch.tensor([i for i in range(min(1000, embedding.num_embeddings)) if i not in special])
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        picked: list[int] = tokens[torch.randint(len(tokens), (count,), generator=generator)].tolist()
+        return picked
+
+    prompts, answers = [draw(9), draw(5)], [[draw(4), draw(7)], [draw(6), draw(3)]]
+    device = embedding.weight.device
+    trees = collator._laid_out(prompts, answers)
+    whole = [p + a for side in answers for p, a in zip(prompts, side, strict=True)]
+    config, training = model.model.language_model.config, model.training
+    known_window = getattr(config, "sliding_window", None)
+    model.eval()
+    try:
+        if window is not None:
+            config.sliding_window = window
+        with torch.no_grad():
+            expected = model.model(
+                input_ids=padded(whole, tokenizer.pad_token_id).to(device),
+                attention_mask=padded([[1] * len(ids) for ids in whole], 0).to(device),
+            ).last_hidden_state.float()
+            try:
+                actual = model.model(
+                    pair_layout=trees["pair_layout"],
+                    **{k: trees[k].to(device) for k in ("pair_ids", "pair_positions", "pair_take")},
+                ).last_hidden_state.float()
+            except Exception:  # whatever a model of another kind raises
+                return math.inf
+    finally:
+        model.train(training)
+        if window is not None:
+            config.sliding_window = known_window
+    difference, norm = 0.0, 0.0
+    for row, (prompt, answer) in enumerate(zip(prompts * 2, [a for side in answers for a in side], strict=True)):
+        of_row = expected[row, len(prompt) - 1 : len(prompt) + len(answer)]
+        difference += float((actual[row, : 1 + len(answer)] - of_row).square().sum())
+        norm += float(of_row.square().sum())
+    return math.sqrt(difference / norm) if norm > 0 else math.inf
+
+
 def branch_mask(tree: Tree, device: torch.device) -> torch.Tensor | None:
     """Return what the branches of a tree attend to, (branch tokens, tree tokens): the prefix and their own past."""
     if not any(tree.branches):
@@ -348,10 +431,43 @@ def image_key(image: Any) -> str:
     return hashlib.blake2b(header + image.tobytes(), digest_size=16).hexdigest()
 
 
-def _images(example: dict[str, Any]) -> list[Any]:
-    if "image" in example:
-        return [example["image"]]
-    return list(example.get("images") or [])
+def images_of(example: dict[str, Any]) -> list[Image.Image]:
+    """Return the images of a preference row, decoded: as TRL, paths and arrays are read too.
+
+    Raises:
+        DataError: An image is something else, or cannot be read.
+    """
+    images = [example["image"]] if "image" in example else list(example.get("images") or [])
+    return [_decoded(image, _row_name(example)) for image in images]
+
+
+def _decoded(image: Any, owner: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return open_image(Path(image), owner)
+    array = np.asarray(image) if isinstance(image, np.ndarray | torch.Tensor) else None
+    if array is not None and array.ndim == 3 and array.dtype == np.uint8:
+        if array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+            array = array.transpose(1, 2, 0)
+        if array.shape[2] in (1, 3, 4):
+            return to_rgb(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else np.ascontiguousarray(array)))
+    found = shown(image) if array is None else f"an array {array.shape} of {array.dtype}"
+    raise DataError(f"{owner}: {found} is no image; give a PIL image, a path, or an array (height, width, 3) of uint8.")
+
+
+def _row_name(example: dict[str, Any]) -> str:
+    if "row" in example:
+        return f"row {example['row']}"
+    return f"the row with the prompt {shown(example.get('prompt'))}"
+
+
+def template_options(example: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's own arguments of the chat template, as TRL passes them on.
+
+    A table stores the arguments of other rows as None in this one, which a template would take for a value.
+    """
+    return {k: v for k, v in (example.get("chat_template_kwargs") or {}).items() if v is not None}
 
 
 def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProcessor) -> dict[str, str]:
@@ -363,7 +479,7 @@ def _rendered(example: dict[str, Any], images: list[Any], processor: LlavaProces
             "chosen": prepare_multimodal_messages(texts["chosen"]),
             "rejected": prepare_multimodal_messages(texts["rejected"]),
         }
-        texts = apply_chat_template(texts, processor)
+        texts = apply_chat_template(cast(Any, {**texts, "chat_template_kwargs": template_options(example)}), processor)
     return texts
 
 

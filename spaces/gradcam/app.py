@@ -28,12 +28,14 @@ from pivot_hub.data.synthetic import ShapesDataset  # noqa: E402
 from pivot_hub.demo.bundle_cache import BundleCache  # noqa: E402
 from pivot_hub.demo.comparison import scene_subject  # noqa: E402
 from pivot_hub.demo.endpoints import add_endpoints  # noqa: E402
+from pivot_hub.demo.gradio_calls import MOST_THREADS, name_bad_inputs  # noqa: E402
 from pivot_hub.demo.html import Panels  # noqa: E402
 from pivot_hub.demo.model_bundle import BundleNames  # noqa: E402
 from pivot_hub.demo.page_events import connect_events  # noqa: E402
 from pivot_hub.demo.page_layout import build_page  # noqa: E402
 from pivot_hub.demo.service import DemoService  # noqa: E402
 from pivot_hub.demo.view_state import ViewState  # noqa: E402
+from pivot_hub.demo.worker import WorkerLimits, WorkerPool  # noqa: E402
 
 HERE = Path(__file__).parent
 MOST_WAITING = 200
@@ -46,6 +48,12 @@ THEME = gr.themes.Default(
     body_text_color_subdued_dark="*neutral_300",
     block_info_text_color="*neutral_600",
     block_info_text_color_dark="*neutral_300",
+    # The accent colours have a contrast of at least 4.5 with what is behind and on them.
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_dark="*primary_600",
+    button_primary_background_fill_hover_dark="*primary_700",
+    color_accent="*primary_600",
 )
 LAUNCH: dict[str, Any] = {
     "theme": THEME,
@@ -53,21 +61,25 @@ LAUNCH: dict[str, Any] = {
     "footer_links": ["api", "settings"],
     "max_file_size": "20mb",
     "ssr_mode": False,
+    "max_threads": MOST_THREADS,
     "mcp_server": importlib.util.find_spec("mcp") is not None,
 }
 
 
-def build_app(names: BundleNames = BundleNames(), runs: Path | None = None) -> gr.Blocks:
+def build_app(
+    names: BundleNames = BundleNames(), runs: Path | None = None, limits: WorkerLimits | None = None
+) -> gr.Blocks:
     """Build the app, and load the models, which all visitors share.
 
     Args:
         names: Names of the models to start with; the shipped bundle by default.
         runs: Folder of checkpoints that visitors may name besides repositories of the Hub.
+        limits: Limits of the processes that run the repositories which visitors name.
 
     Raises:
         CheckpointError: The models cannot be loaded.
     """
-    service = DemoService(BundleCache(names, runs), Panels(HERE), on_gpu)
+    service = DemoService(BundleCache(names, runs), Panels(HERE), on_gpu, WorkerPool(limits, runs))
     examples = [ViewState(**choices) for choices in json.loads((HERE / "examples.json").read_text())]
     dataset = ShapesDataset(image_px=service.default_bundle.image_px)
     scenes = [(scene_subject(dataset, example.scene, example.kind), example.query()) for example in examples]
@@ -78,6 +90,7 @@ def build_app(names: BundleNames = BundleNames(), runs: Path | None = None) -> g
         )
         connect_events(app, page, service, examples)
         add_endpoints(service)
+    name_bad_inputs(app)
     return app.queue(max_size=MOST_WAITING)
 
 

@@ -67,6 +67,7 @@ def record() -> Iterator[dict[str, Any]]:
     """The suite's results by software. They are written to the file of the README's table if the run was complete."""
     results: dict[str, Any] = {}
     yield results
-    print(f"\nconformance: {json.dumps({name: metadata['versions'] for name, metadata in results.items()})}")
+    conditions = {name: metadata["versions"] for name, metadata in results.items()}
+    print(f"\nconformance: {json.dumps(conditions)}", file=sys.stderr)  # the output of a worker process is not shown
     if len(results) == RESULTS:
         write_results(results)

@@ -37,6 +37,7 @@ WITH_PACKAGE = ("transformers-5-oldest", "transformers-5-newest")
 MAPS = "timm gives maps, LLaVA takes tokens"
 NODE_PACKAGE = "@huggingface/transformers@4"
 SCRIPT = Path(__file__).with_name("loading_paths.py")
+pytestmark = pytest.mark.xdist_group("transformers")  # the environments are made once
 
 
 @pytest.mark.conformance

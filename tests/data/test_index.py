@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import threading
+import zipfile
 from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,7 @@ from pivot_hub.data.index import index_rows
 from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import Row
 from pivot_hub.data.sampler import BlockSampler
-from pivot_hub.errors import DataError
+from pivot_hub.errors import DataError, OutputError
 from pivot_hub.training.stage import run_stage
 
 
@@ -227,3 +233,78 @@ def test_a_fixed_image_is_checked_again(tmp_path: Path) -> None:
         index_rows(stop, Counting(), tmp_path / "kept")
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     assert index_rows(stop, Counting(), tmp_path / "kept").report.rows == 2
+
+
+def test_an_index_with_a_flipped_bit_or_cut_short_is_built_again(tmp_path: Path) -> None:
+    """L8: each file of it is compared with its hash whenever it is read."""
+    loaded, kept = recipe_of(tmp_path, [talk(f"q{i}") for i in range(5)]), tmp_path / "kept"
+    whole = list(index_rows(loaded, Counting(), kept).rows())
+    (folder,) = kept.iterdir()
+    for name in ("rows.arrow", "epoch.npy", "report.json", "index.json"):
+        content = (folder / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        for damaged in (flipped, content[:middle], None):
+            (folder / name).unlink()
+            if damaged is not None:
+                (folder / name).write_bytes(damaged)
+            check = Counting()
+            assert list(index_rows(loaded, check, kept).rows()) == whole
+            assert check.seen == 5, (name, damaged)
+    assert [f.name for f in kept.iterdir()] == [folder.name]
+    (folder / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match=r"holds thesis.tex"):
+        index_rows(loaded, Counting(), kept, fresh=True)
+
+
+def test_an_index_into_an_archive_that_changed_is_built_again(tmp_path: Path) -> None:
+    """Rows point into an archive by offset, which would be another image's."""
+    recipe_of(tmp_path, [{**talk("q"), "image": "coco/a.png"}])
+    file = tmp_path / "0.yaml"
+    file.write_text(file.read_text().replace("path: rows.jsonl", "path: rows.jsonl, images: ."))
+    colours = []
+    for order in (("a.png", "b.png"), ("b.png", "a.png")):
+        with zipfile.ZipFile(tmp_path / "coco.zip", "w") as archive:
+            for name in order:
+                content = io.BytesIO()
+                Image.new("RGB", (4, 4), "red" if name == "a.png" else "blue").save(content, "PNG")
+                archive.writestr(name, content.getvalue())
+        dataset = index_rows(load_recipe(file), Counting(), tmp_path / "kept").as_dataset("plain", "<I>")
+        colours.append(dataset[0]["images"][0].getpixel((0, 0)))
+    assert colours == [(255, 0, 0)] * 2
+
+
+def test_a_second_process_waits_for_the_index_and_a_killed_one_is_taken_over(tmp_path: Path) -> None:
+    """L3: the second process finds what the first has built, instead of moving its files away."""
+    loaded, kept = recipe_of(tmp_path, [talk(f"q{i}") for i in range(5)]), tmp_path / "kept"
+    fork = get_context("fork")
+
+    def start() -> tuple[BaseProcess, Connection]:
+        """Start a process that builds the index, and stop it in the middle."""
+        here, there = fork.Pipe()
+
+        class Waiting(Counting):
+            def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+                there.send("building")
+                there.recv()
+                return super().__call__(rows)
+
+        process = fork.Process(target=lambda: index_rows(loaded, Waiting(), kept, workers=1))
+        process.start()
+        assert here.recv() == "building"
+        return process, here
+
+    killed, _ = start()
+    killed.kill()
+    killed.join()
+    assert list(kept.glob(".*"))
+    first, pipe = start()  # takes the lock of the killed process over
+    check, counts = Counting(), []
+    waiting = threading.Thread(target=lambda: counts.append(len(list(index_rows(loaded, check, kept).rows()))))
+    waiting.start()
+    pipe.send("go on")
+    waiting.join(60)
+    first.join(60)
+    assert first.exitcode == 0
+    assert (counts, check.seen) == ([5], 0)
+    assert len(list(kept.iterdir())) == 1

@@ -29,6 +29,7 @@ from pivot_hub.mllm.load import load_mllm
 
 CHROMIUM = shutil.which("chromium")
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
+SIZES = [pytest.param(DESKTOP, id="desktop"), pytest.param(PHONE, id="phone", marks=pytest.mark.slow)]
 # CI requires a browser: without one the tests fail there, and are skipped elsewhere.
 absent = (CHROMIUM is None or find_spec("playwright") is None) and os.environ.get("PIVOT_BROWSER") != "required"
 pytestmark = [
@@ -83,7 +84,7 @@ class Visit:
             permissions=["clipboard-read", "clipboard-write", "camera"],
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)
         self.errors: list[str] = []
         self.other_hosts: list[str] = []
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
@@ -97,7 +98,7 @@ class Visit:
             self.other_hosts.append(url)
 
     def wait(self) -> None:
-        self.page.wait_for_selector("#comparison img.heat", timeout=15_000)
+        self.page.wait_for_selector("#comparison img.heat", timeout=60_000)
         self.page.wait_for_function("document.querySelector('#link textarea, #link input').value.length > 0")
 
     def act(self, action: Any) -> None:
@@ -105,7 +106,7 @@ class Visit:
         before = self.page.inner_html("#comparison section")
         action()
         changed = "before => document.querySelector('#comparison section').innerHTML !== before"
-        self.page.wait_for_function(changed, arg=before, timeout=15_000)
+        self.page.wait_for_function(changed, arg=before, timeout=60_000)
 
     def linked(self, *parts: str, without: str = "?!") -> str:
         """Wait until the link contains all parts, and does not contain another text; return the link."""
@@ -201,7 +202,7 @@ def test_the_difference_panel_shows_the_difference_of_the_maps(visit: Any) -> No
     assert np.corrcoef(expected.ravel(), displayed.ravel())[0, 1] > 0.999
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_controls(visit: Any, size: dict[str, int]) -> None:
     """Examples, scenes, the visitor's own question, explained quantity, method, layer, colours and opacity work."""
     page = visit(size)
@@ -250,7 +251,7 @@ def test_controls(visit: Any, size: dict[str, int]) -> None:
     p.wait_for_function("getComputedStyle(document.querySelector('#comparison img.heat')).opacity === '0.7'")
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_details(visit: Any, size: dict[str, int]) -> None:
     page = visit(size)
     p = page.page
@@ -306,7 +307,7 @@ def noise_image() -> Image.Image:
     return Image.fromarray(rng.integers(0, 255, (90, 140, 3), dtype=np.uint8)).resize((280, 180))
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_own_image_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     page = visit(size)
     p = page.page
@@ -340,7 +341,7 @@ def test_own_image_by_upload_paste_and_webcam(visit: Any, size: dict[str, int], 
     assert "Describe the image." in page.text()
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     """The link restores question, method, colours and details; figure and numbers are saved."""
     page = visit(size)
@@ -417,7 +418,7 @@ def test_wrong_models_get_a_message_and_the_current_ones_stay(visit: Any) -> Non
     assert [h.tobytes() for h in page.heats()] == [h.tobytes() for h in before]
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("size", SIZES)
 def test_other_models_by_field_and_by_link(
     visit: Any, url_with_runs: str, size: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,11 +444,11 @@ def test_other_models_by_field_and_by_link(
     p.wait_for_function("document.querySelector('#status').innerText.includes('loading 3-')")
     assert "SFT" in page.text(), "the old models stay while the new ones load"
     p.wait_for_function("document.querySelector('#status').innerText.includes('Loaded: 3-sft and 3-dpo.')")
-    assert p.locator("#comparison h3").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
+    assert p.locator("#comparison h2").all_inner_texts() == ["Image", "3-sft", "3-dpo", "Difference"]
     link = page.linked("first=3-sft", "second=3-dpo", "parent=2-instruct")
     reopened = visit(size, query="?" + link.partition("?")[2], at=url_with_runs)
     assert [h.tobytes() for h in reopened.heats()] == [h.tobytes() for h in page.heats()]
-    assert reopened.page.locator("#comparison h3").nth(1).inner_text() == "3-sft"
+    assert reopened.page.locator("#comparison h2").nth(1).inner_text() == "3-sft"
     page.act(lambda: p.locator("#built-in").click())
     assert [h.tobytes() for h in page.heats()] == built_in
     assert "first=" not in page.linked(without="first=")
@@ -522,6 +523,37 @@ def test_long_and_hostile_questions(visit: Any) -> None:
     assert hostile in page.text()
     assert p.locator("#comparison script, #comparison img[src=x]").count() == 0
     assert p.title() == "What did DPO change?"
+
+
+def test_the_last_of_two_quick_clicks_wins(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    p.evaluate(
+        """() => {
+          const buttons = document.querySelectorAll("#examples button");
+          buttons[4].click();
+          setTimeout(() => buttons[1].click(), 30);
+        }"""
+    )
+    p.wait_for_function("document.querySelector('#comparison').innerText.includes('Where is the brown ring?')")
+    page.linked("scene=17", "kind=position")
+    p.get_by_label("Similar patches").check()
+    p.wait_for_selector("#details-panel .patch-grid")
+    p.locator("#details-panel .patch-grid").scroll_into_view_if_needed()
+    box = p.locator("#details-panel .patch-grid").bounding_box()
+    for row, column in ((1, 1), (6, 2)):
+        p.mouse.click(box["x"] + box["width"] * (column + 0.5) / 8, box["y"] + box["height"] * (row + 0.5) / 8)
+    p.wait_for_selector("#details-panel .patch-grid[data-row='6'][data-column='2']")
+
+
+def test_what_is_typed_during_a_comparison_stays(visit: Any) -> None:
+    page = visit()
+    p = page.page
+    question = p.get_by_role("textbox", name=re.compile("^Question"))
+    page.act(lambda: (p.locator("#examples button").nth(1).click(), question.fill("Is there a moon?")))
+    page.linked("scene=17")
+    p.wait_for_function("[...document.querySelectorAll('textarea')].some(t => t.value.startsWith('It is at the'))")
+    assert question.input_value() == "Is there a moon?"
 
 
 def test_keyboard_alone(visit: Any) -> None:

@@ -34,7 +34,7 @@ from pivot_hub.demo.comparison_figure import draw_comparison
 from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
 from pivot_hub.demo.packed_bundle import SHIPPED, pack_bundle, shipped_bundle
 from pivot_hub.demo.view_state import ViewState, read_view_state
-from pivot_hub.errors import CheckpointError, DataError
+from pivot_hub.errors import CheckpointError, DataError, OutputError
 from pivot_hub.explain.gradcam import answer_batch, answer_log_probs, gradient_map
 from pivot_hub.explain.heatmaps import colour, densities, overlap, stretch, translucent
 from pivot_hub.explain.patch_features import patch_tokens, principal_colours, similarity
@@ -83,6 +83,10 @@ def test_packing_keeps_the_differences_of_the_branches(trained: Path, tmp_path: 
             kept = weight - bundle.parent.model.state_dict()[key]
             assert (kept - change).abs().max() <= change.abs().max() / 200 + 1e-7, key
     assert "_name_or_path" not in (tmp_path / "pair" / "config.json").read_text()
+    pack_bundle(trained, tmp_path / "pair")  # an earlier bundle is replaced
+    (tmp_path / "pair" / "thesis.tex").write_text("ten years")
+    with pytest.raises(OutputError, match=r"holds thesis\.tex, which is not part of a packed bundle"):
+        pack_bundle(trained, tmp_path / "pair")
 
 
 def test_packing_refuses_branches_of_another_parent(trained: Path, tmp_path: Path) -> None:
@@ -332,9 +336,9 @@ def test_similarity_and_principal_components() -> None:
 
 def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Image.new("RGB", (100, 40))
-    assert crop_for_encoders(bundle, wide).size == (100, 40)
+    assert crop_for_encoders(bundle.info, wide).size == (100, 40)
     monkeypatch.setattr(bundle.second.processor.image_processor, "do_center_crop", True, raising=False)
-    assert crop_for_encoders(bundle, wide).size == (40, 40)
+    assert crop_for_encoders(bundle.info, wide).size == (40, 40)
 
 
 # ---------------------------------------------------------------------- colours

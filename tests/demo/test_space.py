@@ -101,6 +101,11 @@ def test_bad_input_gets_a_message_and_the_app_keeps_running(client: Any, tmp_pat
         ({"kind": "taste"}, "kind is 'taste'"),
         ({"scene": -1}, "must be between 0"),
         ({"layer": 10**12}, "must be between 0"),
+        ({"layer": 99}, "layer is 99: it must be between 0 and 5"),
+        ({"scene": "x"}, "scene is 'x': it must be a whole number"),
+        ({"scene": 2.7}, "scene is '2.7': it must be a whole number"),
+        ({"scene": None}, "scene is empty: give a whole number"),
+        ({"image": "/etc/passwd"}, "has to be uploaded to this app first"),
         ({"first": "../../etc", "second": "/root"}, "names no MLLM"),
         ({"image": handle_file(tmp_path / "text.png"), "question": ""}, "is not an image"),
     ]
@@ -153,6 +158,8 @@ def test_nothing_outside_the_upload_folder_is_read(url: str, tmp_path: Path) -> 
         for image in ({"path": path, **meta}, {"path": path}, {"path": path, "url": f"file://{path}", **meta}, path):
             response = call_patch_features(url, image)
             assert "event: error" in response
+            assert "null" not in response
+            assert "upload" in response
             assert "similarity" not in response
             assert "Traceback" not in response
             assert "site-packages" not in response

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +20,9 @@ from pivot_hub.data.image import open_image
 from pivot_hub.encoder import encode
 from pivot_hub.encoder.encode import encode_folder
 from pivot_hub.encoder.repository import read_encoder
-from pivot_hub.errors import CheckpointError, DataError
+from pivot_hub.errors import CheckpointError, DataError, OutputError
+from pivot_hub.outputs import lock_output
+from tests.encoder.originals import make_vision
 
 COUNT = 23
 
@@ -57,6 +59,8 @@ def test_parquet_has_a_row_for_every_image(parts: Path, folder: Path, tmp_path: 
     table = pq.read_table(out)
     assert table["file"].to_pylist() == report["files"]
     assert report["files"] == sorted(report["files"])
+    assert report["not_read"]["files"] == {"count": 1, "first": ["notes.txt"]}
+    assert json.loads((tmp_path / "f.parquet.json").read_text()) == report
     assert len(table) == report["images"] == COUNT - 2
     assert [entry["file"] for entry in report["corrupt"]] == ["04.png", "b/05.png"]
     assert all("cannot be decoded" in entry["reason"] for entry in report["corrupt"])
@@ -99,25 +103,116 @@ def test_a_stopped_run_resumes_and_gives_the_same_file(
     assert resumed.read_bytes() == whole.read_bytes()
 
 
-def test_a_killed_command_resumes(parts: Path, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(400):
-        Image.new("RGB", (40, 40), (i % 255, 0, 0)).save(images / f"{i:03}.png")
-    command = [sys.executable, "-m", "pivot_hub", "encode", str(images), "--encoder", str(parts / "vision")]
-    options = ["--batch", "1", "--workers", "0", "--out"]
-    run = subprocess.Popen([*command, *options, str(tmp_path / "f.npy")], env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    partial = tmp_path / "f.npy.partial"
-    deadline = time.monotonic() + 60
-    while not (list(partial.glob("*.json"))[1:] or run.poll() is not None) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+def few_images(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / f"{i}.bmp")  # files of one size
+    return folder
+
+
+def stopped(encoder: Path, images: Path, out: Path) -> None:
+    """Encode images in shards of two, and stop after the second shard."""
+
+    def stop(done: int, total: int, rate: float) -> None:
+        if done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_folder(encoder, images, out, batch=2, workers=0, progress=stop)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npy"])
+def test_only_added_and_replaced_images_are_encoded_again(parts: Path, tmp_path: Path, suffix: str) -> None:
+    images, out, again = few_images(tmp_path / "images"), tmp_path / f"f{suffix}", tmp_path / f"again{suffix}"
+    encode_folder(parts / "vision", images, out, workers=0)
+    before = (images / "3.bmp").stat()
+    Image.new("RGB", (8, 8), (0, 200, 0)).save(images / "3.bmp")
+    os.utime(images / "3.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (images / "3.bmp").stat().st_size == before.st_size
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(images / "00.bmp")
+    (images / "5.bmp").unlink()
+    report = encode_folder(parts / "vision", images, out, workers=0)
+    assert report["files"] == ["0.bmp", "00.bmp", "1.bmp", "2.bmp", "3.bmp", "4.bmp"]
+    assert report["resumed_images"] == 4
+    encode_folder(parts / "vision", images, again, workers=0)
+    read = np.load if suffix == ".npy" else lambda file: np.stack(pq.read_table(file)["features"].to_numpy())
+    np.testing.assert_allclose(read(out), read(again), atol=1e-5)
+    assert encode_folder(parts / "vision", images, out, workers=0)["resumed_images"] == 6
+
+
+def test_a_damaged_shard_is_encoded_again_and_another_encoders_shards_are_never_used(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "SHARD_BATCHES", 1)
+    images, out = few_images(tmp_path / "images"), tmp_path / "f.npy"
+    stopped(parts / "vision", images, out)
+    (tmp_path / "f.npy.partial" / "job.json").unlink()  # as a run that was killed while it cleaned up leaves it
+    other = make_vision(tmp_path / "other", hidden_size=32, intermediate_size=32)
+    with pytest.raises(DataError, match="holds parts of another run"):
+        encode_folder(other, images, out, workers=0)
+    shard = tmp_path / "f.npy.partial" / "000000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 64
+    shard.write_bytes(bytes(content))
+    assert encode_folder(parts / "vision", images, out, batch=2, workers=0)["resumed_images"] == 2
+    encode_folder(parts / "vision", images, tmp_path / "whole.npy", batch=2, workers=0)
+    assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_files_of_others_and_of_running_processes_are_not_touched(parts: Path, tmp_path: Path) -> None:
+    images, out = few_images(tmp_path / "images", 1), tmp_path / "f.npy"
+    with lock_output(out), pytest.raises(OutputError, match=f"process {os.getpid()} on .* is working on this output"):
+        encode_folder(parts / "vision", images, out, workers=0)
+    for name in ("f.npy", "f.npy.json", "f.npy.partial/notes.txt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+        with pytest.raises(OutputError, match=name.replace(".", r"\.")):
+            encode_folder(parts / "vision", images, out, workers=0)
+        assert file.read_text() == "mine"
+        file.unlink()
+
+
+def test_features_that_are_not_finite_are_named_and_not_written(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = few_images(tmp_path / "images", 2)
+    model, processor = read_encoder(parts / "vision", dtype=torch.float16)
+    with torch.no_grad():
+        model.backbone.get_parameter("encoder.layers.1.mlp.fc2.bias").fill_(6e4)
+        model.backbone.get_parameter("encoder.layers.0.mlp.fc2.bias").fill_(6e4)
+    monkeypatch.setattr(encode, "read_encoder", lambda name, dtype: (model, processor))
+    with pytest.raises(DataError, match=r"features of 0\.bmp are not finite .* compute in float32 or bfloat16"):
+        encode_folder(parts / "vision", images, tmp_path / "f.npy", dtype="float16", workers=0)
     assert not (tmp_path / "f.npy").exists()
-    subprocess.run([*command, *options, str(tmp_path / "f.npy")], check=True)
-    subprocess.run([*command, *options, str(tmp_path / "whole.npy")], check=True)
-    assert json.loads((tmp_path / "f.npy.json").read_text())["resumed_images"] > 0
-    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_workers_that_cannot_start_end_with_an_error_message(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("torch.multiprocessing.get_context", fail)
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fail)
+    images = few_images(tmp_path / "images", 4)
+    with pytest.raises(DataError, match=r"in 2 processes \(.*Too many open files\); give fewer --workers"):
+        encode_folder(parts / "vision", images, tmp_path / "f.npy", batch=1, workers=2)
+
+
+@pytest.mark.slow
+def test_a_command_without_file_descriptors_ends(parts: Path, tmp_path: Path) -> None:
+    images = few_images(tmp_path / "images", 64)
+    command = f"{sys.executable} -m pivot_hub encode {images} --encoder {parts / 'vision'} --batch 4 --workers 12"
+    run = subprocess.run(
+        ["bash", "-c", f"ulimit -n 48; {command} --out {tmp_path / 'f.npy'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "give fewer --workers, or raise the limits of open files" in run.stderr
 
 
 def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, tmp_path: Path) -> None:
@@ -131,6 +226,10 @@ def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, t
     ):
         with pytest.raises(DataError, match=message):
             encode_folder(parts / "vision", source, tmp_path / out, dtype=dtype)
+    wrong: list[dict[str, Any]] = [{"batch": 0}, {"workers": -1}]
+    for options in wrong:
+        with pytest.raises(DataError, match=r"give [01] "):
+            encode_folder(parts / "vision", folder, tmp_path / "f.npy", **options)
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
         encode_folder(parts / "language", folder, tmp_path / "f.npy")
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]

@@ -20,7 +20,7 @@ from pivot_hub.config.recipe import RECIPES
 from pivot_hub.encoder import export
 from pivot_hub.encoder.export import OnnxEncoder, export_encoder, load_quanto
 from pivot_hub.encoder.repository import read_encoder
-from pivot_hub.errors import ExportError
+from pivot_hub.errors import ExportError, OutputError
 from pivot_hub.probes.run import Sizes, probe_shapes
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, make_vision
 
@@ -100,6 +100,18 @@ def test_large_weights_are_stored_beside_the_graph(tmp_path: Path, monkeypatch: 
     report = export_encoder(source, tmp_path / "out", log=quiet)
     assert (tmp_path / "out" / "onnx" / "model.onnx_data").stat().st_size > 100_000
     assert report["files"]["onnx/model.onnx"]["bytes"] > 100_000
+
+
+def test_exporting_again_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
+    source = make_vision(tmp_path / "original")
+    for int8 in (True, False):
+        export_encoder(source, tmp_path / "out", int8=int8, log=quiet)
+    assert not (tmp_path / "out" / "quanto").exists()
+    (tmp_path / "out" / "onnx" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds onnx/notes\.txt, which is not part of an export"):
+        export_encoder(source, tmp_path / "out", log=quiet)
+    with pytest.raises(OutputError, match="which is not part of an export"):
+        export_encoder(source, source, log=quiet)
 
 
 def test_an_export_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

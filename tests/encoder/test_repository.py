@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, SiglipVisionModel
+from typer.testing import CliRunner
 
 from pivot_hub import PivotVisionConfig, PivotVisionModel, extract_encoder
+from pivot_hub.cli import app
 from pivot_hub.encoder.repository import read_encoder, verify_repository, write_repository
-from pivot_hub.errors import CheckpointError
+from pivot_hub.errors import CheckpointError, OutputError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.provenance import write_manifest
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, SIZES, make_vision
@@ -197,13 +200,19 @@ def test_golden_vectors_detect_changed_weights_whose_checksum_is_right(repositor
     assert any("golden vectors" in p for p in verify_repository(copy))
 
 
-def test_extracting_again_replaces_the_whole_folder(trained: Path, tmp_path: Path) -> None:
+def test_extracting_again_replaces_an_encoder_and_nothing_else(trained: Path, tmp_path: Path) -> None:
     target = tmp_path / "encoder"
-    extract_encoder(trained / "3-sft", target)
-    (target / "stale.txt").write_text("x")
-    extract_encoder(trained / "3-dpo", target)
-    assert not (target / "stale.txt").exists()
+    for stage in ("3-sft", "3-dpo"):
+        extract_encoder(trained / stage, target)
+        assert json.loads((target / "config.json").read_text())["pivot"]["stage"] == stage[2:]
     assert [p.name for p in tmp_path.iterdir()] == ["encoder"]
+    stage_copy = Path(shutil.copytree(trained / "3-sft", tmp_path / "stage"))
+    (target / "thesis.tex").write_text("ten years")
+    for folder, named in ((target, "thesis.tex"), (stage_copy, "chat_template.jinja")):
+        before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        with pytest.raises(OutputError, match=f"holds {named}, which is not part of an encoder repository"):
+            extract_encoder(trained / "3-dpo", folder)
+        assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == before
 
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused_and_nothing_is_written(parts: Path, tmp_path: Path) -> None:
@@ -211,3 +220,67 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused_and_nothing_is_written(par
         with pytest.raises(CheckpointError):
             extract_encoder(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+SAVED = "written by save_pretrained, which writes no checksums"
+
+
+def test_what_is_not_a_repository_is_named(repository: Path, trained: Path, tmp_path: Path) -> None:
+    PivotVisionModel.from_pretrained(repository).save_pretrained(tmp_path / "saved")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+    for folder, message in (
+        (make_vision(tmp_path / "original"), "is a siglip_vision_model model that pivot_hub did not write"),
+        (tmp_path / "saved", SAVED),
+        (tmp_path / "photos", "holds 1 images and no model"),
+        (tmp_path / "absent", "there is no such folder"),
+        (trained / "3-dpo", "is an MLLM, not an encoder; take its encoder out with `pivot extract`"),
+    ):
+        problems = verify_repository(folder)
+        assert len(problems) == 1
+        assert message in problems[0]
+
+
+def test_files_of_git_and_of_the_hubs_client_are_passed_over(repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    names = (".git/HEAD", ".cache/huggingface/download/x.lock", ".DS_Store", "__pycache__/a.pyc", ".gitattributes")
+    for name in names:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("x")
+    result = CliRunner().invoke(app, ["verify", str(copy)])
+    assert result.exit_code == 0, result.output
+    assert f"{len(names)} files of git, the Hub's client or a file manager passed over" in result.output
+    assert "A hash is no signature" in result.output
+
+
+def _write(name: str, text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+STRANGERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code": (
+        lambda f: (f / "modeling_pivot.py").open("a").write("import os\n"),
+        "modeling_pivot.py is not the code",
+    ),
+    "pickle": (_write("pytorch_model.bin", "x"), "pytorch_model.bin is a pickle"),
+    "module": (_write("evil.py", "x"), "evil.py is not a kind of file"),
+    "adapter": (_write("adapter_config.json", "{}"), "adapter_config.json is not a kind of file"),
+    "link": (lambda f: (f / "notes.txt").symlink_to("/etc/hostname"), "notes.txt is a link out of the repository"),
+    "folder link": (lambda f: (f / "results").symlink_to("/etc"), "results is a link out of the repository"),
+    "auto_map": (
+        lambda f: (f / "config.json").write_text(
+            (f / "config.json").read_text().replace('"modeling_pivot.', '"stranger/x--modeling_pivot.')
+        ),
+        "config.json points at code that is not the repository's own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_strangers_change_is_detected_under_a_right_manifest(name: str, repository: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(repository, tmp_path / "copy"))
+    change, message = STRANGERS[name]
+    change(copy)
+    provenance = json.loads((copy / "provenance.json").read_text())
+    write_manifest(copy, {k: v for k, v in provenance.items() if k not in ("files", "sha256")})
+    assert any(message in problem for problem in verify_repository(copy))

@@ -23,8 +23,8 @@ from . import (
     routes_repositories,
     routes_uploads,
 )
-from .hub import TYPES, Call, Handler, Hub
-from .store import HubError
+from .hub import Call, Handler, Hub
+from .store import TYPES, HubError
 
 # Starlette takes the first route that matches: /api/collections/... also has the form of a repository's path.
 ROUTES = [

@@ -13,9 +13,8 @@ from urllib.parse import unquote
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .store import HubError, Repo, Store
+from .store import TYPES, HubError, Repo, Store
 
-TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
 REPO = "/api/{type}/{namespace}/{name}"
 # Paths of a repository outside the API: models have no prefix.
 PAGES = ("/{namespace}/{name}", "/{type}/{namespace}/{name}")

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from .card_rules import metadata_problems
 from .hub import REPO, Call, Routes, repo_page
-from .store import Commit, Entry, HubError, Repo, Store, large_entry, now
+from .store import Commit, Entry, HubError, Repo, Store, checked_path, large_entry, now
 
 Operations = list[tuple[str, dict[str, Any]]]  # kind and arguments of each
 
@@ -70,7 +70,7 @@ def _parse_commit(body: bytes) -> tuple[dict[str, Any], Operations]:
 
 def _apply(store: Store, repo: Repo, files: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
     """Apply an operation of a commit to its tree."""
-    path = value["path"]
+    path = checked_path(value["path"]) if key in ("file", "lfsFile") else value["path"]
     if key == "file":
         try:
             content = base64.b64decode(value["content"], validate=True)

@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, quote
 
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from .hub import PAGES, REPO, TYPES, Call, Routes
-from .store import Entry, HubError
+from .hub import PAGES, REPO, Call, Routes
+from .store import TYPES, Entry, HubError
 
 
 async def _tree(call: Call) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
 import yaml
@@ -14,8 +13,6 @@ from .card_rules import metadata_problems
 from .hub import REPO, Call, Hub, Routes, repo_page
 from .routes_files import blob_metadata
 from .store import Commit, HubError, Repo
-
-NAME = re.compile(r"[\w.-]{1,96}")
 
 
 async def _whoami(call: Call) -> Response:
@@ -40,8 +37,6 @@ async def _create_repo(call: Call) -> Response:
     account = call.account()
     namespace = body.get("organization") or (account.name if account else "")
     writer = call.writer(namespace)
-    if not NAME.fullmatch(body["name"]):
-        raise HubError(400, f"{body['name']!r} is not a valid repository name")
     private = body.get("visibility") == "private" or bool(body.get("private"))  # 2.x, and 1.x before it
     repo = call.hub.store.create(
         body.get("type") or "model", f"{namespace}/{body['name']}", private, body.get("sdk"), writer.name

@@ -67,7 +67,7 @@ async def _lfs_put_part(call: Call) -> Response:
 
 async def _lfs_complete(call: Call) -> Response:
     path = signed_path(call)
-    parts = [_part_path(path, p["partNumber"]) for p in (await call.json())["parts"]]
+    parts = [_part_path(path, int(p["partNumber"])) for p in (await call.json())["parts"]]
 
     def blocks() -> Iterator[bytes]:
         for part in parts:

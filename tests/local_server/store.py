@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pivot_hub.files import write_json
@@ -16,6 +17,10 @@ from pivot_hub.files import write_json
 MAIN = "refs/heads/main"
 # Suffixes of files that the Hub stores outside git, whatever their size.
 LFS_SUFFIXES = (".safetensors", ".onnx", ".onnx_data", ".bin", ".pt", ".npy", ".parquet", ".zip")
+# Names become parts of paths in the store's folder, or on the machine of a client.
+TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
+NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")
 LFS_BYTES = 10 * 1024 * 1024
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
@@ -123,6 +128,15 @@ class Store:
         self.collections: list[dict[str, Any]] = json.loads(known.read_text()) if known.is_file() else []
 
     def create(self, type_: str, name: str, private: bool, sdk: str | None, author: str) -> Repo:
+        """Create a repository with the file that the Hub adds to every repository.
+
+        Raises:
+            HubError: It exists, or its type or a part of its name is not one of the Hub's.
+        """
+        if type_ not in TYPES.values():
+            raise HubError(400, f"{type_!r} is not a type of repository")
+        if name.count("/") != 1 or not all(NAME.fullmatch(part) for part in name.split("/")):
+            raise HubError(400, f"{name!r} is not a valid repository name")
         with self.lock:
             if (type_, name) in self.repos:
                 raise HubError(409, f"You already created this {type_} repo: {name}", extra={"url": name})
@@ -220,7 +234,13 @@ class Store:
             beside.unlink(missing_ok=True)
 
     def large_path(self, repo: Repo, sha256: str) -> Path:
-        """Return the path of a large file; each repository has its own copy."""
+        """Return the path of a large file; each repository has its own copy.
+
+        Raises:
+            HubError: The hash is not a SHA-256, so that it may be the path of another file.
+        """
+        if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+            raise HubError(400, f"{sha256!r} is not a SHA-256")
         return self.folder / "lfs" / repo.type / repo.name / sha256
 
     def path(self, repo: Repo, entry: Entry) -> Path:
@@ -241,6 +261,20 @@ def git_sha1(content: bytes) -> str:
 def is_large(path: str, size: int, sample: bytes) -> bool:
     """Whether the Hub stores a file outside git: by its name, by its size, or because it is binary."""
     return size > 0 and (path.endswith(LFS_SUFFIXES) or size > LFS_BYTES or b"\0" in sample)
+
+
+def checked_path(path: str) -> str:
+    """Return the path of a file in a repository.
+
+    Raises:
+        HubError: A client that downloads the repository would write outside of its folder.
+    """
+    parts = PurePosixPath(path).parts
+    if not parts or str(PurePosixPath(path)) != path or path.startswith("/") or {"..", ".git"} & {*parts}:
+        raise HubError(400, f"{path!r} is not a valid path of a file")
+    if "\\" in path or "\0" in path:
+        raise HubError(400, f"{path!r} is not a valid path of a file")
+    return path
 
 
 def now() -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import huggingface_hub
+import pytest
 
-from tests.local_server.store import Store
+from tests.local_server.store import HubError, Store
 from tests.publish.hub_server import ROOT, hub_server
 
 
@@ -54,3 +58,50 @@ def test_ranges_and_signed_links(tmp_path: Path) -> None:
         assert get("/pivot/x/resolve/main/b.txt")[2]["x-error-code"] == "EntryNotFound"
         assert get(f"/cdn/models/pivot/x/{'0' * 64}?signature=none")[0] == 403
         assert get("/api/models/pivot/none")[0] == 401
+
+
+def test_no_name_of_a_client_leads_out_of_the_store(tmp_path: Path) -> None:
+    """Types, names, hashes and paths with `..` are refused, and no file outside of the store is read or written."""
+    folder = tmp_path / "outer" / "hub"
+    outside = tmp_path / "outer" / ("a" * 10)
+    with hub_server(folder) as server:
+        server.store.create("model", "pivot/x", False, None, "ada")
+        outside.write_text("private")
+        before = sorted(tmp_path.rglob("*"))
+
+        def send(method: str, path: str, body: Any = None) -> int:
+            token = {"Authorization": f"Bearer {server.tokens['ada']}"}
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            request = urllib.request.Request(server.address + path, content, token, method=method)
+            try:
+                with urllib.request.urlopen(request) as answer:
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        def commit(operation: str, **value: Any) -> int:
+            lines = [{"key": "header", "value": {"summary": "x"}}, {"key": operation, "value": value}]
+            return send("POST", "/api/models/pivot/x/commit/main", "\n".join(map(json.dumps, lines)).encode())
+
+        climb = f"../../../../../{outside.name}"
+        creations = [
+            {"name": "y", "organization": "pivot", "type": "../../.."},
+            {"name": "..", "organization": "pivot"},
+            {"name": "../../y", "organization": "pivot"},
+            {"name": "a..b", "organization": "pivot"},
+        ]
+        assert [send("POST", "/api/repos/create", body) for body in creations] == [400] * 4
+        large = {"objects": [{"oid": climb, "size": 1}]}
+        assert send("POST", "/pivot/x.git/info/lfs/objects/batch", large) == 400
+        assert send("POST", f"/lfs/models/pivot/x/{quote(climb, safe='')}/verify", {"size": 7}) == 400
+        assert commit("lfsFile", path="a.bin", oid=climb) == 400
+        paths = ["../a", "/a", "a/../../b", "a/./b", ".git/config", "a\\..\\b", ""]
+        assert [commit("file", path=path, content="eA==") for path in paths] == [400] * len(paths)
+        assert commit("file", path="a..b/c.txt", content="eA==") == 200
+        repo = server.repo("pivot/x")
+        assert repo is not None
+        with pytest.raises(HubError, match="not a SHA-256"):
+            server.store.large_path(repo, climb)
+        new = {path for path in {*tmp_path.rglob("*")} - {*before} if folder not in path.parents}
+    assert new == set()
+    assert outside.read_text() == "private"

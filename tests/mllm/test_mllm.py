@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.build import build_mllm, read_processor
 from pivot_hub.mllm.chat_templates import GEMMA, LLAMA3, QWEN, ChatFormat
 from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.published_configs import part_config
 from pivot_hub.mllm.trainable import freeze_parts, parameter_groups, parts_of
 from pivot_hub.training.stage import run_stage
 from tests.conftest import make_language
@@ -224,3 +226,68 @@ def test_a_frozen_tower_runs_nothing_backward_under_checkpointing(trained: dict[
     model(**batch).logits.sum().backward()
     assert entered[0].requires_grad == ("vision" in trained)
     assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+
+
+def _changed(folder: Path, target: Path, **changes: Any) -> Path:
+    copy = Path(shutil.copytree(folder, target))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    return copy
+
+
+def test_a_strangers_code_is_neither_run_nor_asked_about(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked whether to run code"))
+    code = {
+        "model_type": "own",
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "own.Own"),
+    }
+    language = _changed(parts / "language", tmp_path / "language", **code)
+    (language / "own.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"language: cannot be loaded: .*custom code"):
+        build_mllm(str(parts / "vision"), str(language))
+    with pytest.raises(CheckpointError, match="its config cannot be read"):
+        load_mllm(language)
+    with pytest.raises(CheckpointError, match="its config cannot be read"):
+        part_config(str(language))
+    tokenizer = Path(shutil.copytree(parts / "language", tmp_path / "tokenizer"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copyfile(language / "own.py", tokenizer / "own.py")
+    with suppress(CheckpointError):  # transformers may take the tokenizer of the model type instead
+        build_mllm(str(parts / "vision"), str(tokenizer))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_of_an_mllm_or_a_language_model_are_refused(parts: Path, tmp_path: Path) -> None:
+    model, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
+    model.save_pretrained(tmp_path / "mllm")
+    processor.save_pretrained(tmp_path / "mllm")
+    language = Path(shutil.copytree(parts / "language", tmp_path / "language"))
+    for folder in (tmp_path / "mllm", language):
+        (folder / "model.safetensors").unlink()
+        torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"are a pickle \(pytorch_model.bin\), which may run code"):
+        load_mllm(tmp_path / "mllm")
+    with pytest.raises(CheckpointError, match=r"are a pickle \(pytorch_model.bin\), which may run code"):
+        build_mllm(str(parts / "vision"), str(language))
+
+
+def test_mllms_are_named_where_an_encoder_or_llava_is_needed(parts: Path, tmp_path: Path) -> None:
+    model, _ = build_mllm(str(parts / "vision"), str(parts / "language"))
+    model.save_pretrained(tmp_path / "mllm")
+    with pytest.raises(CheckpointError, match=r"is an MLLM \(llava\), not an encoder; take .*`pivot extract FOLDER"):
+        build_mllm(str(tmp_path / "mllm"), str(parts / "language"))
+    (tmp_path / "gemma").mkdir()
+    (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(CheckpointError, match=r"holds a gemma3 model, an MLLM, but not of LLaVA's.*vision_tower"):
+        load_mllm(tmp_path / "gemma")
+    for layers in ([-2, -1], -5):
+        folder = _changed(tmp_path / "mllm", tmp_path / str(layers), vision_feature_layer=layers)
+        with pytest.raises(CheckpointError, match=r"features of several layers|the encoder has 3 layers; give -4 to 3"):
+            load_mllm(folder)
+    with pytest.raises(CheckpointError, match="feature layer 9: the encoder has 3 layers"):
+        build_mllm(str(parts / "vision"), str(parts / "language"), feature_layer=9)

@@ -286,6 +286,7 @@ def test_a_frozen_part_costs_less(folder: Path) -> None:
     assert align["language"]["backward"] < 0.75 * sft["language"]["backward"]
 
 
+@pytest.mark.slow
 def test_many_pairs_cost_what_few_do(folder: Path) -> None:
     """A large packed batch is extrapolated from small ones: each pair costs as much as in the largest measured one."""
     eight, twelve = (
@@ -329,6 +330,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 def test_the_full_scale_is_planned_without_weights(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan = plan_stage(load_recipe(full(tmp_path, "dpo", "per_device_train_batch_size: 4")))

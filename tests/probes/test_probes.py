@@ -21,7 +21,7 @@ from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
 from pivot_hub.mllm.extract import extract_encoder
 from pivot_hub.probes.classification.protocols import classify_shapes, shapes_labels
 from pivot_hub.probes.localization.gradient_maps import THRESHOLDS, overlaps
-from pivot_hub.probes.result import SCHEMA_VERSION, ProbeResult, read_results, results_text, write_results
+from pivot_hub.probes.result import SCHEMA_VERSION, ProbeResult, measure, read_results, results_text, write_results
 from pivot_hub.probes.run import Sizes, probe_encoder
 from pivot_hub.probes.segmentation.synthetic import CLASSES, class_masks, segment_patches
 
@@ -140,6 +140,26 @@ def _result() -> ProbeResult:
     versions: dict[str, str | None] = {"torch": "2", "trl": None}
     fields: dict[str, Any] = {"unit": "percent", "n": 9, "split": "test", "seed": 0, "protocol": "p"}
     return ProbeResult("a/b", "accuracy", 70.0, **fields, **conditions, versions=versions)
+
+
+def test_values_that_do_not_follow_from_the_scores_beside_them_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    hits = np.array([1.0, 0.0, 1.0, 1.0])
+    conditions: dict[str, Any] = {**CONDITIONS, "protocol": "p", "seed": 0, "duration_s": 1}
+    write_results(file, [measure("a/b", "accuracy", hits, **conditions)])
+    whole = file.read_text()
+    (stored,) = json.loads(whole)
+    for change in ({"value": 90.0}, {"n": 5}, {"metric": "mean_iou"}):
+        file.write_text(json.dumps([{**stored, **change}]))
+        with pytest.raises(ProbeError, match=r"results\.json, result 0 \(a/b, .* give .* so measure again"):
+            read_results(file)
+    done = CliRunner().invoke(app, ["compare", str(file), str(file)])
+    assert done.exit_code != 0
+    file.write_text(whole)
+    scores = file.with_suffix(".npz").read_bytes()
+    file.with_suffix(".npz").write_bytes(scores[:-40])
+    with pytest.raises(ProbeError, match=r"results\.npz is damaged .* write it again"):
+        read_results(file)
 
 
 def test_results_of_an_old_file_without_a_version_read_equal(tmp_path: Path) -> None:

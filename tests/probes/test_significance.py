@@ -75,6 +75,7 @@ def test_holm_is_the_textbooks() -> None:
     assert holm([0.2]) == [0.2]
 
 
+@pytest.mark.slow
 def test_few_families_of_equal_encoders_call_any_difference() -> None:
     called = 0
     for family in range(60):

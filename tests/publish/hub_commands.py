@@ -1,4 +1,4 @@
-"""Run several `pivot` commands in one process, as the command line does; stdin is a JSON list of argument lists."""
+"""Run several `pivot` commands in one process; as a program, stdin is a JSON list of argument lists."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from pivot_hub import cli
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
+    """Run a command in this process; return its exit code, and what it printed to stdout and stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    sys.argv = ["pivot", *arguments]
-    cli.out.file = out
+    argv, sys.argv = sys.argv, ["pivot", *arguments]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.main()
         except SystemExit as error:
             code = int(error.code or 0)
+        finally:
+            sys.argv = argv
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 
 

@@ -6,8 +6,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +29,7 @@ from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata,
 from pivot_hub.publish.card_render import FIGURE, NOT_TRAINED, card_files, render_card
 from pivot_hub.publish.staging import write_card
 from tests.local_server.card_rules import metadata_problems
+from tests.publish.hub_commands import run
 from tests.publish.publishable import make_prose, make_publishable, make_results
 
 PROSE_FILES = sorted(CARDS.glob("*.yaml"))
@@ -232,6 +231,17 @@ def test_a_written_card_is_in_the_manifest_and_a_changed_number_is_detected(enco
     assert len(card_problems(folder)) == 1
 
 
+@pytest.mark.parametrize("architectures", [[], 3, "x"])
+def test_a_value_of_another_type_is_an_error_message(encoder: Path, tmp_path: Path, architectures: Any) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures, "patch_size": "8"}))
+    with pytest.raises(CardError, match="a value of another type"):
+        write_card(folder, make_prose())
+    assert not (folder / "README.md").exists()
+
+
 def test_a_failed_card_writes_nothing(encoder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(encoder, tmp_path / "tiny-dpo"))
     kept = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
@@ -244,11 +254,6 @@ def test_the_recorded_metadata_holds_no_weights() -> None:
     assert {f.suffix for f in RECORDED.rglob("*") if f.is_file()} == {".json", ".yaml"}
 
 
-def run_card(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pivot_hub", "card", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_command_puts_results_and_card_into_a_repository(encoder: Path, tmp_path: Path) -> None:
     """From files of `pivot probe --json`, whose names become the column headings of the card."""
     folder = Path(shutil.copytree(encoder, tmp_path / "tiny-dpo"))
@@ -259,18 +264,19 @@ def test_the_command_puts_results_and_card_into_a_repository(encoder: Path, tmp_
     for name, sha in (("sft", "c" * 64), ("dpo", read_metadata(folder).encoder_sha256)):
         write_results(tmp_path / f"{name}.json", make_results(f"tiny-{name}", sha, 60.0))
         arguments += ["--results", str(tmp_path / f"{name}.json")]
-    done = run_card(*arguments)
-    assert done.returncode == 0, done.stderr
+    done = run(["card", *arguments])
+    assert done["code"] == 0, done["err"]
     assert verify_repository(folder) == []
     assert card_problems(folder) == []
     assert "| probe | metric | sft | **dpo** (this) | n |" in (folder / "README.md").read_text()
+    assert "These features are `hidden_states[-2]` of the native class" in (folder / "README.md").read_text()
     # Another file of results is added to those that are there.
     write_card(folder, make_prose(), results={"base": make_results("base", "b" * 64, 50.0)})
     assert card_problems(folder) == []
     assert "| probe | metric | base | sft | **dpo** (this) | n |" in (folder / "README.md").read_text()
-    done = run_card(str(folder))
-    assert done.returncode == 2
-    assert "there is no prose of this name" in done.stderr
+    done = run(["card", str(folder)])
+    assert done["code"] == 2
+    assert "there is no prose of this name" in done["err"]
 
 
 def test_all_cards_are_rendered_with_the_results_of_a_quickstart(
@@ -304,6 +310,6 @@ def test_all_cards_need_a_source_checkout(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("arguments", [[], ["--all", "hub/mine"], ["hub/mine", "--quickstart", "quickstart"]])
 def test_a_card_is_of_one_encoder_or_of_all(arguments: list[str]) -> None:
-    done = run_card(*arguments)
-    assert done.returncode == 2
-    assert "--all" in done.stderr
+    done = run(["card", *arguments])
+    assert done["code"] == 2
+    assert "--all" in done["err"]

@@ -148,6 +148,7 @@ def test_transformers_loads_it_by_name_from_an_empty_cache(
     assert loaded["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_without_access_the_message_names_the_remedy(
     server: HubServer, published: list[dict[str, Any]], work: Path
 ) -> None:
@@ -192,6 +193,7 @@ def test_pull_verify_and_use_by_name(server: HubServer, published: list[dict[str
     assert not (work / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_file_edited_on_the_hub_fails_verify_and_pull(
     server: HubServer, published: list[dict[str, Any]], encoder: Path, work: Path
 ) -> None:
@@ -216,6 +218,7 @@ def test_a_file_edited_on_the_hub_fails_verify_and_pull(
     assert after["pulls"] == [1]
 
 
+@pytest.mark.slow
 def test_other_edits_by_hand_become_a_pull_request_too(server: HubServer, encoder: Path, work: Path) -> None:
     names = {"ada/foreign": "notes.txt", "ada/config": "config.json", "ada/theirs": "README.md"}
     pushes = [["push", str(encoder), n, "--yes", "--prose", "0.1.0.yaml"] for n in names]
@@ -237,6 +240,7 @@ def test_other_edits_by_hand_become_a_pull_request_too(server: HubServer, encode
         assert state(server, name)["refs"]["refs/heads/main"] == heads[name]
 
 
+@pytest.mark.slow
 def test_the_question_can_be_answered_no(server: HubServer, encoder: Path, work: Path) -> None:
     """On a terminal, the question comes after the changes, and `n` publishes nothing."""
     import os
@@ -254,6 +258,7 @@ def test_the_question_can_be_answered_no(server: HubServer, encoder: Path, work:
     assert server.repo("ada/declined") is None
 
 
+@pytest.mark.slow
 def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Path) -> None:
     """SFT and DPO are added to one collection with their base encoder; the Space refers to both."""
     server.store.create("model", "pivot/tiny-base", False, None, "ada")
@@ -311,6 +316,7 @@ def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypa
         assert not (publication.folder / "pair.json").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_without_xet_is_an_error_that_names_the_setting(server: HubServer, encoder: Path, work: Path) -> None:
     push = ["push", str(encoder), "ada/xet", "--yes", "--prose", "0.1.0.yaml"]
     (answer,) = commands(server, work, push, HF_HUB_DISABLE_XET="0")
@@ -324,7 +330,7 @@ def test_bad_input_is_one_line(server: HubServer, encoder: Path, work: Path) -> 
     expected = [
         (["push", "nowhere"], 2, "push takes ENCODER REPO"),
         (["push", "a", "b", "c"], 2, "push takes ENCODER REPO"),
-        (["push", "nowhere", "ada/x", *prose], 1, "provenance.json is missing"),
+        (["push", "nowhere", "ada/x", *prose], 1, "there is no such folder"),
         (["push", mine, "ada/x/y", *prose], 1, "is not a valid repository name"),
         (["push", mine, "ada/x", *prose, "--also", "tflite"], 1, "give any of onnx, int8"),
         (["push", mine, "somebody/x", *prose], 1, "the hub answered 403"),

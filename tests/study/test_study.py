@@ -103,6 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return study, folder / "out"
 
 
+@pytest.mark.slow
 def test_the_table_holds_every_run_with_its_conditions(finished: tuple[Path, Path], tmp_path: Path) -> None:
     study = load_study(finished[0])
     write_table(collect_table(study, finished[1]), tmp_path / "study.parquet")
@@ -133,6 +134,7 @@ def test_the_table_holds_every_run_with_its_conditions(finished: tuple[Path, Pat
     )
 
 
+@pytest.mark.slow
 def test_learning_rates_are_those_of_the_candidates_that_rank_best(finished: tuple[Path, Path]) -> None:
     study, out = load_study(finished[0]), finished[1]
     for run in ("sft", "dpo"):
@@ -149,6 +151,7 @@ def test_learning_rates_are_those_of_the_candidates_that_rank_best(finished: tup
     assert chosen_learning_rate(study, Cell("instruct", 0), out) is None
 
 
+@pytest.mark.slow
 def test_seeds_share_parents_and_differ_in_rows(finished: tuple[Path, Path]) -> None:
     out = finished[1]
     provenance = {
@@ -164,6 +167,7 @@ def test_seeds_share_parents_and_differ_in_rows(finished: tuple[Path, Path]) -> 
     assert provenance["sft", 0]["data"][0]["world"]["seed"] != provenance["sft", 1]["data"][0]["world"]["seed"]
 
 
+@pytest.mark.slow
 def test_encoders_are_those_of_the_runs_that_the_study_names(finished: tuple[Path, Path]) -> None:
     """A frozen encoder is the parent's, and that of a new MLLM is the one of the run that it names."""
     encoders = {
@@ -179,6 +183,7 @@ def test_encoders_are_those_of_the_runs_that_the_study_names(finished: tuple[Pat
     assert not same("dpo", "instruct")
 
 
+@pytest.mark.slow
 def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(finished: tuple[Path, Path]) -> None:
     study, out = finished
     own = out / "encoders" / "dpo" / "seed-1"
@@ -197,6 +202,7 @@ def test_a_finished_study_trains_nothing_and_a_lost_result_is_measured_again(fin
     assert (own / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_the_report_follows_from_the_table_to_the_byte(finished: tuple[Path, Path], tmp_path: Path) -> None:
     study, out = finished
     shutil.copytree(out / "results", tmp_path / "out" / "results")
@@ -227,6 +233,7 @@ def test_the_report_follows_from_the_table_to_the_byte(finished: tuple[Path, Pat
     assert "another version" in report_of(changed, study, tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_the_command_reports_and_seeds_are_compared(finished: tuple[Path, Path], tmp_path: Path) -> None:
     study, out = finished
     run = CliRunner().invoke(app, ["study", str(study), "--output", str(out)])

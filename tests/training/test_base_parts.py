@@ -13,7 +13,7 @@ import pytest
 
 import pivot_hub
 from pivot_hub.config.recipe import RECIPES, load_recipe
-from pivot_hub.encoder.repository import REMOTE_CODE, verify_repository
+from pivot_hub.encoder.repository import KNOWN_CODE, REMOTE_CODE, verify_repository
 from pivot_hub.probes.run import Sizes, probe_encoder, probe_language
 from pivot_hub.provenance import file_sha256, weights_sha256
 from pivot_hub.study.learning_rate import METRIC
@@ -44,6 +44,9 @@ def test_the_encoder_carries_the_code_of_this_version() -> None:
     for name in REMOTE_CODE:
         ours = Path(pivot_hub.__file__).parent / "encoder" / name
         assert (BASE / "vision" / name).read_bytes() == ours.read_bytes()
+        assert file_sha256(ours) in KNOWN_CODE[name], (
+            "later versions must know this one: add its hash to known_code.json"
+        )
 
 
 def from_chance(task: str, value: float, protocol: str) -> float:
@@ -52,6 +55,7 @@ def from_chance(task: str, value: float, protocol: str) -> float:
     return (value - chance) / (100 - chance)
 
 
+@pytest.mark.slow
 def test_base_encoder_is_in_the_middle_of_every_scale() -> None:
     """Between 40% and 85% of the way from chance to perfect: at a floor or a ceiling SFT and DPO look alike."""
     results, _ = probe_encoder(str(BASE / "vision"), sizes=Sizes(train=1200, validation=300, test=500))

@@ -89,7 +89,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         ("3-sft", "true", "ddp"),
         pytest.param("3-sft", "true", "fsdp2", marks=pytest.mark.slow),
         pytest.param("3-dpo", "false", "ddp", marks=pytest.mark.slow),
-        ("3-dpo", "false", "fsdp2"),
+        pytest.param("3-dpo", "false", "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_take_the_steps_of_one(
@@ -113,6 +113,7 @@ def test_two_processes_take_the_steps_of_one(
         assert len(list(tmp_path.glob("references/*"))) == 1
 
 
+@pytest.mark.slow
 def test_pairs_with_and_without_images_can_be_mixed(recipes: Path, trained: Path, tmp_path: Path) -> None:
     """One process has images where the other has none; shards and gradients are still exchanged."""
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
@@ -183,7 +184,8 @@ def when_logged(process: subprocess.Popen[str], log: Path, lines: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_a_run_stopped_on_two_processes_resumes_on_one_or_two(
     recipes: Path, trained: Path, tmp_path: Path, how: str
 ) -> None:
@@ -227,7 +229,7 @@ def extract_features(checkpoint: Path, folder: Path, image: Image.Image) -> Any:
 
 
 def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
-    from pivot_hub.training.stage import _last_checkpoint
+    from pivot_hub.training.checkpoints import last_checkpoint
 
     for step, whole in ((2, True), (4, False)):
         shards = tmp_path / f"checkpoint-{step}" / "optimizer_0"
@@ -235,7 +237,7 @@ def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
         (shards.parent / "trainer_state.json").write_text("{}")
         if whole:
             (shards / ".metadata").touch()
-    assert _last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert last_checkpoint(tmp_path, quiet) == tmp_path / "checkpoint-2"
 
 
 def test_an_error_of_every_process_ends_them_all(recipes: Path, tmp_path: Path) -> None:
@@ -384,7 +386,7 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
     from pivot_hub.training.jobs import hf_job_command
 
     loaded = load_recipe(recipes / "1-align.yaml")
-    command = hf_job_command(loaded, ["args.max_steps=3"], flavor="a100x4", bucket="me/runs")
+    command = hf_job_command(loaded, ["args.max_steps=3"], flavor="a100x4", bucket="me/runs", package="pivot-hub==9")
     sent: dict[str, Any] = {}
 
     class Sent(Exception):
@@ -413,10 +415,61 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
     assert " ".join(sent["command"]).endswith(f"--config_file /accelerate/ddp.yaml {tail}")
 
     with pytest.raises(RecipeError, match="is named by its environment variable"):
-        hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", secrets=["hf_secret"])
+        hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", package="pivot-hub", secrets=["hf_secret"])
     far = load_recipe(recipes / "1-align.yaml", [f"model.vision={tmp_path}"])
     with pytest.raises(RecipeError, match="lies outside of the recipe's folder"):
-        hf_job_command(far, flavor="a10g-small", bucket="me/runs")
+        hf_job_command(far, flavor="a10g-small", bucket="me/runs", package="pivot-hub")
+    with pytest.raises(RecipeError, match="none of this machine's files"):
+        hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", package=str(tmp_path))
+
+
+def test_a_job_is_submitted_only_if_its_package_can_be_installed(
+    recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from pivot_hub.cli import app
+
+    submitted = tmp_path / "submitted"
+    hf = tmp_path / "hf"
+    hf.write_text(f"#!/bin/sh\ntouch {submitted}\n")
+    hf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # an index that has none
+    command = ["jobs", str(recipes / "1-align.yaml"), "--bucket", "me/runs", "--submit"]
+    for more, message in (([], "give --package"), (["--package", "pivot-hub==99"], "Nothing was submitted")):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert isinstance(result.exception, RecipeError)
+        assert message in str(result.exception)
+        assert not submitted.exists()
+    monkeypatch.setattr("pivot_hub.training.jobs.check_package", lambda package: None)
+    assert CliRunner().invoke(app, [*command, "--package", "pivot-hub==99"]).exit_code == 0
+    assert submitted.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "shapes/3-dpo", "--processes", "0"],
+        ["data", "check", "shapes/3-dpo", "--workers", "-1"],
+        ["plan", "shapes/3-dpo", "--lengths", "/nowhere.json"],
+        ["plan", "shapes/3-dpo", "args.loss_type=[sigmoidd]"],
+        ["plan", "shapes/3-dpo", "args.save_only_model=true"],
+        ["plan", "shapes/3-dpo", "args.ignore_data_skip=true"],
+        ["plan", "shapes/3-dpo", "args.sync_ref_model=true"],
+        ["plan", "shapes/3-dpo", "learning_rate.vision=.inf"],
+        ["plan", "shapes/3-dpo", "args.max_grad_norm=.inf"],
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(arguments: list[str]) -> None:
+    from typer.testing import CliRunner
+
+    from pivot_hub.cli import app
+
+    result = CliRunner().invoke(app, arguments)
+    assert getattr(result.exception, "exit_code", None) == 2 or result.exit_code == 2
+    name = arguments[-2] if arguments[-2].startswith("--") else arguments[-1].split("=")[0].split(".")[-1]
+    assert name in f"{result.exception} {result.output}"
 
 
 def test_the_slurm_script_queues_again_when_it_is_stopped(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -117,7 +118,7 @@ def trainer(
         settings |= {**enabled, "reference_cache": str(folder / "references")}
     # A transform returns the rows as they are: a dataset would store the images in another encoding.
     dataset = Dataset.from_dict({"row": list(range(len(rows)))})
-    columns = ("images", "prompt", "chosen", "rejected")
+    columns = tuple(rows[0])
     dataset.set_transform(lambda batch: {c: [deepcopy(rows[r][c]) for r in batch["row"]] for c in columns})
     trainer_class, config_class = classes
     return trainer_class(
@@ -190,7 +191,7 @@ def test_every_loss_of_trl_is_equal(loss: str, options: dict[str, Any], models: 
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         {"use_weighting": True},
         {"ld_alpha": 0.5},
-        {"max_length": 48},
+        {"max_length": 66},
         {"gradient_checkpointing": True},
         {"f_divergence_type": "js_divergence"},
     ],
@@ -382,7 +383,7 @@ def test_reference_values_are_computed_once_and_never_for_something_else(
         ((policy, other_model, processor), {}),
         ((policy, reference, other_processor), {}),
         ((policy, reference, other_template), {}),
-        (models, {"max_length": 60}),
+        (models, {"max_length": 66}),
         (models, {"ld_alpha": 0.5}),
     ]
     for changed_models, args in changed:
@@ -450,6 +451,7 @@ def in_two_processes(module: str, models: Models, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_fsdp2_gives_the_loss_and_gradients_of_one_process(models: Models, tmp_path: Path) -> None:
     in_two_processes("tests.training.fsdp2", models, tmp_path)
     result = json.loads((tmp_path / "fsdp2.json").read_text())
@@ -506,3 +508,169 @@ def test_the_readmes_trainer_can_be_built(models: Models, tmp_path: Path, monkey
     groups = names["trainer"].create_optimizer().param_groups
     assert {group["part"] for group in groups} == {"vision", "projector", "language"}
     assert {group["lr"] for group in groups} == {1e-6}
+
+
+def with_language(models: Models, language: Any) -> Models:
+    """The models with another language model of random weights in policy and reference."""
+    replaced = deepcopy(models)
+    for model in replaced[:2]:
+        model.model.language_model = deepcopy(language)
+        model.config.text_config = language.config
+    return replaced
+
+
+def language_model(kind: str, models: Models, **sizes: Any) -> Any:
+    """A small random language model of a kind, of the sizes of the fixture's."""
+    import transformers
+
+    text: Any = models[0].config.text_config
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **sizes,
+    )
+    torch.manual_seed(1)
+    return getattr(transformers, f"{kind}Model")._from_config(config, attn_implementation="sdpa")
+
+
+LINEAR = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "remedy"),
+    [
+        ("StableLm", {}, "a StableLmModel, computes other hidden states .*; set encode_once=False"),
+        ("Qwen3_5Text", LINEAR, "a Qwen3_5TextModel, computes other hidden states .*; set encode_once=False"),
+        ("Mistral", {"sliding_window": 50}, "set max_length to at most 50, or set encode_once=False"),
+    ],
+)
+def test_a_language_model_that_the_layout_changes_is_refused(
+    kind: str, sizes: dict[str, Any], remedy: str, models: Models, tmp_path: Path
+) -> None:
+    """What the model computes decides, not its name."""
+    others = with_language(models, language_model(kind, models, **sizes))
+    with pytest.raises(TrainingError, match=remedy):
+        trainer(others, tmp_path, {})
+    off = step(trainer(others, tmp_path, ALL_OFF), ROWS)
+    assert_same(off, step(trainer(others, tmp_path, None), ROWS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "args"),
+    [
+        ("Mistral", {"sliding_window": 80}, {"max_length": 80}),
+        ("Mistral", {"sliding_window": None}, {}),
+        ("Llama", {}, {}),
+    ],
+)
+def test_a_language_model_that_the_layout_does_not_change_is_taken(
+    kind: str, sizes: dict[str, Any], args: dict[str, Any], models: Models, tmp_path: Path
+) -> None:
+    others = with_language(models, language_model(kind, models, **sizes))
+    ours = step(trainer(others, tmp_path, {}, **args), ROWS)
+    assert_same(ours, step(trainer(others, tmp_path / "trl", None, **args), ROWS))
+
+
+def test_arguments_of_a_rows_chat_template_reach_it(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, reference, processor = models
+    processor = deepcopy(processor)
+    processor.chat_template = "{% if tone is defined %}Be {{ tone }}. {% endif %}" + processor.chat_template
+    rows = [{**deepcopy(row), "chat_template_kwargs": {"tone": tone}} for row, tone in zip(ROWS, "abcde", strict=True)]
+    others = (policy, reference, processor)
+    ours = trainer(others, tmp_path, {}, rows)
+    assert_same(step(ours, rows), step(trainer(others, tmp_path / "trl", None, rows), rows))
+    row_counts = counted(monkeypatch)
+    trainer(others, tmp_path, {}, rows)
+    assert row_counts == []
+    rows[1]["chat_template_kwargs"] = {"tone": "kind"}
+    trainer(others, tmp_path, {}, rows)
+    assert row_counts == [1]
+
+
+@pytest.mark.parametrize("enabled", [{}, ALL_OFF])
+def test_a_row_without_room_for_an_answer_is_refused(enabled: dict[str, bool], models: Models, tmp_path: Path) -> None:
+    def train() -> None:
+        trainer(models, tmp_path, enabled, max_length=40).train()
+
+    with pytest.raises(DataError, match=r"(leave no room for an|no token left).* max_length 40.*; raise max_length"):
+        train()
+
+
+def test_paths_and_arrays_are_images_too(models: Models, tmp_path: Path) -> None:
+    """The same loss and the same cached values as with decoded images."""
+    expected = step(trainer(models, tmp_path, {}), ROWS)
+    rows = deepcopy(ROWS)
+    for i, row in enumerate(rows):
+        (image,) = row["images"]
+        image.save(tmp_path / f"{i}.png")
+        as_array = torch.from_numpy(np.array(image))
+        row["images"] = [
+            [str(tmp_path / f"{i}.png"), tmp_path / f"{i}.png", np.array(image), as_array.permute(2, 0, 1), image][i]
+        ]
+    assert_same(step(trainer(models, tmp_path, {}, rows), rows), expected)
+    for wrong, message in (
+        (np.zeros((4, 4, 3), np.float32), r"\(4, 4, 3\) of float32 is no image"),
+        (b"x" * 999, "b'x.* is no image"),
+    ):
+        rows[0]["images"] = [wrong]
+        with pytest.raises(DataError, match=message) as refusal:
+            trainer(models, tmp_path, {}, rows)
+        assert len(str(refusal.value)) < 500
+
+
+def test_an_empty_prompt_is_refused(models: Models, tmp_path: Path) -> None:
+    rows = [{"images": [], "prompt": "", "chosen": "a star", "rejected": "a circle"}]
+    with pytest.raises(DataError, match=r"the prompt is empty.*give the row a prompt"):
+        trainer(models, tmp_path, {}, rows)
+
+
+def test_rows_without_an_image_column_train_as_trls(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, reference, processor = models
+    rows = {"prompt": ["the scene holds"] * 2, "chosen": [" a red star", " two"], "rejected": [" nothing", " three"]}
+    losses = []
+    kinds: list[tuple[Any, Any]] = [(DPOTrainer, DPOConfig), (PivotDPOTrainer, PivotDPOConfig)]
+    for kind, config in kinds:
+        one = kind(
+            model=deepcopy(policy),
+            ref_model=deepcopy(reference),
+            args=config(output_dir=str(tmp_path), max_steps=1, bf16=False, report_to="none", logging_steps=1),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=processor,
+        )
+        one.train()
+        losses.append([h["loss"] for h in one.state.log_history if "loss" in h])
+    assert losses[0] == losses[1]
+    assert "no column image or images: encode_once" in caplog.text
+
+
+def test_a_damaged_file_of_the_cache_is_made_again(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    row_counts = counted(monkeypatch)
+    expected = trainer(models, tmp_path, {}).data_collator(deepcopy(ROWS))
+    row_counts.clear()
+    flipped, cut, *_ = sorted((tmp_path / "references").glob("*/*.npz"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut.write_bytes(cut.read_bytes()[:100])
+    (cut.parent / f"{'0' * 32}.npz").write_bytes(b"of an earlier version, without a hash")
+    again = trainer(models, tmp_path, {}).data_collator(deepcopy(ROWS))
+    assert sum(row_counts) in (3, 4)  # a file has one or two rows
+    assert torch.equal(again["ref_chosen_logps"], expected["ref_chosen_logps"])
+    assert caplog.text.count("is damaged; it is deleted") == 2

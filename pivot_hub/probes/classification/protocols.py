@@ -21,15 +21,25 @@ from pivot_hub.probes.classification.attention_pooling import (
     fit_attention,
     predict_attention,
 )
-from pivot_hub.probes.classification.labelled_images import ClassData, Part, data_sha256
+from pivot_hub.probes.classification.labelled_images import PARTS, ClassData, Part, count_copies, data_sha256
 from pivot_hub.probes.classification.logistic import Logistic, fit_logistic
-from pivot_hub.probes.features import BLOCK, EncodingOptions, Features, Pooled, cached_features, standardised
+from pivot_hub.probes.features import (
+    BLOCK,
+    EncodingOptions,
+    Features,
+    Pooled,
+    cached_digests,
+    cached_features,
+    standardised,
+)
+from pivot_hub.probes.grid import Choice, choose, described
 from pivot_hub.probes.result import ProbeResult, balanced_accuracy, measure
 
 SHAPES_CS = (0.001, 0.01, 0.1, 1.0)  # for standardised features
 CS = (0.01, 0.03, 0.1, 0.316, 1.0, 3.16)  # from the paper, for features of length 1
 NEIGHBOURS = (1, 5, 10, 20, 50, 100)
 PER_CLASS = 50  # images per class that "fast" is fitted on, and the most that settings are chosen on
+BALANCED = "mean_class_accuracy"  # the balanced accuracy of scikit-learn
 PROTOCOLS = ("prototypes", "fast", "full", "knn", "attention")
 
 
@@ -72,13 +82,14 @@ def classify_shapes(
         started = time.monotonic()
         fits = {c: _fit_each(x["train"], y["train"][task], c) for c in SHAPES_CS}
         best = max(SHAPES_CS, key=lambda c: _balanced(y["validation"][task], _predict_each(fits[c], x["validation"])))
+        chosen = described(best, best in (SHAPES_CS[0], SHAPES_CS[-1]))
         duration = time.monotonic() - started
         results += [
             measure(
                 f"shapes/{task}" if part == "test" else f"shapes/{part}/{task}",
                 "balanced_accuracy",
                 _example_scores(y[part][task], _predict_each(fits[best], x[part])),
-                protocol=f"mean-pooled, L2; a logistic regression for each value, C {best:g} by validation; chance 50",
+                protocol=f"mean-pooled, L2; a logistic regression for each value, C {chosen} by validation; chance 50",
                 seed=seed,
                 duration_s=duration,
                 **conditions,
@@ -89,6 +100,7 @@ def classify_shapes(
     labels = {part: v["count"] for part, v in y.items()}
     counted = fit_logistic(x["train"], labels["train"], SHAPES_CS, tolerance=1e-6)
     fit = max(counted, key=lambda f: np.mean(f.predict(x["validation"]) == labels["validation"]))
+    chosen = described(fit.c, fit.c in (SHAPES_CS[0], SHAPES_CS[-1]))
     commonest = max(np.mean(labels["test"] == label) for label in np.unique(labels["train"]))
     return [
         *results,
@@ -96,7 +108,7 @@ def classify_shapes(
             "shapes/count",
             "accuracy",
             (fit.predict(x["test"]) == labels["test"]).astype(np.float64),
-            protocol=f"mean-pooled, L2; logistic regression, C {fit.c:g} by validation; chance {100 * commonest:.1f}",
+            protocol=f"mean-pooled, L2; logistic regression, C {chosen} by validation; chance {100 * commonest:.1f}",
             seed=seed,
             duration_s=time.monotonic() - started,
             **conditions,
@@ -122,6 +134,7 @@ def classify_images(
     seed: int = 0,
     on_bad_row: OnBadRow = OnBadRow.STOP,
     encoding: EncodingOptions = EncodingOptions(),
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[ProbeResult], list[str]]:
     """Probe labelled images. The reported part is read after every probe is fitted and every setting is chosen.
 
@@ -132,7 +145,11 @@ def classify_images(
     - attention: attention pooling of all patch tokens, on the images of fast.
 
     Features are mean-pooled and L2-normalised. C, neighbours and learning rate are chosen on a held-out part of train:
-    a fifth of each class, at most 50 images. Full is then fitted again on all of train.
+    a fifth of each class, at most 50 images. Full is then fitted again on all of train. The grids of C and of learning
+    rates are continued where their end is chosen; a protocol says if the end is chosen nevertheless.
+
+    If the classes of the reported part differ in size, the mean accuracy of the classes (the balanced accuracy) is
+    reported beside the accuracy. The protocol says how many reported images are copies of train's.
 
     Args:
         model: The encoder.
@@ -143,9 +160,10 @@ def classify_images(
         seed: Seed of the samples and of the bootstrap.
         on_bad_row: Whether an image that cannot be decoded raises an error, or is skipped and reported.
         encoding: How images are encoded.
+        warn: Function that receives a warning if reported images are copies of train's.
 
     Returns:
-        One result for each protocol, and one error message for each image that was skipped.
+        The results of each protocol, and one error message for each image that was skipped.
 
     Raises:
         ProbeError: A protocol is unknown, or the data cannot be probed.
@@ -162,29 +180,43 @@ def classify_images(
 
     classifiers = _fit_classifiers(read, protocols, len(data.classes), model.device, seed)
     # Every setting is chosen. Only now is the reported part read.
+    digests = {part: cached_digests(data.part(part).images, encoding) for part in PARTS}
     conditions = {
         **metadata,
         "feature_layer": model.config.pivot["feature_layer"],
-        "data_sha256": data_sha256(data),
+        "data_sha256": data_sha256(data, digests),
     }
+    about = "; one image in five of each class is reported, drawn by the seed" if data.drawn else ""
+    if copies := count_copies(digests):
+        note = f"{copies} of the {len(digests['test'])} reported images are copies of images of train"
+        warn(f"{data.name}: {note}, which raises the accuracy; remove them.")
+        about += f"; {note}"
     results = []
     for protocol in protocols:
         test = read("test", protocol == "attention")
         started, classifier = time.monotonic(), classifiers[protocol]
         hits = (classifier.predict(test) == test.labels).astype(np.float64)
-        commonest = np.bincount(test.labels).max() / len(test)
-        results.append(
+        sizes = np.bincount(test.labels)
+        present = sizes[sizes > 0]
+        metrics = [("accuracy", hits, f"chance {100 * present.max() / len(test):.1f}{about}")]
+        if present.min() < present.max():
+            # The mean over items with these weights is the mean over classes.
+            weights = len(test) / (len(present) * sizes[test.labels])
+            weighted = np.stack([hits * weights, weights], axis=1)
+            metrics.append((BALANCED, weighted, f"mean over classes; chance {100 / len(present):.1f}{about}"))
+        results += [
             measure(
                 f"{data.name}/{protocol}",
-                "accuracy",
-                hits,
-                protocol=f"{classifier.protocol}; chance {100 * commonest:.1f}",
+                metric,
+                scores,
+                protocol=f"{classifier.protocol}; {described_chance}",
                 split="val",
                 seed=seed,
                 duration_s=classifier.duration_s + time.monotonic() - started,
                 **conditions,
             )
-        )
+            for metric, scores, described_chance in metrics
+        ]
     return results, list(dict.fromkeys(skipped))
 
 
@@ -253,30 +285,37 @@ def _prototypes(train: Features, pools: Pools, classes: int, device: torch.devic
 
 def _fast(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
     started = time.monotonic()
-    fits = fit_logistic(Pooled(train.values, pools.few), train.labels[pools.few], CS, classes, device=device)
-    best = _best(fits, train, pools)
+    best = _choose_c(train, pools, pools.few, classes, device)
     most = np.bincount(train.labels[pools.few]).max()
-    protocol = f"mean-pooled, L2; logistic regression on {most} images a class, C {best.c:g} chosen on held-out train"
-    return Classifier(protocol, lambda f: best.predict(_whole(f)), time.monotonic() - started)
+    protocol = f"mean-pooled, L2; logistic regression on {most} images a class, C {best} chosen on held-out train"
+    return Classifier(protocol, lambda f: best.fit.predict(_whole(f)), time.monotonic() - started)
 
 
 def _full(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
     started = time.monotonic()
-    fits = fit_logistic(Pooled(train.values, pools.rest), train.labels[pools.rest], CS, classes, device=device)
-    best = _best(fits, train, pools)
+    best = _choose_c(train, pools, pools.rest, classes, device)
     all_features = Pooled(train.values, pools.all)
-    (final,) = fit_logistic(all_features, train.labels, [best.c], classes, start=best, device=device)
+    (final,) = fit_logistic(all_features, train.labels, [best.value], classes, start=best.fit, device=device)
     protocol = (
-        f"mean-pooled, L2; logistic regression on all {len(pools.all)} images of train, C {best.c:g} chosen on "
+        f"mean-pooled, L2; logistic regression on all {len(pools.all)} images of train, C {best} chosen on "
         "held-out train"
     )
     return Classifier(protocol, lambda f: final.predict(_whole(f)), time.monotonic() - started)
 
 
-def _best(fits: Sequence[Logistic], train: Features, pools: Pools) -> Logistic:
-    """Choose the fit with the best accuracy on the held-out part; among equals, the one with the strongest penalty."""
+def _choose_c(train: Features, pools: Pools, rows: np.ndarray, classes: int, device: torch.device) -> Choice[Logistic]:
+    """Choose the C with the best accuracy on the held-out part; among equals, the one with the strongest penalty."""
+    x, y = Pooled(train.values, rows), train.labels[rows]
     held_out = Pooled(train.values, pools.held_out)
-    return max(fits, key=lambda fit: (np.mean(fit.predict(held_out) == train.labels[pools.held_out]), -fit.c))
+    last: list[Logistic] = []  # the fits of the largest C so far, from which a larger one starts
+
+    def fit(cs: Sequence[float]) -> Sequence[Logistic]:
+        start = last[-1] if last and min(cs) > last[-1].c else None
+        fits = fit_logistic(x, y, cs, classes, start=start, device=device)
+        last.extend(f for f in fits if not last or f.c > last[-1].c)
+        return fits
+
+    return choose(CS, fit, lambda f: float(np.mean(f.predict(held_out) == train.labels[pools.held_out])))
 
 
 def _knn(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
@@ -306,7 +345,8 @@ def _knn(train: Features, pools: Pools, classes: int, device: torch.device) -> C
     predicted = _choose_each(held_out, lambda x: votes(pools.rest, NEIGHBOURS, x), device)
     accuracy = (predicted == train.labels[pools.held_out]).mean(1)
     best = NEIGHBOURS[int(accuracy.argmax())]
-    protocol = f"mean-pooled, L2; votes of the {best} nearest of train, chosen on held-out train"
+    number = described(best, best == NEIGHBOURS[-1] < len(pools.rest))
+    protocol = f"mean-pooled, L2; votes of the {number} nearest of train, chosen on held-out train"
 
     def predict(features: Features) -> np.ndarray:
         return _choose_each(_whole(features), lambda x: votes(pools.all, [best], x), device)[0]
@@ -320,18 +360,18 @@ def _attention(train: Features, pools: Pools, classes: int, device: torch.device
     def accuracy(model: AttentionPool) -> float:
         return float(np.mean(predict_attention(model, train.values, pools.held_out) == train.labels[pools.held_out]))
 
-    models = {
-        learning_rate: fit_attention(train.values, train.labels, pools.few, classes, learning_rate, seed, device)
-        for learning_rate in LEARNING_RATES
-    }
-    best = max(LEARNING_RATES, key=lambda learning_rate: (accuracy(models[learning_rate]), -learning_rate))
+    def fit(learning_rates: Sequence[float]) -> list[AttentionPool]:
+        rows = pools.few
+        return [fit_attention(train.values, train.labels, rows, classes, r, seed, device) for r in learning_rates]
+
+    best = choose(LEARNING_RATES, fit, accuracy)
     most = np.bincount(train.labels[pools.few]).max()
     protocol = (
-        f"attention pooling of patch tokens, {most} images a class, learning rate {best:g} chosen on held-out train"
+        f"attention pooling of patch tokens, {most} images a class, learning rate {best} chosen on held-out train"
     )
 
     def predict(features: Features) -> np.ndarray:
-        return predict_attention(models[best], features.values, np.arange(len(features)))
+        return predict_attention(best.fit, features.values, np.arange(len(features)))
 
     return Classifier(protocol, predict, time.monotonic() - started)
 

@@ -40,11 +40,13 @@ class Target:
         pair: The preference pair.
         rendered: The image and the masks of its objects.
         image_name: Name of the image. Intervals are computed over images, and one image may have several targets.
+        image_sha256: Hash of the image's file; empty for an image that its scene determines.
     """
 
     pair: Pair
     rendered: RenderedScene
     image_name: str = ""
+    image_sha256: str = ""
 
     @property
     def mask(self) -> np.ndarray:
@@ -195,6 +197,7 @@ class _ScoredTargets:
             self.areas.append(float(target.mask.mean()))
         texts = (split, target.image_name, target.pair.question, target.pair.chosen, target.pair.rejected)
         self.digest.update("\0".join(texts).encode() + np.packbits(target.mask).tobytes())
+        self.digest.update(target.image_sha256.encode())
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,7 @@ def image_targets(
     """
     for labelled in images:
         image = open_image(labelled.file, labelled.name)
+        digest = hashlib.sha256(labelled.file.read_bytes()).hexdigest()
         for name, region in sorted(labelled.regions.items()):
             mask = seen_mask(processor, region())
             if not mask.any():
@@ -311,7 +315,7 @@ def image_targets(
                 continue
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
             box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-            yield Target(wording.pair(name), RenderedScene(image, mask[None], box[None]), labelled.name)
+            yield Target(wording.pair(name), RenderedScene(image, mask[None], box[None]), labelled.name, digest)
 
 
 def overlaps(heat: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
-from PIL import Image, UnidentifiedImageError
+from datasets import Dataset
+from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
-from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image
-from pivot_hub.data.image_store import ARCHIVES, archive_members, read_member
+from pivot_hub.config.yaml_loader import parse_yaml
+from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image, open_stored
+from pivot_hub.data.image_store import ARCHIVES, archive_members, open_cell, read_member
 from pivot_hub.data.row import Span
 from pivot_hub.data.synthetic import Split
 from pivot_hub.errors import DataError, ProbeError
+from pivot_hub.probes.parts import Part, find_parts, is_hidden, part_of
+from pivot_hub.probes.tables import image_columns, is_table, load_tables
 
-# Names that data sets give their parts, and the folder or column of their masks.
-PARTS = {
-    "train": ("train", "training", "train2017"),
-    "val": ("val", "valid", "validation", "val2017"),
-    "test": ("test", "testing"),
-}
-_PART_NAMES = {name for names in PARTS.values() for name in names}
 MASKS = ("masks", "annotations", "labels")
 COLUMNS = ("mask", "masks", "annotation", "annotations", "label", "labels", "segmentation", "semantic_segmentation")
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # PIL modes with one whole number per pixel
@@ -65,8 +58,8 @@ class File:
             return self.path
         try:
             return io.BytesIO(read_member(self.path, self.span))
-        except zlib.error as error:
-            raise DataError(f"{self}: damaged in its archive ({error}); fetch it again.") from error
+        except DataError as error:
+            raise DataError(f"{self}: {error}") from error
 
     def stamp(self) -> tuple[Any, ...]:
         return self.name, self.span, self.path.stat().st_size, self.path.stat().st_mtime_ns
@@ -83,12 +76,10 @@ class Cell:
     row: int
     column: str
     place: str
+    folder: Path | None = None  # of a local data set
 
     def open(self) -> Path | io.BytesIO:
-        value = self.table[self.row][self.column]
-        if value is None or (value["bytes"] is None and value["path"] is None):
-            raise DataError(f"{self}: holds no image; remove the row.")
-        return Path(value["path"]) if value["bytes"] is None else io.BytesIO(value["bytes"])
+        return open_cell(self.table[self.row][self.column], self.folder, str(self))
 
     def stamp(self) -> tuple[Any, ...]:
         return self.table._fingerprint, self.row, self.column
@@ -114,6 +105,11 @@ class MaskedImage:
     def open_image(self) -> Image.Image:
         """Read the image as RGB, see `decode_image_of`."""
         return decode_image_of(self.image)
+
+    def image_digest(self) -> bytes:
+        """Return the SHA-256 of the image's file."""
+        opened = self.image.open()
+        return hashlib.sha256(opened.read_bytes() if isinstance(opened, Path) else opened.read()).digest()
 
     def open_ids(self) -> np.ndarray:
         """Read the class ids (height, width) int32, see `decode_ids`."""
@@ -153,7 +149,7 @@ def open_masks(
     - `images/` and `masks/` (or `annotations/`, `labels/`), each with `train/` and `val/` (or `training/`,
       `validation/`) or without parts;
     - `train/`, `trainannot/`, `val/`, `valannot/`, as in CamVid;
-    - Parquet files as the datasets library writes them.
+    - Parquet files, or a folder that `save_to_disk` wrote, with an image and a mask column.
 
     An image and its mask have the same name except for the suffix. If there is a val part, it is reported, and a fifth
     of train becomes the validation split. Without a val part, a test part is used in its place. Without any parts, the
@@ -178,9 +174,9 @@ def open_masks(
         return _paired(place, _files(place), _files(Path(masks)), seed, on_bad_row)
     if not place.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(data)):
         return _tables(str(data), seed)
-    files = _files(place)
-    if not any(_is_image(name) for name in files) and any(name.endswith(".parquet") for name in files):
+    if is_table(place):
         return _tables(str(data), seed)
+    files = _files(place)
     paired = _paired(place, *_roots(place, files), seed, on_bad_row)
     if any(name.startswith("annotations/training/") for name in files):
         names = _scene_parse_names(files.get("objectInfo150.txt"))
@@ -201,12 +197,12 @@ def read_names(file: str | Path) -> dict[int, str]:
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
-        names = text.splitlines() if path.suffix == ".txt" else yaml.safe_load(text)
+        names = text.splitlines() if path.suffix == ".txt" else parse_yaml(text, path.name, DataError)[0]
         if isinstance(names, dict):
             names = next((names[k] for k in ("classes", "names", "id2label") if k in names), names)
         items = names.items() if isinstance(names, dict) else enumerate(names)
         return {int(i): str(name).strip() for i, name in items}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, DataError) as error:
         reason = str(error).splitlines()[0]
         raise ProbeError(
             f"{path}: no names of classes can be read ({reason}); give one name per line, or a list or a mapping by id."
@@ -232,7 +228,7 @@ def decode_ids(stored: Stored) -> np.ndarray:
         DataError: The mask is missing, incomplete, in colour, or a JPEG.
     """
     try:
-        with Image.open(stored.open()) as mask:
+        with open_stored(stored.open(), f"mask {stored}") as mask:
             if mask.mode not in ID_MODES:
                 raise DataError(
                     f"mask {stored} is an image in colour ({mask.mode}), not class ids; write the id of each "
@@ -246,9 +242,6 @@ def decode_ids(stored: Stored) -> np.ndarray:
             return ids
     except FileNotFoundError:
         raise DataError(f"mask {stored} does not exist; fetch it again.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is not in a known image format" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"mask {stored} cannot be decoded ({reason}); replace the file.") from None
 
 
 def _files(place: Path) -> dict[str, File]:
@@ -257,12 +250,13 @@ def _files(place: Path) -> dict[str, File]:
     A single folder that wraps all images of an archive is removed from the names.
     """
     if place.is_dir():
-        names = {f.relative_to(place).as_posix(): f for f in place.rglob("*") if f.is_file()}
+        paths = {f.relative_to(place).as_posix(): f for f in place.rglob("*") if f.is_file()}
+        names = {name: f for name, f in paths.items() if not is_hidden(name)}
         files = {name: File(name, f) for name, f in names.items()}
     elif place.is_file() and place.suffix in ARCHIVES:
-        members = archive_members(place)
+        members = {name: span for name, span in archive_members(place).items() if not is_hidden(name)}
         tops = {name.split("/")[0] for name in members if _is_image(name)}
-        top = f"{tops.pop()}/" if len(tops) == 1 and not tops & _PART_NAMES else ""
+        top = f"{tops.pop()}/" if len(tops) == 1 and not any(map(part_of, tops)) else ""
         files = {n.removeprefix(top): File(n, place, span) for n, span in members.items() if n.startswith(top)}
     else:
         raise ProbeError(
@@ -289,7 +283,8 @@ def _roots(place: Path, files: Mapping[str, File]) -> tuple[dict[str, File], dic
         return images, masks
     raise ProbeError(
         f"{place}: its layout of images and masks is unknown; name its folders images and masks (or annotations), "
-        "or train, trainannot, val and valannot, or give the masks with --masks."
+        "or train, trainannot, val and valannot, or give the masks with --masks. Masks are PNG files of class ids; "
+        "polygons and boxes (COCO, VOC XML, LabelMe) have to be drawn as such."
     )
 
 
@@ -317,10 +312,12 @@ def _paired(
         more = f" (and {len(unpaired) - 1} files like it)" if len(unpaired) > 1 else ""
         raise DataError(f"{unpaired[0]}{more}; add what is missing, or leave such files out with --on-bad-row skip.")
     masked = {n: MaskedImage(n, image_files[n], mask_files[n]) for n in sorted(common)}
+    tops = {name.split("/")[0] if "/" in name else "." for name in masked}
+    names_of_parts = find_parts(str(place), tops) if len(tops) > 1 else {}  # one part alone is split as none
     parts: dict[str, list[MaskedImage]] = {}
     for name, item in masked.items():
         parts.setdefault(_part(name) or "", []).append(item)
-    if "" in parts:  # not all folders are parts
+    if not names_of_parts:  # no folder is a part
         parts = {"": list(masked.values())}
     return MaskData(_set_name(place), *_split(place.name, parts, seed), unpaired=unpaired)
 
@@ -338,10 +335,9 @@ def _by_stem(files: Mapping[str, File]) -> dict[str, File]:
     return by_stem
 
 
-def _part(name: str) -> str | None:
+def _part(name: str) -> Part | None:
     """Return the part that the first folder of a name stands for, or None."""
-    top = name.split("/")[0] if "/" in name else ""
-    return next((part for part, names in PARTS.items() if top in names), None)
+    return part_of(name.split("/")[0]) if "/" in name else None
 
 
 def _split(
@@ -369,7 +365,7 @@ def _set_name(place: Path) -> str:
     """Return the folder name that identifies a data set, without the path to it."""
     full = place.resolve()
     names = [full.stem if full.is_file() else full.name, *(p.name for p in full.parents)]
-    return next(n for n in names if n not in {"images", *_PART_NAMES})
+    return next(n for n in names if n != "images" and part_of(n) is None)
 
 
 def _scene_parse_names(file: File | None) -> dict[int, str]:
@@ -383,22 +379,16 @@ def _scene_parse_names(file: File | None) -> dict[int, str]:
 
 
 def _tables(data: str, seed: int) -> MaskData:
-    """Load a data set that has an image and a mask column, from the Hub or from a folder of Parquet files."""
-    try:
-        loaded = load_dataset(data)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ProbeError(
-            f"{data}: no data set can be loaded ({reason}); give a folder, or a Hub name that can be reached."
-        ) from error
-    assert isinstance(loaded, DatasetDict)
+    """Load a data set that has an image and a mask column, from the Hub or from a folder, see `load_tables`."""
+    loaded = load_tables(data)
     parts = {_part(f"{name}/") or str(name): _table_rows(str(name), table, data) for name, table in loaded.items()}
+    find_parts(data, map(str, loaded))
     return MaskData(data.rstrip("/").split("/")[-1], *_split(data, parts, seed))
 
 
 def _table_rows(split: str, table: Dataset, data: str) -> list[MaskedImage]:
     """List the rows of one split as masked images."""
-    columns = [n for n, kind in table.features.items() if isinstance(kind, ImageFeature)]
+    columns = image_columns(table)
     masks = [n for n in columns if n in COLUMNS]
     images = [n for n in columns if n not in masks]
     if len(masks) != 1 or not images:
@@ -407,12 +397,14 @@ def _table_rows(split: str, table: Dataset, data: str) -> list[MaskedImage]:
             f"named one of {', '.join(COLUMNS)}."
         )
     column = "image" if "image" in images else images[0]
-    for name in (column, masks[0]):
-        table = table.cast_column(name, ImageFeature(decode=False))
     image_table, mask_table = table.select_columns([column]), table.select_columns([masks[0]])
-    place = f"{Path(data).name} ({split})"
+    place, folder = f"{Path(data).name} ({split})", Path(data) if Path(data).is_dir() else None
     return [
-        MaskedImage(f"{split}/{i}", Cell(image_table, i, column, place), Cell(mask_table, i, masks[0], place))
+        MaskedImage(
+            f"{split}/{i}",
+            Cell(image_table, i, column, place, folder),
+            Cell(mask_table, i, masks[0], place, folder),
+        )
         for i in range(len(table))
     ]
 

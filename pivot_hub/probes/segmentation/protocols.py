@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,9 @@ from pivot_hub.encoder.encode import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
+from pivot_hub.outputs import scratch_folder
 from pivot_hub.probes.features import EncodingOptions, cached_values
+from pivot_hub.probes.grid import described
 from pivot_hub.probes.result import ProbeResult, measure, statistic_of
 from pivot_hub.probes.segmentation.heads import (
     DECAYS,
@@ -143,6 +144,7 @@ def segment_masks(
     skipped = list(data.unpaired)
     fitted_splits: tuple[Split, ...] = ("train", "validation")
     parts = {split: _check(data, split, ignored, on_bad_row, skipped) for split in fitted_splits}
+    _check_classes(data, parts.values(), ignored)
     images = [image for part in parts.values() for image in part.images]
     train_count = len(parts["train"].images)
     rows = range(train_count), range(train_count, len(images))
@@ -154,6 +156,11 @@ def segment_masks(
     # Every setting is chosen. Only now is the reported part opened.
     test = _check(data, "test", ignored, on_bad_row, skipped)
     digest = hashlib.sha256("".join([*(p.sha256 for p in parts.values()), test.sha256]).encode()).hexdigest()
+    known = {file for part in parts.values() for file in part.digests}
+    about = ""
+    if copies := sum(file in known for file in test.digests):
+        about = f"; {copies} of the {len(test.images)} reported images are copies of fitted images"
+        log(f"warning: {data.name}{about}, which raises the scores; remove them.".replace("; ", ": ", 1))
     results: list[ProbeResult] = []
     for px, fit in fits.items():
         started = time.monotonic()
@@ -161,6 +168,7 @@ def segment_masks(
         if not head_scores[0][:, 2].any():
             raise ProbeError(f"{data.name}: no pixel of {data.reported} counts; are its masks empty, or all ignored?")
         duration = fit.duration_s + time.monotonic() - started
+        *head_scores, position_scores = head_scores
         for (setting, _), scores in zip(fit.heads, head_scores, strict=True):
             for metric in METRICS:
                 results.append(
@@ -168,7 +176,10 @@ def segment_masks(
                         f"segmentation/{data.name}/{setting.kind}/{px}px",
                         metric,
                         scores,
-                        protocol=_protocol(setting, px, tokens_side(model, px), ignored, metric, scores, commonest),
+                        protocol=_protocol(
+                            setting, px, tokens_side(model, px), ignored, metric, position_scores, commonest
+                        )
+                        + about,
                         seed=options.seed,
                         duration_s=duration,
                         split=data.reported,
@@ -181,10 +192,14 @@ def segment_masks(
 
 @dataclass(frozen=True)
 class _Fit:
-    """The heads fitted at one image size, the commonest class among their labels, and the time they took."""
+    """The heads fitted at one image size, the commonest class among their labels, and the time they took.
+
+    `by_position` holds the commonest class at each position of the image: (side, side).
+    """
 
     heads: list[tuple[Setting, Head]]
     commonest: int
+    by_position: np.ndarray
     duration_s: float
 
 
@@ -203,22 +218,24 @@ class _Run:
     def fit(self, images: Sequence[MaskedImage], rows: tuple[Sequence[int], Sequence[int]], px: int) -> _Fit:
         """Choose settings and fit heads on the train and validation rows of images."""
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+        with scratch_folder("pivot-segment") as scratch:
             tokens = self._tokens(images, px, scratch)
             labels, counts = _labels(images, px, self.classes, self.ignored, scratch)
             heads = _choose(self.options, tokens, labels, rows, self.classes, self.model.device, self.log)
+            by_position = _commonest_at(labels, self.classes, int(counts.argmax()))
             del tokens, labels
-        return _Fit(heads, int(counts.argmax()), time.monotonic() - started)
+        return _Fit(heads, int(counts.argmax()), by_position, time.monotonic() - started)
 
     def score(self, fit: _Fit, images: Sequence[MaskedImage], px: int) -> list[np.ndarray]:
-        """Compute the per-example scores (n, 3, classes) of each head."""
-        with tempfile.TemporaryDirectory(prefix="pivot-segment-") as scratch:
+        """Compute the per-example scores (n, 3, classes) of each head, and of the commonest class at each position."""
+        with scratch_folder("pivot-segment") as scratch:
             tokens = self._tokens(images, px, scratch)
-            head_scores = _score([head for _, head in fit.heads], tokens, images, self.classes, self.ignored)
+            heads = [head for _, head in fit.heads]
+            head_scores = _score(heads, fit.by_position, tokens, images, self.classes, self.ignored)
             del tokens
         return head_scores
 
-    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: str) -> Rows:
+    def _tokens(self, images: Sequence[MaskedImage], px: int, folder: Path) -> Rows:
         if self.encode:
             return self.encode(images, px)
         return encode_masked(self.model, self.image_processor, images, px, folder, self.log)
@@ -382,6 +399,9 @@ class _NamedImages:
     def open(self, index: int) -> Image.Image:
         return self.images[index].open_image()
 
+    def digest(self, index: int) -> bytes:
+        return self.images[index].image_digest()
+
     def stamp(self) -> str:
         return hashlib.sha256(repr([image.image.stamp() for image in self.images]).encode()).hexdigest()
 
@@ -422,16 +442,20 @@ def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | 
 
 @dataclass(frozen=True)
 class _Part:
-    """The usable images of a part, the highest id in their masks, and a hash of their names and ids."""
+    """The usable images of a part, the highest id in their masks, and a hash of their names, files and ids.
+
+    `digests` holds the hash of each image's file.
+    """
 
     images: list[MaskedImage]
     highest: int
     sha256: str
+    digests: list[bytes]
 
 
 def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: OnBadRow, skipped: list[str]) -> _Part:
     """Open every image and mask of a part once; messages about skipped ones are added to `skipped`."""
-    usable, highest, digest = [], -1, hashlib.sha256()
+    usable, highest, digest, digests = [], -1, hashlib.sha256(), []
     for masked in data.parts[split]:
         try:
             image, ids = masked.open_image(), masked.open_ids()
@@ -449,14 +473,32 @@ def _check(data: MaskData, split: Split, ignored: Iterable[int], on_bad_row: OnB
         highest = max(highest, int(counted.max()))
         digest.update(f"{masked.name} {ids.shape}\n".encode())
         digest.update(counted.astype("<i4").tobytes())
+        digests.append(masked.image_digest())
+        digest.update(digests[-1])
         usable.append(masked)
     if not usable:
         raise ProbeError(f"{data.name}: no image of the {split} part can be used; fix the files that were skipped.")
-    return _Part(usable, highest, digest.hexdigest())
+    return _Part(usable, highest, digest.hexdigest(), digests)
+
+
+def _check_classes(data: MaskData, parts: Iterable[_Part], ignored: Iterable[int]) -> None:
+    """Raise a ProbeError if masks hold one class only besides ids that are ignored, as masks of 0 and 255 do."""
+    ids: set[int] = set()
+    for image in (image for part in parts for image in part.images):
+        ids |= set(np.unique(image.open_ids()).tolist())
+        if len(ids - set(ignored)) > 1:
+            return
+    if dropped := sorted(ids & set(ignored)):
+        kept = ", ".join(map(str, sorted(ids - set(ignored)))) or "no id"
+        raise ProbeError(
+            f"{data.name}: the masks that are fitted hold {kept} besides the ignored {', '.join(map(str, dropped))}; a "
+            "probe needs at least two classes. If an ignored id is a class, name the ids that are none with --ignore, "
+            'or give --ignore "" to count all.'
+        )
 
 
 def _labels(
-    images: Sequence[MaskedImage], px: int, classes: int, ignored: Iterable[int], folder: str
+    images: Sequence[MaskedImage], px: int, classes: int, ignored: Iterable[int], folder: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample class ids at the centres of a square grid, and count the labels of each class.
 
@@ -505,16 +547,38 @@ def _choose(
     return list(zip(best, refitted, strict=True))
 
 
+def _commonest_at(labels: np.ndarray, classes: int, commonest: int) -> np.ndarray:
+    """Find the commonest class at each position of the labels (N, side, side): (side, side).
+
+    Positions whose labels are all ignored have the commonest class of all.
+    """
+    best = np.full(labels.shape[1:], commonest)
+    for row in range(labels.shape[1]):  # row by row, since the counts of all positions may not fit in memory
+        counts = np.zeros((labels.shape[2], classes), np.int64)
+        for column, ids in enumerate(np.asarray(labels[:, row]).T):
+            counts[column] = np.bincount(ids[ids >= 0], minlength=classes)
+        seen = counts.any(1)
+        best[row, seen] = counts.argmax(1)[seen]
+    return best
+
+
 def _score(
-    heads: Sequence[Head], tokens: Rows, images: Sequence[MaskedImage], classes: int, ignored: Iterable[int]
+    heads: Sequence[Head],
+    by_position: np.ndarray,
+    tokens: Rows,
+    images: Sequence[MaskedImage],
+    classes: int,
+    ignored: Iterable[int],
 ) -> list[np.ndarray]:
-    """Compute the per-example scores (n, 3, classes) of each head at the masks' own pixels."""
-    head_scores: list[list[np.ndarray]] = [[] for _ in heads]
+    """Compute the per-example scores (n, 3, classes) of each head, then of positions, at the masks' own pixels."""
+    head_scores: list[list[np.ndarray]] = [[] for _ in (*heads, by_position)]
     for i, image in enumerate(images):
         truth = ids_within(image.open_ids(), classes, ignored, image.name)
         image_tokens = np.ascontiguousarray(tokens[np.array([i])])
-        for scores, head in zip(head_scores, heads, strict=True):
-            predicted = head.predict(image_tokens, (truth.shape[0], truth.shape[1]))[0]
+        predictions = [head.predict(image_tokens, (truth.shape[0], truth.shape[1]))[0] for head in heads]
+        rows, columns = (np.arange(length) * len(by_position) // length for length in truth.shape)
+        predictions.append(by_position[np.ix_(rows, columns)])
+        for scores, predicted in zip(head_scores, predictions, strict=True):
             scores.append(count_pixels(predicted, truth, classes))
     return [np.stack(scores) for scores in head_scores]
 
@@ -525,18 +589,20 @@ def _protocol(
     side: int,
     ignored: Iterable[int],
     metric: str,
-    example_scores: np.ndarray,
+    position_scores: np.ndarray,
     commonest: int,
 ) -> str:
-    """Describe the method in one line, with the score of predicting the commonest fitted class everywhere."""
-    true = example_scores.sum(0, dtype=np.float64)[2]
+    """Describe the method in one line, with what the commonest fitted class, everywhere and by position, scores."""
+    true = position_scores.sum(0, dtype=np.float64)[2]
     correct, predicted = np.zeros_like(true), np.zeros_like(true)
     correct[commonest], predicted[commonest] = true[commonest], true.sum()
     alone = 100 * float(statistic_of(metric)(np.stack([correct, predicted, true])[None])[0])
+    position = 100 * float(statistic_of(metric)(position_scores.sum(0, dtype=np.float64)[None])[0])
+    rate = described(setting.learning_rate, setting.learning_rate in (LEARNING_RATES[0], LEARNING_RATES[-1]))
     head = "linear head" if setting.kind == "linear" else "2-layer head"
     left_out = f"; ids {', '.join(map(str, sorted(ignored)))} ignored" if ignored else ""
     return (
         f"{head} on {side} x {side} patch tokens, images resized to {px} x {px} px, logits upsampled to the mask; "
-        f"learning rate {setting.learning_rate:g}, decay {setting.decay:g} by validation{left_out}; "
-        f"the commonest class alone {alone:.1f}"
+        f"learning rate {rate}, decay {setting.decay:g} by validation{left_out}; "
+        f"the commonest class alone {alone:.1f}, position alone {position:.1f}"
     )

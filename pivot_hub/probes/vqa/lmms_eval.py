@@ -23,8 +23,9 @@ from safetensors import safe_open
 from pivot_hub import __version__
 from pivot_hub.encoder.encode import DTYPES
 from pivot_hub.errors import ProbeError
-from pivot_hub.files import whole_folder, write_json
+from pivot_hub.files import write_json
 from pivot_hub.mllm.load import mllm_config
+from pivot_hub.outputs import OutputKind, whole_folder
 from pivot_hub.probes.result import ProbeResult, measure, write_results
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS, GROUPS, Benchmark, Sample, read_numbers
 from pivot_hub.provenance import versions, weights_sha256
@@ -35,7 +36,8 @@ WATCHED = "PIVOT_WATCHED"
 PYTHON = "PIVOT_LMMS_PYTHON"
 OVERALL = "All 16"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
-_JOB = "job.json"  # in the folder of a finished task; describes what it was run on
+_JOB = "job.json"  # in the folder of a finished task; describes what it was run on, and names its files
+_TASK_FOLDER = OutputKind("a result of a task", _JOB, "pivot eval vqa")
 _ASK_VERSIONS = (
     "import importlib.metadata as m, json, pivot_hub;"
     "names = ('lmms-eval', 'torch', 'transformers', 'datasets');"
@@ -329,7 +331,7 @@ def _run(
     command += ["--model_args", f"pretrained={mllm.resolve()},dtype={job['dtype']}", "--batch_size", str(batch)]
     command += ["--log_samples", *(["--limit", str(job["limit"])] if job["limit"] else [])]
     command += ["--include_path", str(include.resolve())] if include else []
-    with whole_folder(folder) as beside:
+    with whole_folder(folder, _TASK_FOLDER) as beside:
         with log_file.open("w") as file:
             command += ["--output_path", str(beside)]
             # The process ends when its input ends, so that it does not keep running after this command is killed.
@@ -342,7 +344,9 @@ def _run(
             raise ProbeError(f"{job['task']}: lmms-eval failed: {reason}; its log is {log_file}.")
         read_lmms(beside, job["task"])  # raises if there is no result
         split = _split(beside, job["task"])
-        write_json(beside / _JOB, {**job, "split": split, "duration_s": round(time.monotonic() - started, 2)})
+        files = sorted(f.relative_to(beside).as_posix() for f in beside.rglob("*") if f.is_file())
+        duration_s = round(time.monotonic() - started, 2)
+        write_json(beside / _JOB, {**job, "split": split, "duration_s": duration_s, "files": files})
 
 
 def _split(folder: Path, task: str) -> str:

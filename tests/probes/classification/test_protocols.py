@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tarfile
 import zipfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -20,9 +22,10 @@ from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes import features
 from pivot_hub.probes.classification import protocols as classify
-from pivot_hub.probes.classification.labelled_images import Labelled, Part, data_sha256, open_classes
+from pivot_hub.probes.classification.labelled_images import Labelled, Part, open_classes
 from pivot_hub.probes.classification.protocols import PROTOCOLS, Pools, classify_images
 from pivot_hub.probes.features import EncodingOptions, cached_features
+from pivot_hub.probes.grid import choose
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_encoder
 
@@ -46,7 +49,7 @@ def class_folder(folder: Path, per_class: int = 12, seed: int = 0) -> Path:
 class Recorded:
     """Three classes of images that record which part is read, and when."""
 
-    name, classes = "recorded", ("dark", "grey", "light")
+    name, classes, drawn = "recorded", ("dark", "grey", "light"), False
 
     def __init__(self, log: list[str], shuffled: bool = False, count: int = 60) -> None:
         self.log, rng = log, np.random.default_rng(0)
@@ -66,6 +69,9 @@ class RecordedImages:
         self.log.append(f"read {self._part}")
         return Image.new("RGB", (32, 32), (int(100 * self.truth[index]) + index % 20,) * 3)
 
+    def digest(self, index: int) -> bytes:
+        return hashlib.sha256(self.names[index].encode()).digest()
+
     def stamp(self) -> str:
         return f"{self._part} {self.truth.tolist()}"
 
@@ -78,7 +84,7 @@ def encoder(parts: Path) -> tuple[Any, Any]:
 def run(encoder: tuple[Any, Any], data: Any, cache: Path, **options: Any) -> dict[str, Any]:
     encoding = EncodingOptions(cache=cache, workers=0)
     results, _ = classify_images(*encoder, data, METADATA, encoding=encoding, **options)
-    return {r.task.split("/")[-1]: r for r in results}
+    return {r.task.split("/")[-1]: r for r in results if r.metric == "accuracy"}
 
 
 def test_every_protocol_tells_classes_apart(parts: Path, tmp_path: Path) -> None:
@@ -171,15 +177,25 @@ def _packed(folder: Path, kind: str, target: Path) -> str:
         return str(target / "tiny")
     files = sorted(folder.rglob("*.*"))
     names = sorted({f.parent.name for f in files})
-    columns = {"image": [str(f) for f in files], "label": [names.index(f.parent.name) for f in files]}
+    columns = {
+        "image": [{"bytes": f.read_bytes()} for f in files],
+        "label": [names.index(f.parent.name) for f in files],
+    }
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     table = datasets.Dataset.from_dict(columns, features=kinds)
     (target / "hub").mkdir()
-    table.to_parquet(target / "hub" / "train-00000-of-00001.parquet")
+    if kind == "saved":
+        table.save_to_disk(target / "hub")
+    elif kind == "pandas":
+        pixels = [f.read_bytes() for f in files]
+        frame = pandas.DataFrame({"image": pixels, "label": [f.parent.name for f in files]})
+        frame.to_parquet(target / "hub" / "train.parquet")
+    else:
+        table.to_parquet(target / "hub" / "train-00000-of-00001.parquet")
     return str(target / "hub")
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parts", "tiny-imagenet", "columns"])
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "parts", "tiny-imagenet", "columns", "saved", "pandas"])
 def test_data_in_every_form(kind: str, tmp_path: Path) -> None:
     data = open_classes(_packed(class_folder(tmp_path / "data"), kind, tmp_path))
     assert list(data.classes) == ["dark", "grey", "light"]
@@ -192,7 +208,6 @@ def test_data_in_every_form(kind: str, tmp_path: Path) -> None:
         brightness = np.asarray(test.images.open(i)).mean()
         assert abs(brightness - (20, 120, 220)[test.labels[i]]) < 30
     assert train.images.stamp() != test.images.stamp()
-    assert len(data_sha256(data)) == 64
 
 
 def test_features_are_computed_once_for_encoder_processor_data_and_layer(
@@ -225,6 +240,149 @@ def test_features_are_computed_once_for_encoder_processor_data_and_layer(
     (tmp_path / "data" / "light" / "0.jpg").touch()
     assert count() == 6
     assert count() == 6
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_feature_cache_is_computed_again(parts: Path, tmp_path: Path) -> None:
+    train = open_classes(str(class_folder(tmp_path / "data", per_class=5))).part("train")
+    options = EncodingOptions(cache=tmp_path / "cache", workers=0)
+
+    def values() -> np.ndarray:
+        model, processor = read_encoder(parts / "vision")
+        return np.array(cached_features(model, processor, train, METADATA, options=options).values)
+
+    whole, (file,) = values(), (tmp_path / "cache").glob("*.npy")
+    _flip(file)
+    assert np.array_equal(values(), whole)
+    file.write_bytes(file.read_bytes()[:200])
+    assert np.array_equal(values(), whole)
+    file.with_name(f"{file.name}.json").unlink()  # as of an earlier version
+    _flip(file)
+    assert np.array_equal(values(), whole)
+    digests = features.cached_digests(train.images, options)
+    (digest_file,) = (tmp_path / "cache").glob("*.digests.npy")
+    _flip(digest_file)
+    assert np.array_equal(features.cached_digests(train.images, options), digests)
+
+
+PARTS_FOUND = [
+    ("Training", "Testing"),
+    ("Train", "Test"),
+    ("train", "Test"),
+    ("train", "testing"),
+    ("train", "eval"),
+    ("training_set", "test_set"),
+    ("TRAIN", "Val2017"),
+]
+
+
+@pytest.mark.parametrize(("train", "reported"), PARTS_FOUND)
+def test_usual_names_of_parts_are_parts_in_any_case(train: str, reported: str, tmp_path: Path) -> None:
+    class_folder(tmp_path / "data" / train, per_class=3)
+    class_folder(tmp_path / "data" / reported, per_class=2)
+    (tmp_path / "data" / "__MACOSX" / train).mkdir(parents=True)
+    (tmp_path / "data" / "__MACOSX" / train / "._0.jpg").write_bytes(b"-")
+    data = open_classes(str(tmp_path / "data"))
+    assert list(data.classes) == ["dark", "grey", "light"]
+    assert (len(data.part("train").labels), len(data.part("test").labels), data.drawn) == (9, 6, False)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "holdout"), "'train' is a part of the data, and 'holdout' beside it is none"),
+        (("train", "Val", "valid"), "'Val' and 'valid' are both the val part"),
+        (("Val", "Test"), "there is no train part, only Test, Val"),
+        (("seg_train", "seg_test"), "look like parts of the data, not like classes"),
+    ],
+)
+def test_ambiguous_names_of_parts_are_refused(folders: Sequence[str], message: str, tmp_path: Path) -> None:
+    for folder in folders:
+        class_folder(tmp_path / "data" / folder, per_class=3)
+    with pytest.raises(ProbeError, match=message):
+        open_classes(str(tmp_path / "data"))
+
+
+def test_a_reported_part_without_classes_is_refused_and_a_drawn_one_is_said(
+    encoder: tuple[Any, Any], tmp_path: Path
+) -> None:
+    class_folder(tmp_path / "data" / "train")
+    (tmp_path / "data" / "test").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "data" / "test" / "0.png")
+    with pytest.raises(ProbeError, match="no image of 'test' is in a folder"):
+        open_classes(str(tmp_path / "data"))
+    data = open_classes(str(tmp_path / "data" / "train"))
+    result = run(encoder, data, tmp_path / "cache", protocols=("prototypes",))["prototypes"]
+    assert "one image in five of each class is reported, drawn by the seed" in result.protocol
+
+
+def test_the_hash_of_the_data_covers_the_images(encoder: tuple[Any, Any], tmp_path: Path) -> None:
+    hashes = set()
+    for name, seed in (("one", 0), ("two", 1), ("three", 0)):
+        data = open_classes(str(class_folder(tmp_path / name / "data", per_class=5, seed=seed)))
+        hashes.add(run(encoder, data, tmp_path / "cache", protocols=("prototypes",))["prototypes"].data_sha256)
+    assert len(hashes) == 2
+
+
+def test_copies_of_train_are_counted_and_classes_of_unequal_size_averaged(
+    encoder: tuple[Any, Any], tmp_path: Path
+) -> None:
+    for part, seed in (("train", 0), ("val", 1)):
+        class_folder(tmp_path / "data" / part, seed=seed)
+    for i in range(4):
+        shutil.copy(tmp_path / f"data/train/dark/{i}.{'png' if i in (2, 3) else 'jpg'}", tmp_path / f"{i}.png")
+        shutil.move(tmp_path / f"{i}.png", tmp_path / f"data/val/grey/copy{i}.png")
+    warnings: list[str] = []
+    encoding = EncodingOptions(cache=tmp_path / "cache", workers=0)
+    data = open_classes(str(tmp_path / "data"))
+    results, _ = classify_images(*encoder, data, METADATA, ("knn",), encoding=encoding, warn=warnings.append)
+    assert warnings == [
+        "data: 4 of the 40 reported images are copies of images of train, which raises the accuracy; remove them."
+    ]
+    accuracy, balanced = results
+    assert (accuracy.metric, balanced.metric) == ("accuracy", "mean_class_accuracy")
+    assert "4 of the 40 reported images are copies" in accuracy.protocol
+    assert accuracy.example_scores is not None
+    hits, labels = accuracy.example_scores[:, 0], data.part("test").labels
+    assert balanced.value == pytest.approx(100 * np.mean([hits[labels == label].mean() for label in range(3)]))
+    assert balanced.value != pytest.approx(accuracy.value)
+    assert "chance 40.0" in accuracy.protocol
+    assert "mean over classes; chance 33.3" in balanced.protocol
+
+
+def test_a_grid_is_continued_where_its_end_is_chosen() -> None:
+    tried: list[float] = []
+
+    def fit(values: Sequence[float]) -> Sequence[float]:
+        tried.extend(values)
+        return values
+
+    inner = choose((1, 2, 3), fit, lambda value: -abs(value - 2))
+    assert (str(inner), tried) == ("2", [1, 2, 3])
+    larger = choose((0.1, 1.0), fit, lambda value: -abs(value - 100))
+    assert str(larger) == "100"
+    smaller = choose((0.1, 1.0), fit, lambda value: -value if value > 0.005 else -1)
+    assert str(smaller) == "0.01"
+    assert str(choose((0.1, 1.0), fit, lambda value: value)) == "1000 (the end of the grid)"
+    assert str(choose((1, 2), fit, lambda value: 0)) == "1"
+
+
+def test_c_is_chosen_beyond_the_grid(encoder: tuple[Any, Any]) -> None:
+    """Classes that differ in a small share of the features need a weak penalty."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(5, size=600)
+    values = rng.normal(size=(600, 20)) * 0.02
+    values[:, 0] = 1
+    values[np.arange(600), 1 + labels] += 0.05
+    train = features.Features(values.astype(np.float32), labels, [])
+    chosen = classify.FITTERS["full"](train, Pools.draw(labels, 0), 5, encoder[0].device).protocol
+    c = float(chosen.split(" C ")[1].split(" ")[0])
+    assert c > classify.CS[-1]
 
 
 def test_corrupt_images_stop_the_probe_or_are_listed(parts: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from pivot_hub.cli import app
@@ -70,6 +71,98 @@ def test_instances_of_a_class_are_one_region(tmp_path: Path) -> None:
     assert mask[:, :8].all()
     assert mask[:, 32:].all()
     assert not mask[:, 8:32].any()
+
+
+def _coco(folder: Path, **annotation: Any) -> Path:
+    Image.new("RGB", (40, 30)).save(folder / "a.png")
+    file = folder / "coco.json"
+    annotations = [{"id": 1, "image_id": 7, "category_id": 3, **annotation}]
+    images = [{"id": 7, "file_name": "a.png", "width": 40, "height": 30}]
+    categories = [{"id": 3, "name": "cat"}]
+    file.write_text(json.dumps({"annotations": annotations, "images": images, "categories": categories}))
+    return file
+
+
+def _square() -> np.ndarray:
+    mask = np.zeros((30, 40), bool)
+    mask[10:20, 5:25] = True
+    return mask
+
+
+def _rle(compressed: bool) -> dict[str, Any]:
+    encoded = coco_mask.encode(np.asfortranarray(_square().astype(np.uint8)))
+    if compressed:
+        return {"size": [30, 40], "counts": encoded["counts"].decode()}
+    runs = np.flatnonzero(np.diff(_square().T.ravel().astype(int), prepend=0, append=2 - 1)).tolist()
+    return {"size": [30, 40], "counts": np.diff([0, *runs]).tolist()}
+
+
+SEGMENTATIONS = {
+    "polygon": [[5, 10, 24, 10, 24, 19, 5, 19]],
+    "two polygons": [[5, 10, 14, 10, 14, 19, 5, 19], [15, 10, 24, 10, 24, 19, 15, 19]],
+    "compressed RLE": _rle(True),
+    "RLE": _rle(False),
+}
+
+
+@pytest.mark.parametrize("kind", SEGMENTATIONS)
+def test_coco_polygons_and_rle_are_drawn(kind: str, tmp_path: Path) -> None:
+    file = _coco(tmp_path, bbox=[0, 0, 40, 30], segmentation=SEGMENTATIONS[kind])
+    (image,), _ = read_annotated_images(tmp_path, boxes=file)
+    assert np.array_equal(image.regions["cat"](), _square())
+
+
+def test_coco_crowds_are_left_out_and_bad_segmentations_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.png: has no labels"):
+        read_annotated_images(tmp_path, boxes=_coco(tmp_path, segmentation=_rle(False), iscrowd=1))
+    for segmentation in (
+        {"size": [30, 40], "counts": [10, 20]},
+        {"size": [30, 40], "counts": "x"},
+        {"size": [30, 40], "counts": "oooo0"},
+        {"size": [30, 40], "counts": "0`"},
+        [[1, 2, 3, 4]],
+        [["a"]],
+    ):
+        with pytest.raises(DataError, match=r"coco\.json, annotation 1: has no polygons, RLE or bbox"):
+            read_annotated_images(tmp_path, boxes=_coco(tmp_path, segmentation=segmentation))
+    with pytest.raises(DataError, match="its RLE is 41 x 30, its image 40 x 30"):
+        read_annotated_images(tmp_path, boxes=_coco(tmp_path, segmentation={"size": [30, 41], "counts": [1230]}))
+
+
+def test_voc_files_give_their_boxes_and_other_formats_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
+    box = "<bndbox><xmin>6</xmin><ymin>11</ymin><xmax>25</xmax><ymax>20</ymax></bndbox>"
+    size = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+    file = tmp_path / "Annotations" / "a.xml"
+    file.write_text(f"<annotation>{size}<object><name>cat</name>{box}</object></annotation>")
+    (image,), _ = read_annotated_images(tmp_path, boxes=tmp_path / "Annotations")
+    assert np.array_equal(image.regions["cat"](), _square())
+    for content, message in (
+        ("<annotation>", r"a\.xml: is not VOC's XML"),
+        (f"<a>{size}<object><name>cat</name></object></a>", r"a\.xml: is not VOC's XML"),
+        (f"<a>{size}<object>{box}</object></a>", r"a\.xml, object 1: has no name"),
+        (f"<a>{size.replace('40', '44')}</a>", r"a\.xml is for 44 x 30 px, its image is 40 x 30"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_annotated_images(tmp_path, boxes=tmp_path / "Annotations")
+    file.rename(file.with_suffix(".json"))  # as LabelMe writes
+    for boxes in (tmp_path / "Annotations", tmp_path / "names.csv"):
+        (tmp_path / "names.csv").write_text("a.png,cat\n")
+        with pytest.raises(DataError, match=r"give YOLO's label files, COCO's JSON .* VOC's XML"):
+            read_annotated_images(tmp_path, boxes=boxes)
+
+
+def test_classes_txt_names_the_ids_of_yolo_labels(tmp_path: Path) -> None:
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels" / "a.txt").write_text("1 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "labels" / "classes.txt").write_text("dog\ncat\n")
+    (image,), _ = read_annotated_images(tmp_path)
+    assert list(image.regions) == ["cat"]
 
 
 def test_coco_boxes_and_id_masks_give_the_same_regions(tmp_path: Path) -> None:
@@ -228,6 +321,10 @@ def test_localisation_of_a_folder(trained: Path, tmp_path: Path) -> None:
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.25 0.5 0.4 1.0\n")
     moved, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
     assert moved[0].data_sha256 != results[0].data_sha256
+    image = min(file for file in (folder / "images").rglob("*") if file.is_file())
+    Image.new("RGB", Image.open(image).size, "red").save(image)
+    repainted, _ = localize_folder(trained / "3-sft", folder, explains=["answer"])
+    assert repainted[0].data_sha256 != moved[0].data_sha256
 
 
 def test_values_are_means_over_targets_and_intervals_over_images(trained: Path) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
@@ -55,6 +57,9 @@ class MemoryImage(MaskedImage):
     def open_image(self) -> Image.Image:
         self.reads.append(self.name)
         return self.pixels
+
+    def image_digest(self) -> bytes:
+        return hashlib.sha256(self.pixels.tobytes()).digest()
 
     def open_ids(self) -> np.ndarray:
         self.reads.append(self.name)
@@ -289,9 +294,9 @@ def write_masked_image(folder: Path, image: str, mask: str, seed: int, ids: Sequ
     Image.fromarray(stripes).save(folder / mask)
 
 
-def parted(image: str, mask: str) -> Callable[[Path], dict[str, Any]]:
+def parted(image: str, mask: str, names: Sequence[str] = ("train", "val")) -> Callable[[Path], dict[str, Any]]:
     def write(folder: Path) -> dict[str, Any]:
-        for part, count in (("train", 10), ("val", 4)):
+        for part, count in zip(names, (10, 4), strict=True):
             for i in range(count):
                 write_masked_image(folder, image.format(part=part, i=i), mask.format(part=part, i=i), i)
         return {"data": folder}
@@ -338,17 +343,22 @@ def packed(kind: str) -> Callable[[Path], dict[str, Any]]:
     return write
 
 
-def parquet(folder: Path) -> dict[str, Any]:
+def parquet(folder: Path, saved: bool = False) -> dict[str, Any]:
     drawn = parted("images/{part}/{i}.jpg", "masks/{part}/{i}.png")(folder.with_name("drawn"))["data"]
     folder.mkdir(exist_ok=True)
+    splits = {}
     for part, name in (("train", "train"), ("val", "validation")):
         files = sorted((drawn / "images" / part).iterdir())
         rows = {
-            "image": [str(f) for f in files],
-            "annotation": [str(drawn / f"masks/{part}/{f.stem}.png") for f in files],
+            "image": [{"bytes": f.read_bytes()} for f in files],
+            "annotation": [{"bytes": (drawn / f"masks/{part}/{f.stem}.png").read_bytes()} for f in files],
         }
         features = Features({"image": ImageFeature(), "annotation": ImageFeature()})
-        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+        splits[name] = Dataset.from_dict(rows, features=features)
+        splits[name].to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    if saved:
+        shutil.rmtree(folder)
+        DatasetDict(splits).save_to_disk(folder)
     return {"data": folder}
 
 
@@ -362,6 +372,12 @@ LAYOUTS: dict[str, tuple[Callable[[Path], dict[str, Any]], tuple[int, int, int],
     "zip": (packed("zip"), (8, 2, 4), "val"),
     "tar": (packed("tar"), (8, 2, 4), "val"),
     "parquet": (parquet, (8, 2, 4), "val"),
+    "save_to_disk": (partial(parquet, saved=True), (8, 2, 4), "val"),
+    "other names of parts": (
+        parted("images/{part}/{i}.jpg", "masks/{part}/{i}.png", ("Training", "TEST")),
+        (8, 2, 4),
+        "test",
+    ),
 }
 
 
@@ -491,6 +507,46 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def test_folders_that_are_no_parts_beside_parts_are_refused(tmp_path: Path) -> None:
+    parted("images/{part}/{i}.jpg", "masks/{part}/{i}.png", ("train", "holdout"))(tmp_path / "set")
+    with pytest.raises(ProbeError, match="'train' is a part of the data, and 'holdout' beside it is none"):
+        open_masks(tmp_path / "set")
+
+
+def test_the_hash_covers_the_images_and_copies_are_counted(encoder: tuple[Any, Any], folder: Path) -> None:
+    for i, file in enumerate(sorted((folder / "images" / "val").iterdir())):
+        Image.new("RGB", (20, 16), (40 * i, 0, 0)).save(file)
+    before, _ = segment(encoder, folder, heads=["linear"], steps=2)
+    assert "copies" not in before[0].protocol
+    shutil.copy(folder / "images" / "train" / "3.jpg", folder / "images" / "val" / "3.jpg")
+    lines: list[str] = []
+    settings = SegmentationOptions(heads=["linear"], steps=2)
+    after, _ = segment_folder(*encoder, folder, conditions=CONDITIONS, options=settings, log=lines.append)
+    assert before[0].data_sha256 != after[0].data_sha256
+    assert "; 1 of the 4 reported images are copies of fitted images" in after[0].protocol
+    assert any(line.startswith("warning: set: 1 of the 4 reported images are copies") for line in lines)
+
+
+def test_the_floor_of_position_alone_is_given(encoder: tuple[Any, Any]) -> None:
+    data, _ = make_data((8, 3, 4))
+    for part in data.parts.values():
+        for image in part:
+            assert isinstance(image, MemoryImage)
+            image.ids[:] = 1
+            image.ids[: len(image.ids) // 2] = 0
+    results = probe(encoder, data, encode=noise, steps=2, heads=["linear"])
+    assert "the commonest class alone 25.0, position alone 100.0" in results[f"linear/{PX}px mean_iou"].protocol
+
+
+def test_masks_of_0_and_255_are_told_how_to_count_255(encoder: tuple[Any, Any], folder: Path) -> None:
+    for file in (folder / "masks").rglob("*.png"):
+        Image.fromarray(np.where(np.arange(16)[:, None] < 8, np.zeros((16, 20)), 255).astype(np.uint8)).save(file)
+    with pytest.raises(ProbeError, match=r'hold 0 besides the ignored 255; .* or give --ignore "" to count all'):
+        segment(encoder, folder, steps=2)
+    results, _ = segment(encoder, folder, steps=2, heads=["linear"], ignore_ids=())
+    assert len(results) == 3
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_bad_files_stop_the_probe_or_are_counted(kind: str, folder: Path, encoder: tuple[Any, Any]) -> None:
     spoil, message = ROWS[kind]
@@ -554,14 +610,14 @@ WHOLES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "few": (_few, {}, r"3 images with masks to fit on; a probe needs at least 5"),
     "twice": (_twice, {}, r"3\.jpg and images/train/3\.png have the same name"),
     "one class": (_one_class, {}, r"hold only class 1; a probe needs at least two"),
-    "one class is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 255)}, r"hold only class 2"),
-    "none is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 2, 255)}, r"hold no class"),
+    "one class is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 255)}, r"hold 2 besides the ignored 0, 1"),
+    "none is not ignored": (lambda f: None, {"ignore_ids": (0, 1, 2, 255)}, r"hold no id besides the ignored"),
     "beyond what was fitted": (_high_id("val"), {}, r"mask of val/3 holds id 7, but 3 classes .*--classes"),
     "beyond the given count": (_high_id("train"), {"classes": 5}, r"mask of train/3 holds id 7, but 5 classes"),
     "nothing to report": (_all_void, {}, r"no pixel of val counts; are its masks empty"),
     "unknown head": (lambda f: None, {"heads": ["conv"]}, r"head 'conv' is not known; give linear or mlp"),
     "on_bad_row": (lambda f: None, {"on_bad_row": "ignore"}, r"on_bad_row is 'ignore'"),
-    "hub": (lambda f: None, {"data": "nobody/nothing"}, r"nobody/nothing: no data set can be loaded"),
+    "hub": (lambda f: None, {"data": "nobody/nothing"}, r"'nobody/nothing' cannot be loaded"),
 }
 
 

@@ -177,6 +177,7 @@ def test_a_failed_task_leaves_nothing_and_the_next_run_resumes(mllm: Path, progr
     assert calls(program) == ["tiny_mmvp None", "tiny_gqa None", "tiny_gqa None"]
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes(mllm: Path, program: Path, tmp_path: Path) -> None:
     """Run through the command line, on tasks that are no benchmarks."""
     program.with_name("slow").touch()
