@@ -30,7 +30,7 @@ slow: setup  ## the long tests that the default suite leaves out
 	$(PY) -m pytest $(IN_PROCESSES) -m slow
 
 browser: setup  ## clicks through the Space in Chromium; the default suite does so too where Chromium is installed
-	PIVOT_BROWSER=required $(PY) -m pytest -m browser
+	PIVOT_BROWSER=required $(PY) -m pytest -m "browser and (slow or not slow)"
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
 	$(PY) -m pytest -n $(PROCESSES) --dist loadgroup -m conformance -s tests/conformance

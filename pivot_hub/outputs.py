@@ -202,8 +202,9 @@ def _clear_takeover(file: Path) -> None:
     """
     with suppress(OSError, ValueError):
         process = int(file.name.rpartition(".break.")[2].partition(".")[0])
-        owner, host, *_ = [*file.read_text().splitlines(), str(process), socket.gethostname()]
-        if host == socket.gethostname() and not (psutil.pid_exists(process) or psutil.pid_exists(int(owner))):
+        here = socket.gethostname()
+        owner, host = (file.read_text().splitlines() or [str(process), here])[:2]
+        if host == here and not (psutil.pid_exists(process) or psutil.pid_exists(int(owner))):
             file.unlink()
 
 
@@ -223,8 +224,11 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _clear_unnamed(lock: Path) -> None:
-    """Delete a lock file that stays empty; filelock would wait for its owner for ever."""
-    with suppress(FileNotFoundError):
+    """Delete a lock file that stays empty; filelock would wait for its owner for ever.
+
+    One of another user, as may lie in the system's folder for temporary files, is left alone.
+    """
+    with suppress(OSError):
         seen = lock.stat()
         if seen.st_size == 0:
             time.sleep(UNNAMED_S)

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "slow" not in str(config.option.markexpr):
         for item in items:
             if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes a minute and repeats what others test: make slow"))
+                item.add_marker(pytest.mark.skip(reason="long, and covered in part by others: make slow"))
 
 
 def pytest_sessionfinish() -> None:

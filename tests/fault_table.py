@@ -69,7 +69,7 @@ FAULTS = [
     Fault("extract: the output holds other files", "refused by name", "nothing", "the same", "encoder/test_repository.py", "test_extracting_again_replaces_an_encoder_and_nothing_else"),
     Fault("export: the output holds other files", "refused by name", "nothing", "the same", "encoder/test_export.py", "test_exporting_again_replaces_an_export_and_nothing_else"),
     Fault("extract: SIGKILL at any moment", "the output is the old one or the new one", "nothing", "clears what was left", "test_kills.py", "test_a_killed_extract_leaves_the_encoder_that_was_there"),
-    Fault("export: SIGKILL at any moment", "no output", "nothing", "clears what was left", "test_kills.py", "test_export"),
+    Fault("export: SIGKILL at any moment", "the output is absent or whole", "nothing", "clears what was left", "test_kills.py", "test_export"),
     Fault("export: the ONNX model gives other features", "refused", "nothing", "the same", "encoder/test_export.py", "test_an_export_that_differs_is_not_kept"),
     Fault("encode: the output is another's, or in use", "refused: process, host, since", "nothing", "works after the first", "encoder/test_encode.py", "test_files_of_others_and_of_running_processes_are_not_touched"),
     Fault("encode: SIGKILL", "finished parts stay", "at most one part", "resumes", "test_kills.py", "test_encode"),

@@ -149,7 +149,7 @@ def test_encode(parts: Path, tmp_path: Path) -> None:
             nonlocal finished
             if target.exists():
                 assert target.read_bytes() == whole
-                if target.with_name("f.npy.json").exists():
+                if names(target.parent) == ["f.npy", "f.npy.json"]:
                     finished += 1
                     for file in target.parent.iterdir():  # the next kill is of a new run
                         file.unlink()
@@ -157,6 +157,7 @@ def test_encode(parts: Path, tmp_path: Path) -> None:
         cut = commands.kill(check, *command, target, longest_s=longest_s)
     assert cut > KILLS / 3
     assert finished > 0
+    assert names(target.parent) == []
 
 
 def test_train(recipes: Path, trained: Path, tmp_path: Path) -> None:

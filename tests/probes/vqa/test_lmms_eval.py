@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pivot_hub import __version__
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.errors import CheckpointError, ProbeError
+from pivot_hub.errors import CheckpointError, OutputError, ProbeError
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.choices import chosen_letter, options_in, same_choice
 from pivot_hub.probes.result import ProbeResult, read_results
@@ -146,6 +146,9 @@ def test_finished_tasks_are_not_run_again(mllm: Path, trained: Path, program: Pa
     evaluate_vqa(mllm, out, ["gqa"], limit=4, python=program, log=silent)
     evaluate_vqa(mllm, out, ["gqa"], limit=4, dtype="bfloat16", python=program, log=silent)
     assert calls(program)[4:] == ["tiny_gqa 4", "tiny_gqa 4"]
+    (out / "gqa" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"gqa holds notes\.txt, which is not part of a result of a task"):
+        evaluate_vqa(mllm, out, ["gqa"], python=program, log=silent)
     with pytest.raises(ProbeError, match=r"gqa holds the result of another MLLM; choose another --output"):
         evaluate_vqa(trained / "3-sft", out, ["gqa"], python=program, log=silent)
 
