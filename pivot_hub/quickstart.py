@@ -19,6 +19,8 @@ from rich.table import Table
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.explain.figure import draw_rows
 from pivot_hub.explain.gradcam import Method, gradient_map
@@ -141,7 +143,8 @@ def run_quickstart(
     results.sort(key=lambda r: order.index((r.task, r.metric)))
     by_encoder = {name: [r for r in results if r.encoder == name] for name in encoders}
     for branch in BRANCHES:
-        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=by_encoder)
+        native = read_results(output / "results" / f"{branch}-native.json")
+        write_card(encoders[branch], read_prose(f"shapes-{branch}"), results=by_encoder | {f"{branch}-native": native})
 
     before = _read(output / "report.json")
     report = QuickstartReport(
@@ -214,6 +217,8 @@ def _probe_once(
 ) -> list[ProbeResult]:
     """Probe an encoder and the MLLM it came from, or read the results if these weights were probed before.
 
+    The `last_hidden_state` of the native class of an encoder that came from an MLLM is probed too, for its card.
+
     Args:
         name: Name of the encoder in the results.
         encoder: Folder of the encoder.
@@ -227,7 +232,7 @@ def _probe_once(
     file = output / "results" / f"{name}.json"
     key_file = file.with_name(f"{name}.key.json")  # written last
     sha256 = weights_sha256(encoder)
-    key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed}
+    key = {"encoder": sha256, "sizes": asdict(sizes), "seed": seed, "native_output": checkpoint is not None}
     if _read(key_file) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
         log(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
@@ -237,6 +242,9 @@ def _probe_once(
             reference = load_mllm(parent)[0].eval()
             partner = f"shapes/{checkpoint.name}"
             results += probe_mllm(mllm, processor, reference, name, sha256, partner, sizes, seed)
+            native = PivotVisionModel.from_pretrained(str(encoder), feature_layer=LAST)
+            native_results = probe_shapes(native, image_processor, name, sha256, sizes, seed)
+            write_results(file.with_name(f"{name}-native.json"), native_results)
         write_results(file, results)
         write_json(key_file, key)
     return read_results(file)

@@ -78,7 +78,7 @@ def bench_encoder(
         source = _random_repository(Path(folder) / "encoder", SIZES[encoder]) if encoder in SIZES else encoder
         exported = _export(source, Path(folder) / "export", forms)
         runs = {form: _load(form, source, exported, device) for form in forms}
-        image_px = PivotVisionConfig.from_pretrained(str(source)).image_size
+        image_px = cast(int, PivotVisionConfig.from_pretrained(str(source)).image_size)
         pixels = torch.randn(batch, 3, image_px, image_px, device=device)
         seconds = _time(runs, pixels, rounds)
         del runs

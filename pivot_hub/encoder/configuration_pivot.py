@@ -1,12 +1,14 @@
 """Configuration of a PIVOT encoder: the native config of its backbone, and how it was trained.
 
-This file is copied into every published encoder, so it imports transformers only.
+This file is copied into every published encoder, so it imports transformers and its neighbour only.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig
+
+from .native_resolution import merge_side
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Backbone:
             `replaces`.
         prefix_tokens: Number of tokens before the first patch, such as CLS: 1 for CLIP, 0 for SigLIP. Registers,
             which the config counts, are added to it.
-        feature_layer: Hidden state that enters an MLLM, -2 in the paper.
+        feature_layer: Hidden state that enters an MLLM, -2 in the paper, or LAST.
         key_prefix: Prefix of every key in the original Hub checkpoint that transformers leaves out when it saves.
             transformers 5 drops `vision_model.` from SigLIP and CLIP towers, and 4.57 then loads the file with
             random weights and only a warning. Both versions read the original keys.
@@ -31,12 +33,18 @@ class Backbone:
         maps: Whether hidden states are maps (B, D, H, W) instead of tokens (B, N, D).
         replaces: Image processor class that needs torchvision and that `image_processor` replaces step by step.
         image_px: Function that returns the side of the square images that a config is for, in pixels.
+        layout: How images of their own shapes enter a tower of native resolution, from `native_resolution.LAYOUTS`;
+            None for an encoder of square images of one size.
+        merge: Name of the config's entry that says how many patches a side the tower joins to one token at its end.
+        last_size: Name of the config's entry that says how many channels LAST has.
+        model_class: Name of transformers' class where it has no entry in AutoModel; it is registered, so that
+            PivotVisionModel loads it.
     """
 
     model_type: str
     image_processor: str
     prefix_tokens: int = 0
-    feature_layer: int = -2
+    feature_layer: int | str = -2
     key_prefix: str = ""
     interpolates: bool = False
     native_type: str | None = None
@@ -44,14 +52,30 @@ class Backbone:
     maps: bool = False
     replaces: str | None = None
     image_px: Callable[[PretrainedConfig], int] = lambda config: _side(config.image_size)
+    layout: str | None = None
+    merge: str | None = None
+    last_size: str = "hidden_size"
+    model_class: str | None = None
 
 
+# Features that are no hidden state: the output after the final norm, and the tokens that a tower of native resolution
+# has merged from several patches, as its language model receives them.
+LAST, MERGED = "last_hidden_state", "merged"
 # Largest values of a config's sizes. A config beyond them is damaged or hostile: it would fill the memory, or hang.
 MOST = {
     "image_size": 8192,
     "patch_size": 8192,
     "num_channels": 64,
     "num_hidden_layers": 1000,
+    "depth": 1000,
+    "num_heads": 4096,
+    "embed_dim": 65_536,
+    "out_hidden_size": 65_536,
+    "temporal_patch_size": 64,
+    "spatial_merge_size": 64,
+    "num_position_embeddings": 16_777_216,
+    "position_embedding_size": 1_048_576,
+    "num_patches": 16_777_216,
     "num_attention_heads": 4096,
     "hidden_size": 65_536,
     "intermediate_size": 1_048_576,
@@ -77,16 +101,22 @@ def check_sizes(config: PretrainedConfig) -> None:
         raise ValueError(f"num_register_tokens of {registers!r} in config.json is not a number from 0 to 1024.")
 
 
-def check_feature_layer(layer: int, layers: int | None) -> None:
+def check_feature_layer(layer: int | str, layers: int | None, merges: bool = False) -> None:
     """Refuse a feature layer that an encoder does not have.
 
     Args:
-        layer: Hidden state that enters an MLLM.
+        layer: Hidden state that enters an MLLM, `last_hidden_state`, or `merged`.
         layers: Number of the encoder's layers; None if it is not known.
+        merges: Whether the encoder merges patches, so that it has `merged` tokens.
 
     Raises:
-        ValueError: The layer is not one number, or out of range; the message names the range.
+        ValueError: The layer is not one number or name, or out of range; the message names the range.
     """
+    if layer == LAST or (merges and layer == MERGED):
+        return
+    if isinstance(layer, str):
+        names = f"{LAST} or {MERGED}" if merges else LAST
+        raise ValueError(f"feature layer {layer!r} is not known; give the number of a hidden state, or {names}.")
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise ValueError(f"feature layer {layer!r}: features of several layers are not supported; give one number.")
     if layers is not None and not -layers - 1 <= layer <= layers:
@@ -121,6 +151,64 @@ BACKBONES = {
         Backbone("vit_mae", "ViTImageProcessor", 1, interpolates=True, native_type="vit", optional=("pooler.",)),
         Backbone("aimv2_vision_model", "CLIPImageProcessor"),
         Backbone("timm_wrapper", "TimmWrapperImageProcessor", maps=True, image_px=_timm_side),
+        # Towers of MLLMs. Their projectors see the last hidden state, after the final norm where there is one.
+        Backbone("idefics3_vision", "SiglipImageProcessor", feature_layer=LAST),
+        Backbone("smolvlm_vision", "SiglipImageProcessor", feature_layer=LAST),
+        Backbone("internvl_vision", "GotOcr2ImageProcessor", 1, feature_layer=LAST),
+        Backbone("siglip2_vision_model", "Siglip2ImageProcessor", layout="spatial_shapes", key_prefix="vision_model."),
+        Backbone("pixtral", "PixtralImageProcessor", feature_layer=-1, layout="image_sizes"),
+        *(
+            Backbone(
+                f"{name}_vision",
+                "Qwen2VLImageProcessor",
+                feature_layer=LAST,
+                layout="grid_thw",
+                merge="spatial_merge_size",
+                **entries,
+            )
+            for name, entries in (
+                ("qwen2_vl", {"model_class": "Qwen2VisionTransformerPretrainedModel", "last_size": "embed_dim"}),
+                ("qwen2_5_vl", {"model_class": "Qwen2_5_VisionTransformerPretrainedModel"}),
+                ("qwen3_vl", {}),
+                ("qwen3_vl_moe", {}),
+                ("qwen3_5", {}),
+                ("qwen3_5_moe", {}),
+            )
+        ),
+        *(
+            Backbone(
+                f"{name}_vision",
+                "Glm4vImageProcessor",
+                feature_layer=LAST,
+                layout="grid_thw",
+                merge="spatial_merge_size",
+                last_size="out_hidden_size",
+            )
+            for name in ("glm4v", "glm4v_moe")
+        ),
+        Backbone(
+            "kimi_k25_vision",
+            "Kimi_K25ImageProcessor",
+            feature_layer=LAST,
+            layout="grid_thw",
+            merge="merge_kernel_size",
+        ),
+        Backbone(
+            "gemma4_vision",
+            "Gemma4ImageProcessor",
+            feature_layer=LAST,
+            layout="position_ids",
+            merge="pooling_kernel_size",
+        ),
+        Backbone(
+            "mllama_vision_model",
+            "MllamaImageProcessor",
+            1,
+            feature_layer=LAST,
+            layout="tiles",
+            last_size="vision_output_dim",
+            model_class="MllamaVisionModel",
+        ),
     )
 }
 
@@ -142,6 +230,20 @@ def prefix_tokens(config: PretrainedConfig) -> int:
     return backbone_of(config).prefix_tokens + getattr(config, "num_register_tokens", 0)
 
 
+def feature_size(config: PretrainedConfig, layer: int | str) -> int:
+    """Return the number of channels of a hidden state, of LAST, or of MERGED tokens."""
+    backbone, own = backbone_of(config), getattr(config, "embed_dim", config.hidden_size)
+    if layer == LAST:
+        return getattr(config, backbone.last_size)
+    if layer != MERGED or backbone.layout != "grid_thw":
+        return own
+    # Kimi joins the channels of the patches; the others project them to the language model's.
+    joined = (
+        own * merge_side(config, backbone.merge) ** 2 if hasattr(config, "merge_kernel_size") else config.hidden_size
+    )
+    return getattr(config, "out_hidden_size", joined)
+
+
 def native_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the vision config of a model, converted to the model type that its encoder is written as.
 
@@ -150,8 +252,8 @@ def native_config(config: PretrainedConfig) -> PretrainedConfig:
     """
     config = getattr(config, "vision_config", config)
     native_type = backbone_of(config).native_type
-    if not backbone_of(config).maps:
-        check_sizes(config)
+    check_sizes(config)
+    if not backbone_of(config).maps and backbone_of(config).layout is None:
         image_px, patch = backbone_of(config).image_px(config), _side(config.patch_size)
         if patch > image_px:
             raise ValueError(f"patches of {patch} px in config.json are larger than images of {image_px} px.")
@@ -172,10 +274,10 @@ class PivotVisionConfig(PretrainedConfig):
         out_indices: Hidden states that `PivotVisionBackbone` returns as maps; the feature layer by default.
 
     Attributes:
-        image_size: Side of the images in pixels.
+        image_size: Side of the square images in pixels; None for a tower of native resolution.
         patch_size: Side of a patch in pixels. None for a timm model until it is built, since its config has no such
             entry.
-        hidden_size: Number of channels D. None for a timm model until it is built.
+        hidden_size: Number of channels D of the features. None for a timm model until it is built.
     """
 
     model_type = "pivot_vision"
@@ -196,11 +298,11 @@ class PivotVisionConfig(PretrainedConfig):
                 f"prefix_tokens of {self.pivot['prefix_tokens']!r} in config.json: {backbone_config.model_type} has "
                 f"{prefix}; restore the file."
             )
-        check_feature_layer(self.pivot["feature_layer"], getattr(backbone_config, "num_hidden_layers", None))
-        self.image_size = backbone.image_px(backbone_config)
+        self.num_hidden_layers = getattr(backbone_config, "num_hidden_layers", getattr(backbone_config, "depth", None))
+        check_feature_layer(self.pivot["feature_layer"], self.num_hidden_layers, backbone.merge is not None)
+        self.image_size = None if backbone.layout else backbone.image_px(backbone_config)
         self.patch_size = None if backbone.maps else _side(backbone_config.patch_size)
-        self.hidden_size = None if backbone.maps else backbone_config.hidden_size
-        self.num_hidden_layers = getattr(backbone_config, "num_hidden_layers", None)
+        self.hidden_size = None if backbone.maps else feature_size(backbone_config, self.pivot["feature_layer"])
         self.out_indices = out_indices
         super().__init__(**kwargs)
 

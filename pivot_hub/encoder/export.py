@@ -131,13 +131,13 @@ def _write_forms(
     forms: dict[str, Callable[[], FeatureModel]] = {"onnx/model.onnx": lambda: OnnxEncoder(folder)}
     if fp16:
         log("writing onnx/model_fp16.onnx")
-        half, _ = read_encoder(encoder, replay=False, dtype=torch.float16)  # they were replayed before
+        half, _ = read_encoder(encoder, check=False, dtype=torch.float16)  # they were replayed before
         _write_onnx(half, onnx_folder / "model_fp16.onnx")
         forms["onnx/model_fp16.onnx"] = lambda: OnnxEncoder(folder, "model_fp16.onnx")
     if int8:
         log("writing onnx/model_quantized.onnx and quanto/")
         _quantize_onnx(onnx_folder / "model.onnx", onnx_folder / "model_quantized.onnx")
-        _write_quanto(read_encoder(encoder, replay=False)[0], folder / "quanto")
+        _write_quanto(read_encoder(encoder, check=False)[0], folder / "quanto")
         forms["onnx/model_quantized.onnx"] = lambda: OnnxEncoder(folder, "model_quantized.onnx")
         forms["quanto/model.safetensors"] = lambda: load_quanto(folder)
     return forms

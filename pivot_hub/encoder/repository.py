@@ -15,17 +15,25 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Stri
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
-from transformers.utils.hub import cached_file
 
 from pivot_hub import __version__
 from pivot_hub.data.image import image_files
 from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder.golden import (
+    GOLDEN_TOLERANCE,
+    check_golden,
+    golden_distance,
+    golden_file,
+    golden_vectors,
+    replay,
+)
 from pivot_hub.encoder.modeling_pivot import AUTO_MAP, PICKLES
 from pivot_hub.errors import CheckpointError
+from pivot_hub.files import write_json
 from pivot_hub.outputs import ENCODER, is_bystander, whole_folder
 from pivot_hub.provenance import cached_commit, file_sha256, hub_commit, manifest_text, weights_sha256, write_manifest
 
-REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py")
+REMOTE_CODE = ("configuration_pivot.py", "modeling_pivot.py", "native_resolution.py")
 # Errors of transformers at a model, a config, a processor or a tokenizer that it cannot load.
 LOADING_ERRORS = (
     OSError,
@@ -39,8 +47,6 @@ LOADING_ERRORS = (
     StrictDataclassError,
     SafetensorError,
 )
-# Relative; golden vectors are replayed on other machines, whose kernels sum in another order.
-GOLDEN_TOLERANCE = 1e-3
 # Hashes of the two code files in every version of this package; those of the running version are known besides.
 KNOWN_CODE: dict[str, list[str]] = json.loads(Path(__file__).with_name("known_code.json").read_text())
 # The files that a repository may hold. None of them but the code runs anything when it is loaded.
@@ -77,6 +83,7 @@ def write_repository(
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, Path] | None = None,
     projector: Mapping[str, torch.Tensor] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an encoder as a repository that loads with plain `AutoModel`, `PivotVisionModel` and remote code.
 
@@ -89,6 +96,7 @@ def write_repository(
         metadata: Origin of the encoder, for provenance.json.
         files: Further files, by their name in the repository.
         projector: Weights of the projector that the encoder was trained with.
+        preprocessor: Content of preprocessor_config.json, if it is not what the model's image processor writes.
 
     Returns:
         The repository folder.
@@ -99,7 +107,7 @@ def write_repository(
     """
     target = Path(output)
     with whole_folder(target, ENCODER) as folder:
-        fill_repository(folder, model)
+        fill_repository(folder, model, preprocessor)
         if projector is not None:
             save_file({k: v.contiguous() for k, v in projector.items()}, folder / "projector.safetensors")
         for name, path in (files or {}).items():
@@ -109,45 +117,35 @@ def write_repository(
     return target
 
 
-def fill_repository(folder: Path, model: PivotVisionModel) -> None:
+def fill_repository(folder: Path, model: PivotVisionModel, preprocessor: Mapping[str, Any] | None = None) -> None:
     """Write the files that every repository has, except its manifest: weights, configs, code and golden vectors.
 
     Args:
         folder: Folder to write to.
-        model: The encoder, with its image processor.
+        model: The encoder, with its image processor. Afterwards its weights are float32, in which golden vectors are
+            computed; they are written in the type that they have before.
+        preprocessor: Content of preprocessor_config.json, if it is not what the model's image processor writes.
 
     Raises:
         CheckpointError: The model has no image processor.
     """
     try:
-        model.image_processor.save_pretrained(folder)
+        if preprocessor is None:
+            model.image_processor.save_pretrained(folder)
+        model.save_pretrained(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    model.save_pretrained(folder)
-    save_file(golden_vectors(model), folder / "golden.safetensors")
+    if preprocessor is not None:
+        write_json(folder / "preprocessor_config.json", preprocessor)
+    save_file(golden_vectors(cast(torch.nn.Module, model).float()), folder / "golden.safetensors")  # type: ignore[arg-type]
 
 
-@torch.no_grad()
-def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
-    """Encode two seeded random images, which `verify_repository` will encode again to compare the features.
-
-    Returns:
-        pixel_values (2, 3, image_px, image_px), last_hidden_state (2, H*W, D), pooler_output (2, D), on the CPU in
-        float32.
-    """
-    size = model.config.image_size
-    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    outputs = model(pixels.to(model.device, model.dtype))
-    vectors = {k: outputs[k].float().cpu().contiguous() for k in ("last_hidden_state", "pooler_output")}
-    return {"pixel_values": pixels, **vectors}
-
-
-def read_encoder(name: str | Path, replay: bool = True, **options: Any) -> tuple[PivotVisionModel, Any]:
+def read_encoder(name: str | Path, check: bool = True, **options: Any) -> tuple[PivotVisionModel, Any]:
     """Load the encoder of a native repository with its image processor, and replay its golden vectors if it has any.
 
     Args:
         name: Folder or Hub name.
-        replay: Whether to replay the golden vectors, so that altered weights are never used.
+        check: Whether to replay the golden vectors, so that altered weights are never used.
         **options: Options of `PivotVisionModel.from_pretrained`; `dtype` is float32 by default.
 
     Raises:
@@ -156,7 +154,7 @@ def read_encoder(name: str | Path, replay: bool = True, **options: Any) -> tuple
     """
     dtype = options.pop("dtype", torch.float32)
     try:
-        is_ours = replay and _golden_file(name, options.get("revision")) is not None
+        is_ours = check and golden_file(name, options.get("revision")) is not None
         loaded_dtype = torch.float32 if is_ours else dtype  # golden vectors are those of float32
         model = PivotVisionModel.from_pretrained(str(name), dtype=loaded_dtype, **options)
         processor = model.image_processor
@@ -324,57 +322,20 @@ def _foreign_code(path: Path) -> list[str]:
     return problems
 
 
-def check_golden(name: str | Path, model: PivotVisionModel, revision: str | None = None) -> None:
-    """Replay the golden vectors of the repository that a model was loaded from, if it has any.
-
-    Args:
-        name: Folder or Hub name of the repository.
-        model: The encoder that was loaded from it, in float32.
-        revision: Revision of the Hub repository.
-
-    Raises:
-        CheckpointError: The features differ from those that the repository was published with.
-    """
-    golden = _golden_file(name, revision)
-    if golden is None:
-        return
-    distance = _distance(model, golden)
-    if not distance < GOLDEN_TOLERANCE:
-        raise CheckpointError(
-            f"{name}: its features differ from the golden vectors by {distance:.1e} relative, so it is not what was "
-            "published; pull the repository again, or check torch and its kernels."
-        )
-
-
-def _golden_file(name: str | Path, revision: str | None) -> Path | None:
-    """Find the golden vectors of a repository; None for an original encoder, which has none."""
-    try:
-        golden = cached_file(
-            str(name), "golden.safetensors", revision=revision, _raise_exceptions_for_missing_entries=False
-        )
-    except OSError:  # the Hub is out of reach, or the repository does not exist
-        return None
-    return None if golden is None else Path(golden)
-
-
 def _replay(folder: Path) -> float:
     """Relative distance of the repository's features from its golden vectors; refuse missing or unused keys."""
-    model, _ = read_encoder(folder, replay=False)
+    model = _load_encoder(folder)
     _load_native(folder)
-    return _distance(model, folder / "golden.safetensors")
+    return golden_distance(model, folder / "golden.safetensors")
 
 
-@torch.no_grad()
-def _distance(model: PivotVisionModel, golden_file: Path) -> float:
-    """Relative distance of a model's features, at the layer of the repository's config, from golden vectors."""
+def _load_encoder(folder: Path) -> PivotVisionModel:
+    """Load the encoder of a folder, without its image processor, which may need software that is not installed."""
     try:
-        golden = load_file(golden_file)
-        layer = json.loads(golden_file.with_name("config.json").read_text())["pivot"]["feature_layer"]
-        outputs = model(golden["pixel_values"].to(model.device, model.dtype), output_hidden_states=True)
-        features = model._patch_tokens(outputs.hidden_states[layer]).float().cpu()
-        return ((features - golden["last_hidden_state"]).norm() / golden["last_hidden_state"].norm()).item()
-    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"golden.safetensors cannot be replayed ({error}); pull the repository again.") from error
+        model: PivotVisionModel = PivotVisionModel.from_pretrained(str(folder), dtype=torch.float32)
+    except LOADING_ERRORS as error:
+        raise CheckpointError(f"{folder}: no encoder can be loaded: {loading_problem(folder, error)}.") from error
+    return model
 
 
 def _load_native(folder: Path) -> Any:
@@ -390,14 +351,12 @@ def _load_native(folder: Path) -> Any:
     return native.eval()
 
 
-@torch.no_grad()
 def _read_back(folder: Path) -> None:
     """Load a written repository by the first two loading paths and compare the features bit for bit."""
-    golden = load_file(folder / "golden.safetensors")
-    pixels, features = golden["pixel_values"], golden["last_hidden_state"]
-    encoder, _ = read_encoder(folder, replay=False)
+    golden = folder / "golden.safetensors"
+    expected = load_file(golden)["last_hidden_state"]
+    encoder = _load_encoder(folder)
     layer = encoder.config.pivot["feature_layer"]
-    hidden = _load_native(folder)(pixels, output_hidden_states=True).hidden_states[layer]
-    native_features = encoder._patch_tokens(hidden)
-    if not (torch.equal(native_features, features) and torch.equal(encoder(pixels).last_hidden_state, features)):
+    same = (torch.equal(replay(encoder, golden, layer, model), expected) for model in (None, _load_native(folder)))
+    if not all(same):
         raise CheckpointError(f"{folder}: the written weights give other features than the model they came from.")

@@ -1,49 +1,78 @@
-"""Extract the encoder of an MLLM checkpoint and write it as an encoder repository."""
+"""Extract the encoder of an MLLM and write it as an encoder repository."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
 from pivot_hub import __version__
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.preprocessors import encoder_preprocessor
+from pivot_hub.mllm.vision_part import VisionPart, read_vision_part
+from pivot_hub.mllm.weight_files import WeightFiles
 from pivot_hub.outputs import ENCODER, check_replaceable
-from pivot_hub.provenance import weights_sha256
+from pivot_hub.provenance import tensors_sha256, versions, weights_sha256
 
 
-def extract_encoder(checkpoint: str | Path, output: str | Path, command: str | None = None) -> Path:
-    """Extract the encoder of a stage checkpoint and write it as a repository.
+def extract_encoder(
+    checkpoint: str | Path,
+    output: str | Path,
+    command: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Extract the encoder of an MLLM, of this package or anyone's, and write it as a repository.
 
-    Its features equal those inside the MLLM bit for bit. This is checked before the folder appears.
+    Only the tensors of the vision tower and the projector are read. The features equal those inside the MLLM bit for
+    bit: the tower is loaded by the MLLM's own class, and the repository is read back before the folder appears.
 
     Args:
-        checkpoint: Folder of a finished align, instruct, sft or dpo stage.
+        checkpoint: Folder of a finished stage; folder or Hub name of an MLLM of the table in `families.py`.
         output: Folder that the repository is written to; an earlier repository is replaced.
         command: Command that reproduces this encoder, for provenance.json. By default it is derived from the
-            recipes, provided that all of them are shipped ones.
+            recipes, provided that all of them are shipped ones, or from the name of the MLLM.
+        revision: Revision of a Hub repository.
+        progress: Function that receives the number of bytes of each read.
 
     Returns:
         The repository folder.
 
     Raises:
-        CheckpointError: The checkpoint is not a stage's MLLM, or the written weights do not read back equal.
+        CheckpointError: The checkpoint is not an MLLM of the table, its tower is incomplete, quantised or damaged, or
+            the written weights do not read back equal.
         OutputError: The output holds anything but an encoder repository, or another process is writing it.
     """
-    source = Path(checkpoint)
     check_replaceable(Path(output), ENCODER)  # before the work, and again after it
-    mllm, processor = load_mllm(source)
-    metadata = _stage_metadata(source)
-    model = PivotVisionModel.from_mllm(mllm, metadata["pivot"], processor.image_processor)
-    commands = [command] if command else _commands(metadata["provenance"]["mllm"])
-    recipe = {"recipe.yaml": source / "recipe.yaml"} if (source / "recipe.yaml").is_file() else {}
-    projector = mllm.model.multi_modal_projector.state_dict()
+    part = read_vision_part(checkpoint, revision, progress)
+    if (Path(checkpoint) / "provenance.json").is_file():
+        metadata = _stage_metadata(Path(checkpoint))
+        default = _commands(metadata["provenance"]["mllm"])
+    else:
+        metadata = _source_metadata(part)
+        default = [f"pivot extract {part.weights.name} encoder" + (f" --revision {revision}" if revision else "")]
+        if Path(checkpoint).is_dir():
+            default = None  # a folder of another machine reproduces nothing
+    try:
+        config = PivotVisionConfig(part.tower.config, metadata["pivot"])
+        model = PivotVisionModel(config, part.tower)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    recipe = Path(checkpoint) / "recipe.yaml"
     return write_repository(
-        output, model, metadata["provenance"] | {"commands": commands}, files=recipe, projector=projector
+        output,
+        model,
+        metadata["provenance"] | {"commands": [command] if command else default},
+        files={"recipe.yaml": recipe} if recipe.is_file() else {},
+        projector=part.projector or None,
+        preprocessor=encoder_preprocessor(checkpoint, part, revision),
     )
 
 
@@ -63,11 +92,6 @@ def extract_once(checkpoint: str | Path, output: str | Path, command: str | None
 def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's provenance, and derive the `pivot` entry of its encoder's config from it."""
     file = checkpoint / "provenance.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{checkpoint} has no provenance.json; give the output folder of a finished stage. The encoder of "
-            "another LLaVA model is saved by PivotVisionModel.from_mllm(mllm).save_pretrained(FOLDER)."
-        )
     try:
         provenance = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -83,6 +107,42 @@ def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
         "pivot_hub_version": __version__,
     }
     return {"pivot": pivot, "provenance": {"mllm": provenance, "mllm_weights_sha256": weights_sha256(checkpoint)}}
+
+
+def _source_metadata(part: VisionPart) -> dict[str, Any]:
+    """Describe an MLLM that this package did not train: its name, commit, hash, and what its card says.
+
+    Of a folder only its own name is recorded, without its path.
+    """
+    weights, path = part.weights, Path(part.weights.name)
+    name = path.resolve().name if path.is_dir() else weights.name
+    tensors = {**part.tower.state_dict(), **part.projector}
+    source = {
+        "name": name,
+        "revision": weights.commit,
+        "model_type": part.config.model_type,
+        "tower_sha256": tensors_sha256(tensors),
+        **_read_card(weights),
+    }
+    pivot = {
+        "stage": "extracted",
+        "base_model": name,
+        "base_revision": weights.commit,
+        "feature_layer": part.feature_layer,
+        "language_head": part.config.get_text_config().model_type,
+        "pivot_hub_version": __version__,
+    }
+    return {"pivot": pivot, "provenance": {"source": source, "versions": versions()}}
+
+
+def _read_card(weights: WeightFiles) -> dict[str, Any]:
+    """Return licence and base model of a source as its card states them; None where it does not."""
+    path = Path(weights.name) / "README.md"
+    try:
+        card = ModelCard.load(path if path.is_file() else weights.name, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError):
+        card = {}
+    return {key: card.get(key) for key in ("license", "license_name", "license_link", "base_model")}
 
 
 def _commands(provenance: dict[str, Any]) -> list[str] | None:

@@ -38,7 +38,8 @@ class ProbeResult:
         split: Split of the data that was measured; settings were chosen on other splits.
         seed: Seed of the sampling and of the bootstrap.
         protocol: One line that describes the method, the chosen settings and the chance level.
-        feature_layer: Hidden state that the features are taken from.
+        feature_layer: Hidden state that the features are taken from, or `last_hidden_state`, which has passed the final
+            norm; None where there is no encoder.
         encoder: `base`, `sft`, `dpo` or the name of a repository.
         encoder_sha256: Hash of the encoder's weights.
         partner: The MLLM that answered or whose loss was differentiated; None if the encoder was measured alone.
@@ -61,7 +62,7 @@ class ProbeResult:
     split: str
     seed: int
     protocol: str
-    feature_layer: int | None
+    feature_layer: int | str | None
     encoder: str
     encoder_sha256: str
     partner: str | None

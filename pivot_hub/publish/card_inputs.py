@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field
 
 from pivot_hub.config.yaml_loader import Strict, check_keys, read_yaml
+from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.errors import CardError, ProbeError
 from pivot_hub.files import shipped_folder
 from pivot_hub.probes.result import ProbeResult, read_results
@@ -86,19 +87,23 @@ class EncoderMetadata:
         return hashlib.sha256("".join(f"{name}{checksums[name]}" for name in weights).encode()).hexdigest()
 
     def own_results(self) -> list[ProbeResult]:
-        """Select the results that were measured on these weights, without those of `LOSS_MAPS`.
+        """Select the results of these weights at the feature layer, without those of `LOSS_MAPS`.
 
         Raises:
             CardError: There are no results for these weights.
         """
         own = [r for r in self.results if r.encoder_sha256 == self.encoder_sha256]
-        own = [r for r in own if not r.task.endswith(LOSS_MAPS)]
+        own = [r for r in own if not self.is_other_output(r) and not r.task.endswith(LOSS_MAPS)]
         if not own:
             raise CardError(
                 "results/*.json are missing for these weights: `pivot probe ENCODER --json dpo.json`, then "
                 "`pivot card ENCODER --results dpo.json`."
             )
         return own
+
+    def is_other_output(self, result: ProbeResult) -> bool:
+        """Return whether a result is of the native class's own output where the feature layer is another."""
+        return result.feature_layer == LAST and self.config.get("pivot", {}).get("feature_layer") != LAST
 
     def with_results(self, results: Sequence[ProbeResult]) -> EncoderMetadata:
         """Return the same metadata with other results."""

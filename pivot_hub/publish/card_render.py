@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
+from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.errors import CardError
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.publish.card_inputs import (
@@ -59,6 +60,9 @@ def render_card(metadata: EncoderMetadata, prose: Prose, repository: str | None 
         language_model=language_model,
         shape=_shape(metadata.config),
         tables=_result_tables(metadata),
+        native_output=any(
+            metadata.is_other_output(r) and r.encoder_sha256 == metadata.encoder_sha256 for r in metadata.results
+        ),
         comparison=_describe_comparison(comparison),
         figure=FIGURE if comparison else None,
         results=metadata.own_results(),
@@ -202,11 +206,15 @@ def _result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
         rows is left out.
     """
     own_name = metadata.own_results()[0].encoder
-    names = {r.encoder for r in metadata.results}
+
+    def column(result: ProbeResult) -> str:
+        return f"{result.encoder}, `{LAST}`" if metadata.is_other_output(result) else result.encoder
+
+    names = {column(r) for r in metadata.results}
     columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
     measures: dict[tuple[str, str], dict[str, ProbeResult]] = {}
     for result in metadata.results:
-        measures.setdefault((result.task, result.metric), {})[result.encoder] = result
+        measures.setdefault((result.task, result.metric), {})[column(result)] = result
     tables = []
     for title, alone in (("The encoder alone, frozen", True), ("With the MLLM it was trained in", False)):
         rows = []
@@ -219,7 +227,9 @@ def _result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
             conditions = f"{own.protocol}; {own.split} split, seed {own.seed}"
             rows.append([task, metric, *cells, *partner, str(own.n), conditions])
         if rows:
-            headings = [f"**{c}** (this)" if c == own_name else c for c in columns]
+            filled = [i for i, c in enumerate(columns) if any(row[2 + i] != "-" for row in rows)]
+            rows = [[*row[:2], *(row[2 + i] for i in filled), *row[2 + len(columns) :]] for row in rows]
+            headings = [f"**{c}** (this)" if c == own_name else c for c in (columns[i] for i in filled)]
             partner = [] if alone else ["partner"]
             head = ["probe", "metric", *headings, *partner, "n", "conditions"]
             tables.append({"title": title, "head": head, "rows": rows})
@@ -234,7 +244,8 @@ def _compared_results(metadata: EncoderMetadata) -> Comparison:
     """
     if required_value(metadata.config, "config", "pivot.stage") not in ("sft", "dpo"):
         return []
-    by_name = {name: {(r.task, r.metric): r for r in metadata.results if r.encoder == name} for name in ("sft", "dpo")}
+    at_layer = [r for r in metadata.results if not metadata.is_other_output(r)]
+    by_name = {name: {(r.task, r.metric): r for r in at_layer if r.encoder == name} for name in ("sft", "dpo")}
     for name, measures in by_name.items():
         if not measures:
             raise CardError(

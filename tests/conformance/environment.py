@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import files
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ TORCHVISION = f"torchvision==0.{int(TORCH.split('.')[1]) + 15}.*"
 
 
 def make_environment(name: str, *requirements: str) -> Path:
-    """Create a virtual environment with this release of torch and further requirements.
+    """Create a virtual environment with further requirements that uses the torch of this one.
+
+    A copy of torch in each environment would take a gigabyte of disk.
 
     Returns:
         The Python of the environment.
@@ -28,8 +31,12 @@ def make_environment(name: str, *requirements: str) -> Path:
     python = folder / "bin" / "python"
     if _is_complete(folder, wanted):
         return python
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted.split()], check=True)
+    _call(sys.executable, "-m", "venv", folder)
+    packages = Path(torch.__file__).parents[1]
+    (target,) = (folder / "lib").glob("python*/site-packages")
+    for part in {file.parts[0] for file in files("torch") or [] if file.parts[0] != ".."}:
+        (target / part).symlink_to(packages / part)
+    _call(python, "-m", "pip", "install", "--quiet", *wanted.split())
     (folder / "requirements").write_text(wanted)
     return python
 
@@ -39,8 +46,7 @@ def make_overlay(name: str, *requirements: str) -> Path:
     wanted = " ".join(requirements)
     folder = FOLDER / name
     if not _is_complete(folder, wanted):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-        subprocess.run([*command, *requirements], check=True)
+        _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *requirements)
         (folder / "requirements").write_text(wanted)
     return folder
 
@@ -55,10 +61,18 @@ def make_node(name: str, *requirements: str) -> Path | None:
     if not _is_complete(folder, wanted):
         folder.mkdir(parents=True)
         # onnxruntime-node's install script would download CUDA libraries; the package itself contains the CPU library.
-        command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder)]
-        subprocess.run([*command, *requirements], check=True)
+        options = ("--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", folder)
+        _call(npm, "install", *options, *requirements)
         (folder / "requirements").write_text(wanted)
     return folder
+
+
+def _call(*command: str | Path) -> None:
+    """Run a command of the set-up; the error of one that fails ends with its output and with the free disk space."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        free = shutil.disk_usage(ROOT).free / 1e9
+        raise RuntimeError(f"{command}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}\n{free:.1f} GB of disk are free")
 
 
 def _is_complete(folder: Path, wanted: str) -> bool:

@@ -326,7 +326,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown": (_config(model_type="resnet"), "vision architecture 'resnet' is not supported; give one of: siglip"),
     "another processor": (
         lambda f: (f / "preprocessor_config.json").write_text('{"image_processor_type": "OwnImageProcessor"}'),
-        "its image processor OwnImageProcessor has no PIL form",
+        "its image processor OwnImageProcessor has no form without torchvision",
     ),
     "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "save a SiglipImageProcessor with the enc"),
 }

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -16,10 +17,21 @@ from PIL import ExifTags, Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_torchvision_available
 
-from .configuration_pivot import BACKBONES, MOST, PivotVisionConfig, backbone_of, check_feature_layer, native_config
+from .configuration_pivot import (
+    BACKBONES,
+    LAST,
+    MERGED,
+    MOST,
+    PivotVisionConfig,
+    backbone_of,
+    native_config,
+)
+from .native_resolution import LAYOUTS, merge_side, to_maps
 
 try:  # transformers 5 collects hidden states with hooks, which it installs at the first call
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -66,6 +78,7 @@ class PivotVisionModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config, backbone=None):
+        register_model_class(config.backbone_config)
         if backbone is not None:
             config._attn_implementation = backbone.config._attn_implementation
         super().__init__(config)
@@ -92,7 +105,8 @@ class PivotVisionModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or Hub name. Of a two-tower model, the vision tower is loaded.
             config: PivotVisionConfig that replaces the repository's.
-            feature_layer: Hidden state to return, if it is not the repository's.
+            feature_layer: Hidden state to return, if it is not the repository's; `last_hidden_state` for the native
+                class's own output, `merged` for the tokens that a tower of native resolution merges from patches.
             out_indices: Hidden states that a `PivotVisionBackbone` returns as maps.
             **kwargs: Options of transformers' own `from_pretrained`: dtype, device_map, attn_implementation, ...
 
@@ -117,11 +131,11 @@ class PivotVisionModel(PreTrainedModel):
         pivot = vars(repository_config).pop("pivot", None)
         vars(repository_config).pop("auto_map", None)
         native = native_config(repository_config)
+        register_model_class(native)
         if not isinstance(config, PivotVisionConfig):
             config = PivotVisionConfig(native, pivot)
         if feature_layer is not None:
-            check_feature_layer(feature_layer, config.num_hidden_layers)
-            config.pivot = {**config.pivot, "feature_layer": feature_layer}
+            config = PivotVisionConfig(config.backbone_config, {**config.pivot, "feature_layer": feature_layer})
         if out_indices is not None:
             config.out_indices = list(out_indices)
         try:
@@ -162,7 +176,7 @@ class PivotVisionModel(PreTrainedModel):
             image_processor: Image processor of the MLLM, for `forward_features` and `save_pretrained`.
         """
         backbone = deepcopy(mllm.model.vision_tower)
-        metadata = {**(pivot or {}), "feature_layer": mllm.config.vision_feature_layer}
+        metadata = {"feature_layer": mllm.config.vision_feature_layer, **(pivot or {})}
         model = cls(PivotVisionConfig(backbone.config, metadata), backbone).eval()
         model._processor = image_processor
         return model
@@ -199,7 +213,7 @@ class PivotVisionModel(PreTrainedModel):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if processor is not None:
             processor.save_pretrained(folder)
-        for name in ("configuration_pivot.py", "modeling_pivot.py"):
+        for name in ("configuration_pivot.py", "modeling_pivot.py", "native_resolution.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
     def __reduce__(self):
@@ -239,28 +253,39 @@ class PivotVisionModel(PreTrainedModel):
         output_attentions=None,
         interpolate_pos_encoding=False,
         return_dict=None,
+        **shapes,
     ):
         """Encode images.
 
         Args:
-            pixel_values: Images (B, 3, height, width) from the repository's image processor.
+            pixel_values: Images (B, 3, height, width) from the repository's image processor; for a tower of native
+                resolution, whatever its image processor returns under this name.
             output_hidden_states: Whether to return every hidden state of the backbone too.
             output_attentions: Whether to return every attention of the backbone too.
             interpolate_pos_encoding: Whether to accept an image size that the encoder was not trained on.
             return_dict: False to return a tuple.
+            **shapes: For a tower of native resolution, the image processor's other outputs, such as `image_grid_thw`.
 
         Returns:
-            last_hidden_state (B, H*W, D): patch tokens at the feature layer; pooler_output (B, D): their mean;
-            hidden_states and attentions, if requested.
+            last_hidden_state (B, H*W, D): patch tokens at the feature layer; for a tower of native resolution, a tuple
+            of one map (H, W, D) for each image. pooler_output (B, D): their mean; hidden_states and attentions, if
+            requested.
 
         Raises:
-            ValueError: The patch size does not divide the image size, or the size needs `interpolate_pos_encoding`.
+            ValueError: The patch size does not divide the image size, the size needs `interpolate_pos_encoding`, or
+                the shapes of the images are missing.
         """
-        outputs = self._run_backbone(pixel_values, interpolate_pos_encoding, output_attentions)
-        tokens = self._patch_tokens(outputs.hidden_states[self.config.pivot["feature_layer"]])
+        if self.is_native_resolution:
+            outputs = self._run_native_resolution(pixel_values, shapes, output_attentions)
+            tokens = tuple(self.maps(outputs, self.config.pivot["feature_layer"], shapes))
+            pooled = torch.stack([features.mean(dim=(0, 1)) for features in tokens])
+        else:
+            outputs = self._run_backbone(pixel_values, interpolate_pos_encoding, output_attentions)
+            tokens = self._patch_tokens(select_features(outputs, self.config.pivot["feature_layer"]))
+            pooled = tokens.mean(dim=1)
         features = BaseModelOutputWithPooling(
             last_hidden_state=tokens,
-            pooler_output=tokens.mean(dim=1),
+            pooler_output=pooled,
             hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
             attentions=outputs.attentions if output_attentions else None,
         )
@@ -276,19 +301,65 @@ class PivotVisionModel(PreTrainedModel):
             **kwargs: Options of `forward`.
 
         Returns:
-            The output of `forward` for the images in order.
+            The output of `forward` for the images in order: `last_hidden_state` is a tensor (B, H*W, D), or, for a
+            tower of native resolution, a tuple of one map (H, W, D) for each image.
 
         Raises:
             ValueError: An image cannot be decoded, or an array has another shape or range.
         """
-        images = [_as_rgb(image) for image in _listed(images)]
-        pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return self(pixel_values.to(self.device, self.dtype), **kwargs)
+        return self(**self.prepare([_as_rgb(image) for image in _listed(images)]), **kwargs)
 
-    def feature_map(self, pixel_values, interpolate_pos_encoding=False):
-        """Encode images and fold the patch tokens into the image grid: (B, D, H, W)."""
+    def prepare(self, images):
+        """Prepare RGB images with the repository's image processor, for `forward`, on the encoder's device."""
+        batch = self.image_processor(images=images, return_tensors="pt")
+        names = LAYOUTS[backbone_of(self.config.backbone_config).layout].inputs if self.is_native_resolution else ()
+        shapes = {name: torch.as_tensor(batch[name]).to(self.device) for name in names}
+        return {"pixel_values": batch["pixel_values"].to(self.device, self.dtype), **shapes}
+
+    def feature_map(self, pixel_values, interpolate_pos_encoding=False, **shapes):
+        """Encode images and fold the patch tokens into the image grid.
+
+        Returns:
+            (B, D, H, W); for a tower of native resolution, a tuple of one map (D, H, W) for each image.
+        """
+        if self.is_native_resolution:
+            return tuple(features.permute(2, 0, 1) for features in self(pixel_values, **shapes).last_hidden_state)
         tokens = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return to_grid(tokens, *self._grid(pixel_values))
+
+    @property
+    def is_native_resolution(self):
+        """Whether the encoder takes images of their own shapes, so that features are one map for each image."""
+        return backbone_of(self.config.backbone_config).layout is not None
+
+    def maps(self, outputs, layer, shapes):
+        """Fold features of a tower of native resolution into one map (H, W, D) for each image.
+
+        Args:
+            outputs: Outputs of the native class.
+            layer: A hidden state's number, `last_hidden_state` or `merged`.
+            shapes: The image processor's outputs that describe the images' shapes.
+        """
+        config, backbone = self.config.backbone_config, backbone_of(self.config.backbone_config)
+        grids = LAYOUTS[backbone.layout].grids(shapes, config)
+        return to_maps(select_features(outputs, layer), grids, config, merge_side(config, backbone.merge))
+
+    def _run_native_resolution(self, pixel_values, shapes, output_attentions=None):
+        layout = LAYOUTS[backbone_of(self.config.backbone_config).layout]
+        if absent := [name for name in layout.inputs if shapes.get(name) is None]:
+            raise ValueError(
+                f"{absent[0]} is missing: the encoder takes images of their own shapes; pass all that its image "
+                "processor returns, or call forward_features."
+            )
+        options = {"output_attentions": True} if output_attentions else {}
+        named = {a: shapes[n] for n, a in zip(layout.inputs, layout.arguments, strict=True)}
+        outputs = self.backbone(pixel_values, output_hidden_states=True, return_dict=True, **named, **options)
+        if not hasattr(outputs, "last_hidden_state"):
+            raise ValueError(
+                f"{type(self.backbone).__name__} of transformers {transformers.__version__} merges all tokens; "
+                "install transformers 5.17 or newer."
+            )
+        return outputs
 
     def _run_backbone(self, pixel_values, interpolate, output_attentions=None):
         height, width = pixel_values.shape[-2:]
@@ -336,6 +407,22 @@ class PivotVisionModel(PreTrainedModel):
         self.config.patch_size = side // height
 
 
+def select_features(outputs, layer):
+    """Return the features that a layer names, from the outputs of a native class.
+
+    Args:
+        outputs: Outputs with all hidden states.
+        layer: A hidden state's number, `last_hidden_state`, or `merged` for what a tower's own merger returns.
+    """
+    if layer == LAST:
+        return outputs.last_hidden_state
+    if layer == MERGED:
+        # Kimi returns the patches of a token beside each other (N, patches, D); Gemma 4 merges in its last step.
+        merged = outputs.last_hidden_state if outputs.pooler_output is None else outputs.pooler_output
+        return merged.flatten(1)
+    return outputs.hidden_states[layer]
+
+
 class PivotVisionBackbone(PivotVisionModel):
     """Backbone for transformers' segmentation and detection heads, which returns feature maps instead of tokens.
 
@@ -348,9 +435,14 @@ class PivotVisionBackbone(PivotVisionModel):
         depth = config.num_hidden_layers
         if depth is None:
             raise ValueError("a timm model cannot be a PivotVisionBackbone; use transformers' TimmBackbone.")
+        if self.is_native_resolution:
+            raise ValueError(
+                "a tower of native resolution cannot be a PivotVisionBackbone, whose maps are of one size; use "
+                "PivotVisionModel.feature_map."
+            )
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(depth))]
         self.num_features = [config.hidden_size] * (depth + 1)
-        layer = config.pivot["feature_layer"]
+        layer = depth if config.pivot["feature_layer"] == LAST else config.pivot["feature_layer"]
         indices = [layer] if config.out_indices is None else config.out_indices
         self.out_indices = [i % (depth + 1) for i in indices]
         self.out_features = [self.stage_names[i] for i in self.out_indices]
@@ -366,14 +458,40 @@ class PivotVisionBackbone(PivotVisionModel):
         outputs = self._run_backbone(pixel_values, True, output_attentions)
         grid = self._grid(pixel_values)
         features = BackboneOutput(
-            feature_maps=tuple(to_grid(self._patch_tokens(outputs.hidden_states[i]), *grid) for i in self.out_indices),
+            feature_maps=tuple(to_grid(self._patch_tokens(self._state(outputs, i)), *grid) for i in self.out_indices),
             hidden_states=tuple(outputs.hidden_states) if output_hidden_states else None,
             attentions=outputs.attentions if output_attentions else None,
         )
         return features if return_dict is not False else features.to_tuple()
 
+    def _state(self, outputs, index):
+        """Return a hidden state; the last one passes the final norm where the feature layer does."""
+        is_last = index == self.config.num_hidden_layers and self.config.pivot["feature_layer"] == LAST
+        return outputs.last_hidden_state if is_last else outputs.hidden_states[index]
+
     def forward_with_filtered_kwargs(self, *args, **kwargs):
         return self(*args, **kwargs)
+
+
+def register_model_class(config):
+    """Register the class of a native config in AutoModel where transformers has no entry for it.
+
+    Raises:
+        ValueError: This version of transformers has no such class.
+    """
+    name = backbone_of(config).model_class
+    if type(config) in AutoModel._model_mapping:
+        return
+    model_class = None
+    if name is not None:
+        module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        model_class = getattr(module, name, None)
+    if model_class is None:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no model class for {config.model_type}; install a newer "
+            "transformers."
+        )
+    AutoModel.register(type(config), model_class, exist_ok=True)  # without exist_ok, native configs are passed over
 
 
 def read_image_processor(name, config, **hub_options):
@@ -392,9 +510,9 @@ def read_image_processor(name, config, **hub_options):
     """
     backbone = backbone_of(config)
     needed = backbone.image_processor
-    default = _pil_class(needed) or getattr(transformers, needed)
+    default = _pil_class(needed)
     try:
-        values, _ = default.get_image_processor_dict(name, **hub_options)
+        values, _ = BaseImageProcessor.get_image_processor_dict(name, **hub_options)
     except OSError as error:
         raise ValueError(
             f"{name}: has no preprocessor_config.json; save a {needed} with the encoder's size, mean and std there."
@@ -403,23 +521,27 @@ def read_image_processor(name, config, **hub_options):
     processor_class = default if class_name in (needed, backbone.replaces) else _pil_class(class_name)
     if processor_class is None:
         raise ValueError(
-            f"{name}: its image processor {class_name} has no PIL form in transformers {transformers.__version__}; "
-            "load it yourself and set the encoder's image_processor to it."
+            f"{name}: its image processor {class_name} has no form without torchvision in transformers "
+            f"{transformers.__version__}; load it yourself and set the encoder's image_processor to it."
         )
     processor = processor_class.from_pretrained(name, **hub_options)
     sizes = (getattr(processor, "size", None), getattr(processor, "crop_size", None))  # timm's has neither
     sides = [side for size in sizes for side in dict(size or {}).values()]
-    if wrong := [side for side in sides if side is not None and not 1 <= side <= MOST["image_size"]]:
+    # Those of some towers of native resolution are numbers of pixels.
+    most = MOST["image_size"] ** (1 if backbone.layout is None else 2)
+    if wrong := [side for side in sides if side is not None and not 1 <= side <= most]:
         raise ValueError(
-            f"{name}: images of {wrong[0]} px in preprocessor_config.json are not of 1 to {MOST['image_size']} px; "
-            "restore the file."
+            f"{name}: images of {wrong[0]} px in preprocessor_config.json are not of 1 to {most} px; restore the file."
         )
     return processor
 
 
 def _pil_class(name):
-    """Return the PIL class of an image processor by its plain name, or None if this transformers has none."""
-    if transformers.__version__.startswith("4."):
+    """Return the PIL class of an image processor by its plain name, or None if this transformers has none.
+
+    Kimi's has no PIL form, so its own class is returned where torchvision, which it needs, is installed.
+    """
+    if transformers.__version__.startswith("4.") or (name == "Kimi_K25ImageProcessor" and is_torchvision_available()):
         return getattr(transformers, name, None)
     return getattr(transformers, f"{name}Pil", None)
 
@@ -525,7 +647,7 @@ def _require_complete(backbone, info, name):
             "download it again, or give the config that belongs to the weights."
         )
     info["missing_keys"] = type(info["missing_keys"])()
-    if unused := _unused_keys(backbone, info["unexpected_keys"]):
+    if unused := unused_keys(backbone, info["unexpected_keys"]):
         raise ValueError(
             f"{name}: {len(unused)} weights of the encoder are not used ({unused[0]} first), because config.json says "
             "fewer layers than the weights have; give the config that belongs to them."
@@ -537,7 +659,7 @@ def _require_complete(backbone, info, name):
             )
 
 
-def _unused_keys(backbone, unexpected):
+def unused_keys(backbone, unexpected):
     """Return unexpected keys that are like the encoder's own except for a number, such as that of a further layer."""
     prefixes = ("", backbone_of(backbone.config).key_prefix, "vision_model.", f"{backbone.base_model_prefix}.")
     number = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -1,0 +1,228 @@
+"""The MLLM architectures that encoders are taken from: one entry each says where the parts lie and what enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pivot_hub.encoder.configuration_pivot import LAST
+from pivot_hub.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where an MLLM architecture keeps its parts, and how an image becomes tokens of the language model.
+
+    Args:
+        model_type: Model type of the MLLM's config.
+        title: Name that people know it by.
+        example: Hub name of a released model.
+        tower: Name of the vision tower in the model's inner module.
+        projector: Name of the module between tower and language model; None where the tower contains it.
+        language: Name of the language model in the inner module.
+        feature_layer: Function that returns what enters the projector, from the MLLM's config: the number of a hidden
+            state, or LAST.
+        merge: Function that returns how many patches a side become one token of the language model.
+        tiles: How the MLLM cuts a large image into squares of the encoder's size: `none`, or the way. The encoder alone
+            takes the whole image as one square.
+        positions: Positions of image tokens in the language model: `1d`, as of text, or `mrope`, with row and column.
+        image_tokens: Whether image tokens enter the sequence of the language model. Mllama's enter cross attention.
+        native_from: First release of transformers whose plain AutoModel loads the tower; None if no release does.
+    """
+
+    model_type: str
+    title: str
+    example: str
+    tower: str = "vision_tower"
+    projector: str | None = "multi_modal_projector"
+    language: str = "language_model"
+    feature_layer: Callable[[Any], int | str] = lambda config: LAST
+    merge: Callable[[Any], int] = lambda config: 1
+    tiles: str = "none"
+    positions: str = "1d"
+    image_tokens: bool = True
+    native_from: str | None = "4.57"
+
+    def image_token_id(self, config: Any) -> int:
+        """Return the id that stands for one token of an image in `input_ids`."""
+        return int(config.image_token_id)
+
+
+def _selected_layer(config: Any) -> int | str:
+    """Return the hidden state that a config of LLaVA's kind selects.
+
+    Raises:
+        CheckpointError: It selects several.
+    """
+    layer = config.vision_feature_layer
+    layers = [layer] if isinstance(layer, int) else list(layer)
+    if len(layers) != 1:
+        raise CheckpointError(
+            f"its projector takes the features of several layers ({layers}), joined; an encoder repository has one "
+            "feature layer. Save the tower with transformers, and join them in your own code."
+        )
+    return int(layers[0])
+
+
+def _internvl_layer(config: Any) -> int | str:
+    layer = _selected_layer(config)
+    return LAST if layer == -1 else layer
+
+
+def _spatial_merge(config: Any) -> int:
+    return int(config.vision_config.spatial_merge_size)
+
+
+def _gemma3_merge(config: Any) -> int:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return int(side // round(config.mm_tokens_per_image**0.5))
+
+
+def _qwen(model_type: str, title: str, example: str, native_from: str | None) -> Family:
+    return Family(
+        model_type,
+        title,
+        example,
+        tower="visual",
+        projector=None,
+        merge=_spatial_merge,
+        positions="mrope",
+        native_from=native_from,
+    )
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llava", "LLaVA, and Pixtral", "llava-hf/llava-1.5-7b-hf", feature_layer=_selected_layer),
+        Family(
+            "llava_next",
+            "LLaVA-NeXT",
+            "llava-hf/llava-v1.6-mistral-7b-hf",
+            feature_layer=_selected_layer,
+            tiles="best resolution",
+        ),
+        Family(
+            "llava_onevision",
+            "LLaVA-OneVision",
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+            feature_layer=_selected_layer,
+            tiles="best resolution",
+        ),
+        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-224"),
+        Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", merge=_gemma3_merge),
+        Family(
+            "idefics3",
+            "Idefics3",
+            "HuggingFaceM4/Idefics3-8B-Llama3",
+            tower="vision_model",
+            projector="connector",
+            language="text_model",
+            merge=lambda config: int(config.scale_factor),
+            tiles="tiles and thumbnail",
+        ),
+        Family(
+            "smolvlm",
+            "SmolVLM",
+            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+            tower="vision_model",
+            projector="connector",
+            language="text_model",
+            merge=lambda config: int(config.scale_factor),
+            tiles="tiles and thumbnail",
+        ),
+        Family(
+            "internvl",
+            "InternVL (-HF)",
+            "OpenGVLab/InternVL3-8B-hf",
+            feature_layer=_internvl_layer,
+            merge=lambda config: round(1 / config.downsample_ratio),
+            tiles="tiles and thumbnail",
+        ),
+        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", None),
+        _qwen("qwen2_5_vl", "Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct", "5.23"),
+        _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct", "5.17"),
+        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct", "5.17"),
+        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", "5.17"),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", "5.17"),
+        Family(
+            "glm4v",
+            "GLM-4V",
+            "zai-org/GLM-4.1V-9B-Thinking",
+            tower="visual",
+            projector=None,
+            merge=_spatial_merge,
+            positions="mrope",
+            native_from="5.17",
+        ),
+        Family(
+            "glm4v_moe",
+            "GLM-4.5V",
+            "zai-org/GLM-4.5V",
+            tower="visual",
+            projector=None,
+            merge=_spatial_merge,
+            positions="mrope",
+            native_from="5.17",
+        ),
+        Family(
+            "mistral3",
+            "Mistral 3",
+            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+            feature_layer=_selected_layer,
+            merge=lambda config: int(config.spatial_merge_size),
+        ),
+        Family(
+            "gemma4",
+            "Gemma 4",
+            "google/gemma-4-E4B-it",
+            projector="embed_vision",
+            merge=lambda config: int(config.vision_config.pooling_kernel_size),
+            native_from="5.17",
+        ),
+        Family(
+            "lfm2_vl",
+            "LFM2-VL",
+            "LiquidAI/LFM2-VL-1.6B",
+            merge=lambda config: int(config.downsample_factor),
+            tiles="tiles and thumbnail",
+        ),
+        Family(
+            "kimi_k25",
+            "Kimi K2.5",
+            "moonshotai/Kimi-K2.5",
+            projector="mm_projector",
+            merge=lambda config: int(config.vision_config.merge_kernel_size[0]),
+            native_from="5.17",
+        ),
+        Family(
+            "mllama",
+            "Llama 3.2 Vision",
+            "meta-llama/Llama-3.2-11B-Vision-Instruct",
+            tower="vision_model",
+            tiles="tiles of one map",
+            image_tokens=False,
+            native_from=None,
+        ),
+    )
+}
+
+# Model types whose repositories bring code of their own, with the remedy.
+REMOTE_CODE_FAMILIES = {
+    "internvl_chat": "give the -hf repository of the same model, such as OpenGVLab/InternVL3-8B-hf",
+    "llava_qwen": "give the -hf repository of the same model, such as llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "llava_llama": "give the -hf repository of the same model, such as llava-hf/llava-1.5-7b-hf",
+}
+
+
+def family_of(config: Any) -> Family:
+    """Return the entry of an MLLM's config.
+
+    Raises:
+        CheckpointError: It is not an MLLM of the table; the message lists the table.
+    """
+    if config.model_type not in FAMILIES:
+        known = ", ".join(family.title for family in FAMILIES.values())
+        raise CheckpointError(f"is a {config.model_type} model, which is no MLLM of the table: {known}.")
+    return FAMILIES[config.model_type]
