@@ -1,0 +1,340 @@
+"""Every family of the table: its encoder is taken out, equals the one inside, and loads with plain AutoModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from pivot_hub import PivotVisionModel, extract_encoder
+from pivot_hub.encoder.configuration_pivot import BACKBONES, MERGED
+from pivot_hub.encoder.native_resolution import LAYOUTS
+from pivot_hub.encoder.repository import verify_repository
+from pivot_hub.mllm.families import FAMILIES
+from pivot_hub.mllm.vision_part import read_vision_part
+from tests.mllm.tiny_mllms import IMAGE_TOKEN, TINY, make_mllm
+
+# Without torchvision, which the image processor of Kimi needs, its encoder takes prepared patches only.
+WITHOUT_PROCESSOR = ("kimi_k25",)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mllm") / "model"
+    make_mllm(folder, name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mllm(source: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def repository(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extract_encoder(source, tmp_path_factory.mktemp("encoder") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def encoder(repository: Path) -> Any:
+    return PivotVisionModel.from_pretrained(repository)
+
+
+@pytest.fixture(scope="module")
+def inputs(name: str, encoder: Any) -> dict[str, torch.Tensor]:
+    """Three images of different shapes, as the encoder's image processor prepares them."""
+    torch.manual_seed(1)
+    # LFM2-VL's projector takes grids of even sides only, to which its own image processor resizes.
+    sizes = ((120, 30), (30, 120), (64, 64)) if name == "lfm2_vl" else ((90, 60), (40, 120), (64, 64))
+    images = [_noise(size) for size in sizes]
+    if name not in WITHOUT_PROCESSOR:
+        return encoder.prepare(images)
+    grids = [(4, 6), (6, 2), (4, 4)]
+    pixels = torch.rand(sum(h * w for h, w in grids), 3, encoder.config.patch_size, encoder.config.patch_size) * 2 - 1
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([(1, *grid) for grid in grids])}
+
+
+def _noise(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    return Image.fromarray((torch.rand(height, width, 3) * 255).byte().numpy())
+
+
+def test_every_family_is_tested() -> None:
+    assert {recipe.model_type for recipe in TINY.values()} == set(FAMILIES)
+
+
+def test_the_extracted_repository_verifies_and_holds_the_towers_own_weights(
+    name: str, mllm: Any, repository: Path, encoder: Any
+) -> None:
+    assert verify_repository(repository) == []
+    tower = getattr(mllm.model, FAMILIES[mllm.config.model_type].tower).state_dict()
+    own = encoder.backbone.state_dict()
+    assert tower.keys() == own.keys()
+    assert all(torch.equal(tower[key], own[key]) for key in tower)
+    assert encoder.config.pivot["stage"] == "extracted"
+
+
+def test_plain_automodel_loads_it_without_a_missing_key(repository: Path, encoder: Any) -> None:
+    if BACKBONES[encoder.config.backbone_config.model_type].model_class is None:
+        native, info = AutoModel.from_pretrained(repository, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert type(native) is type(encoder.backbone)
+
+
+def test_features_equal_those_that_enter_the_projector(
+    name: str, mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor], repository: Path
+) -> None:
+    """Bit for bit, with the inputs in the MLLM's own call."""
+    with torch.no_grad():
+        features = encoder(**inputs).last_hidden_state
+        expected = ENTERED[mllm.config.model_type](mllm, encoder, inputs)
+    maps = features if encoder.is_native_resolution else features.unflatten(1, encoder._grid(inputs["pixel_values"]))
+    assert len(maps) == len(expected) == 3
+    for own, inside in zip(maps, expected, strict=True):
+        assert torch.equal(own, inside)
+    assert encoder.config.hidden_size == maps[0].shape[-1]
+
+
+def test_images_of_different_shapes_give_maps_of_their_shapes(encoder: Any, inputs: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        outputs = encoder(**inputs)
+    assert outputs.pooler_output.shape == (3, encoder.config.hidden_size)
+    if not encoder.is_native_resolution:
+        assert outputs.last_hidden_state.shape[0] == 3
+        return
+    heights, widths, _ = zip(*(features.shape for features in outputs.last_hidden_state), strict=True)
+    assert heights[1] > heights[0]
+    assert widths[1] < widths[0]
+    assert [m.shape[1:] for m in encoder.feature_map(**inputs)] == list(zip(heights, widths, strict=True))
+    # An image's features do not depend on those beside it.
+    for i, alone in enumerate(_one_by_one(encoder, inputs)):
+        assert torch.allclose(alone, outputs.last_hidden_state[i], atol=1e-5)
+
+
+def _one_by_one(encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Encode each image of a batch alone."""
+    config = encoder.config.backbone_config
+    layout = LAYOUTS[BACKBONES[config.model_type].layout]  # type: ignore[index]
+    counts = [height * width for height, width in layout.grids(inputs, config)]
+    pixels = inputs["pixel_values"]
+    flat = pixels.split(counts) if len(pixels) == sum(counts) else pixels.split(1)
+    with torch.no_grad():
+        return [
+            encoder(part, **{n: inputs[n][i : i + 1] for n in layout.inputs}).last_hidden_state[0]
+            for i, part in enumerate(flat)
+        ]
+
+
+def test_an_image_becomes_as_many_tokens_as_the_table_says(
+    mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]
+) -> None:
+    family = FAMILIES[mllm.config.model_type]
+    assert family.image_token_id(mllm.config) == IMAGE_TOKEN
+    if not family.image_tokens:
+        assert not hasattr(mllm.model, "get_image_features")
+        return
+    with torch.no_grad():
+        outputs = _image_features(mllm, encoder, inputs)
+    counts = [len(tokens) for tokens in outputs]
+    if encoder.is_native_resolution:
+        config = encoder.config.backbone_config
+        layout = LAYOUTS[BACKBONES[config.model_type].layout]  # type: ignore[index]
+        grids = layout.grids(inputs, config)
+    else:
+        grids = [encoder._grid(inputs["pixel_values"])] * 3
+    merge = family.merge(mllm.config)
+    # The last row and column of a grid that the merger does not divide are padded.
+    expected = [-(-height // merge) * -(-width // merge) for height, width in grids]
+    assert counts == expected
+
+
+def test_merged_tokens_and_the_layers_below_have_names(
+    mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor], repository: Path
+) -> None:
+    config = encoder.config.backbone_config
+    if BACKBONES[config.model_type].merge is None:
+        with pytest.raises(ValueError, match="feature layer 'merged' is not known"):
+            PivotVisionModel.from_pretrained(repository, feature_layer=MERGED)
+        return
+    merged = PivotVisionModel.from_pretrained(repository, feature_layer=MERGED)
+    patches = PivotVisionModel.from_pretrained(repository, feature_layer=1)
+    with torch.no_grad():
+        maps, below = merged(**inputs).last_hidden_state, patches(**inputs).last_hidden_state
+    side = FAMILIES[mllm.config.model_type].merge(mllm.config)
+    assert [m.shape[0] * side for m in maps] == [m.shape[0] for m in below]
+    assert maps[0].shape[-1] == merged.config.hidden_size
+    assert below[0].shape[-1] == patches.config.hidden_size
+    if FAMILIES[mllm.config.model_type].projector is None:  # the language model receives them as they are
+        with torch.no_grad():
+            received = _image_features(mllm, encoder, inputs)
+        for own, tokens in zip(maps, received, strict=True):
+            assert torch.equal(own.flatten(0, 1), tokens)
+
+
+def test_only_the_tower_and_the_projector_are_read(source: Path, mllm: Any) -> None:
+    family = FAMILIES[mllm.config.model_type]
+    parts = [getattr(mllm.model, part) for part in (family.tower, family.projector) if part]
+    part = read_vision_part(source)
+    stored = sum(p.numel() * p.element_size() for module in parts for p in module.state_dict().values())
+    read = sum(t.numel() * t.element_size() for t in [*part.tower.state_dict().values(), *part.projector.values()])
+    assert read == stored
+    assert part.weights.total_bytes > stored
+
+
+# -- What enters each family's projector, as one map (H, W, D) for each image ------------------------------------------
+
+
+def _entered(module: torch.nn.Module, call: Callable[[], Any]) -> list[torch.Tensor]:
+    """Return the first argument of each call of a module."""
+    captured: list[torch.Tensor] = []
+
+    def keep(_: Any, arguments: Any, keywords: Any) -> None:
+        captured.append(next(iter((*arguments, *keywords.values()))).detach().clone())
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    call()
+    handle.remove()
+    return captured
+
+
+def _image_features(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the tokens that the language model receives for each image."""
+    named = dict(inputs)
+    if mllm.config.model_type in ("idefics3", "smolvlm"):
+        named["pixel_values"] = named["pixel_values"][:, None]
+    if mllm.config.model_type in ("llava_next", "llava_onevision"):
+        # Without tiles: each image is its thumbnail.
+        return list(mllm.model.multi_modal_projector(_llava_selected(mllm, inputs)))
+    options = {}
+    if "vision_feature_layer" in mllm.config:
+        options["vision_feature_layer"] = mllm.config.vision_feature_layer
+    if "vision_feature_select_strategy" in mllm.config:
+        options["vision_feature_select_strategy"] = mllm.config.vision_feature_select_strategy
+    return list(mllm.model.get_image_features(**named, **options).pooler_output)
+
+
+def _llava_selected(mllm: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    states = mllm.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    selected = states[mllm.config.vision_feature_layer]
+    return selected[:, 1:] if mllm.config.vision_feature_select_strategy == "default" else selected
+
+
+def _projector(mllm: Any) -> torch.nn.Module:
+    family = FAMILIES[mllm.config.model_type]
+    module: torch.nn.Module = getattr(mllm.model, family.projector)  # type: ignore[arg-type]
+    return module
+
+
+def _square_tokens(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The projector takes (B, N, D) patches of squares."""
+    entered = _entered(_projector(mllm), lambda: _image_features(mllm, encoder, inputs))
+    tokens = torch.cat(entered)
+    side = int(tokens.shape[1] ** 0.5)
+    return list(tokens.unflatten(1, (side, side)))
+
+
+def _llava(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    if encoder.is_native_resolution:
+        return _flat_tokens(mllm, encoder, inputs)
+    return _square_tokens(mllm, encoder, inputs)
+
+
+def _flat_tokens(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The projector takes the rows of all images one after the other."""
+    entered = _entered(_projector(mllm), lambda: _image_features(mllm, encoder, inputs))
+    flat = torch.cat([tokens.flatten(0, -2) for tokens in entered])
+    config = encoder.config.backbone_config
+    grids = LAYOUTS[BACKBONES[config.model_type].layout].grids(inputs, config)  # type: ignore[index]
+    if len(flat) != sum(height * width for height, width in grids):  # Gemma 4 has pooled them
+        side = FAMILIES[mllm.config.model_type].merge(mllm.config)
+        grids = [(height // side, width // side) for height, width in grids]
+    parts = flat.split([height * width for height, width in grids])
+    return [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
+
+
+def _shuffled(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """InternVL's projector takes tokens whose channels are those of 2 x 2 patches."""
+    (entered,) = _entered(_projector(mllm), lambda: _image_features(mllm, encoder, inputs))
+    maps = encoder(**inputs).last_hidden_state.unflatten(1, encoder._grid(inputs["pixel_values"]))
+    own = mllm.model.pixel_shuffle(maps, scale_factor=mllm.config.downsample_ratio)
+    assert torch.equal(own.flatten(1, 2), entered)
+    return list(maps)
+
+
+def _before_merger(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The merger in the tower takes patches in blocks of 2 x 2, which Qwen2.5-VL sorts by windows besides."""
+    (entered,) = _entered(mllm.model.visual.merger, lambda: _image_features(mllm, encoder, inputs))
+    maps: list[torch.Tensor] = []
+    for features in encoder(**inputs).last_hidden_state:
+        blocks = features if mllm.config.model_type.startswith("glm") else _blocks(features)
+        merged = mllm.model.visual.merger(blocks)
+        maps.append(merged)
+    received = _image_features(mllm, encoder, inputs)
+    for own, tokens in zip(maps, received, strict=True):
+        assert torch.allclose(own.reshape(tokens.shape), tokens, atol=1e-5)
+    # The same patches, in whatever order; each is found by its values.
+    own_tokens = torch.cat([m.flatten(0, 1) for m in encoder(**inputs).last_hidden_state])
+    rows = {tuple(row.tolist()) for row in entered.flatten(0, -2)}
+    assert {tuple(row.tolist()) for row in own_tokens} == rows
+    return list(encoder(**inputs).last_hidden_state)
+
+
+def _blocks(features: torch.Tensor) -> torch.Tensor:
+    """Bring a map (H, W, D) into the order of its blocks of 2 x 2 patches: (H*W, D)."""
+    height, width, _ = features.shape
+    return features.unflatten(0, (height // 2, 2)).unflatten(2, (width // 2, 2)).transpose(1, 2).flatten(0, 3)
+
+
+def _image_by_image(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """LFM2-VL's projector takes one map (1, H, W, D) at a time."""
+    return [m[0] for m in _entered(_projector(mllm), lambda: _image_features(mllm, encoder, inputs))]
+
+
+def _kimi(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Kimi's projector takes the four patches of a token beside each other."""
+    (entered,) = _entered(_projector(mllm), lambda: _image_features(mllm, encoder, inputs))
+    maps = list(encoder(**inputs).last_hidden_state)
+    assert torch.equal(torch.cat([_blocks(m) for m in maps]), entered.flatten(0, 1))
+    return maps
+
+
+def _mllama(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Mllama's projector takes all tiles of an image, and their CLS tokens."""
+    ids = torch.tensor([[IMAGE_TOKEN, 7]])
+    named = {"cross_attention_mask": torch.ones(1, 2, 3, mllm.config.vision_config.max_num_tiles), **inputs}
+    (entered,) = _entered(_projector(mllm), lambda: mllm(input_ids=ids, **named))
+    side = mllm.config.vision_config.image_size // mllm.config.vision_config.patch_size
+    ratios = mllm.config.vision_config.supported_aspect_ratios
+    maps = []
+    for tiles, index in zip(entered[0], inputs["aspect_ratio_ids"].flatten().tolist(), strict=True):
+        rows, columns = ratios[index - 1]
+        strips = [
+            torch.cat([tiles[r * columns + c, 1:].unflatten(0, (side, side)) for c in range(columns)], dim=1)
+            for r in range(rows)
+        ]
+        maps.append(torch.cat(strips))
+    return maps
+
+
+ENTERED: dict[str, Callable[[Any, Any, dict[str, torch.Tensor]], list[torch.Tensor]]] = {
+    "llava": _llava,
+    **dict.fromkeys(("llava_next", "llava_onevision", "paligemma", "gemma3", "idefics3", "smolvlm"), _square_tokens),
+    "internvl": _shuffled,
+    **dict.fromkeys((f for f in FAMILIES if f.startswith(("qwen", "glm"))), _before_merger),
+    "mistral3": _flat_tokens,
+    "gemma4": _flat_tokens,
+    "lfm2_vl": _image_by_image,
+    "kimi_k25": _kimi,
+    "mllama": _mllama,
+}
