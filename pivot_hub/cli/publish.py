@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,17 +16,25 @@ from pivot_hub.errors import CardError, PublishError
 
 @app.command()
 def extract(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a finished stage.")],
+    mllm: Annotated[str, typer.Argument(help="Folder of a finished stage; folder or Hub name of any MLLM.")],
     output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; an earlier one is replaced.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub repository.")] = None,
     json_path: JsonPath = None,
 ) -> None:
-    """Detach the encoder of an MLLM and write it in its native format.
+    """Take the encoder out of an MLLM and write it in its native format; only its own weights are read.
 
-    Example: `pivot extract runs/shapes/3-dpo hub/pivot/shapes-dpo`
+    Example: `pivot extract Qwen/Qwen2.5-VL-7B-Instruct qwen-encoder`
     """
     from pivot_hub.mllm.extract import extract_encoder
 
-    folder = extract_encoder(checkpoint, output)
+    started = time.monotonic()
+    with bar("MB") as advance:
+
+        def show_bytes(done: int, total: int) -> None:
+            seconds = max(time.monotonic() - started, 1e-3)
+            advance(done // 1_000_000, total // 1_000_000, done / 1e6 / seconds)
+
+        folder = extract_encoder(mllm, output, revision=revision, progress=show_bytes, log=log)
     log(f"encoder: {folder}; {_how_to_load(folder)}")
     write(json_path, {"encoder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
 

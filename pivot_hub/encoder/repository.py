@@ -276,8 +276,11 @@ def _not_a_repository(path: Path) -> str | None:
         config = {}
     config = config if isinstance(config, dict) else {}
     model_type = config.get("model_type")
-    if model_type == "llava":
-        return "is an MLLM, not an encoder; take its encoder out with `pivot extract`, and verify that."
+    if "image_token_index" in config or "image_token_id" in config:
+        return (
+            f"is an MLLM ({model_type}), not an encoder; take its encoder out with `pivot extract {path} OUTPUT`, and "
+            "verify that."
+        )
     if (path / "provenance.json").exists():
         return None
     if "pivot" in config:

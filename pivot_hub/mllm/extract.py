@@ -17,7 +17,7 @@ from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm.preprocessors import encoder_preprocessor
 from pivot_hub.mllm.vision_part import VisionPart, read_vision_part
-from pivot_hub.mllm.weight_files import WeightFiles
+from pivot_hub.mllm.weight_files import Progress, WeightFiles
 from pivot_hub.outputs import ENCODER, check_replaceable
 from pivot_hub.provenance import tensors_sha256, versions, weights_sha256
 
@@ -27,7 +27,8 @@ def extract_encoder(
     output: str | Path,
     command: str | None = None,
     revision: str | None = None,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Progress = lambda done, total: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Extract the encoder of an MLLM, of this package or anyone's, and write it as a repository.
 
@@ -40,7 +41,8 @@ def extract_encoder(
         command: Command that reproduces this encoder, for provenance.json. By default it is derived from the
             recipes, provided that all of them are shipped ones, or from the name of the MLLM.
         revision: Revision of a Hub repository.
-        progress: Function that receives the number of bytes of each read.
+        progress: Function that is called after each read, with the bytes read and the bytes to read.
+        log: Function that receives lines on what was read.
 
     Returns:
         The repository folder.
@@ -52,6 +54,8 @@ def extract_encoder(
     """
     check_replaceable(Path(output), ENCODER)  # before the work, and again after it
     part = read_vision_part(checkpoint, revision, progress)
+    read, total = part.weights.bytes_read, part.weights.total_bytes
+    log(f"{part.family.title}: read {read / 1e6:,.1f} MB of the checkpoint's {total / 1e6:,.1f} MB")
     if (Path(checkpoint) / "provenance.json").is_file():
         metadata = _stage_metadata(Path(checkpoint))
         default = _commands(metadata["provenance"]["mllm"])

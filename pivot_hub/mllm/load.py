@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pivot_hub.encoder.configuration_pivot import check_feature_layer, check_sizes, native_config, prefix_tokens
-from pivot_hub.encoder.modeling_pivot import SAVE_TOWER, refuse_pickles
+from pivot_hub.encoder.modeling_pivot import refuse_pickles
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 
@@ -56,10 +56,9 @@ def mllm_config(path: Path) -> LlavaConfig:
     if config.model_type != "llava":
         kind = f"{path} holds a {config.model_type} model"
         if hasattr(config, "vision_config") and hasattr(config, "image_token_id"):
-            save_tower = SAVE_TOWER.format(name=str(path))
             raise CheckpointError(
-                f"{kind}, an MLLM, but not of LLaVA's classes; give a LLaVA checkpoint, or take its encoder out with "
-                f"{save_tower}."
+                f"{kind}, an MLLM, but not of LLaVA's classes, which training and probes need; give a LLaVA "
+                f"checkpoint, or take its encoder out with `pivot extract {path} OUTPUT`."
             )
         raise CheckpointError(f"{kind}, not an MLLM; give a LLaVA checkpoint.")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pivot_hub.encoder.modeling_pivot import unused_keys
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.families import REMOTE_CODE_FAMILIES, Family, family_of
-from pivot_hub.mllm.weight_files import StoredTensor, WeightFiles
+from pivot_hub.mllm.weight_files import Progress, StoredTensor, WeightFiles
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,10 +42,7 @@ class VisionPart:
     @property
     def feature_layer(self) -> int | str:
         """What enters the projector: the number of a hidden state, or `last_hidden_state`."""
-        try:
-            return self.family.feature_layer(self.config)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.weights.name}: {error}") from error
+        return self.family.feature_layer(self.config)
 
 
 def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Family]:
@@ -63,12 +59,12 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(name), revision=revision)
     except LOADING_ERRORS as error:
-        if _has_file(name, "adapter_config.json", revision):
-            raise CheckpointError(
-                f"{name}: is a LoRA adapter, not a model; merge it into its base with peft's merge_and_unload(), save "
-                "the result, and extract from that."
-            ) from error
         raise CheckpointError(f"{name}: its config cannot be read: {loading_problem(name, error)}.") from error
+    if not values and _has_file(name, "adapter_config.json", revision):
+        raise CheckpointError(
+            f"{name}: is a LoRA adapter, not a model; merge it into its base with peft's merge_and_unload(), save the "
+            "result, and extract from that."
+        )
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type in BACKBONES or model_type == "pivot_vision":
         raise CheckpointError(f"{name}: is an encoder ({model_type}) already; load it with PivotVisionModel.")
@@ -90,20 +86,21 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
         family = family_of(config)
         native_config(config)
         check_sizes(config.get_text_config())
+        family.feature_layer(config)
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{name}: {error}") from error
     return config, family
 
 
 def read_vision_part(
-    name: str | Path, revision: str | None = None, progress: Callable[[int], None] = lambda count: None
+    name: str | Path, revision: str | None = None, progress: Progress = lambda done, total: None
 ) -> VisionPart:
     """Load the vision tower and the projector of an MLLM; no tensor of the language model is read or allocated.
 
     Args:
         name: Folder or Hub name.
         revision: Revision of the Hub repository.
-        progress: Function that receives the number of bytes of each read.
+        progress: Function that is called after each read, with the bytes read and the bytes to read.
 
     Raises:
         CheckpointError: It is not an MLLM of the table, or its tower is incomplete, quantised or damaged.

@@ -37,6 +37,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 LONGEST_HEADER = 100_000_000  # bytes; the same limit as in the safetensors library
+Progress = Callable[[int, int], None]  # takes the bytes read, and the bytes to read
 GAP, RUN = 1_000_000, 256_000_000  # bytes: tensors that lie closer are read at once, up to a run of this length
 
 
@@ -167,23 +168,27 @@ class WeightFiles:
             grouped.setdefault(file, {})[key] = header[key]
         return {f: dict(sorted(tensors.items(), key=lambda kv: kv[1].start)) for f, tensors in grouped.items()}
 
-    def read(self, keys: Iterable[str], progress: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    def read(self, keys: Iterable[str], progress: Progress = lambda done, total: None) -> dict[str, Any]:
         """Read tensors by their names.
 
         Args:
             keys: Names of the tensors.
-            progress: Function that receives the number of bytes of each read.
+            progress: Function that is called after each read, with the bytes read and the bytes to read.
 
         Raises:
             CheckpointError: A file is missing, cut off or damaged, or the Hub is out of reach.
         """
         tensors: dict[str, Any] = {}
-        for file, stored in self._by_file(keys).items():
+        files = self._by_file(keys)
+        total = sum(entry.end - entry.start for stored in files.values() for entry in stored.values())
+        done = 0
+        for file, stored in files.items():
             with self._open(file) as opened:
                 for run in _runs(stored):
                     start, end = stored[run[0]].start, max(stored[key].end for key in run)
                     content = bytearray(self._read_range(opened, file, start, end))
-                    progress(len(content))
+                    done += sum(stored[key].end - stored[key].start for key in run)
+                    progress(done, total)
                     for key in run:
                         entry = stored[key]
                         values = torch.frombuffer(content, dtype=torch.uint8)[entry.start - start : entry.end - start]

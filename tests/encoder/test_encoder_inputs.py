@@ -145,7 +145,10 @@ def test_a_config_of_fewer_layers_than_the_weights_is_refused(kind: str, tmp_pat
         ({"pivot": {"feature_layer": [-2, -1]}}, r"feature layer \[-2, -1\]: features of several layers"),
         ({"pivot": {"prefix_tokens": 10**9}}, "prefix_tokens of 1000000000 in config.json: siglip_vision_model has 0"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}, "'own' is not supported; the code that it brings"),
-        ({"image_token_id": 5, "model_type": "gemma3"}, r"is an MLLM \(gemma3\), not an encoder; take .*vision_tower"),
+        (
+            {"image_token_id": 5, "model_type": "gemma3"},
+            r"is an MLLM \(gemma3\), not an encoder; take .*`pivot extract",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_refused_before_anything_is_allocated(

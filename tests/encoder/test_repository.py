@@ -234,7 +234,7 @@ def test_what_is_not_a_repository_is_named(repository: Path, trained: Path, tmp_
         (tmp_path / "saved", SAVED),
         (tmp_path / "photos", "holds 1 images and no model"),
         (tmp_path / "absent", "there is no such folder"),
-        (trained / "3-dpo", "is an MLLM, not an encoder; take its encoder out with `pivot extract`"),
+        (trained / "3-dpo", "is an MLLM (llava), not an encoder; take its encoder out with `pivot extract"),
     ):
         problems = verify_repository(folder)
         assert len(problems) == 1

@@ -50,7 +50,6 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SAVE_TOWER = "AutoModelForImageTextToText.from_pretrained({name!r}).model.vision_tower.save_pretrained(FOLDER)"
 AUTO_MAP = {
     "AutoConfig": "configuration_pivot.PivotVisionConfig",
     "AutoModel": "modeling_pivot.PivotVisionModel",
@@ -622,8 +621,10 @@ def _refuse_config(values, name):
     """Raise a ValueError that says what a repository is, if its config.json is not an encoder's."""
     model_type = values.get("model_type")
     if any(key in values for key in ("image_token_index", "image_token_id")):
-        remedy = "`pivot extract FOLDER OUTPUT`" if model_type == "llava" else SAVE_TOWER.format(name=name)
-        raise ValueError(f"{name}: is an MLLM ({model_type}), not an encoder; take its encoder out with {remedy}.")
+        raise ValueError(
+            f"{name}: is an MLLM ({model_type}), not an encoder; take its encoder out with `pivot extract {name} "
+            "OUTPUT`."
+        )
     own_code = "auto_map" in values and model_type not in CONFIG_MAPPING and model_type != PivotVisionConfig.model_type
     if own_code or (isinstance(model_type, str) and model_type not in CONFIG_MAPPING and model_type != "pivot_vision"):
         code = "; the code that it brings is not run" if own_code else ""
