@@ -160,7 +160,7 @@ def test_commands_do_the_same_by_hand(output: Path, tmp_path: Path) -> None:
     [
         (["train", "shapes/9-none"], 2, "no such recipe"),
         (["train", "shapes/3-dpo", "args.bta=1"], 2, "did you mean `beta`"),
-        (["extract", "nowhere", "out"], 2, "not a checkpoint"),
+        (["extract", "nowhere", "out"], 2, "nowhere: there is no such folder"),
         (["probe", "nowhere"], 2, "no encoder can be loaded"),
         (["search", "shapes/3-dpo", "--rates", "fast"], 2, "give numbers"),
         (["bench", "speed"], 2, "No such command"),

@@ -14,7 +14,6 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 from pivot_hub import __version__
 from pivot_hub.data.image import image_files
@@ -27,7 +26,7 @@ from pivot_hub.encoder.golden import (
     golden_vectors,
     replay,
 )
-from pivot_hub.encoder.modeling_pivot import AUTO_MAP, PICKLES
+from pivot_hub.encoder.modeling_pivot import AUTO_MAP, PICKLES, native_class
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import write_json
 from pivot_hub.outputs import ENCODER, is_bystander, whole_folder
@@ -328,7 +327,7 @@ def _foreign_code(path: Path) -> list[str]:
 def _replay(folder: Path) -> float:
     """Relative distance of the repository's features from its golden vectors; refuse missing or unused keys."""
     model = _load_encoder(folder)
-    _load_native(folder)
+    _load_native(folder, model.config.backbone_config)
     return golden_distance(model, folder / "golden.safetensors")
 
 
@@ -341,10 +340,10 @@ def _load_encoder(folder: Path) -> PivotVisionModel:
     return model
 
 
-def _load_native(folder: Path) -> Any:
-    """Load a repository with plain AutoModel, the first loading path, and refuse missing or unused keys."""
-    native, info = AutoModel.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+def _load_native(folder: Path, config: Any) -> Any:
+    """Load a repository with its native class, the first loading path, and refuse missing or unused keys."""
+    native, info = native_class(config).from_pretrained(
+        folder, config=config, output_loading_info=True, dtype=torch.float32
     )
     if info["missing_keys"] or info["unexpected_keys"]:
         raise CheckpointError(
@@ -360,6 +359,7 @@ def _read_back(folder: Path) -> None:
     expected = load_file(golden)["last_hidden_state"]
     encoder = _load_encoder(folder)
     layer = encoder.config.pivot["feature_layer"]
-    same = (torch.equal(replay(encoder, golden, layer, model), expected) for model in (None, _load_native(folder)))
+    natives = (None, _load_native(folder, encoder.config.backbone_config))
+    same = (torch.equal(replay(encoder, golden, layer, model), expected) for model in natives)
     if not all(same):
         raise CheckpointError(f"{folder}: the written weights give other features than the model they came from.")

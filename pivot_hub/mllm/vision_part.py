@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
         CheckpointError: It is not an MLLM of the table: an encoder, a LoRA adapter, a model that brings code of its
             own, or nothing at all. The message names the remedy.
     """
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise CheckpointError(f"{name}: there is no such folder; give an MLLM's folder, or its Hub name OWNER/NAME.")
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(name), revision=revision)
     except LOADING_ERRORS as error:

@@ -156,6 +156,7 @@ FILES = [
     "golden.safetensors",
     "model.safetensors",
     "modeling_pivot.py",
+    "native_resolution.py",
     "preprocessor_config.json",
     "projector.safetensors",
     "provenance.json",

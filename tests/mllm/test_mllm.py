@@ -283,7 +283,7 @@ def test_mllms_are_named_where_an_encoder_or_llava_is_needed(parts: Path, tmp_pa
         build_mllm(str(tmp_path / "mllm"), str(parts / "language"))
     (tmp_path / "gemma").mkdir()
     (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma3"}')
-    with pytest.raises(CheckpointError, match=r"holds a gemma3 model, an MLLM, but not of LLaVA's.*vision_tower"):
+    with pytest.raises(CheckpointError, match=r"holds a gemma3 model, an MLLM, but not of LLaVA's.*`pivot extract "):
         load_mllm(tmp_path / "gemma")
     for layers in ([-2, -1], -5):
         folder = _changed(tmp_path / "mllm", tmp_path / str(layers), vision_feature_layer=layers)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers import __version__ as version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .native_resolution import merge_side
 
@@ -37,8 +39,7 @@ class Backbone:
             None for an encoder of square images of one size.
         merge: Name of the config's entry that says how many patches a side the tower joins to one token at its end.
         last_size: Name of the config's entry that says how many channels LAST has.
-        model_class: Name of transformers' class where it has no entry in AutoModel; it is registered, so that
-            PivotVisionModel loads it.
+        model_class: Name of transformers' class, where AutoModel has no entry for it in every release that has it.
     """
 
     model_type: str
@@ -286,6 +287,9 @@ class PivotVisionConfig(PretrainedConfig):
         if backbone_config is None:
             backbone_config = {"model_type": "siglip_vision_model"}
         if isinstance(backbone_config, dict):
+            model_type = backbone_config.get("model_type")
+            if model_type in BACKBONES and model_type not in CONFIG_MAPPING:
+                raise ValueError(f"transformers {version} has no class for {model_type}; install a newer transformers.")
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config = native_config(backbone_config)
         backbone = backbone_of(backbone_config)

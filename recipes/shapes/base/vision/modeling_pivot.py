@@ -77,13 +77,14 @@ class PivotVisionModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config, backbone=None):
-        register_model_class(config.backbone_config)
         if backbone is not None:
             config._attn_implementation = backbone.config._attn_implementation
         super().__init__(config)
         if backbone is None:
             attention = {"attn_implementation": config._attn_implementation}
-            self.backbone = AutoModel.from_config(config.backbone_config, **attention)
+            model_class = native_class(config.backbone_config)
+            from_config = model_class.from_config if model_class is AutoModel else model_class._from_config
+            self.backbone = from_config(config.backbone_config, **attention)
         else:
             self.backbone = backbone
         self._processor = self._processor_source = None
@@ -130,7 +131,6 @@ class PivotVisionModel(PreTrainedModel):
         pivot = vars(repository_config).pop("pivot", None)
         vars(repository_config).pop("auto_map", None)
         native = native_config(repository_config)
-        register_model_class(native)
         if not isinstance(config, PivotVisionConfig):
             config = PivotVisionConfig(native, pivot)
         if feature_layer is not None:
@@ -138,13 +138,13 @@ class PivotVisionModel(PreTrainedModel):
         if out_indices is not None:
             config.out_indices = list(out_indices)
         try:
-            backbone, info = AutoModel.from_pretrained(
+            backbone, info = native_class(native).from_pretrained(
                 name,
                 *args,
                 config=native,
                 output_loading_info=True,
                 use_safetensors=True,
-                trust_remote_code=False,
+                **({"trust_remote_code": False} if native_class(native) is AutoModel else {}),
                 **kwargs,
             )
         except SafetensorError as error:
@@ -208,6 +208,9 @@ class PivotVisionModel(PreTrainedModel):
             _add_key_prefix(folder, prefix)
         config = json.loads((folder / "config.json").read_text())
         indices = {} if self.config.out_indices is None else {"out_indices": list(self.config.out_indices)}
+        if config["model_type"] == "pixtral" and "rope_parameters" in config:
+            # transformers 5.0 refuses the form that later releases write; all read that of the Hub's originals.
+            config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
         config |= {"auto_map": AUTO_MAP, "pivot": self.config.pivot | indices}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if processor is not None:
@@ -275,11 +278,13 @@ class PivotVisionModel(PreTrainedModel):
                 the shapes of the images are missing.
         """
         if self.is_native_resolution:
-            outputs = self._run_native_resolution(pixel_values, shapes, output_attentions)
+            outputs = self._run_native_resolution(pixel_values, shapes, output_attentions, output_hidden_states)
             tokens = tuple(self.maps(outputs, self.config.pivot["feature_layer"], shapes))
             pooled = torch.stack([features.mean(dim=(0, 1)) for features in tokens])
         else:
-            outputs = self._run_backbone(pixel_values, interpolate_pos_encoding, output_attentions)
+            outputs = self._run_backbone(
+                pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states
+            )
             tokens = self._patch_tokens(select_features(outputs, self.config.pivot["feature_layer"]))
             pooled = tokens.mean(dim=1)
         features = BaseModelOutputWithPooling(
@@ -343,16 +348,22 @@ class PivotVisionModel(PreTrainedModel):
         grids = LAYOUTS[backbone.layout].grids(shapes, config)
         return to_maps(select_features(outputs, layer), grids, config, merge_side(config, backbone.merge))
 
-    def _run_native_resolution(self, pixel_values, shapes, output_attentions=None):
+    def _options(self, output_attentions, output_hidden_states):
+        """Options of the native class; it keeps its hidden states only where features are taken from one of them."""
+        takes_state = self.config.pivot["feature_layer"] not in (LAST, MERGED)
+        options = {"output_attentions": True} if output_attentions else {}
+        return options | ({"output_hidden_states": True} if output_hidden_states or takes_state else {})
+
+    def _run_native_resolution(self, pixel_values, shapes, output_attentions, output_hidden_states):
         layout = LAYOUTS[backbone_of(self.config.backbone_config).layout]
         if absent := [name for name in layout.inputs if shapes.get(name) is None]:
             raise ValueError(
                 f"{absent[0]} is missing: the encoder takes images of their own shapes; pass all that its image "
                 "processor returns, or call forward_features."
             )
-        options = {"output_attentions": True} if output_attentions else {}
+        options = self._options(output_attentions, output_hidden_states)
         named = {a: shapes[n] for n, a in zip(layout.inputs, layout.arguments, strict=True)}
-        outputs = self.backbone(pixel_values, output_hidden_states=True, return_dict=True, **named, **options)
+        outputs = self.backbone(pixel_values, return_dict=True, **named, **options)
         if not hasattr(outputs, "last_hidden_state"):
             raise ValueError(
                 f"{type(self.backbone).__name__} of transformers {transformers.__version__} merges all tokens; "
@@ -360,10 +371,10 @@ class PivotVisionModel(PreTrainedModel):
             )
         return outputs
 
-    def _run_backbone(self, pixel_values, interpolate, output_attentions=None):
+    def _run_backbone(self, pixel_values, interpolate, output_attentions, output_hidden_states):
         height, width = pixel_values.shape[-2:]
         own, patch = self.config.image_size, self.config.patch_size
-        options = {"output_attentions": True} if output_attentions else {}
+        options = self._options(output_attentions, output_hidden_states)
         if (height, width) != (own, own):
             if height % patch or width % patch:
                 raise ValueError(
@@ -377,7 +388,7 @@ class PivotVisionModel(PreTrainedModel):
                         "resize them, or set interpolate_pos_encoding=True."
                     )
                 options["interpolate_pos_encoding"] = True
-        outputs = self.backbone(pixel_values, output_hidden_states=True, **options)
+        outputs = self.backbone(pixel_values, **options)
         if output_attentions and (not outputs.attentions or outputs.attentions[0] is None):
             raise ValueError(
                 f"{self.config._attn_implementation} attention returns no attentions; load the encoder with "
@@ -454,7 +465,7 @@ class PivotVisionBackbone(PivotVisionModel):
         Returns:
             feature_maps: one map (B, D, H, W) for each of out_indices, without prefix tokens.
         """
-        outputs = self._run_backbone(pixel_values, True, output_attentions)
+        outputs = self._run_backbone(pixel_values, True, output_attentions, True)
         grid = self._grid(pixel_values)
         features = BackboneOutput(
             feature_maps=tuple(to_grid(self._patch_tokens(self._state(outputs, i)), *grid) for i in self.out_indices),
@@ -472,25 +483,22 @@ class PivotVisionBackbone(PivotVisionModel):
         return self(*args, **kwargs)
 
 
-def register_model_class(config):
-    """Register the class of a native config in AutoModel where transformers has no entry for it.
+def native_class(config):
+    """Return the class that loads a native config: AutoModel, or the class itself where AutoModel has no entry for it.
 
     Raises:
-        ValueError: This version of transformers has no such class.
+        ValueError: This version of transformers has no class for it.
     """
-    name = backbone_of(config).model_class
     if type(config) in AutoModel._model_mapping:
-        return
-    model_class = None
-    if name is not None:
-        module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-        model_class = getattr(module, name, None)
+        return AutoModel
+    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    model_class = getattr(module, str(backbone_of(config).model_class), None)
     if model_class is None:
         raise ValueError(
             f"transformers {transformers.__version__} has no model class for {config.model_type}; install a newer "
             "transformers."
         )
-    AutoModel.register(type(config), model_class, exist_ok=True)  # without exist_ok, native configs are passed over
+    return model_class
 
 
 def read_image_processor(name, config, **hub_options):
