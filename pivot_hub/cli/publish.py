@@ -17,6 +17,10 @@ from pivot_hub.errors import CardError, PublishError
 def extract(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a finished stage.")],
     output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; an earlier one is replaced.")],
+    compare_with_base: Annotated[
+        bool,
+        typer.Option(help="Compare the vision tower with that of the base model that the card of the MLLM names."),
+    ] = True,
     json_path: JsonPath = None,
 ) -> None:
     """Detach the encoder of an MLLM and write it in its native format.
@@ -25,7 +29,7 @@ def extract(
     """
     from pivot_hub.mllm.extract import extract_encoder
 
-    folder = extract_encoder(checkpoint, output)
+    folder = extract_encoder(checkpoint, output, compare_with_base=compare_with_base, log=log)
     log(f"encoder: {folder}; {_how_to_load(folder)}")
     write(json_path, {"encoder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
 
