@@ -145,15 +145,14 @@ def _encoder_of_part(part: VisionPart, revision: str | None) -> PivotVisionModel
     """Wrap the tower of an MLLM, with the image processor that its extracted encoder would have."""
     name = part.weights.name
     preprocessor = encoder_preprocessor(name, part, revision)
+    encoder = PivotVisionModel(PivotVisionConfig(part.tower.config), part.tower).eval()
     try:
-        encoder = PivotVisionModel(PivotVisionConfig(part.tower.config), part.tower).eval()
         with scratch_folder("pivot-preprocessor") as folder:
             write_json(folder / "preprocessor_config.json", preprocessor)
             encoder.image_processor = read_image_processor(str(folder), part.tower.config)
     except LOADING_ERRORS as error:
-        raise CheckpointError(
-            f"{name}: its image processor cannot be loaded: {loading_problem(name, error)}."
-        ) from error
+        problem = loading_problem(name, error).replace(f"{folder}: ", "")
+        raise CheckpointError(f"{name}: its image processor cannot be loaded: {problem}.") from error
     return encoder
 
 

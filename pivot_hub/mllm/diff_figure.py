@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure  # not pyplot: no display and no global state are needed
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pivot_hub.mllm.diff import TowerDiff
 
-BLUE, GREY, ORANGE = "#33608c", "#888888", "#c26a1b"
+BLUE, GREY = "#33608c", "#888888"
 
 
 def draw_diff(diff: TowerDiff, path: Path) -> None:
@@ -40,6 +40,9 @@ def _draw_weights(ax: Any, diff: TowerDiff) -> None:
         values = [value for _, value in moved]
         bottom, top = min(values) / 3, max(values) * 2
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top < 100 * bottom else (1,)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:.0e}"))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.set_ylim(bottom, top)
         ax.vlines([x for x, _ in moved], bottom, values, color=BLUE, linewidth=1.2, alpha=0.4)
         ax.plot([x for x, _ in moved], values, "o", color=BLUE, markersize=4.5, label="differs")
@@ -58,7 +61,7 @@ def _draw_weights(ax: Any, diff: TowerDiff) -> None:
     if moved:
         ax.legend(fontsize=7.5, loc="best", framealpha=0.9)
     _label_parts(ax, diff)
-    ax.set_ylabel("relative change of the weights", fontsize=8)
+    ax.set_ylabel("relative change of each block's weights", fontsize=8)
     ax.tick_params(labelsize=7.5)
 
 
@@ -77,7 +80,6 @@ def _label_parts(ax: Any, diff: TowerDiff) -> None:
             label.set_rotation(30)
             label.set_horizontalalignment("right")
     ax.set_xlim(-0.7, len(diff.parts) - 0.3)
-    ax.set_xlabel("block", fontsize=8)
 
 
 def _draw_features(ax: Any, diff: TowerDiff) -> None:
@@ -87,7 +89,7 @@ def _draw_features(ax: Any, diff: TowerDiff) -> None:
     names = [str(layer.layer) for layer in layers]
     ax.plot(range(len(layers)), [row.cka for row in layers], "o-", color=BLUE, markersize=4, linewidth=1.2)
     lowest = min((row.cka for row in layers if row.cka is not None), default=1.0)
-    margin = max(1 - lowest, 1e-6)
+    margin = max(1 - lowest, 1e-4)  # smaller differences are drawn as none
     ax.set_ylim(lowest - 0.1 * margin, 1 + 0.1 * margin)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.yaxis.set_major_locator(MaxNLocator(5))

@@ -73,7 +73,8 @@ class FeatureSimilarity:
         for column in ("layer", "linear CKA", "relative L2"):
             table.add_column(column, no_wrap=True)
         for row in self.layers:
-            table.add_row(str(row.layer), "-" if row.cka is None else f"{row.cka:.6f}", f"{row.relative_l2:.1e}")
+            cka = "-" if row.cka is None else "1" if row.cka == 1 else f"{row.cka:.6f}"
+            table.add_row(str(row.layer), cka, f"{row.relative_l2:.1e}" if row.relative_l2 else "0")
         return table
 
 
