@@ -12,6 +12,7 @@ _MODULES = {
     "PivotVisionConfig": "pivot_hub.encoder",
     "PivotVisionModel": "pivot_hub.encoder",
     "extract_encoder": "pivot_hub.mllm.extract",
+    "diff_towers": "pivot_hub.mllm.diff",
     "read_encoder": "pivot_hub.encoder.repository",
     "verify_repository": "pivot_hub.encoder.repository",
     "write_repository": "pivot_hub.encoder.repository",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from pivot_hub.encoder.repository import write_repository as write_repository
     from pivot_hub.explain.gradcam import gradient_map as gradient_map
     from pivot_hub.mllm.build import build_mllm as build_mllm
+    from pivot_hub.mllm.diff import diff_towers as diff_towers
     from pivot_hub.mllm.extract import extract_encoder as extract_encoder
     from pivot_hub.mllm.load import load_mllm as load_mllm
     from pivot_hub.training.dpo import PivotDPOConfig as PivotDPOConfig

@@ -18,6 +18,7 @@ NAMES = [
     "PivotVisionModel",
     "__version__",
     "build_mllm",
+    "diff_towers",
     "encode_folder",
     "export_encoder",
     "extract_encoder",

@@ -96,6 +96,41 @@ def compare(
 
 
 @app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Model before training: folder or Hub name of an MLLM or an encoder.")],
+    b: Annotated[str, typer.Argument(help="Model after training: folder or Hub name of an MLLM or an encoder.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Compare the features of up to 64 images of this folder too, layer by layer.")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw the change of each block here.")] = None,
+    revision_a: Annotated[str | None, typer.Option(help="Revision of the first Hub repository.")] = None,
+    revision_b: Annotated[str | None, typer.Option(help="Revision of the second Hub repository.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Compare the vision towers of two models, to find out whether training moved the tower, and in which blocks.
+
+    Example: `pivot diff Qwen/Qwen2.5-VL-3B-Instruct my-finetune --images photos --figure diff.png`
+    """
+    from pivot_hub.mllm.diff import diff_towers
+    from pivot_hub.mllm.diff_figure import draw_diff
+
+    with bar("images") as advance:
+        towers = diff_towers(a, b, images, revision_a, revision_b, progress=advance)
+    log(towers.summary())
+    if not towers.frozen:
+        out.print(towers.table())
+    if towers.features is not None:
+        for reason in towers.features.skipped:
+            log(f"left out: {reason}")
+        out.print(towers.features.table())
+    log(towers.method())
+    if figure:
+        draw_diff(towers, figure)
+        log(f"figure: {figure}")
+    write(json_path, towers.to_dict())
+
+
+@app.command()
 def localize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
     data: Annotated[Path, typer.Option(help="Folder of images; or YOLO's layout, with `images` and `labels` in it.")],

@@ -19,6 +19,10 @@ def extract(
     mllm: Annotated[str, typer.Argument(help="Folder of a finished stage; folder or Hub name of any MLLM.")],
     output: Annotated[Path, typer.Argument(help="Folder of the encoder repository; an earlier one is replaced.")],
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub repository.")] = None,
+    compare_with_base: Annotated[
+        bool,
+        typer.Option(help="Compare the vision tower with that of the base model that the card of the MLLM names."),
+    ] = True,
     json_path: JsonPath = None,
 ) -> None:
     """Take the encoder out of an MLLM and write it in its native format; only its own weights are read.
@@ -34,7 +38,9 @@ def extract(
             seconds = max(time.monotonic() - started, 1e-3)
             advance(done // 1_000_000, total // 1_000_000, done / 1e6 / seconds)
 
-        folder = extract_encoder(mllm, output, revision=revision, progress=show_bytes, log=log)
+        folder = extract_encoder(
+            mllm, output, revision=revision, progress=show_bytes, compare_with_base=compare_with_base, log=log
+        )
     log(f"encoder: {folder}; {_how_to_load(folder)}")
     write(json_path, {"encoder": str(folder), "files": sorted(p.name for p in folder.iterdir())})
 

@@ -15,6 +15,8 @@ from pivot_hub.config.recipe import load_recipe
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
+from pivot_hub.mllm.any_tower import public_name
+from pivot_hub.mllm.base_comparison import base_comparison
 from pivot_hub.mllm.preprocessors import encoder_preprocessor
 from pivot_hub.mllm.vision_part import VisionPart, read_vision_part
 from pivot_hub.mllm.weight_files import Progress, WeightFiles
@@ -28,6 +30,7 @@ def extract_encoder(
     command: str | None = None,
     revision: str | None = None,
     progress: Progress = lambda done, total: None,
+    compare_with_base: bool = True,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Extract the encoder of an MLLM, of this package or anyone's, and write it as a repository.
@@ -42,7 +45,10 @@ def extract_encoder(
             recipes, provided that all of them are shipped ones, or from the name of the MLLM.
         revision: Revision of a Hub repository.
         progress: Function that is called after each read, with the bytes read and the bytes to read.
-        log: Function that receives lines on what was read.
+        compare_with_base: Whether to compare the tower with that of the base model, which the card of somebody else's
+            MLLM names, to find out whether training moved it. Where the base cannot be read, the encoder is extracted
+            all the same, and provenance.json says why there is no comparison.
+        log: Function that receives a line on what was read, and one on that comparison.
 
     Returns:
         The repository folder.
@@ -61,6 +67,9 @@ def extract_encoder(
         default = _commands(metadata["provenance"]["mllm"])
     else:
         metadata = _source_metadata(part)
+        source = metadata["provenance"]["source"]
+        source |= base_comparison(part, source["base_model"], revision, log) if compare_with_base else {}
+        source["base_model"] = _public_names(source["base_model"])
         default = [f"pivot extract {part.weights.name} encoder" + (f" --revision {revision}" if revision else "")]
         if Path(checkpoint).is_dir():
             default = None  # a folder of another machine reproduces nothing
@@ -147,6 +156,13 @@ def _read_card(weights: WeightFiles) -> dict[str, Any]:
     except (OSError, ValueError, HfHubHTTPError):
         card = {}
     return {key: card.get(key) for key in ("license", "license_name", "license_link", "base_model")}
+
+
+def _public_names(names: Any) -> Any:
+    """Return the base models of a card without the paths of folders, which a tool may have written into it."""
+    if isinstance(names, list):
+        return [_public_names(name) for name in names]
+    return public_name(names) if isinstance(names, str) else names
 
 
 def _commands(provenance: dict[str, Any]) -> list[str] | None:

@@ -96,7 +96,10 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
 
 
 def read_vision_part(
-    name: str | Path, revision: str | None = None, progress: Progress = lambda done, total: None
+    name: str | Path,
+    revision: str | None = None,
+    progress: Progress = lambda done, total: None,
+    with_projector: bool = True,
 ) -> VisionPart:
     """Load the vision tower and the projector of an MLLM; no tensor of the language model is read or allocated.
 
@@ -104,13 +107,14 @@ def read_vision_part(
         name: Folder or Hub name.
         revision: Revision of the Hub repository.
         progress: Function that is called after each read, with the bytes read and the bytes to read.
+        with_projector: Whether to read the projector; without it, only the tower is read.
 
     Raises:
         CheckpointError: It is not an MLLM of the table, or its tower is incomplete, quantised or damaged.
     """
     config, family = mllm_family(name, revision)
     weights = WeightFiles(name, revision)
-    keys = [key for key in weights.keys() if _is_vision(key, family)]  # noqa: SIM118
+    keys = [key for key in weights.keys() if _is_vision(key, family, with_projector)]  # noqa: SIM118
     stored = weights.describe(keys)
     quantised = getattr(config, "quantization_config", None)
     dtype = _stored_dtype(name, stored, quantised)
@@ -118,8 +122,10 @@ def read_vision_part(
         del config.quantization_config
     tensors = weights.read(keys, progress)
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
+    projector_name = family.projector if with_projector else None
+    kept = (family.tower, projector_name)
     try:
-        model, info = _without_language_model(model_class, family).from_pretrained(
+        model, info = _without_language_model(model_class, kept).from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     except LOADING_ERRORS as error:
@@ -140,7 +146,7 @@ def read_vision_part(
             f"{name}: {len(unused)} weights of its vision tower are not used ({unused[0]} first), because config.json "
             "says fewer layers than the weights have; give the config that belongs to them."
         )
-    projector = {} if family.projector is None else getattr(inner, family.projector).state_dict()
+    projector = {} if projector_name is None else getattr(inner, projector_name).state_dict()
     for key, tensor in [*tower.named_parameters(), *projector.items()]:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
@@ -149,10 +155,10 @@ def read_vision_part(
     return VisionPart(family, config, tower.eval(), projector, weights)
 
 
-def _is_vision(key: str, family: Family) -> bool:
+def _is_vision(key: str, family: Family, with_projector: bool) -> bool:
     """Return whether a tensor belongs to the vision tower or the projector, whatever the release that saved it."""
     names = key.split(".")[:3]
-    if family.language in names or names[0] == "lm_head":
+    if family.language in names or names[0] == "lm_head" or (family.projector in names and not with_projector):
         return False
     return bool({"vision_tower", "visual", "vision_model", family.tower, family.projector} & set(names))
 
@@ -177,8 +183,8 @@ def _stored_dtype(name: str | Path, stored: dict[str, StoredTensor], quantised: 
     return counts.most_common(1)[0][0]
 
 
-def _without_language_model(model_class: Any, family: Family) -> Any:
-    """Return an MLLM's class whose models have a tower and a projector only.
+def _without_language_model(model_class: Any, kept: tuple[str | None, ...]) -> Any:
+    """Return an MLLM's class whose models have only the modules named in `kept`: a tower, and mostly a projector.
 
     `from_pretrained` builds models without memory, so the language model costs none before it is dropped, and
     transformers converts the keys of every release as it does for the whole model.
@@ -189,7 +195,7 @@ def _without_language_model(model_class: Any, family: Family) -> Any:
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            for name in [n for n, _ in self.model.named_children() if n not in (family.tower, family.projector)]:
+            for name in [n for n, _ in self.model.named_children() if n not in kept]:
                 delattr(self.model, name)
             for name in [n for n, _ in self.named_children() if n != "model"]:
                 delattr(self, name)

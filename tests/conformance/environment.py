@@ -18,10 +18,15 @@ TORCH = torch.__version__.partition("+")[0]
 TORCHVISION = f"torchvision==0.{int(TORCH.split('.')[1]) + 15}.*"
 
 
-def make_environment(name: str, *requirements: str) -> Path:
+def make_environment(name: str, *requirements: str, without: str | None = None) -> Path:
     """Create a virtual environment with further requirements that uses the torch of this one.
 
     A copy of torch in each environment would take a gigabyte of disk.
+
+    Args:
+        name: Name of the environment.
+        requirements: Further requirements.
+        without: Package to uninstall again, which a requirement names and which does not load here.
 
     Returns:
         The Python of the environment.
@@ -37,6 +42,8 @@ def make_environment(name: str, *requirements: str) -> Path:
     for part in {file.parts[0] for file in files("torch") or [] if file.parts[0] != ".."}:
         (target / part).symlink_to(packages / part)
     _call(python, "-m", "pip", "install", "--quiet", *wanted.split())
+    if without is not None:
+        _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", without)
     (folder / "requirements").write_text(wanted)
     return python
 

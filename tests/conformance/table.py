@@ -17,7 +17,8 @@ from tests.encoder.originals import ORIGINALS
 FILE = Path(__file__).with_name("results.json")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- loading paths: python -m tests.conformance.table -->", "<!-- end of loading paths -->"
-RESULTS = 6  # four versions of transformers, optimum, Node
+TOWERS = "towers in "  # begins the names of the results of MLLMs' towers
+RESULTS = 11  # four versions of transformers, for encoders and for towers; optimum-onnx, optimum-intel, Node
 LOADING_PATHS = {"native": "AutoModel", "remote": "remote code", "package": "package", "llava": "LLaVA"}
 
 
@@ -33,7 +34,7 @@ def render(results: dict[str, Any]) -> str:
     backbone's repository, how many versions do, or why none does.
     """
     transformers = {name: metadata for name, metadata in results.items() if name.startswith("transformers-")}
-    others = {name: metadata for name, metadata in results.items() if name not in transformers}
+    others = {n: metadata for n, metadata in results.items() if n not in transformers and not n.startswith(TOWERS)}
     versions = [metadata["versions"]["transformers"] for metadata in transformers.values()]
     versions.sort(key=lambda version: [int(part) for part in version.split(".")])
     titles = ["backbone", *LOADING_PATHS.values(), *(_title(metadata) for metadata in others.values())]
@@ -80,10 +81,10 @@ def _cell(outcomes: list[dict[str, Any] | None]) -> str:
     return "yes" if loaded == len(tried) else f"{loaded} of {len(tried)}"
 
 
-def replace_table(readme: str, table: str) -> str:
+def replace_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """Return the README's text with the table between its markers."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
