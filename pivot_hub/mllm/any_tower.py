@@ -19,7 +19,7 @@ from pivot_hub.files import write_json
 from pivot_hub.mllm.families import FAMILIES, REMOTE_CODE_FAMILIES
 from pivot_hub.mllm.preprocessors import encoder_preprocessor
 from pivot_hub.mllm.vision_part import FLOATS, VisionPart, read_vision_part
-from pivot_hub.mllm.weight_files import WeightFiles
+from pivot_hub.mllm.weight_files import Progress, WeightFiles
 from pivot_hub.outputs import scratch_folder
 from pivot_hub.provenance import tensors_sha256
 
@@ -81,14 +81,14 @@ def public_name(name: str) -> str:
 
 
 def read_tower(
-    name: str | Path, revision: str | None = None, progress: Callable[[int], None] = lambda count: None
+    name: str | Path, revision: str | None = None, progress: Progress = lambda done, total: None
 ) -> AnyTower:
     """Load the vision tower of an MLLM, an encoder or a two-tower model; of an MLLM nothing else is read.
 
     Args:
         name: Folder or Hub name.
         revision: Revision of the Hub repository.
-        progress: Function that receives the number of bytes of each read of an MLLM.
+        progress: Function that is called after each read of an MLLM, with the bytes read and the bytes to read.
 
     Raises:
         CheckpointError: There is no such model, it has no vision tower that is supported, or its weights are

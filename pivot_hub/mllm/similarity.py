@@ -206,9 +206,9 @@ def _hidden_states(model: PivotVisionModel, inputs: dict[str, torch.Tensor]) -> 
     shapes = dict(inputs)
     pixels = shapes.pop("pixel_values")
     if model.is_native_resolution:
-        outputs = model._run_native_resolution(pixels, shapes)
+        outputs = model._run_native_resolution(pixels, shapes, False, True)
         return [(layer, model.maps(outputs, layer, inputs)[0].flatten(0, 1)) for layer in _layers(model, outputs)]
-    outputs = model._run_backbone(pixels, False)
+    outputs = model._run_backbone(pixels, False, False, True)
     return [
         (layer, model._patch_tokens(select_features(outputs, layer)).flatten(0, 1)) for layer in _layers(model, outputs)
     ]

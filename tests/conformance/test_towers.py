@@ -20,9 +20,9 @@ from pivot_hub.encoder.modeling_pivot import select_features
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.mllm.families import FAMILIES
 from tests.conformance.environment import ROOT, TORCHVISION, make_environment, run
-from tests.conformance.table import TOWERS, replace_table
+from tests.conformance.table import FILE, README, TOWERS, replace_table
 from tests.conformance.test_loading_paths import TRANSFORMERS, WITH_PACKAGE
-from tests.conformance.towers_table import FILE, README, render_towers
+from tests.conformance.towers_table import render_towers
 from tests.mllm.tiny_mllms import TINY, make_mllm
 
 SCRIPT = Path(__file__).with_name("tower_paths.py")
