@@ -100,8 +100,9 @@ def diff(
     a: Annotated[str, typer.Argument(help="Model before training: folder or Hub name of an MLLM or an encoder.")],
     b: Annotated[str, typer.Argument(help="Model after training: folder or Hub name of an MLLM or an encoder.")],
     images: Annotated[
-        Path | None, typer.Option(help="Compare the features of up to 64 images of this folder too, layer by layer.")
+        Path | None, typer.Option(help="Compare the features of images of this folder too, layer by layer.")
     ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of images, the first ones by name.")] = 64,
     figure: Annotated[Path | None, typer.Option(help="Draw the change of each block here.")] = None,
     revision_a: Annotated[str | None, typer.Option(help="Revision of the first Hub repository.")] = None,
     revision_b: Annotated[str | None, typer.Option(help="Revision of the second Hub repository.")] = None,
@@ -115,7 +116,7 @@ def diff(
     from pivot_hub.mllm.diff_figure import draw_diff
 
     with bar("images") as advance:
-        towers = diff_towers(a, b, images, revision_a, revision_b, progress=advance)
+        towers = diff_towers(a, b, images, revision_a, revision_b, limit, progress=advance)
     log(towers.summary())
     if not towers.frozen:
         out.print(towers.table())

@@ -98,6 +98,10 @@ def read_tower(
         values, _ = PreTrainedConfig.get_config_dict(str(name), revision=revision)
     except LOADING_ERRORS:
         values = {}
+    if not values and not Path(name).exists() and _is_path(str(name)):
+        raise CheckpointError(
+            f"{name}: there is no such folder; give the folder of an MLLM or an encoder, or its name on the Hub."
+        )
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if not values or model_type in FAMILIES or model_type in REMOTE_CODE_FAMILIES:
         part = read_vision_part(name, revision, progress, with_projector=False)  # names what is wrong where all is
@@ -122,6 +126,11 @@ def read_tower(
         layer,
         lambda: with_processor(encoder),
     )
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a name cannot be one of the Hub, which are `owner/name` or `name`."""
+    return Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
 
 
 def tower_of_part(part: VisionPart, revision: str | None = None) -> AnyTower:

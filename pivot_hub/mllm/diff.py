@@ -116,11 +116,9 @@ class TowerDiff:
                 f"the vision tower moved outside of its blocks: {self._equal_blocks()}, but {_joined(others)} "
                 f"{'differs' if len(others) == 1 else 'differ'} (relative change {self.relative_change:.1e})"
             )
-        further = f" and {_joined(others)}" if others else ""
-        text = (
-            f"the vision tower moved: {self.changed_blocks} of {len(self.blocks)} blocks{further} differ; relative "
-            f"change {self.relative_change:.1e}"
-        )
+        moved = _joined([f"{self.changed_blocks} of {len(self.blocks)} blocks", *others])
+        verb = "differs" if self.changed_blocks == 1 and not others else "differ"
+        text = f"the vision tower moved: {moved} {verb}; relative change {self.relative_change:.1e}"
         if self.untrained_above:
             numbers = ", ".join(map(str, self.above))
             text += (
@@ -217,7 +215,7 @@ def diff_towers(
     """
     if same_model(a, b, revision_a, revision_b):
         raise CheckpointError(f"{a} is given twice; give the model before training and the one after it.")
-    files = None if images is None else check_images(Path(images))
+    files = None if images is None else check_images(Path(images), limit)
     first, other = read_tower(a, revision_a), read_tower(b, revision_b)
     diff = compare_towers(first, other)
     if files is None:

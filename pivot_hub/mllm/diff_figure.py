@@ -90,7 +90,7 @@ def _draw_features(ax: Any, diff: TowerDiff) -> None:
     ax.plot(range(len(layers)), [row.cka for row in layers], "o-", color=BLUE, markersize=4, linewidth=1.2)
     lowest = min((row.cka for row in layers if row.cka is not None), default=1.0)
     margin = max(1 - lowest, 1e-4)  # smaller differences are drawn as none
-    ax.set_ylim(lowest - 0.1 * margin, 1 + 0.1 * margin)
+    ax.set_ylim(1 - 1.1 * margin, 1 + 0.1 * margin)
     ax.ticklabel_format(axis="y", useOffset=False)
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.set_ylabel("linear CKA", fontsize=8)

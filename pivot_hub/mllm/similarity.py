@@ -78,12 +78,14 @@ class FeatureSimilarity:
         return table
 
 
-def check_images(folder: Path) -> Sequence[Path]:
+def check_images(folder: Path, limit: int) -> Sequence[Path]:
     """List the images of a folder in sorted order.
 
     Raises:
-        DataError: There is no such folder, or no image in it.
+        DataError: There is no such folder, no image in it, or none is to be encoded.
     """
+    if limit < 1:
+        raise DataError(f"limit {limit}: give 1 image or more.")
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the folder that holds the images.")
     images = list_folder(folder).images

@@ -33,9 +33,9 @@ from pivot_hub.mllm.diff_figure import draw_diff
 from pivot_hub.mllm.similarity import linear_cka
 from pivot_hub.mllm.weight_files import WeightFiles
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-SQUARES = {"image_size": 56, "patch_size": 14}
-TEXT = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | {
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+SQUARES: dict[str, Any] = {"image_size": 56, "patch_size": 14}
+TEXT: dict[str, Any] = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -155,7 +155,7 @@ def test_one_moved_tensor_is_the_change_of_its_block_only(llava: Path, tmp_path:
     of_tensor = stored[_key(llava, "layers.1.mlp.fc1.weight")].double().norm()
     expected = change * float(of_tensor) / float(torch.stack(own).sum().sqrt())
     assert block.relative_change == pytest.approx(expected, rel=1e-9)
-    assert diff.summary().startswith("the vision tower moved: 1 of 3 blocks differ; relative change ")
+    assert diff.summary().startswith("the vision tower moved: 1 of 3 blocks differs; relative change ")
 
 
 def test_blocks_above_the_feature_layer_are_explained(llava: Path, tmp_path: Path) -> None:
@@ -232,9 +232,12 @@ def _noted(names: list[str]) -> Callable[[str], str]:
 
 def test_original_encoders_are_compared_even_where_one_has_a_pooling_head(siglip: Path, tmp_path: Path) -> None:
     assert diff_towers(siglip, _siglip(tmp_path / "copy")).frozen
-    headless = _altered(
-        siglip, tmp_path / "headless", lambda w: [w.pop(key) for key in list(w) if ".head." in f".{key}"] and None
-    )
+
+    def drop_head(weights: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in weights if ".head." in f".{key}"]:
+            del weights[key]
+
+    headless = _altered(siglip, tmp_path / "headless", drop_head)
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps({**config, "vision_use_head": False}))
     diff = diff_towers(siglip, headless)
@@ -282,7 +285,7 @@ def test_the_figure_and_the_json_are_written(llava: Path, tmp_path: Path, images
     arguments = ["--images", str(images), "--figure", str(figure), "--json", str(report)]
     done = CliRunner().invoke(app, ["diff", str(llava), str(moved), *arguments])
     assert done.exit_code == 0, done.output
-    assert done.output.startswith("the vision tower moved: 1 of 3 blocks differ")
+    assert done.output.startswith("the vision tower moved: 1 of 3 blocks differs; ")
     assert "left out: c.png" in done.output
     with Image.open(figure) as drawn:
         assert drawn.format == "PNG"
@@ -301,13 +304,19 @@ def test_the_figure_and_the_json_are_written(llava: Path, tmp_path: Path, images
 def test_bad_input_is_one_message(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is given twice; give the model before training and the one after it"):
         diff_towers(llava, llava / ".." / llava.name)
-    with pytest.raises(CheckpointError, match=r"nothing: its config cannot be read: .*give a folder, or a Hub name"):
+    with pytest.raises(
+        CheckpointError, match=r"nobody/nothing: its config cannot be read: .*give a folder, or a Hub name"
+    ):
+        diff_towers(llava, "nobody/nothing")
+    with pytest.raises(CheckpointError, match="nothing: there is no such folder; give the folder of an MLLM"):
         diff_towers(llava, tmp_path / "nothing")
     LlamaConfig(**TEXT).save_pretrained(tmp_path / "language")
     (tmp_path / "language" / "model.safetensors").write_bytes((llava / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="is neither an MLLM of the table nor an encoder that can be loaded"):
         diff_towers(llava, tmp_path / "language")
     (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="limit 0: give 1 image or more"):
+        diff_towers(llava, tmp_path / "language", images=tmp_path, limit=0)
     with pytest.raises(DataError, match="holds no image file"):
         diff_towers(llava, _altered(llava, tmp_path / "copy", lambda weights: None), images=tmp_path / "empty")
 
@@ -344,7 +353,7 @@ def test_extraction_records_that_the_tower_moved(llava: Path, siglip: Path, tmp_
     moved, _ = _moved(llava, tmp_path / "moved", "layers.1.mlp.fc1.weight")
     done = CliRunner().invoke(app, ["extract", str(_card(moved, str(llava))), str(tmp_path / "encoder")])
     assert done.exit_code == 0, done.output
-    assert "compared with base: the vision tower moved: 1 of 3 blocks differ" in done.output
+    assert "compared with base: the vision tower moved: 1 of 3 blocks differs; " in done.output
     comparison = _source(tmp_path / "encoder")["base_comparison"]
     assert (comparison["frozen"], comparison["changed_blocks"], comparison["blocks"]) == (False, 1, 3)
     assert comparison["relative_change"] == pytest.approx(diff_towers(llava, moved).relative_change)
