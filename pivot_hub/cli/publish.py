@@ -100,7 +100,7 @@ def card(
 
     from pivot_hub.probes.result import read_results
     from pivot_hub.publish.card_collection import write_all_cards
-    from pivot_hub.publish.card_inputs import read_prose
+    from pivot_hub.publish.extracted_card import choose_prose
     from pivot_hub.publish.staging import write_card
 
     if all_cards:
@@ -112,7 +112,7 @@ def card(
     if encoder is None or quickstart is not None:
         raise CardError("card takes the folder of an encoder repository, or --all [--quickstart FOLDER].")
     by_name = {f.stem: [replace(r, encoder=f.stem) for r in read_results(f)] for f in results or []}
-    is_changed = write_card(encoder, read_prose(prose or encoder.resolve().name), repository, by_name or None)
+    is_changed = write_card(encoder, choose_prose(encoder, prose, repository), repository, by_name or None)
     log(f"card: {encoder / 'README.md'}{'' if is_changed else ', unchanged'}")
 
 
@@ -139,7 +139,7 @@ def push(
     Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
     `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
     """
-    from pivot_hub.publish.card_inputs import read_prose
+    from pivot_hub.publish.extracted_card import choose_prose
     from pivot_hub.publish.push import add_to_collection, plan_push
     from pivot_hub.publish.push import push as carry_out
     from pivot_hub.publish.remote import find_mllms
@@ -151,7 +151,7 @@ def push(
     if space:
         staged = stage_space(repo, targets[:-1], find_mllms(targets[:-1]))
     else:
-        card_prose = read_prose(prose or Path(targets[0]).resolve().name)
+        card_prose = choose_prose(targets[0], prose, repo)
         staged = stage_encoder(targets[0], repo, card_prose, also.split(",") if also else (), log)
     with staged as publication:
         plan = plan_push(publication, private)

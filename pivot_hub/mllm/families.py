@@ -154,7 +154,7 @@ FAMILIES = {
             projector=None,
             merge=_spatial_merge,
             positions="mrope",
-            native_from="5.17",
+            native_from="5.0",
         ),
         Family(
             "glm4v_moe",
@@ -164,7 +164,7 @@ FAMILIES = {
             projector=None,
             merge=_spatial_merge,
             positions="mrope",
-            native_from="5.17",
+            native_from="5.0",
         ),
         Family(
             "mistral3",

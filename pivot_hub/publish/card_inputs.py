@@ -36,7 +36,7 @@ class Prose(Strict):
     Args:
         repository: Name of the encoder's repository on the Hub.
         version: Version of the published encoder, which is also the tag of its commit.
-        recipe: Recipe that trains the encoder.
+        recipe: Recipe that trains the encoder; None for one that was taken out of somebody else's MLLM.
         about: Description of the encoder in a few sentences.
         intended_uses: Uses that the encoder is meant for; a general sentence is printed where the list is empty.
         license: Licence of the weights, by the Hub's identifier; license_name and license_link go with `other`.
@@ -52,18 +52,18 @@ class Prose(Strict):
 
     repository: str
     version: str
-    recipe: str
+    recipe: str | None = None
     about: str
     intended_uses: list[str] = Field([])
     license: str
     license_name: str | None = None
     license_link: str | None = None
     names: dict[str, str] = Field({})
-    data: dict[str, DataProse]
+    data: dict[str, DataProse] = Field({})
     benchmarks: dict[str, str] = Field({})
     pair: dict[Literal["sft", "dpo"], str] = Field({})
     paper: str | None = None
-    limits: list[str]
+    limits: list[str] = Field([])
     commands: list[str] | None = None
     tags: list[str] = Field([])
 
@@ -86,15 +86,22 @@ class EncoderMetadata:
         weights = sorted(name for name in checksums if name.endswith(".safetensors") and "/" not in name)
         return hashlib.sha256("".join(f"{name}{checksums[name]}" for name in weights).encode()).hexdigest()
 
+    @property
+    def is_extracted(self) -> bool:
+        """Whether the encoder was taken out of somebody else's MLLM, so that this package did not train it."""
+        pivot = self.config.get("pivot")
+        return isinstance(pivot, dict) and pivot.get("stage") == "extracted"
+
     def own_results(self) -> list[ProbeResult]:
         """Select the results of these weights at the feature layer, without those of `LOSS_MAPS`.
 
         Raises:
-            CardError: There are no results for these weights.
+            CardError: There are no results for these weights, and the encoder is not an extracted one, which may have
+                none.
         """
         own = [r for r in self.results if r.encoder_sha256 == self.encoder_sha256]
         own = [r for r in own if not self.is_other_output(r) and not r.task.endswith(LOSS_MAPS)]
-        if not own:
+        if not own and not self.is_extracted:
             raise CardError(
                 "results/*.json are missing for these weights: `pivot probe ENCODER --json dpo.json`, then "
                 "`pivot card ENCODER --results dpo.json`."
@@ -120,11 +127,12 @@ def read_metadata(folder: str | Path) -> EncoderMetadata:
         CardError: A file is missing or cannot be read.
     """
     path = Path(folder)
+    has_recipe = (path / "recipe.yaml").is_file() or "source" not in _read_mapping(path / "provenance.json")
     results = [r for file in sorted((path / "results").glob("*.json")) for r in _read_results(file)]
     return EncoderMetadata(
         config=_read_mapping(path / "config.json"),
         provenance=_read_mapping(path / "provenance.json"),
-        recipe=_read_mapping(path / "recipe.yaml"),
+        recipe=_read_mapping(path / "recipe.yaml") if has_recipe else {},
         results=results,
         report=_read_mapping(path / "report.json") if (path / "report.json").is_file() else None,
         export=_read_mapping(path / "export.json") if (path / "export.json").is_file() else None,

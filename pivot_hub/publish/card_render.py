@@ -11,11 +11,9 @@ from huggingface_hub import ModelCard
 
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
-from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.errors import CardError
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.publish.card_inputs import (
-    CARDS,
     LOSS_MAPS,
     EncoderMetadata,
     Prose,
@@ -24,13 +22,14 @@ from pivot_hub.publish.card_inputs import (
     stage_chain,
 )
 from pivot_hub.publish.card_metadata import card_metadata, hub_name, language_model_name
+from pivot_hub.publish.card_tables import card_template, result_tables
 from pivot_hub.publish.eval_results import eval_files
+from pivot_hub.publish.extracted_card import render_extracted
 
 FIGURE = "sft-against-dpo.png"
 NOT_TRAINED = "**Not trained yet: there are no weights and no results, only the plan.**"
 # Errors of code that expects a number or a list where an edited file holds something else.
 WRONG_TYPE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError)
-COLUMNS = ("base", "sft", "dpo")  # order of the encoders in a table of results
 Comparison = list[tuple[ProbeResult, ProbeResult]]
 
 
@@ -46,12 +45,14 @@ def render_card(metadata: EncoderMetadata, prose: Prose, repository: str | None 
         CardError: A required value is missing; the message names it.
     """
     name = repository or prose.repository
+    if metadata.is_extracted:
+        return render_extracted(metadata, prose, name)
     chain = stage_chain(metadata.provenance)
     stages = [_stage_row(step, prose, metadata) for step in chain]
     header = card_metadata(metadata, prose, name, chain)
     language_model = hub_name(language_model_name(metadata), prose)
     comparison = _compared_results(metadata)
-    text = _template().render(
+    text = card_template("encoder.md.jinja").render(
         trained=True,
         name=name,
         prose=prose,
@@ -59,7 +60,7 @@ def render_card(metadata: EncoderMetadata, prose: Prose, repository: str | None 
         base_model=header.base_model,
         language_model=language_model,
         shape=_shape(metadata.config),
-        tables=_result_tables(metadata),
+        tables=result_tables(metadata),
         native_output=any(
             metadata.is_other_output(r) and r.encoder_sha256 == metadata.encoder_sha256 for r in metadata.results
         ),
@@ -88,9 +89,11 @@ def render_plan(prose: Prose) -> str:
     Raises:
         CardError: A required value is missing; the message names it.
     """
+    if prose.recipe is None:
+        raise CardError(f"prose.recipe of {prose.repository} is missing: name the recipe that will train the encoder.")
     loaded = load_recipe(prose.recipe)
     assert loaded.recipe.model is not None
-    return f"{NOT_TRAINED}\n" + _template().render(
+    return f"{NOT_TRAINED}\n" + card_template("encoder.md.jinja").render(
         trained=False,
         name=prose.repository,
         prose=prose,
@@ -195,47 +198,6 @@ def _lineage_tree(
     return "\n".join(lines)
 
 
-def _result_tables(metadata: EncoderMetadata) -> list[dict[str, Any]]:
-    """Lay out results as tables with one column for each encoder.
-
-    Args:
-        metadata: Metadata of the encoder repository.
-
-    Returns:
-        The table of the encoder alone, then that with its MLLM, each with `title`, `head` and `rows`; a table without
-        rows is left out.
-    """
-    own_name = metadata.own_results()[0].encoder
-
-    def column(result: ProbeResult) -> str:
-        return f"{result.encoder}, `{LAST}`" if metadata.is_other_output(result) else result.encoder
-
-    names = {column(r) for r in metadata.results}
-    columns = [name for name in COLUMNS if name in names] + sorted(names - set(COLUMNS))
-    measures: dict[tuple[str, str], dict[str, ProbeResult]] = {}
-    for result in metadata.results:
-        measures.setdefault((result.task, result.metric), {})[column(result)] = result
-    tables = []
-    for title, alone in (("The encoder alone, frozen", True), ("With the MLLM it was trained in", False)):
-        rows = []
-        for (task, metric), by_encoder in measures.items():
-            own = by_encoder.get(own_name)
-            if own is None or (own.partner is None) != alone or task.endswith(LOSS_MAPS):
-                continue
-            cells = [_cell(by_encoder[c]) if c in by_encoder else "-" for c in columns]
-            partner = [] if alone else [own.partner or "-"]
-            conditions = f"{own.protocol}; {own.split} split, seed {own.seed}"
-            rows.append([task, metric, *cells, *partner, str(own.n), conditions])
-        if rows:
-            filled = [i for i, c in enumerate(columns) if any(row[2 + i] != "-" for row in rows)]
-            rows = [[*row[:2], *(row[2 + i] for i in filled), *row[2 + len(columns) :]] for row in rows]
-            headings = [f"**{c}** (this)" if c == own_name else c for c in (columns[i] for i in filled)]
-            partner = [] if alone else ["partner"]
-            head = ["probe", "metric", *headings, *partner, "n", "conditions"]
-            tables.append({"title": title, "head": head, "rows": rows})
-    return tables
-
-
 def _compared_results(metadata: EncoderMetadata) -> Comparison:
     """SFT's and DPO's results on the same task, in order; empty for an encoder that is neither.
 
@@ -285,12 +247,6 @@ def _draw_comparison(comparison: Comparison) -> bytes:
     return png.getvalue()
 
 
-def _cell(result: ProbeResult) -> str:
-    low, high = result.ci95
-    digits = 1 if result.unit == "percent" else 3
-    return f"{result.value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
     image_px, patch_px = required_value(config, "config", "image_size"), required_value(config, "config", "patch_size")
     return {
@@ -322,15 +278,3 @@ def _commands(metadata: EncoderMetadata, prose: Prose) -> list[str]:
 def _total(values: Sequence[float | None]) -> float | None:
     """The sum; None where one of the values is unknown."""
     return None if None in values else sum(v for v in values if v is not None)
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(CARDS),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown, rendered from trusted files
-    )
-    return environment.get_template("encoder.md.jinja")
