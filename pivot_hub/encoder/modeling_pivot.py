@@ -519,7 +519,7 @@ def read_image_processor(name, config, **hub_options):
     needed = backbone.image_processor
     default = _pil_class(needed)
     try:
-        values, _ = BaseImageProcessor.get_image_processor_dict(name, **hub_options)
+        values, _ = (default or BaseImageProcessor).get_image_processor_dict(name, **hub_options)
     except OSError as error:
         raise ValueError(
             f"{name}: has no preprocessor_config.json; save a {needed} with the encoder's size, mean and std there."
