@@ -30,12 +30,16 @@ def probe(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode images; one per core by default.")
     ] = None,
+    feature_layer: Annotated[
+        str | None, typer.Option(help="Hidden state: a number, last_hidden_state or merged; the encoder's own by default.")
+    ] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
 
     Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
     """
+    from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.probes.features import EncodingOptions
     from pivot_hub.probes.run import probe_encoder
 
@@ -49,6 +53,7 @@ def probe(
             revision=revision,
             encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
             warn=warn,
+            feature_layer=None if feature_layer is None else parse_layer(feature_layer),
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -161,7 +166,7 @@ def segment(
     names: Annotated[Path | None, typer.Option(help="File with the names of ids: .txt, .json or .yaml.")] = None,
     heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
     image_px: Annotated[
-        str | None, typer.Option(help="Image sizes, as in 384,512; the encoder's own by default.")
+        str | None, typer.Option(help="Image sizes, as in 384,512; the encoder's own, or 32 patches a side, by default.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the bootstrap.")] = 0,
     on_bad_row: Annotated[
@@ -170,6 +175,9 @@ def segment(
     cache: Annotated[
         Path | None,
         typer.Option(help="Keep the tokens in this folder, so that a stopped run resumes; temporary by default."),
+    ] = None,
+    feature_layer: Annotated[
+        str | None, typer.Option(help="Hidden state: a number, last_hidden_state or merged; the encoder's own by default.")
     ] = None,
     json_path: JsonPath = None,
 ) -> None:
@@ -181,6 +189,7 @@ def segment(
     """
     import torch
 
+    from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.encoder.repository import encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
@@ -190,7 +199,8 @@ def segment(
     sizes = None if image_px is None else numbers("--image-px", image_px, int)
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
-    model, image_processor = read_encoder(encoder)
+    layer = None if feature_layer is None else parse_layer(feature_layer)
+    model, image_processor = read_encoder(encoder, feature_layer=layer)
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metadata = encoder_metadata(encoder)
     with bar("images") as advance:

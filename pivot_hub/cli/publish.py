@@ -185,22 +185,28 @@ def encode(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images; one for each core by default.")
     ] = None,
+    feature_layer: Annotated[
+        str | None, typer.Option(help="Hidden state: a number, last_hidden_state or merged; the encoder's own by default.")
+    ] = None,
 ) -> None:
     """Compute features of every image in a folder; a stopped run resumes, and corrupt images are listed.
 
     Example: `pivot encode images --encoder hub/pivot/shapes-dpo --out features.parquet`
     """
     from pivot_hub.encoder.encode import encode_folder
+    from pivot_hub.encoder.image_shapes import parse_layer
 
+    layer = None if feature_layer is None else parse_layer(feature_layer)
     with bar("images") as advance:
-        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
+        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance, layer)
     for image in report["corrupt"]:
         log(f"left out: {image['reason']}")
     for kind, paths in report["not_read"].items():
         if paths["count"]:
             log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
+    shape = ", ".join(map(str, report["shape"]))
     log(
-        f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
+        f"{out_path}: {report['images']} images of shape ({shape}), {len(report['corrupt'])} left out, "
         f"{report['images_per_s']} images/s; report: {out_path}.json"
     )
 

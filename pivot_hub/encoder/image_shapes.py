@@ -6,9 +6,14 @@ A tower of native resolution takes each image in its own shape, and returns one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from PIL import Image
+
 from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.errors import CheckpointError
 
@@ -31,6 +36,12 @@ def input_names(config: Any) -> tuple[str, ...]:
     native = getattr(config, "backbone_config", None)
     layout = None if native is None else backbone_of(native).layout
     return ("pixel_values",) if layout is None else ("pixel_values", *LAYOUTS[layout].inputs)
+
+
+def prepare(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+    """Prepare RGB images with an image processor, for the forward of a model, on its device."""
+    prepared = image_processor(images=list(images), return_tensors="pt")
+    return {name: torch.as_tensor(prepared[name]).to(model.device) for name in input_names(model.config)}
 
 
 def token_shape(config: Any) -> list[int | str]:
