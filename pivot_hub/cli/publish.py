@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, log, write
+from pivot_hub.cli.app import FeatureLayer, JsonPath, app, bar, log, write
 from pivot_hub.errors import CardError, PublishError
 
 
@@ -185,9 +185,7 @@ def encode(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images; one for each core by default.")
     ] = None,
-    feature_layer: Annotated[
-        str | None, typer.Option(help="Hidden state: a number, last_hidden_state or merged; the encoder's own by default.")
-    ] = None,
+    feature_layer: FeatureLayer = None,
 ) -> None:
     """Compute features of every image in a folder; a stopped run resumes, and corrupt images are listed.
 
@@ -196,7 +194,7 @@ def encode(
     from pivot_hub.encoder.encode import encode_folder
     from pivot_hub.encoder.image_shapes import parse_layer
 
-    layer = None if feature_layer is None else parse_layer(feature_layer)
+    layer = parse_layer(feature_layer)
     with bar("images") as advance:
         report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance, layer)
     for image in report["corrupt"]:

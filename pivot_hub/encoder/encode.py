@@ -391,9 +391,7 @@ def _batches(
 
 
 @torch.inference_mode()
-def _features(
-    model: Any, inputs: _Inputs, tokens: bool, names: list[str], stored: np.dtype[Any]
-) -> list[np.ndarray]:
+def _features(model: Any, inputs: _Inputs, tokens: bool, names: list[str], stored: np.dtype[Any]) -> list[np.ndarray]:
     """Encode a batch of images.
 
     Returns:

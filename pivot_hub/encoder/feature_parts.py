@@ -142,9 +142,7 @@ class FeatureParts:
             if listing and features.is_file() and file_sha256(features) == listing["features_sha256"]:
                 self._add(encoded, features, listing, stamps)
             self._shards = max(self._shards, int(file.stem) + 1 if file.stem.isdigit() else 0)
-        if self.target.suffix == ".parquet" and any(
-            stored.file == self.target for stored in encoded.rows.values()
-        ):
+        if self.target.suffix == ".parquet" and any(stored.file == self.target for stored in encoded.rows.values()):
             copy = self._copy_parquet()
             encoded.rows = {n: replace(s, file=copy) if s.file == self.target else s for n, s in encoded.rows.items()}
         return encoded

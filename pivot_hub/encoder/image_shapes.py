@@ -7,12 +7,13 @@ A tower of native resolution takes each image in its own shape, and returns one 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.configuration_pivot import PivotVisionConfig, backbone_of
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.errors import CheckpointError
@@ -71,6 +72,24 @@ def require_squares(config: Any, name: object, what: str, remedy: str) -> None:
         )
 
 
-def parse_layer(text: str) -> int | str:
-    """Convert a feature layer from the command line: the number of a hidden state, or a name."""
-    return int(text) if text.removeprefix("-").isdecimal() else text
+def refuse_native(name: str | Path, what: str, remedy: str, revision: str | None = None) -> None:
+    """Refuse a tower of native resolution by its config, before weights are loaded, see `require_squares`.
+
+    A repository without a readable config is passed over, because loading it says what is wrong.
+
+    Args:
+        name: Folder or Hub name of the encoder.
+        what: What needs square images.
+        remedy: What to do instead.
+        revision: Revision of the Hub repository.
+    """
+    try:
+        config = PivotVisionConfig.from_pretrained(str(name), revision=revision or "main")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    require_squares(config, name, what, remedy)
+
+
+def parse_layer(text: str | None) -> int | str | None:
+    """Convert a feature layer from the command line: the number of a hidden state, a name, or None."""
+    return int(text) if text is not None and text.removeprefix("-").isdecimal() else text

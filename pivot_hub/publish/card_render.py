@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
-from pivot_hub.encoder.configuration_pivot import LAST
+from pivot_hub.encoder.configuration_pivot import BACKBONES, LAST
 from pivot_hub.errors import CardError
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.publish.card_inputs import (
@@ -292,6 +292,12 @@ def _cell(result: ProbeResult) -> str:
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    backbone = BACKBONES.get(config.get("model_type", ""))
+    if backbone is not None and backbone.layout is not None:
+        raise CardError(
+            f"the card's template is for encoders of square images of one size, and {backbone.model_type} is a tower "
+            "of native resolution; write its README.md by hand."
+        )
     image_px, patch_px = required_value(config, "config", "image_size"), required_value(config, "config", "patch_size")
     return {
         "native": required_value(config, "config", "architectures")[0],

@@ -173,8 +173,8 @@ def classify_images(
         raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
     if "attention" in protocols and model.config.image_size is None:
         raise ProbeError(
-            f"{metadata['encoder']}: attention pooling needs the same number of patch tokens for each image, and this is "
-            "a tower of native resolution; leave attention out of the protocols."
+            f"{metadata['encoder']}: attention pooling needs the same number of patch tokens for each image, and this "
+            "is a tower of native resolution; leave attention out of the protocols."
         )
     skipped: list[str] = []
 

@@ -119,10 +119,11 @@ def segment_masks(
 
     Whole images are resized to a square without keeping the aspect ratio, because a crop, as some processors make,
     would leave parts of the masks without tokens. A tower of native resolution gets images of one area in their own
-    aspect ratio, and each map is interpolated to the grid of a square image. Heads are fitted on train with one label for every LABEL_STRIDE
-    pixels of that square. Learning rate and weight decay are those with the best mIoU on validation. Each head is then
-    fitted again on both splits. Only then is the reported part opened; its logits are upsampled to the size of each
-    mask.
+    aspect ratio, and each map is interpolated to the grid of a square image.
+
+    Heads are fitted on train with one label for every LABEL_STRIDE pixels of that square. Learning rate and weight
+    decay are those with the best mIoU on validation. Each head is then fitted again on both splits. Only then is the
+    reported part opened; its logits are upsampled to the size of each mask.
 
     Args:
         model: The encoder.
