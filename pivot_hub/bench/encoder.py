@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel, SiglipImageProcessorPil, SiglipVisionConfig
 
 from pivot_hub.encoder import PivotVisionConfig
+from pivot_hub.encoder.image_shapes import refuse_native
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import PivotError, ProbeError
 from pivot_hub.provenance import machine, peak_memory_mb, versions
@@ -67,11 +68,13 @@ def bench_encoder(
         same round, and the peak memory in MB of a process of its own (on a GPU, of the device).
 
     Raises:
-        CheckpointError: The encoder does not exist.
+        CheckpointError: The encoder does not exist, or is a tower of native resolution.
         ProbeError: A form is unknown.
     """
     if unknown := set(forms) - set(FORMS):
         raise ProbeError(f"there is no form {min(unknown)!r}; give some of {', '.join(FORMS)}.")
+    if encoder not in SIZES:
+        refuse_native(encoder, "the benchmark of encoders", "time PivotVisionModel.forward_features on images of yours")
     forms = tuple(form for form in FORMS if form in {*forms, "native"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:

@@ -58,6 +58,10 @@ app.add_typer(evaluation, name="eval")
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
+FeatureLayer = Annotated[
+    str | None,
+    typer.Option(help="Hidden state: a number, last_hidden_state or merged; by default that of the encoder's config."),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to `RUNS/<folder>/<recipe>`.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe, as shapes/3-dpo.")]
 Overrides = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
+from pivot_hub.cli.app import FeatureLayer, JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
 from pivot_hub.config.data_section import OnBadRow
 
 
@@ -30,12 +30,14 @@ def probe(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that decode images; one per core by default.")
     ] = None,
+    feature_layer: FeatureLayer = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
 
     Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
     """
+    from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.probes.features import EncodingOptions
     from pivot_hub.probes.run import probe_encoder
 
@@ -49,6 +51,7 @@ def probe(
             revision=revision,
             encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
             warn=warn,
+            feature_layer=parse_layer(feature_layer),
         )
     for reason in skipped:
         log(f"left out: {reason}")
@@ -197,7 +200,8 @@ def segment(
     names: Annotated[Path | None, typer.Option(help="File with the names of ids: .txt, .json or .yaml.")] = None,
     heads: Annotated[str, typer.Option(help="linear, mlp (2 layers), or both.")] = "linear,mlp",
     image_px: Annotated[
-        str | None, typer.Option(help="Image sizes, as in 384,512; the encoder's own by default.")
+        str | None,
+        typer.Option(help="Image sizes, as in 384,512; by default the encoder's own, or 32 patches a side."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the bootstrap.")] = 0,
     on_bad_row: Annotated[
@@ -207,6 +211,7 @@ def segment(
         Path | None,
         typer.Option(help="Keep the tokens in this folder, so that a stopped run resumes; temporary by default."),
     ] = None,
+    feature_layer: FeatureLayer = None,
     json_path: JsonPath = None,
 ) -> None:
     """Measure a frozen encoder by segmentation: mIoU, pixel accuracy and recall of heads on its patch tokens.
@@ -217,6 +222,7 @@ def segment(
     """
     import torch
 
+    from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.encoder.repository import encoder_metadata, read_encoder
     from pivot_hub.files import write_json
     from pivot_hub.probes.segmentation.labelled_masks import open_masks, read_names
@@ -226,7 +232,7 @@ def segment(
     sizes = None if image_px is None else numbers("--image-px", image_px, int)
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
-    model, image_processor = read_encoder(encoder)
+    model, image_processor = read_encoder(encoder, feature_layer=parse_layer(feature_layer))
     cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     metadata = encoder_metadata(encoder)
     with bar("images") as advance:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, log, write
+from pivot_hub.cli.app import FeatureLayer, JsonPath, app, bar, log, write
 from pivot_hub.errors import CardError, PublishError
 
 
@@ -200,22 +200,26 @@ def encode(
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images; one for each core by default.")
     ] = None,
+    feature_layer: FeatureLayer = None,
 ) -> None:
     """Compute features of every image in a folder; a stopped run resumes, and corrupt images are listed.
 
     Example: `pivot encode images --encoder hub/pivot/shapes-dpo --out features.parquet`
     """
     from pivot_hub.encoder.encode import encode_folder
+    from pivot_hub.encoder.image_shapes import parse_layer
 
+    layer = parse_layer(feature_layer)
     with bar("images") as advance:
-        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance)
+        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance, layer)
     for image in report["corrupt"]:
         log(f"left out: {image['reason']}")
     for kind, paths in report["not_read"].items():
         if paths["count"]:
             log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
+    shape = ", ".join(map(str, report["shape"]))
     log(
-        f"{out_path}: {report['images']} images of shape {report['shape']}, {len(report['corrupt'])} left out, "
+        f"{out_path}: {report['images']} images of shape ({shape}), {len(report['corrupt'])} left out, "
         f"{report['images_per_s']} images/s; report: {out_path}.json"
     )
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from pivot_hub.encoder.feature_parts import (
     finished_report,
     report_file,
 )
+from pivot_hub.encoder.image_shapes import input_names, token_shape
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_json
@@ -30,8 +31,10 @@ from pivot_hub.outputs import lock_output
 from pivot_hub.provenance import file_sha256, machine, versions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Names and pixels (B, 3, image_px, image_px) of a batch's good images; reasons of its corrupt ones by their names.
-_Batch = tuple[list[str], np.ndarray, dict[str, str]]
+# Inputs of the encoder's forward by their names: pixel_values, and for a tower of native resolution its shapes.
+_Inputs = dict[str, np.ndarray]
+# Names and inputs of a batch's good images; reasons of its corrupt ones by their names.
+_Batch = tuple[list[str], _Inputs, dict[str, str]]
 # A stopped run resumes at the last complete shard, which holds at most so many batches and so many bytes of features.
 SHARD_BATCHES, SHARD_BYTES = 32, 64_000_000
 Progress = Callable[[int, int, float], None]  # takes the images done, the images in all, and images per second
@@ -50,6 +53,7 @@ def encode_folder(
     dtype: str = "float32",
     workers: int | None = None,
     progress: Progress = lambda done, total, rate: None,
+    feature_layer: int | str | None = None,
 ) -> dict[str, Any]:
     """Encode every image of a folder; a stopped run resumes when it is called again.
 
@@ -60,12 +64,15 @@ def encode_folder(
         folder: Folder that holds the images, also in its subfolders.
         output: File to write: `.parquet`, with columns `file` and `features`, or `.npy`, for which the report lists
             the file of each row.
-        tokens: Whether to write all patch tokens (H*W, D) of an image instead of their mean (D).
+        tokens: Whether to write all patch tokens (H*W, D) of an image instead of their mean (D). Those of a tower of
+            native resolution are written as .parquet only, in which the columns `height` and `width` are the shape of
+            the image's own grid.
         batch: Number of images in a forward pass.
         dtype: Precision that the encoder computes in: float32, float16 (stored as it is) or bfloat16 (stored as
             float32).
         workers: Number of processes that decode images; by default one for each core, 0 for none.
         progress: Function that is called after every batch.
+        feature_layer: Hidden state to write, see `PivotVisionModel.from_pretrained`; the repository's own by default.
 
     Returns:
         The report, which is also written beside the output as `<output>.json`: encoder, shape of an image's features,
@@ -74,8 +81,8 @@ def encode_folder(
 
     Raises:
         CheckpointError: The encoder cannot be loaded, or gives other features than it was published with.
-        DataError: There is no image, the output has an unknown suffix, the parts of another run are in its place, or
-            features are not finite.
+        DataError: There is no image, the output has an unknown suffix or one that the features do not fit, the parts
+            of another run are in its place, or features are not finite.
         OutputError: The output was not written by this function, or another process is writing it.
     """
     source, target = Path(folder), Path(output)
@@ -93,7 +100,8 @@ def encode_folder(
     if not listing.images:
         raise DataError(f"{source} holds no image file; give the folder that holds the images.")
     check_target(target)
-    model, processor = read_encoder(encoder, dtype=DTYPES[dtype])
+    model, processor = read_encoder(encoder, dtype=DTYPES[dtype], feature_layer=feature_layer)
+    check_suffix(target, model.config, tokens)
     cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     images = FolderImages(source, [f.relative_to(source).as_posix() for f in listing.images])
     return encode_images(
@@ -110,6 +118,19 @@ def encode_folder(
         stamps=_file_hashes(listing.images),
         notes={"not_read": listing.not_read()},
     )
+
+
+def check_suffix(target: Path, config: Any, tokens: bool) -> None:
+    """Refuse an .npy file for tokens of images that each have a shape of their own.
+
+    Raises:
+        DataError: The file cannot hold the tokens; the message names the remedy.
+    """
+    if tokens and config.image_size is None and target.suffix == ".npy":
+        raise DataError(
+            f"{target}: patch tokens of a tower of native resolution have another shape for each image, which .npy "
+            "does not hold; give --out a name that ends in .parquet, or leave --tokens out."
+        )
 
 
 class Images(Protocol):
@@ -171,10 +192,11 @@ def encode_images(
         The report that `encode_folder` describes.
 
     Raises:
-        DataError: The parts of another run are in the output's place, features are not finite, or the processes that
-            decode images cannot run.
+        DataError: The parts of another run are in the output's place, the output's suffix does not fit, features are
+            not finite, or the processes that decode images cannot run.
         OutputError: The output was not written by this function, or another process is writing it.
     """
+    check_suffix(target, model.config, tokens)
     with lock_output(target, wait=cache):
         if not cache:
             check_target(target)
@@ -201,33 +223,30 @@ def _encode_locked(
     started = time.monotonic()
     names, count = images.names, len(images.names)
     stamp_of = dict(zip(names, stamps or [""] * count, strict=True))
-    grid = (model.config.image_size // model.config.patch_size) ** 2
-    shape = [grid, model.config.hidden_size] if tokens else [model.config.hidden_size]
+    shape: list[int | str] = token_shape(model.config) if tokens else [model.config.hidden_size]
     stored = np.dtype("float16" if dtype == "float16" else "float32")
-    per_shard = batch * _batches_per_shard(int(np.prod(shape)) * stored.itemsize * batch)
     identity = {**metadata, "feature_layer": model.config.pivot["feature_layer"], "shape": shape, "dtype": dtype}
     job = {**identity, "processor": processor.to_dict(), "decoding": DECODING}
     parts = FeatureParts(target, job, shape, stored)
     encoded = parts.open(stamp_of)
     resumed = len(encoded)
     remaining = [index for index, name in enumerate(names) if name not in encoded]
-    for start in range(0, len(remaining), per_shard):
-        indices = remaining[start : start + per_shard]
-        features = [np.empty((0, *shape), stored)]
-        shard_names: list[str] = []
-        corrupt: dict[str, str] = {}
-        for batch_names, pixels, batch_corrupt in _batches(processor, images, indices, batch, workers):
-            if batch_names:
-                features.append(_features(model, pixels, tokens, batch_names, stored))
-            shard_names += batch_names
-            corrupt |= batch_corrupt
-            done = len(encoded) + len(shard_names) + len(corrupt)
-            progress(done, count, (done - resumed) / (time.monotonic() - started))
-        parts.write_shard(encoded, np.concatenate(features), shard_names, corrupt, stamp_of)
+    shard = _Shard()
+    for batch_names, inputs, corrupt in _batches(model, processor, images, remaining, batch, workers):
+        features = _features(model, inputs, tokens, batch_names, stored) if batch_names else []
+        batch_bytes = sum(f.nbytes for f in features)
+        if shard.is_full(batch_bytes):
+            parts.write_shard(encoded, shard.features, shard.names, shard.corrupt, stamp_of)
+            shard = _Shard()
+        shard.add(batch_names, features, corrupt)
+        done = len(encoded) + len(shard)
+        progress(done, count, (done - resumed) / (time.monotonic() - started))
+    if len(shard):
+        parts.write_shard(encoded, shard.features, shard.names, shard.corrupt, stamp_of)
     files = [name for name in names if name in encoded.rows]
     report = None if remaining else finished_report(target)
     if report is None or report["files"] != files or report.get("job_sha256") != parts.job_sha256:
-        parts.merge(encoded, files, per_shard)
+        parts.merge(encoded, files, batch * _batches_per_shard(batch * parts.image_bytes(encoded)))
     duration = time.monotonic() - started
     report = {
         **identity,
@@ -241,6 +260,7 @@ def _encode_locked(
         "duration_s": round(duration, 2),
         "images_per_s": round((count - resumed) / duration, 2),
         "files": files,
+        **parts.grids(encoded, files),
         "images_sha256": [stamp_of[name] for name in files],
         **notes,
         "machine": machine(),
@@ -264,41 +284,91 @@ def _file_hashes(files: Sequence[Path]) -> list[str]:
         return list(pool.map(stamp, files))
 
 
+@dataclass
+class _Shard:
+    """Images that were encoded and are not on disk yet."""
+
+    names: list[str] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    corrupt: dict[str, str] = field(default_factory=dict)
+    batches: int = 0
+    size: int = 0  # in bytes
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.corrupt)
+
+    def is_full(self, batch_bytes: int) -> bool:
+        """Return whether a further batch would make the shard longer than a stopped run may lose."""
+        return self.batches == SHARD_BATCHES or (self.batches > 0 and self.size + batch_bytes > SHARD_BYTES)
+
+    def add(self, names: list[str], features: list[np.ndarray], corrupt: dict[str, str]) -> None:
+        self.names += names
+        self.features += features
+        self.corrupt |= corrupt
+        self.batches += 1
+        self.size += sum(f.nbytes for f in features)
+
+
 def _batches_per_shard(batch_bytes: int) -> int:
     return max(1, min(SHARD_BATCHES, SHARD_BYTES // batch_bytes))
 
 
-class _Decoded(Dataset[tuple[str, np.ndarray | str]]):
-    """Name of each image, with its pixels (3, image_px, image_px), or with the reason why it cannot be decoded."""
+class _Decoded(Dataset[tuple[str, _Inputs | str]]):
+    """Name of each image, with its inputs (1, ...) of the encoder, or with the reason why it cannot be used."""
 
-    def __init__(self, processor: Any, images: Images, indices: Sequence[int]) -> None:
+    def __init__(self, model: Any, processor: Any, images: Images, indices: Sequence[int]) -> None:
         self.processor, self.images, self.indices = processor, images, indices
+        self.inputs = input_names(model.config)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray | str]:
+    def __getitem__(self, index: int) -> tuple[str, _Inputs | str]:
         name = self.images.names[self.indices[index]]
         try:
             image = self.images.open(self.indices[index])
         except DataError as error:
             return name, str(error)
-        return name, self.processor(images=[image], return_tensors="np")["pixel_values"][0]
+        try:
+            prepared = self.processor(images=[image], return_tensors="pt")
+        except ValueError as error:
+            if len(self.inputs) == 1:
+                raise
+            # Processors of towers of native resolution refuse extreme shapes.
+            return name, f"{name}: its image processor does not take {image.width} x {image.height} px ({error})"
+        return name, {key: np.asarray(prepared[key]) for key in self.inputs}
 
 
-def _collate(rows: Sequence[tuple[str, np.ndarray | str]]) -> _Batch:
+def _collate(rows: Sequence[tuple[str, _Inputs | str]]) -> _Batch:
     """Join the images of a batch.
 
     Worker processes send arrays, because every tensor would take a file descriptor, and where those run out the
     workers would wait indefinitely.
     """
-    good = {name: pixels for name, pixels in rows if isinstance(pixels, np.ndarray)}
+    good = {name: inputs for name, inputs in rows if isinstance(inputs, dict)}
     corrupt = {name: reason for name, reason in rows if isinstance(reason, str)}
-    return list(good), np.stack(list(good.values())) if good else np.empty(0), corrupt
+    first: _Inputs = next(iter(good.values()), {})
+    return list(good), {key: _join([inputs[key] for inputs in good.values()]) for key in first}, corrupt
+
+
+def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Join inputs of single images along their first axis, padded with zeros to the largest along the others.
+
+    Image processors join images in the same way: they pad images that a tower tells apart by their shapes, and write
+    the patches of one image after those of another.
+    """
+    largest = [max(sides) for sides in zip(*(a.shape[1:] for a in arrays), strict=True)]
+    padded = [
+        np.pad(a, [(0, 0), *((0, most - side) for side, most in zip(a.shape[1:], largest, strict=True))])
+        if list(a.shape[1:]) != largest
+        else a
+        for a in arrays
+    ]
+    return np.concatenate(padded)
 
 
 def _batches(
-    processor: Any, images: Images, indices: Sequence[int], batch: int, workers: int | None
+    model: Any, processor: Any, images: Images, indices: Sequence[int], batch: int, workers: int | None
 ) -> Iterator[_Batch]:
     """Decode images in batches.
 
@@ -307,7 +377,7 @@ def _batches(
     """
     count = min(os.cpu_count() or 1, 16) if workers is None else workers
     count = min(count, len(indices) // batch)
-    loader = DataLoader(_Decoded(processor, images, indices), batch, num_workers=count, collate_fn=_collate)
+    loader = DataLoader(_Decoded(model, processor, images, indices), batch, num_workers=count, collate_fn=_collate)
     try:
         yield from loader
     except (OSError, RuntimeError) as error:
@@ -321,20 +391,25 @@ def _batches(
 
 
 @torch.inference_mode()
-def _features(model: Any, pixels: np.ndarray, tokens: bool, names: list[str], stored: np.dtype[Any]) -> np.ndarray:
+def _features(model: Any, inputs: _Inputs, tokens: bool, names: list[str], stored: np.dtype[Any]) -> list[np.ndarray]:
     """Encode a batch of images.
+
+    Returns:
+        The features of each image: (D), (H*W, D), or (H, W, D) for a tower of native resolution.
 
     Raises:
         NotFiniteError: The features of an image are not finite in the stored type.
     """
-    outputs = model(torch.from_numpy(pixels).to(model.device, model.dtype))
+    tensors = {key: torch.from_numpy(array).to(model.device) for key, array in inputs.items()}
+    outputs = model(**{**tensors, "pixel_values": tensors["pixel_values"].to(model.dtype)})
     chosen = outputs.last_hidden_state if tokens else outputs.pooler_output
+    moved = [f.float().cpu() for f in chosen] if isinstance(chosen, tuple) else chosen.float().cpu()
     with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused below
-        features: np.ndarray = chosen.float().cpu().numpy().astype(stored)
-    finite = np.isfinite(features).reshape(len(features), -1).all(1)
-    if not finite.all():
-        raise NotFiniteError(
-            f"the features of {names[int(finite.argmin())]} are not finite (NaN or infinite); check the encoder with "
-            "`pivot verify`, or compute in float32 or bfloat16."
-        )
+        features = [image.numpy().astype(stored) for image in moved]
+    for name, values in zip(names, features, strict=True):
+        if not np.isfinite(values).all():
+            raise NotFiniteError(
+                f"the features of {name} are not finite (NaN or infinite); check the encoder with `pivot verify`, or "
+                "compute in float32 or bfloat16."
+            )
     return features

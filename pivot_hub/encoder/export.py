@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.feature_model import FeatureModel
+from pivot_hub.encoder.image_shapes import refuse_native
 from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import ExportError
@@ -65,11 +66,13 @@ def export_encoder(
         The report that is written to `export.json`: files, sizes and measured differences.
 
     Raises:
-        CheckpointError: The encoder cannot be loaded.
+        CheckpointError: The encoder cannot be loaded, or is a tower of native resolution.
         ExportError: A package is missing, or the exported model's features differ from torch's.
         OutputError: The output holds anything but an export, or another process is writing it.
     """
     _require_packages("onnx", "onnxscript", "onnxruntime", *(["optimum.quanto"] if int8 else []))
+    # Their rotary positions and windows are computed from the grids of the batch, which torch.export cannot trace.
+    refuse_native(encoder, "an export to ONNX or quanto", "run it in torch, by PivotVisionModel or `pivot encode`")
     check_replaceable(Path(output), EXPORT)  # before the work, and again after it
     model, processor = read_encoder(encoder)
     dataset = ShapesDataset(image_px=model.config.image_size)

@@ -21,9 +21,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.data.image import open_image
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
+from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.errors import DataError
 from pivot_hub.mllm.chat_templates import chat_prompt
-from pivot_hub.mllm.load import load_mllm, register_tokens
+from pivot_hub.mllm.load import SQUARES_ONLY, load_mllm, register_tokens
 
 Explain = Literal["answer", "sft", "dpo"]
 Method = Literal["gradcam", "gradient"]
@@ -72,7 +73,9 @@ def gradient_map(
 
     Raises:
         ValueError: `rejected` or `reference` is missing for `dpo`, or the MLLM does not depend on the layer.
+        CheckpointError: The vision tower is of native resolution.
     """
+    require_squares(model.config.vision_config, model.name_or_path or "the MLLM", *SQUARES_ONLY)
     if explain == "dpo" and (rejected is None or reference is None):
         raise ValueError("the dpo loss compares two answers under two models: give `rejected` and `reference`.")
     inner_layer = _inner_layer(model, layer)
@@ -149,7 +152,11 @@ def token_maps(
         question: The user's question.
         answer: The answer to explain.
         limit: Number of tokens to explain, from the first on. The last token of a complete answer ends the turn.
+
+    Raises:
+        CheckpointError: The vision tower is of native resolution.
     """
+    require_squares(model.config.vision_config, model.name_or_path or "the MLLM", *SQUARES_ONLY)
     batch = answer_batch(processor, image, question, [answer])
     patches = slice(register_tokens(model), None)
     token_attributions = []

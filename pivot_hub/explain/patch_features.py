@@ -11,7 +11,9 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
+from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.explain.gradcam import feature_layer
+from pivot_hub.mllm.load import SQUARES_ONLY
 
 
 @torch.inference_mode()
@@ -28,7 +30,12 @@ def patch_tokens(
 
     Returns:
         Features (H, W, D) in float32.
+
+    Raises:
+        CheckpointError: The vision tower is of native resolution. Maps of its encoder alone, as
+            `PivotVisionModel.forward_features` returns them, suit `similarity` and `principal_colours`.
     """
+    require_squares(model.config.vision_config, model.name_or_path or "the MLLM", *SQUARES_ONLY)
     tower: Any = model.model.vision_tower
     pixels = cast(Any, processor).image_processor(images=image, return_tensors="pt")["pixel_values"]
     states = tower(pixels.to(model.device, model.dtype), output_hidden_states=True).hidden_states

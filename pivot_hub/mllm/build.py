@@ -21,11 +21,12 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import backbone_of, check_feature_layer
+from pivot_hub.encoder.image_shapes import refuse_native
 from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem, read_encoder
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.chat_templates import ChatFormat, chat_format
-from pivot_hub.mllm.load import load_complete
+from pivot_hub.mllm.load import SQUARES_ONLY, load_complete
 
 
 def build_mllm(
@@ -50,8 +51,10 @@ def build_mllm(
         The model in float32 and its processor, which includes the chat template.
 
     Raises:
-        CheckpointError: A part does not exist, or some of its weights are missing.
+        CheckpointError: A part does not exist, some of its weights are missing, or the encoder is a tower of native
+            resolution.
     """
+    refuse_native(vision, *SQUARES_ONLY, vision_revision)
     encoder, image_processor = _load_encoder(vision, vision_revision)
     try:
         check_feature_layer(feature_layer, encoder.config.num_hidden_layers)
@@ -104,8 +107,10 @@ def read_processor(
         language_revision: Hub revision of the language model.
 
     Raises:
-        CheckpointError: A part's config, image processor or tokenizer cannot be read.
+        CheckpointError: A part's config, image processor or tokenizer cannot be read, or the encoder is a tower of
+            native resolution.
     """
+    refuse_native(vision, *SQUARES_ONLY, vision_revision)
     try:
         config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
         image_processor = read_image_processor(vision, config.backbone_config, revision=vision_revision)

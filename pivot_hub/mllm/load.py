@@ -17,9 +17,17 @@ from transformers import (
 )
 
 from pivot_hub.encoder.configuration_pivot import check_feature_layer, check_sizes, native_config, prefix_tokens
+from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.modeling_pivot import refuse_pickles
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
+
+# What a tower of native resolution is refused for, and the remedy, see `require_squares`.
+SQUARES_ONLY = (
+    "an MLLM of transformers' LLaVA classes, as this package trains and explains them,",
+    "give one of the other backbones; a tower of native resolution is used alone, by PivotVisionModel, `pivot encode` "
+    "and `pivot probe`",
+)
 
 
 def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -45,7 +53,8 @@ def mllm_config(path: Path) -> LlavaConfig:
     """Read the config of a stage checkpoint.
 
     Raises:
-        CheckpointError: The folder does not hold a LLaVA model, or a size of its config is wrong.
+        CheckpointError: The folder does not hold a LLaVA model, a size of its config is wrong, or its vision tower is
+            of native resolution.
     """
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
@@ -67,6 +76,7 @@ def mllm_config(path: Path) -> LlavaConfig:
         check_feature_layer(config.vision_feature_layer, getattr(vision, "num_hidden_layers", None))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    require_squares(vision, path, *SQUARES_ONLY)
     return cast(LlavaConfig, config)
 
 

@@ -19,8 +19,10 @@ from pivot_hub.encoder.configuration_pivot import (
     native_config,
     prefix_tokens,
 )
+from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm.load import SQUARES_ONLY
 
 
 @lru_cache
@@ -40,7 +42,8 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         The native config. For a two-tower model it is the config of the vision tower.
 
     Raises:
-        CheckpointError: There is no config, or transformers does not know its architecture.
+        CheckpointError: There is no config, transformers does not know its architecture, or it is of a tower of native
+            resolution.
     """
     try:
         if revision is None and not Path(name).is_dir() and name in published_parts():
@@ -48,13 +51,16 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         is_vision = hasattr(config, "vision_config") or config.model_type in BACKBONES
-        return native_config(config) if is_vision else config
+        part = native_config(config) if is_vision else config
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{name}: its config cannot be read: {loading_problem(name, error)}; give a folder that "
             "holds its config.json, connect to the "
             f"Hub, or give one of: {', '.join(published_parts())}."
         ) from error
+    if is_vision:
+        require_squares(part, name, *SQUARES_ONLY)
+    return part
 
 
 def image_tokens(vision: PreTrainedConfig) -> int:

@@ -20,6 +20,7 @@ from pivot_hub.data.image import DECODING
 from pivot_hub.encoder.encode import NotFiniteError, Progress, encode_images
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.feature_parts import finished_report
+from pivot_hub.encoder.image_shapes import prepare
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.files import write_json
 from pivot_hub.outputs import lock_output
@@ -245,8 +246,7 @@ def patch_features(
     """
     features = []
     for batch_images in _batched(images, batch):
-        pixels = image_processor(images=batch_images, return_tensors="pt")["pixel_values"]
-        features.append(model(pixels.to(model.device)).last_hidden_state.float().cpu().numpy())
+        features.append(model(**prepare(model, image_processor, batch_images)).last_hidden_state.float().cpu().numpy())
     return np.concatenate(features)
 
 

@@ -34,12 +34,14 @@ from pivot_hub.mllm.load import image_px
 from pivot_hub.probes.classification.labelled_images import open_classes
 from pivot_hub.probes.classification.protocols import PROTOCOLS, classify_images, classify_shapes
 from pivot_hub.probes.features import EncodingOptions, patch_features, pooled
+from pivot_hub.probes.fixed_grid import FixedGrid, square_px
 from pivot_hub.probes.localization.gradient_maps import Target, localize
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.segmentation.synthetic import class_masks, segment_patches
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import cached_commit, weights_sha256
 
+NATIVE_SIDE = 8  # rows of tokens of a scene, as the encoders of the synthetic Shapes dataset have
 FIRST_SCENE = 5_000_000  # first probe scene of every split: no recipe trains on scenes from here on
 
 
@@ -95,10 +97,17 @@ def probe_shapes(
         sizes: Number of scenes that each probe uses.
         seed: Seed of the sampling and of the bootstrap.
         dataset: Dataset that the probes are fitted and tested on; by default the standard one at the encoder's image
-            size.
+            size. For a tower of native resolution, which has none, scenes are rendered at a size that fills
+            NATIVE_SIDE rows of tokens, and the protocol of each result gives it.
         harder: Harder datasets by name; the same fitted probes are also tested on their test scenes.
     """
-    dataset = ShapesDataset(image_px=model.config.image_size) if dataset is None else dataset
+    is_native = model.config.image_size is None
+    own_px = square_px(model.config, NATIVE_SIDE) if is_native else model.config.image_size
+    dataset = ShapesDataset(image_px=own_px) if dataset is None else dataset
+    about = ""
+    if is_native:
+        model = FixedGrid(model, image_processor, dataset.image_px)
+        about = f"; scenes of {dataset.image_px} px, {model.side} x {model.side} tokens at native resolution"
     parts: dict[str, Scenes] = {split: probe_scenes(dataset, split, getattr(sizes, split)) for split in SPLITS}
     parts |= {other: probe_scenes(shapes, "test", sizes.harder) for other, shapes in harder.items()}
     tokens = {
@@ -116,7 +125,10 @@ def probe_shapes(
     masks = {key: class_masks(part.scenes, part.rendered) for key, part in parts.items()}
     results += segment_patches(tokens, masks, conditions, seed)
     hashes = {other: _scenes_sha256(shapes, {**counts, "harder": sizes.harder}) for other, shapes in harder.items()}
-    return [replace(r, data_sha256=hashes.get(r.task.split("/")[1], r.data_sha256)) for r in results]
+    return [
+        replace(r, data_sha256=hashes.get(r.task.split("/")[1], r.data_sha256), protocol=r.protocol + about)
+        for r in results
+    ]
 
 
 def probe_export(model: FeatureModel, image_processor: Any, name: str, sha256: str) -> list[ProbeResult]:
@@ -235,6 +247,7 @@ def probe_encoder(
     revision: str | None = None,
     encoding: EncodingOptions = EncodingOptions(),
     warn: Callable[[str], None] = lambda line: None,
+    feature_layer: int | str | None = None,
 ) -> tuple[list[ProbeResult], list[str]]:
     """Probe an encoder by name, on the synthetic Shapes dataset or on labelled images.
 
@@ -248,6 +261,7 @@ def probe_encoder(
         revision: Revision of a Hub data set.
         encoding: How labelled images are encoded.
         warn: Function that receives a warning if reported images are copies of train's.
+        feature_layer: Hidden state to probe, see `PivotVisionModel.from_pretrained`; the repository's own by default.
 
     Returns:
         The results, and one error message for each image that was skipped.
@@ -261,7 +275,7 @@ def probe_encoder(
     if encoding.dtype not in DTYPES:
         raise ProbeError(f"dtype {encoding.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     classes = None if data == "shapes" else open_classes(data, revision, seed)
-    model, image_processor = read_encoder(encoder)
+    model, image_processor = read_encoder(encoder, feature_layer=feature_layer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)

@@ -181,7 +181,7 @@ def test_features_that_are_not_finite_are_named_and_not_written(
     with torch.no_grad():
         model.backbone.get_parameter("encoder.layers.1.mlp.fc2.bias").fill_(6e4)
         model.backbone.get_parameter("encoder.layers.0.mlp.fc2.bias").fill_(6e4)
-    monkeypatch.setattr(encode, "read_encoder", lambda name, dtype: (model, processor))
+    monkeypatch.setattr(encode, "read_encoder", lambda name, **options: (model, processor))
     with pytest.raises(DataError, match=r"features of 0\.bmp are not finite .* compute in float32 or bfloat16"):
         encode_folder(parts / "vision", images, tmp_path / "f.npy", dtype="float16", workers=0)
     assert not (tmp_path / "f.npy").exists()

@@ -166,11 +166,16 @@ def classify_images(
         The results of each protocol, and one error message for each image that was skipped.
 
     Raises:
-        ProbeError: A protocol is unknown, or the data cannot be probed.
+        ProbeError: A protocol is unknown or does not fit the encoder, or the data cannot be probed.
         DataError: An image cannot be decoded and `on_bad_row` is STOP.
     """
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
+    if "attention" in protocols and model.config.image_size is None:
+        raise ProbeError(
+            f"{metadata['encoder']}: attention pooling needs the same number of patch tokens for each image, and this "
+            "is a tower of native resolution; leave attention out of the protocols."
+        )
     skipped: list[str] = []
 
     def read(part: Part, tokens: bool) -> Features:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.synthetic import Split
+from pivot_hub.encoder.configuration_pivot import backbone_of
 from pivot_hub.encoder.encode import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
 from pivot_hub.outputs import scratch_folder
-from pivot_hub.probes.features import EncodingOptions, cached_values
+from pivot_hub.probes.features import EncodingOptions, cached_values, patch_features
+from pivot_hub.probes.fixed_grid import FixedGrid
 from pivot_hub.probes.grid import described
 from pivot_hub.probes.result import ProbeResult, measure, statistic_of
 from pivot_hub.probes.segmentation.heads import (
@@ -43,6 +45,7 @@ from pivot_hub.probes.segmentation.labelled_masks import MaskData, MaskedImage, 
 
 METRICS = ("mean_iou", "pixel_accuracy", "mean_recall")
 ENCODE_BATCH = 16  # images per forward pass
+NATIVE_SIDE = 32  # patches a side of an image for a tower of native resolution, which has no size of its own
 Encode = Callable[[Sequence[MaskedImage], int], Rows]  # images and their size in px -> tokens (N, H*W, D)
 Log = Callable[[str], None]
 
@@ -58,7 +61,8 @@ class SegmentationOptions:
         names: Names of ids.
         heads: Kinds of heads, from KINDS.
         image_px: Sides of the encoder's input. Positions are interpolated for sizes other than the encoder's own. Heads
-            are fitted, chosen and reported for each size.
+            are fitted, chosen and reported for each size. For a tower of native resolution, the sides of squares whose
+            area images are scaled to; by default that of NATIVE_SIDE x NATIVE_SIDE patches.
         seed: Seed of the split, the heads and the bootstrap.
         on_bad_row: Whether a file that cannot be used raises an error, or is skipped and reported.
         steps: Number of steps of each fit, see `fit_heads`.
@@ -114,10 +118,12 @@ def segment_masks(
     """Fit heads on frozen patch tokens and score them on the reported part.
 
     Whole images are resized to a square without keeping the aspect ratio, because a crop, as some processors make,
-    would leave parts of the masks without tokens. Heads are fitted on train with one label for every LABEL_STRIDE
-    pixels of that square. Learning rate and weight decay are those with the best mIoU on validation. Each head is then
-    fitted again on both splits. Only then is the reported part opened; its logits are upsampled to the size of each
-    mask.
+    would leave parts of the masks without tokens. A tower of native resolution gets images of one area in their own
+    aspect ratio, and each map is interpolated to the grid of a square image.
+
+    Heads are fitted on train with one label for every LABEL_STRIDE pixels of that square. Learning rate and weight
+    decay are those with the best mIoU on validation. Each head is then fitted again on both splits. Only then is the
+    reported part opened; its logits are upsampled to the size of each mask.
 
     Args:
         model: The encoder.
@@ -151,7 +157,7 @@ def segment_masks(
     classes = _class_count(options, data, parts.values())
     run = _Run(model, image_processor, options, classes, ignored, encode, log)
     fits = {px: run.fit(images, rows, px) for px in sizes}
-    commonest = fits[sizes[-1]].commonest
+    commonest = next(reversed(fits.values())).commonest
 
     # Every setting is chosen. Only now is the reported part opened.
     test = _check(data, "test", ignored, on_bad_row, skipped)
@@ -176,10 +182,7 @@ def segment_masks(
                         f"segmentation/{data.name}/{setting.kind}/{px}px",
                         metric,
                         scores,
-                        protocol=_protocol(
-                            setting, px, tokens_side(model, px), ignored, metric, position_scores, commonest
-                        )
-                        + about,
+                        protocol=_protocol(setting, sizes[px], ignored, metric, position_scores, commonest) + about,
                         seed=options.seed,
                         duration_s=duration,
                         split=data.reported,
@@ -287,7 +290,7 @@ def encode_masked(
     folder: str | Path,
     log: Log = lambda line: None,
 ) -> np.ndarray:
-    """Compute the patch tokens of images resized to a square: (N, H*W, D) float32, memory-mapped from a file.
+    """Compute the patch tokens of images at a size, see `at_size`: (N, H*W, D) float32, memory-mapped from a file.
 
     Args:
         model: The encoder.
@@ -302,10 +305,11 @@ def encode_masked(
         ProbeError: Features are not finite, or the disk of the folder is too small for them.
     """
     file, features = Path(folder) / "tokens.npy", np.zeros(0)
+    sized = at_size(model, image_processor, image_px)
     started = logged = time.monotonic()
     for start in range(0, len(images), ENCODE_BATCH):
         batch = images[start : start + ENCODE_BATCH]
-        tokens = _tokens(model, image_processor, [image.open_image() for image in batch], image_px)
+        tokens = patch_features(*sized, [image.open_image() for image in batch])
         bad = ~np.isfinite(tokens).all(axis=(1, 2))
         if bad.any():
             raise ProbeError(
@@ -345,7 +349,7 @@ def cached_encode(
     options = EncodingOptions(cache=cache, batch=ENCODE_BATCH, progress=progress)
 
     def encode(images: Sequence[MaskedImage], px: int) -> Rows:
-        sized_model, sized_processor = _AtSize(model, px), _SquareProcessor(image_processor, px)
+        sized_model, sized_processor = at_size(model, image_processor, px)
         values, _, errors = cached_values(
             sized_model, sized_processor, _NamedImages(images), metadata, tokens=True, options=options
         )
@@ -354,6 +358,30 @@ def cached_encode(
         return values
 
     return encode
+
+
+def at_size(model: Any, image_processor: Any, px: int) -> tuple[FeatureModel, Any]:
+    """Return an encoder and its image processor for images of one size, whose tokens all have one grid.
+
+    Args:
+        model: The encoder.
+        image_processor: Image processor of the encoder.
+        px: Side of the square that whole images are resized to. For a tower of native resolution, of the square whose
+            area they are scaled to.
+    """
+    if not _is_native(model):
+        return _AtSize(model, px), _SquareProcessor(image_processor, px)
+    scaled = _AreaProcessor(image_processor, px, _has_tiles(model))
+    return FixedGrid(model, scaled, px), scaled
+
+
+def _is_native(model: FeatureModel) -> bool:
+    return model.config.image_size is None
+
+
+def _has_tiles(model: FeatureModel) -> bool:
+    """Return whether the tower pads images to tiles, so that its map of an image is larger than the image."""
+    return backbone_of(model.config.backbone_config).layout == "tiles"
 
 
 class _AtSize:
@@ -367,8 +395,8 @@ class _AtSize:
             image_size=px, patch_size=config.patch_size, hidden_size=config.hidden_size, pivot=config.pivot
         )
 
-    def __call__(self, pixels: torch.Tensor) -> Any:
-        return self._model(pixels, **self._options)
+    def __call__(self, pixel_values: torch.Tensor) -> Any:
+        return self._model(pixel_values, **self._options)
 
 
 class _SquareProcessor:
@@ -384,6 +412,33 @@ class _SquareProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         return {**self._processor.to_dict(), "squashed_px": self._px}  # a part of the cache key
+
+
+class _AreaProcessor:
+    """Image processor of a tower of native resolution that scales whole images to one area first.
+
+    Args:
+        processor: The image processor, which may scale images further as its own settings say.
+        px: Side of the square that has this area.
+        squares: Whether images are resized to that square, instead of keeping their aspect ratio.
+    """
+
+    def __init__(self, processor: Any, px: int, squares: bool) -> None:
+        self._processor, self._px, self._squares = processor, px, squares
+        self._resample = getattr(processor, "resample", None) or Image.Resampling.BICUBIC
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str) -> Any:
+        scaled = [image.resize(self._size(*image.size), self._resample) for image in images]
+        return self._processor(images=scaled, return_tensors=return_tensors)
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        if self._squares:
+            return self._px, self._px
+        scale = self._px / (width * height) ** 0.5
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self._processor.to_dict(), "area_px": self._px, "squares": self._squares}  # a part of the cache key
 
 
 @dataclass(frozen=True)
@@ -411,15 +466,23 @@ def tokens_side(model: FeatureModel, image_px: int) -> int:
     return int(image_px // model.config.patch_size)
 
 
-@torch.no_grad()
-def _tokens(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image], px: int) -> np.ndarray:
-    pixels = _SquareProcessor(image_processor, px)(images, "pt")["pixel_values"].to(model.device)
-    tokens: np.ndarray = _AtSize(model, px)(pixels).last_hidden_state.float().cpu().numpy()
-    return tokens
+@dataclass(frozen=True)
+class _Size:
+    """An image size that heads are fitted at: the side in pixels, the grid of tokens, and what is done to images."""
+
+    px: int
+    side: int
+    about: str
 
 
-def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | None) -> list[int]:
-    """Return the requested image sides, after a forward pass of a blank image at each, before any file is opened."""
+def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | None) -> dict[int, _Size]:
+    """Return the requested sizes by their pixels, after a forward pass of a blank image at each, before any file is
+    opened.
+    """
+    if _is_native(model):
+        return {
+            px: _native_size(model, image_processor, px) for px in image_px or [NATIVE_SIDE * model.config.patch_size]
+        }
     if not hasattr(image_processor, "resample"):
         kind = type(image_processor).__name__
         raise ProbeError(f"{kind} crops images, which would leave masks without tokens; write the encoder as `vit`.")
@@ -437,7 +500,22 @@ def _sizes(model: FeatureModel, image_processor: Any, image_px: Sequence[int] | 
         except (ValueError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ProbeError(f"the encoder takes no images of {px} px ({reason}); its own size is {own}.") from error
-    return sizes
+    return {px: _Size(px, tokens_side(model, px), f"images resized to {px} x {px} px") for px in sizes}
+
+
+def _native_size(model: FeatureModel, image_processor: Any, px: int) -> _Size:
+    """Measure the grid that a tower of native resolution gives a square image."""
+    try:
+        if px < LABEL_STRIDE:
+            raise ValueError(f"one label is fitted for every {LABEL_STRIDE} px")
+        grid = cast(FixedGrid, at_size(model, image_processor, px)[0])
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ProbeError(f"the encoder takes no images of {px} px ({reason}); give another --image-px.") from error
+    if _has_tiles(model):
+        return _Size(px, grid.side, f"images resized to {px} x {px} px, because tiles are padded otherwise")
+    scaled = f"images scaled to the area of {px} x {px} px in their own aspect ratio"
+    return _Size(px, grid.side, f"{scaled}, maps interpolated bilinearly to one grid")
 
 
 @dataclass(frozen=True)
@@ -585,8 +663,7 @@ def _score(
 
 def _protocol(
     setting: Setting,
-    px: int,
-    side: int,
+    size: _Size,
     ignored: Iterable[int],
     metric: str,
     position_scores: np.ndarray,
@@ -602,7 +679,7 @@ def _protocol(
     head = "linear head" if setting.kind == "linear" else "2-layer head"
     left_out = f"; ids {', '.join(map(str, sorted(ignored)))} ignored" if ignored else ""
     return (
-        f"{head} on {side} x {side} patch tokens, images resized to {px} x {px} px, logits upsampled to the mask; "
+        f"{head} on {size.side} x {size.side} patch tokens, {size.about}, logits upsampled to the mask; "
         f"learning rate {rate}, decay {setting.decay:g} by validation{left_out}; "
         f"the commonest class alone {alone:.1f}, position alone {position:.1f}"
     )

@@ -79,9 +79,17 @@ def _patch_shares(masks: np.ndarray, patches: int) -> np.ndarray:
     """Compute the share of each class in each patch, the soft label of the patch: (N*patches, classes) float32."""
     n, px, _ = masks.shape
     side = round(patches**0.5)
+    if px % side:  # patches that do not end at a pixel have the shares of all pixels that they touch
+        ids = torch.from_numpy(masks).split(64)
+        pools = [nn.functional.adaptive_avg_pool2d(_one_hot(part).movedim(-1, 1), side) for part in ids]
+        return torch.cat(pools).movedim(1, -1).reshape(n * patches, len(CLASSES)).numpy()
     one_hot = np.eye(len(CLASSES), dtype=np.float32)[masks]
     blocks = one_hot.reshape(n, side, px // side, side, px // side, len(CLASSES))
     return blocks.mean(axis=(2, 4)).reshape(n * patches, len(CLASSES))
+
+
+def _one_hot(masks: torch.Tensor) -> torch.Tensor:
+    return nn.functional.one_hot(masks, len(CLASSES)).float()
 
 
 def _fit(x: np.ndarray, shares: np.ndarray, decay: float) -> nn.Linear:

@@ -404,8 +404,8 @@ def test_features_that_are_not_finite_are_named(encoder: tuple[Any, Any], tmp_pa
         def __init__(self, model: Any) -> None:
             self.config, self.device, self.dtype, self.model = model.config, model.device, model.dtype, model
 
-        def __call__(self, pixels: Any) -> Any:
-            output = self.model(pixels)
+        def __call__(self, pixel_values: Any) -> Any:
+            output = self.model(pixel_values)
             output.pooler_output[3] = float("nan")
             return output
 

@@ -34,7 +34,7 @@ from pivot_hub.probes.segmentation.heads import Head, Scale, Setting, count_pixe
 from pivot_hub.probes.segmentation.labelled_masks import MaskData, MaskedImage, decode_ids, open_masks, read_names
 from pivot_hub.probes.segmentation.protocols import (
     SegmentationOptions,
-    _tokens,
+    at_size,
     cached_encode,
     per_class,
     segment_folder,
@@ -192,7 +192,7 @@ def test_each_size_has_its_own_tokens_and_results(encoder: tuple[Any, Any]) -> N
     assert [k.split(" ")[0] for k in results] == [f"linear/{px}px" for px in (PX, 64) for _ in range(3)]
     assert "8 x 8 patch tokens, images resized to 64 x 64 px" in results["linear/64px mean_iou"].protocol
     image = data.parts["train"][0].open_image()
-    assert [_tokens(*encoder, [image], px).shape[1] for px in (PX, 64)] == [16, 64]
+    assert [patch_features(*at_size(*encoder, px), [image]).shape[1] for px in (PX, 64)] == [16, 64]
     for px in (36, 0):
         with pytest.raises(ProbeError, match=rf"takes no images of {px} px .*its own size is 32"):
             probe(encoder, data, image_px=[px])
@@ -201,7 +201,7 @@ def test_each_size_has_its_own_tokens_and_results(encoder: tuple[Any, Any]) -> N
 def test_pixels_equal_those_of_a_processor_that_resizes_to_a_square_too(encoder: tuple[Any, Any]) -> None:
     image = make_data((1, 1, 1))[0].parts["train"][0].open_image()
     assert image.size[0] != image.size[1]
-    assert np.array_equal(_tokens(*encoder, [image], PX), patch_features(*encoder, [image]))
+    assert np.array_equal(patch_features(*at_size(*encoder, PX), [image]), patch_features(*encoder, [image]))
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
