@@ -546,9 +546,12 @@ def read_image_processor(name, config, **hub_options):
 def _pil_class(name):
     """Return the PIL class of an image processor by its plain name, or None if this transformers has none.
 
-    Kimi's has no PIL form, so its own class is returned where torchvision, which it needs, is installed.
+    timm's has one form. Kimi's has no PIL form, so its own class is returned where torchvision, which it needs, is.
     """
-    if transformers.__version__.startswith("4.") or (name == "Kimi_K25ImageProcessor" and is_torchvision_available()):
+    has_one_form = name == "TimmWrapperImageProcessor" or (
+        name == "Kimi_K25ImageProcessor" and is_torchvision_available()
+    )
+    if transformers.__version__.startswith("4.") or has_one_form:
         return getattr(transformers, name, None)
     return getattr(transformers, f"{name}Pil", None)
 

@@ -25,13 +25,12 @@ from pivot_hub.encoder.export import export_encoder
 from pivot_hub.encoder.feature_parts import FeatureParts
 from pivot_hub.encoder.image_shapes import parse_layer, require_squares
 from pivot_hub.encoder.repository import read_encoder, verify_repository
-from pivot_hub.errors import CardError, CheckpointError, DataError, PivotError
+from pivot_hub.errors import CheckpointError, DataError, PivotError
 from pivot_hub.explain.gradcam import gradient_map, token_maps
 from pivot_hub.explain.patch_features import patch_tokens, principal_colours, similarity
 from pivot_hub.mllm.build import build_mllm, read_processor
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.published_configs import part_config
-from pivot_hub.publish.card_render import _shape
 from tests.encoder.native_towers import TOWERS, WIDTH, write_tower
 
 SHAPES = [(60, 90), (120, 40), (64, 64), (30, 110), (100, 101), (90, 60), (50, 50)]
@@ -299,8 +298,6 @@ def test_what_needs_square_images_names_the_tower_and_the_remedy(
         with pytest.raises(PivotError, match=r"is a tower of native resolution; .*" + remedy):
             use()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(CardError, match=r"is a tower of native resolution; write its README\.md by hand"):
-        _shape(json.loads((towers["pixtral"] / "config.json").read_text()))
 
 
 def test_square_encoders_are_not_refused(parts: Path) -> None:
