@@ -6,15 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from pivot_hub import PivotVisionModel, extract_encoder
+from pivot_hub import PivotVisionModel, diff_towers, extract_encoder
 from pivot_hub.encoder.configuration_pivot import BACKBONES, MERGED
+from pivot_hub.encoder.encode import encode_folder
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.encoder.repository import verify_repository
+from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.families import FAMILIES
 from pivot_hub.mllm.vision_part import read_vision_part
 from tests.mllm.tiny_mllms import IMAGE_TOKEN, TINY, make_mllm
@@ -190,6 +193,51 @@ def test_only_the_tower_and_the_projector_are_read(source: Path, mllm: Any) -> N
     read = sum(t.numel() * t.element_size() for t in [*part.tower.state_dict().values(), *part.projector.values()])
     assert read == stored
     assert part.weights.total_bytes > stored
+
+
+def test_diff_tells_a_moved_tower_from_a_frozen_one(
+    name: str, source: Path, repository: Path, mllm: Any, tmp_path: Path
+) -> None:
+    assert diff_towers(source, repository).frozen
+
+    def train_all_but_the_tower(model: Any) -> None:
+        for part in (FAMILIES[model.config.model_type].language, FAMILIES[model.config.model_type].projector):
+            for parameter in getattr(model.model, part).parameters() if part else ():
+                parameter.data.add_(0.5)
+
+    make_mllm(tmp_path / "frozen", name, train_all_but_the_tower)
+    frozen = diff_towers(source, tmp_path / "frozen")
+    assert frozen.frozen
+    assert "the vision tower is frozen" in frozen.summary()
+
+    tower = FAMILIES[mllm.config.model_type].tower
+    keys = [k for k in getattr(mllm.model, tower).state_dict() if ".1." in k and k.endswith("weight")]
+
+    def train_the_tower(model: Any) -> None:
+        getattr(model.model, tower).get_parameter(keys[0]).data.add_(0.5)
+
+    make_mllm(tmp_path / "moved", name, train_the_tower)
+    moved = diff_towers(source, tmp_path / "moved")
+    assert not moved.frozen
+    assert moved.changed_blocks == 1
+
+
+def test_encode_writes_the_features_of_images_of_different_shapes(
+    name: str, encoder: Any, repository: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(2)
+    (tmp_path / "images").mkdir()
+    images = [_noise(size) for size in ((90, 60), (40, 120), (64, 64))]
+    for i, image in enumerate(images):
+        image.save(tmp_path / "images" / f"{i}.png")
+    if name in WITHOUT_PROCESSOR:
+        with pytest.raises(CheckpointError, match="has no form without torchvision"):
+            encode_folder(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
+        return
+    encode_folder(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
+    with torch.no_grad():
+        expected = encoder.forward_features(images).pooler_output
+    assert np.allclose(np.load(tmp_path / "features.npy"), expected.numpy(), atol=1e-5)
 
 
 # -- What enters each family's projector, as one map (H, W, D) for each image ------------------------------------------
