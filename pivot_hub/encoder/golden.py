@@ -128,14 +128,13 @@ def golden_distance(model: PivotVisionModel, golden: Path) -> float:
 
 
 @torch.no_grad()
-def replay(model: PivotVisionModel, golden: Path, layer: int | str, native: Any = None) -> torch.Tensor:
+def replay(model: PivotVisionModel, golden: Path, layer: int | str) -> torch.Tensor:
     """Encode the inputs of golden vectors again.
 
     Args:
         model: The encoder.
         golden: File of the golden vectors.
         layer: Feature layer.
-        native: Native model that encodes them in the place of the encoder's own.
 
     Returns:
         Features in the form of the stored ones, on the CPU in float32.
@@ -143,13 +142,12 @@ def replay(model: PivotVisionModel, golden: Path, layer: int | str, native: Any 
     inputs = {k: v for k, v in load_file(golden).items() if k not in FEATURES}
     prepared = _on_device(inputs, model)
     pixels = prepared.pop("pixel_values")
-    backbone = model.backbone if native is None else native
     if not model.is_native_resolution:
-        outputs = backbone(pixels, output_hidden_states=True)
+        outputs = model.backbone(pixels, output_hidden_states=True)
         return model._patch_tokens(select_features(outputs, layer)).float().cpu()
     layout = LAYOUTS[str(backbone_of(model.config.backbone_config).layout)]
     named = {a: prepared[n] for n, a in zip(layout.inputs, layout.arguments, strict=True)}
-    outputs = backbone(pixels, output_hidden_states=True, return_dict=True, **named)
+    outputs = model.backbone(pixels, output_hidden_states=True, return_dict=True, **named)
     return torch.cat([m.flatten(0, 1) for m in model.maps(outputs, layer, prepared)]).float().cpu()
 
 
