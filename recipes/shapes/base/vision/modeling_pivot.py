@@ -518,6 +518,8 @@ def read_image_processor(name, config, **hub_options):
     backbone = backbone_of(config)
     needed = backbone.image_processor
     default = _pil_class(needed)
+    if default is None and (needed != "Kimi_K25ImageProcessor" or is_torchvision_available()):
+        default = getattr(transformers, needed, None)  # the only form in transformers 5.0, of timm's, and of Kimi's
     try:
         values, _ = (default or BaseImageProcessor).get_image_processor_dict(name, **hub_options)
     except OSError as error:
@@ -544,14 +546,8 @@ def read_image_processor(name, config, **hub_options):
 
 
 def _pil_class(name):
-    """Return the PIL class of an image processor by its plain name, or None if this transformers has none.
-
-    timm's has one form. Kimi's has no PIL form, so its own class is returned where torchvision, which it needs, is.
-    """
-    has_one_form = name == "TimmWrapperImageProcessor" or (
-        name == "Kimi_K25ImageProcessor" and is_torchvision_available()
-    )
-    if transformers.__version__.startswith("4.") or has_one_form:
+    """Return the PIL class of an image processor by its plain name, or None if this transformers has none."""
+    if transformers.__version__.startswith("4."):
         return getattr(transformers, name, None)
     return getattr(transformers, f"{name}Pil", None)
 
