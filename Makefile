@@ -33,7 +33,7 @@ browser: setup  ## clicks through the Space in Chromium; the default suite does 
 	PIVOT_BROWSER=required $(PY) -m pytest -m "browser and (slow or not slow)"
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
-	$(PY) -m pytest -n $(PROCESSES) --dist loadgroup -m conformance -s tests/conformance
+	$(PY) -m pytest -n $(PROCESSES) --dist loadfile -m conformance -s tests/conformance
 
 lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/ruff check .

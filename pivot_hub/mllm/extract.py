@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pivot_hub import __version__
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
+from pivot_hub.encoder.configuration_pivot import backbone_of
 from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm.any_tower import public_name
@@ -62,6 +63,8 @@ def extract_encoder(
     part = read_vision_part(checkpoint, revision, progress)
     read, total = part.weights.bytes_read, part.weights.total_bytes
     log(f"{part.family.title}: read {read / 1e6:,.1f} MB of the checkpoint's {total / 1e6:,.1f} MB")
+    if part.family.tiles != "none" and backbone_of(part.tower.config).layout is None:
+        log(f"the MLLM cuts large images ({part.family.tiles}); the encoder alone takes the whole image as one square")
     if (Path(checkpoint) / "provenance.json").is_file():
         metadata = _stage_metadata(Path(checkpoint))
         default = _commands(metadata["provenance"]["mllm"])

@@ -17,7 +17,6 @@ class Family:
     Args:
         model_type: Model type of the MLLM's config.
         title: Name that people know it by.
-        example: Hub name of a released model.
         tower: Name of the vision tower in the model's inner module.
         projector: Name of the module between tower and language model; None where the tower contains it.
         language: Name of the language model in the inner module.
@@ -33,7 +32,6 @@ class Family:
 
     model_type: str
     title: str
-    example: str
     tower: str = "vision_tower"
     projector: str | None = "multi_modal_projector"
     language: str = "language_model"
@@ -79,11 +77,10 @@ def _gemma3_merge(config: Any) -> int:
     return int(side // round(config.mm_tokens_per_image**0.5))
 
 
-def _qwen(model_type: str, title: str, example: str, native_from: str | None) -> Family:
+def _qwen(model_type: str, title: str, native_from: str | None) -> Family:
     return Family(
         model_type,
         title,
-        example,
         tower="visual",
         projector=None,
         merge=_spatial_merge,
@@ -95,27 +92,24 @@ def _qwen(model_type: str, title: str, example: str, native_from: str | None) ->
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "LLaVA, and Pixtral", "llava-hf/llava-1.5-7b-hf", feature_layer=_selected_layer),
+        Family("llava", "LLaVA", feature_layer=_selected_layer),
         Family(
             "llava_next",
             "LLaVA-NeXT",
-            "llava-hf/llava-v1.6-mistral-7b-hf",
             feature_layer=_selected_layer,
             tiles="best resolution",
         ),
         Family(
             "llava_onevision",
             "LLaVA-OneVision",
-            "llava-hf/llava-onevision-qwen2-7b-ov-hf",
             feature_layer=_selected_layer,
             tiles="best resolution",
         ),
-        Family("paligemma", "PaliGemma", "google/paligemma2-3b-mix-224"),
-        Family("gemma3", "Gemma 3", "google/gemma-3-4b-it", merge=_gemma3_merge),
+        Family("paligemma", "PaliGemma"),
+        Family("gemma3", "Gemma 3", merge=_gemma3_merge),
         Family(
             "idefics3",
             "Idefics3",
-            "HuggingFaceM4/Idefics3-8B-Llama3",
             tower="vision_model",
             projector="connector",
             language="text_model",
@@ -125,7 +119,6 @@ FAMILIES = {
         Family(
             "smolvlm",
             "SmolVLM",
-            "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
             tower="vision_model",
             projector="connector",
             language="text_model",
@@ -135,21 +128,19 @@ FAMILIES = {
         Family(
             "internvl",
             "InternVL (-HF)",
-            "OpenGVLab/InternVL3-8B-hf",
             feature_layer=_internvl_layer,
             merge=lambda config: round(1 / config.downsample_ratio),
             tiles="tiles and thumbnail",
         ),
-        _qwen("qwen2_vl", "Qwen2-VL", "Qwen/Qwen2-VL-7B-Instruct", None),
-        _qwen("qwen2_5_vl", "Qwen2.5-VL", "Qwen/Qwen2.5-VL-7B-Instruct", "5.23"),
-        _qwen("qwen3_vl", "Qwen3-VL", "Qwen/Qwen3-VL-8B-Instruct", "5.17"),
-        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "Qwen/Qwen3-VL-30B-A3B-Instruct", "5.17"),
-        _qwen("qwen3_5", "Qwen3.5", "Qwen/Qwen3.5-9B", "5.17"),
-        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "Qwen/Qwen3.5-35B-A3B", "5.17"),
+        _qwen("qwen2_vl", "Qwen2-VL", None),
+        _qwen("qwen2_5_vl", "Qwen2.5-VL", "5.23"),
+        _qwen("qwen3_vl", "Qwen3-VL", "5.17"),
+        _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "5.17"),
+        _qwen("qwen3_5", "Qwen3.5", "5.17"),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "5.17"),
         Family(
             "glm4v",
             "GLM-4V",
-            "zai-org/GLM-4.1V-9B-Thinking",
             tower="visual",
             projector=None,
             merge=_spatial_merge,
@@ -159,7 +150,6 @@ FAMILIES = {
         Family(
             "glm4v_moe",
             "GLM-4.5V",
-            "zai-org/GLM-4.5V",
             tower="visual",
             projector=None,
             merge=_spatial_merge,
@@ -169,14 +159,12 @@ FAMILIES = {
         Family(
             "mistral3",
             "Mistral 3",
-            "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
             feature_layer=_selected_layer,
             merge=lambda config: int(config.spatial_merge_size),
         ),
         Family(
             "gemma4",
             "Gemma 4",
-            "google/gemma-4-E4B-it",
             projector="embed_vision",
             merge=lambda config: int(config.vision_config.pooling_kernel_size),
             native_from="5.17",
@@ -184,14 +172,12 @@ FAMILIES = {
         Family(
             "lfm2_vl",
             "LFM2-VL",
-            "LiquidAI/LFM2-VL-1.6B",
             merge=lambda config: int(config.downsample_factor),
             tiles="tiles and thumbnail",
         ),
         Family(
             "kimi_k25",
             "Kimi K2.5",
-            "moonshotai/Kimi-K2.5",
             projector="mm_projector",
             merge=lambda config: int(config.vision_config.merge_kernel_size[0]),
             native_from="5.17",
@@ -199,7 +185,6 @@ FAMILIES = {
         Family(
             "mllama",
             "Llama 3.2 Vision",
-            "meta-llama/Llama-3.2-11B-Vision-Instruct",
             tower="vision_model",
             tiles="tiles of one map",
             image_tokens=False,

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    FineGrainedFP8Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file
 
 from pivot_hub.encoder.configuration_pivot import BACKBONES, check_sizes, native_config
@@ -19,6 +25,7 @@ from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.families import REMOTE_CODE_FAMILIES, Family, family_of
 from pivot_hub.mllm.weight_files import Progress, StoredTensor, WeightFiles
 
+SCALE = "_scale_inv"  # ends the names of the scales of weights in FP8
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -116,17 +123,14 @@ def read_vision_part(
     weights = WeightFiles(name, revision)
     keys = [key for key in weights.keys() if _is_vision(key, family, with_projector)]  # noqa: SIM118
     stored = weights.describe(keys)
-    quantised = getattr(config, "quantization_config", None)
-    dtype = _stored_dtype(name, stored, quantised)
-    if quantised is not None:  # the language model alone is quantised
-        del config.quantization_config
+    options = _loading_options(name, stored, config)
     tensors = weights.read(keys, progress)
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     projector_name = family.projector if with_projector else None
     kept = (family.tower, projector_name)
     try:
         model, info = _without_language_model(model_class, kept).from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=tensors, output_loading_info=True, **options
         )
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{name}: its vision tower cannot be loaded: {loading_problem(name, error)}.") from error
@@ -163,24 +167,33 @@ def _is_vision(key: str, family: Family, with_projector: bool) -> bool:
     return bool({"vision_tower", "visual", "vision_model", family.tower, family.projector} & set(names))
 
 
-def _stored_dtype(name: str | Path, stored: dict[str, StoredTensor], quantised: Any) -> torch.dtype:
-    """Return the type of most of the tensors.
+def _loading_options(name: str | Path, stored: dict[str, StoredTensor], config: Any) -> dict[str, Any]:
+    """Return the type that the tower is loaded in, that of most of its tensors, and how it is dequantised.
+
+    A tower in FP8 is dequantised by transformers. Where only the language model is quantised, the config's entry is
+    deleted, so that transformers does not quantise the tower.
 
     Raises:
-        CheckpointError: There are none, or the tower is quantised.
+        CheckpointError: There are no tensors, or the tower is quantised in another way.
     """
     if not stored:
         raise CheckpointError(f"{name}: holds no weights of a vision tower; give the whole checkpoint.")
-    counts = Counter(tensor.dtype for tensor in stored.values())
-    other = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
-    if other:
-        settings = quantised if isinstance(quantised, dict) else getattr(quantised, "to_dict", dict)()
-        method = str(settings.get("quant_method", "an unknown method"))
-        raise CheckpointError(
-            f"{name}: its vision tower is quantised ({method}, {other[0]} first); give the checkpoint that it was "
-            "quantised from, or dequantise it with transformers, model.dequantize(), and save that."
-        )
-    return counts.most_common(1)[0][0]
+    counts = Counter(t.dtype for key, t in stored.items() if t.dtype in FLOATS and not key.endswith(SCALE))
+    quantised = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
+    method = str(settings.get("quant_method", "an unknown method"))
+    options: dict[str, Any] = {"dtype": counts.most_common(1)[0][0] if counts else torch.bfloat16}
+    if not quantised:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return options
+    if method == "fp8" and all(f"{key.removesuffix('.weight')}.weight{SCALE}" in stored for key in quantised):
+        return options | {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    raise CheckpointError(
+        f"{name}: its vision tower is quantised ({method}, {quantised[0]} first); give the checkpoint that it was "
+        "quantised from, or dequantise it with transformers, model.dequantize(), and save that."
+    )
 
 
 def _without_language_model(model_class: Any, kept: tuple[str | None, ...]) -> Any:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from pivot_hub.files import write_json
 from tests.conformance.environment import ROOT, TORCHVISION, make_overlay, run
 from tests.conformance.repositories import write_one
-from tests.conformance.table import RESULTS, write_results
 from tests.encoder.originals import ORIGINALS, make_vision
 
 
@@ -62,12 +62,12 @@ def timm_repository(overlay: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture(scope="session")
-def record() -> Iterator[dict[str, Any]]:
-    """The suite's results by software. They are written to the file of the README's table if the run was complete."""
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """The results of a test file by software. They are written to its RESULTS if all of its SOFTWARE was tried."""
     results: dict[str, Any] = {}
     yield results
     conditions = {name: metadata["versions"] for name, metadata in results.items()}
     print(f"\nconformance: {json.dumps(conditions)}", file=sys.stderr)  # the output of a worker process is not shown
-    if len(results) == RESULTS:
-        write_results(results)
+    if set(results) == set(request.module.SOFTWARE):
+        write_json(request.module.RESULTS, dict(sorted(results.items())))

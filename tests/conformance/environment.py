@@ -10,6 +10,7 @@ from importlib.metadata import files
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("PIVOT_CONFORMANCE", ROOT / ".conformance"))
@@ -34,8 +35,14 @@ def make_environment(name: str, *requirements: str, without: str | None = None) 
     wanted = " ".join((f"torch=={TORCH}", "pillow", "numpy", *requirements))
     folder = FOLDER / name
     python = folder / "bin" / "python"
-    if _is_complete(folder, wanted):
-        return python
+    with _lock(name):
+        if _is_complete(folder, wanted):
+            return python
+        _create(folder, python, wanted, without)
+    return python
+
+
+def _create(folder: Path, python: Path, wanted: str, without: str | None) -> None:
     _call(sys.executable, "-m", "venv", folder)
     packages = Path(torch.__file__).parents[1]
     (target,) = (folder / "lib").glob("python*/site-packages")
@@ -45,16 +52,16 @@ def make_environment(name: str, *requirements: str, without: str | None = None) 
     if without is not None:
         _call(python, "-m", "pip", "uninstall", "--quiet", "--yes", without)
     (folder / "requirements").write_text(wanted)
-    return python
 
 
 def make_overlay(name: str, *requirements: str) -> Path:
     """Install packages without their dependencies in a folder for PYTHONPATH, and return the folder."""
     wanted = " ".join(requirements)
     folder = FOLDER / name
-    if not _is_complete(folder, wanted):
-        _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *requirements)
-        (folder / "requirements").write_text(wanted)
+    with _lock(name):
+        if not _is_complete(folder, wanted):
+            _call(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *requirements)
+            (folder / "requirements").write_text(wanted)
     return folder
 
 
@@ -72,6 +79,12 @@ def make_node(name: str, *requirements: str) -> Path | None:
         _call(npm, "install", *options, *requirements)
         (folder / "requirements").write_text(wanted)
     return folder
+
+
+def _lock(name: str) -> FileLock:
+    """Return the lock of an environment, which the processes of a run share."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    return FileLock(FOLDER / f"{name}.lock")
 
 
 def _call(*command: str | Path) -> None:

@@ -10,21 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pivot_hub.files import write_json, write_whole
+from pivot_hub.files import write_whole
 from tests.conformance.environment import ROOT
 from tests.encoder.originals import ORIGINALS
 
-FILE = Path(__file__).with_name("results.json")
+RESULTS = Path(__file__).with_name("results.json")
 README = ROOT / "README.md"
 BEGIN, END = "<!-- loading paths: python -m tests.conformance.table -->", "<!-- end of loading paths -->"
-TOWERS = "towers in "  # begins the names of the results of MLLMs' towers
-RESULTS = 11  # four versions of transformers, for encoders and for towers; optimum-onnx, optimum-intel, Node
 LOADING_PATHS = {"native": "AutoModel", "remote": "remote code", "package": "package", "llava": "LLaVA"}
-
-
-def write_results(results: dict[str, Any]) -> None:
-    """Write the results of a complete run of the suite."""
-    write_json(FILE, dict(sorted(results.items())))
 
 
 def render(results: dict[str, Any]) -> str:
@@ -34,7 +27,7 @@ def render(results: dict[str, Any]) -> str:
     backbone's repository, how many versions do, or why none does.
     """
     transformers = {name: metadata for name, metadata in results.items() if name.startswith("transformers-")}
-    others = {n: metadata for n, metadata in results.items() if n not in transformers and not n.startswith(TOWERS)}
+    others = {name: metadata for name, metadata in results.items() if name not in transformers}
     versions = [metadata["versions"]["transformers"] for metadata in transformers.values()]
     versions.sort(key=lambda version: [int(part) for part in version.split(".")])
     titles = ["backbone", *LOADING_PATHS.values(), *(_title(metadata) for metadata in others.values())]
@@ -88,4 +81,4 @@ def replace_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -
 
 
 if __name__ == "__main__":
-    write_whole(README, replace_table(README.read_text(), render(json.loads(FILE.read_text()))))
+    write_whole(README, replace_table(README.read_text(), render(json.loads(RESULTS.read_text()))))

@@ -17,7 +17,6 @@ from tests.publish.hub_server import hub_server
 from tests.publish.publishable import PROSE, make_publishable
 
 NAME = "pivot/siglip2-so400m"
-pytestmark = pytest.mark.xdist_group("transformers")  # the environments are made once
 OLDEST_CLIENT = next(d.partition(">=")[2] for d in DEPENDENCIES if d.startswith("huggingface_hub")) + ".0"
 
 

@@ -29,7 +29,6 @@ from tests.test_real_files import REAL
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTED = "tests.conformance.vqa_tasks"
-pytestmark = pytest.mark.xdist_group("lmms-eval")  # its environment is made once, beside the others
 # The task file that the README shows as an example.
 TASK = (ROOT / "README.md").read_text().split("```yaml\ntask: signs\n")[1].split("```")[0]
 

@@ -18,8 +18,8 @@ from transformers import AutoModel
 
 from pivot_hub.encoder.export import export_encoder
 from pivot_hub.encoder.repository import read_encoder
-from tests.conformance.environment import ROOT, make_environment, make_node, run
-from tests.conformance.table import FILE, README, render, replace_table
+from tests.conformance.environment import ROOT, TORCHVISION, make_environment, make_node, run
+from tests.conformance.table import README, RESULTS, render, replace_table
 from tests.encoder.originals import IMAGE_PX, ORIGINALS
 
 DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -37,7 +37,7 @@ WITH_PACKAGE = ("transformers-5-oldest", "transformers-5-newest")
 MAPS = "timm gives maps, LLaVA takes tokens"
 NODE_PACKAGE = "@huggingface/transformers@4"
 SCRIPT = Path(__file__).with_name("loading_paths.py")
-pytestmark = pytest.mark.xdist_group("transformers")  # the environments are made once
+SOFTWARE = (*TRANSFORMERS, "optimum", "optimum-intel", "transformers.js")  # see the fixture `record`
 
 
 @pytest.mark.conformance
@@ -110,6 +110,30 @@ def test_optimums_export_gives_the_same_features(repositories: Path, record: dic
 
 
 @pytest.mark.conformance
+def test_optimum_intels_export_gives_the_same_features(
+    repositories: Path, record: dict[str, Any], tmp_path: Path
+) -> None:
+    # PyPI's torchvision, which optimum-intel names and does not need here, does not load beside a CPU build of torch.
+    python = make_environment("openvino", "optimum-intel==2.2.0", TORCHVISION, without="torchvision")
+    run(python, Path(__file__).with_name("openvino_export.py"), repositories, tmp_path / "exported")
+    reasons = json.loads((tmp_path / "exported" / "reasons.json").read_text())
+    results: dict[str, Any] = {}
+    for kind in sorted(p.name for p in repositories.iterdir() if p.is_dir()):
+        if kind in reasons:
+            assert "unsupported architecture" in reasons[kind], reasons[kind]
+            results[kind] = {"reason": "not in its table"}
+            continue
+        pixels = load_file(repositories / kind / "golden.safetensors")["pixel_values"]
+        with torch.no_grad():
+            expected = AutoModel.from_pretrained(repositories / kind).eval()(pixels).last_hidden_state.numpy()
+        difference = float(np.abs(np.load(tmp_path / "exported" / f"{kind}.npy") - expected).max())
+        results[kind] = {"difference": difference}
+        assert difference < 1e-3, kind
+    assert {k for k, v in results.items() if "difference" in v} >= {"clip"}
+    record["optimum-intel"] = {"versions": {"optimum-intel": "2.2.0"}, "results": results}
+
+
+@pytest.mark.conformance
 def test_node_reads_the_export(originals: Path, record: dict[str, Any], tmp_path: Path) -> None:
     """The npm package @huggingface/transformers loads our export, and with its own image processor gives our features.
 
@@ -153,4 +177,4 @@ def test_node_reads_the_export(originals: Path, record: dict[str, Any], tmp_path
 
 def test_the_readmes_table_is_that_of_the_results() -> None:
     readme = README.read_text()
-    assert replace_table(readme, render(json.loads(FILE.read_text()))) == readme
+    assert replace_table(readme, render(json.loads(RESULTS.read_text()))) == readme

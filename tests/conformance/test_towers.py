@@ -1,4 +1,4 @@
-"""The towers of MLLMs, loaded by every loading path, by timm, and exported by optimum-intel."""
+"""The towers of MLLMs, loaded by every loading path, and timm's own architectures on the same weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 from pivot_hub import PivotVisionModel, extract_encoder
 from pivot_hub.encoder.configuration_pivot import BACKBONES
@@ -19,14 +17,14 @@ from pivot_hub.encoder.golden import FEATURES
 from pivot_hub.encoder.modeling_pivot import select_features
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.mllm.families import FAMILIES
-from tests.conformance.environment import ROOT, TORCHVISION, make_environment, run
-from tests.conformance.table import FILE, README, TOWERS, replace_table
+from tests.conformance.environment import ROOT, make_environment, run
+from tests.conformance.table import README, replace_table
 from tests.conformance.test_loading_paths import TRANSFORMERS, WITH_PACKAGE
-from tests.conformance.towers_table import render_towers
+from tests.conformance.towers_table import RESULTS, render_towers
 from tests.mllm.tiny_mllms import TINY, make_mllm
 
 SCRIPT = Path(__file__).with_name("tower_paths.py")
-pytestmark = pytest.mark.xdist_group("transformers")  # the environments are made once
+SOFTWARE = (*TRANSFORMERS,)  # see the fixture `record`
 # What transformers itself does otherwise in a release; the encoder's features there are those of its MLLM there.
 OWN_POSITIONS = {("4.57.6", "idefics3"), ("4.57.6", "smolvlm")}
 
@@ -64,7 +62,7 @@ def test_every_tower_loads_where_transformers_has_its_class(
     run(python, SCRIPT, towers, tmp_path / "towers.json", *package, path=str(ROOT) if package else "")
     report = json.loads((tmp_path / "towers.json").read_text())
     version = report["versions"]["transformers"]
-    record[f"{TOWERS}{environment}"] = report
+    record[environment] = report
     assert set(report["results"]) == {name.replace(" ", "-") for name in TINY}
     for name in TINY:
         outcomes, family = report["results"][name.replace(" ", "-")], FAMILIES[TINY[name].model_type]
@@ -101,30 +99,6 @@ def test_timms_own_architectures_give_the_same_features(towers: Path, overlay: P
         assert outcome["difference"] < 1e-5 * outcome["scale"], name
 
 
-@pytest.mark.conformance
-def test_optimum_intels_export_gives_the_same_features(
-    repositories: Path, record: dict[str, Any], tmp_path: Path
-) -> None:
-    # PyPI's torchvision, which optimum-intel names and does not need here, does not load beside a CPU build of torch.
-    python = make_environment("openvino", "optimum-intel==2.2.0", TORCHVISION, without="torchvision")
-    run(python, Path(__file__).with_name("openvino_export.py"), repositories, tmp_path / "exported")
-    reasons = json.loads((tmp_path / "exported" / "reasons.json").read_text())
-    results: dict[str, Any] = {}
-    for kind in sorted(p.name for p in repositories.iterdir() if p.is_dir()):
-        if kind in reasons:
-            assert "unsupported architecture" in reasons[kind], reasons[kind]
-            results[kind] = {"reason": "not in its table"}
-            continue
-        pixels = load_file(repositories / kind / "golden.safetensors")["pixel_values"]
-        with torch.no_grad():
-            expected = AutoModel.from_pretrained(repositories / kind).eval()(pixels).last_hidden_state.numpy()
-        difference = float(np.abs(np.load(tmp_path / "exported" / f"{kind}.npy") - expected).max())
-        results[kind] = {"difference": difference}
-        assert difference < 1e-3, kind
-    assert {k for k, v in results.items() if "difference" in v} >= {"clip"}
-    record["optimum-intel"] = {"versions": {"optimum-intel": "2.2.0"}, "results": results}
-
-
 def test_the_readmes_table_of_families_is_that_of_the_results() -> None:
     readme = README.read_text()
-    assert replace_table(readme, *render_towers(json.loads(FILE.read_text()))) == readme
+    assert replace_table(readme, *render_towers(json.loads(RESULTS.read_text()))) == readme

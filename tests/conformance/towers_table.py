@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -13,9 +14,10 @@ from transformers import CONFIG_MAPPING
 from pivot_hub.encoder.configuration_pivot import BACKBONES, LAST
 from pivot_hub.files import write_whole
 from pivot_hub.mllm.families import FAMILIES
-from tests.conformance.table import FILE, README, TOWERS, replace_table
+from tests.conformance.table import README, replace_table
 from tests.mllm.tiny_mllms import TINY
 
+RESULTS = Path(__file__).with_name("towers.json")
 BEGIN = "<!-- families: python -m tests.conformance.towers_table -->"
 END = "<!-- end of families -->"
 
@@ -26,7 +28,7 @@ def render_towers(results: dict[str, Any]) -> tuple[str, str, str]:
     Returns:
         The table as Markdown, and the markers that enclose it.
     """
-    reports = {r["versions"]["transformers"]: r["results"] for n, r in results.items() if n.startswith(TOWERS)}
+    reports = {r["versions"]["transformers"]: r["results"] for r in results.values()}
     versions = sorted(reports, key=lambda version: [int(part) for part in version.split(".")])
     lines = [
         f"Tested in transformers {', '.join(versions)}:",
@@ -46,10 +48,9 @@ def render_towers(results: dict[str, Any]) -> tuple[str, str, str]:
         side = family.merge(config)
         native = BACKBONES[tower].layout is not None
         tokens = "cross attention" if not family.image_tokens else f"{side} x {side}"
+        title = {"llava": "LLaVA", "llava with pixtral": "Pixtral"}.get(name, family.title)
         cells = [
-            f"{family.title} (`{recipe.model_type}`)"
-            if name == recipe.model_type
-            else f"Pixtral (`{recipe.model_type}`)",
+            f"{title} (`{recipe.model_type}`)",
             f"`{tower}`{', native resolution' if native else ''}",
             entered,
             tokens,
@@ -69,4 +70,4 @@ def _where(name: str, loading_path: str, reports: dict[str, Any], versions: list
 
 
 if __name__ == "__main__":
-    write_whole(README, replace_table(README.read_text(), *render_towers(json.loads(FILE.read_text()))))
+    write_whole(README, replace_table(README.read_text(), *render_towers(json.loads(RESULTS.read_text()))))

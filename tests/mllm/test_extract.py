@@ -247,6 +247,26 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_with_its_remedy(name: str, 
     assert [f for f in tmp_path.iterdir() if f.name != "model"] == []
 
 
+def test_a_tower_in_fp8_is_dequantised(tmp_path: Path) -> None:
+    make_mllm(tmp_path / "model", "qwen3_vl", lambda model: model.to(torch.bfloat16))
+    expected = PivotVisionModel.from_pretrained(extract_encoder(tmp_path / "model", tmp_path / "expected"))
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    for key in [k for k, w in weights.items() if ".blocks." in k and w.dim() == 2]:
+        scale = weights[key].float().abs().max() / 448
+        weights[f"{key}_scale_inv"] = scale.reshape(1, 1)
+        weights[key] = (weights[key].float() / scale).to(torch.float8_e4m3fn)
+    save_file(weights, file, metadata={"format": "pt"})
+    edit_config(tmp_path / "model", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    repository = extract_encoder(tmp_path / "model", tmp_path / "encoder")
+    assert verify_repository(repository) == []
+    assert {t.dtype for t in load_file(repository / "model.safetensors").values()} == {torch.bfloat16}
+    dequantised = PivotVisionModel.from_pretrained(repository)
+    for key, weight in expected.state_dict().items():
+        other = dequantised.state_dict()[key].float()
+        assert (other - weight.float()).norm() <= 0.05 * weight.float().norm(), key
+
+
 def test_a_quantised_language_model_is_no_obstacle(copy: Path, tmp_path: Path) -> None:
     edit_config(copy, quantization_config={"quant_method": "awq", "modules_to_not_convert": ["vision_tower"]})
     assert verify_repository(extract_encoder(copy, tmp_path / "encoder")) == []

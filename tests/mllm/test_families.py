@@ -162,6 +162,18 @@ def test_an_image_becomes_as_many_tokens_as_the_table_says(
     assert counts == expected
 
 
+def test_positions_and_tiles_are_as_the_table_says(mllm: Any, source: Path, tmp_path: Path) -> None:
+    family = FAMILIES[mllm.config.model_type]
+    assert (family.positions == "mrope") == hasattr(mllm.model, "get_rope_index")
+    lines: list[str] = []
+    extract_encoder(source, tmp_path / "encoder", log=lines.append)
+    assert lines[0].startswith(f"{family.title}: read ")
+    is_square = BACKBONES[mllm.config.vision_config.model_type].layout is None
+    assert any("takes the whole image as one square" in line for line in lines) == (
+        is_square and family.tiles != "none"
+    )
+
+
 def test_merged_tokens_and_the_layers_below_have_names(
     mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor], repository: Path
 ) -> None:
