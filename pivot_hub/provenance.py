@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from pivot_hub import __version__
 from pivot_hub.files import write_whole
+from pivot_hub.outputs import is_bystander
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "huggingface_hub", "safetensors")
 
@@ -109,8 +110,12 @@ def source_commit() -> str | None:
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> None:
-    """Write provenance.json: the metadata, the hash of every other file in the folder, and its own hash."""
+    """Write provenance.json: the metadata, the hash of every other file in the folder, and its own hash.
+
+    Files of git, the Hub's client and file managers are left out.
+    """
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "provenance.json")
+    files = [f for f in files if not is_bystander(f.relative_to(folder).as_posix())]
     provenance = {**metadata, "files": {str(f.relative_to(folder)): file_sha256(f) for f in files}}
     provenance["sha256"] = hashlib.sha256(manifest_text(provenance, with_hash=False).encode()).hexdigest()
     write_whole(folder / "provenance.json", manifest_text(provenance))

@@ -138,7 +138,7 @@ class DemoService:
         info = self.info(state)
         if state.layer > info.layers:
             raise DataError(f"layer is {state.layer}: it must be between 0 and {info.layers}, the last layer of both.")
-        image = _reduced(read_upload(Path(upload))) if upload else state.load_image()
+        image = _reduced(read_upload(Path(upload), side_px=3 * UPLOAD_SIDE_PX)) if upload else state.load_image()
         notes = []
         if image is None:
             subject = _scene_subject(info, state)

@@ -427,6 +427,12 @@ def test_uploads(tmp_path: Path) -> None:
     turned = read_upload(tmp_path / "turned.jpg")
     assert turned.size == (40, 60)
     assert turned.getpixel((20, 5))[2] > 150, "the left half is at the top after the rotation"  # type: ignore[index]
+    large = image.resize((2400, 1600), Image.Resampling.NEAREST)
+    large.save(tmp_path / "large.jpg", exif=exif, quality=95)
+    assert read_upload(tmp_path / "large.jpg").size == (1600, 2400)
+    part = read_upload(tmp_path / "large.jpg", side_px=500)  # decoded at half its size, not at a quarter
+    assert part.size == (800, 1200)
+    assert part.getpixel((400, 100))[2] > 150  # type: ignore[index]
     image.convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     printed = read_upload(tmp_path / "print.jpg")
     assert printed.mode == "RGB"

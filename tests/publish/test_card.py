@@ -212,8 +212,14 @@ def test_numbers_of_the_paper_stay_out_of_the_metadata() -> None:
 
 def test_a_written_card_is_in_the_manifest_and_a_changed_number_is_detected(encoder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(encoder, tmp_path / "tiny-dpo"))
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (folder / ".DS_Store").write_text("x")
     assert write_card(folder, make_prose())
     assert not write_card(folder, make_prose())
+    listed = json.loads((folder / "provenance.json").read_text())["files"]
+    assert "README.md" in listed
+    assert not {".git/HEAD", ".DS_Store"} & listed.keys()
     assert verify_repository(folder) == []
     assert card_problems(folder) == []
     with Image.open(folder / FIGURE) as figure:
