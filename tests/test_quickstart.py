@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from pivot_hub.cli import main
 from pivot_hub.encoder.repository import verify_repository
+from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import Sizes
 from pivot_hub.publish.card_check import card_problems
 from pivot_hub.quickstart import push_quickstart, run_quickstart
@@ -75,8 +76,13 @@ def test_both_encoders_have_their_cards(output: Path) -> None:
     for name in ("sft", "dpo"):
         folder = output / "hub" / "pivot" / f"shapes-{name}"
         assert card_problems(folder) == []
-        assert sorted(f.name for f in (folder / "results").iterdir()) == ["base.json", "dpo.json", "sft.json"]
+        results = {f.name for f in (folder / "results").iterdir()}
+        assert results == {"base.json", "dpo.json", f"{name}-native.json", "sft.json"}
+        native = read_results(folder / "results" / f"{name}-native.json")
+        assert {(r.encoder, r.feature_layer) for r in native} == {(name, "last_hidden_state")}
         card = ModelCard((folder / "README.md").read_text())
+        assert f"| {name}, `last_hidden_state` |" in card.text
+        assert "Both are measured under Results." in card.text
         assert card.data.get("base_model") == "pivot/shapes-base"
         values[name] = [r.metric_value for r in card.data.get("eval_results")]
         report = json.loads((output / "report.json").read_text())["results"]

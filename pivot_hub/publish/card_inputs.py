@@ -127,11 +127,12 @@ def read_metadata(folder: str | Path) -> EncoderMetadata:
         CardError: A file is missing or cannot be read.
     """
     path = Path(folder)
-    has_recipe = (path / "recipe.yaml").is_file() or "source" not in _read_mapping(path / "provenance.json")
+    config, provenance = _read_mapping(path / "config.json"), _read_mapping(path / "provenance.json")
+    has_recipe = (path / "recipe.yaml").is_file() or "source" not in provenance
     results = [r for file in sorted((path / "results").glob("*.json")) for r in _read_results(file)]
     return EncoderMetadata(
-        config=_read_mapping(path / "config.json"),
-        provenance=_read_mapping(path / "provenance.json"),
+        config=config,
+        provenance=provenance,
         recipe=_read_mapping(path / "recipe.yaml") if has_recipe else {},
         results=results,
         report=_read_mapping(path / "report.json") if (path / "report.json").is_file() else None,
