@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 
 from pivot_hub.encoder.configuration_pivot import PivotVisionConfig, backbone_of
@@ -85,7 +86,7 @@ def refuse_native(name: str | Path, what: str, remedy: str, revision: str | None
     """
     try:
         config = PivotVisionConfig.from_pretrained(str(name), revision=revision or "main")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError):
         return
     require_squares(config, name, what, remedy)
 

@@ -46,7 +46,7 @@ LOADING_ERRORS = (
     StrictDataclassError,
     SafetensorError,
 )
-# Hashes of the two code files in every version of this package; those of the running version are known besides.
+# Hashes of the code files in every version of this package; those of the running version are known besides.
 KNOWN_CODE: dict[str, list[str]] = json.loads(Path(__file__).with_name("known_code.json").read_text())
 # The files that a repository may hold. None of them but the code runs anything when it is loaded.
 KINDS = (

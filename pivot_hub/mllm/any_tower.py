@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
-from pivot_hub.encoder.modeling_pivot import read_image_processor
+from pivot_hub.encoder.modeling_pivot import read_image_processor, refuse_config
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.families import FAMILIES, REMOTE_CODE_FAMILIES
 from pivot_hub.mllm.preprocessors import encoder_preprocessor
-from pivot_hub.mllm.vision_part import FLOATS, VisionPart, read_vision_part
-from pivot_hub.mllm.weight_files import Progress, WeightFiles
+from pivot_hub.mllm.vision_part import HUB_NAME, VisionPart, read_vision_part
+from pivot_hub.mllm.weight_files import Progress, WeightFiles, widest_dtype
 from pivot_hub.outputs import scratch_folder
 from pivot_hub.provenance import tensors_sha256
 
@@ -76,8 +76,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def public_name(name: str) -> str:
     """Return a Hub name as it is, and of a folder its own name without its path."""
-    path = Path(name)
-    return path.resolve().name if path.is_dir() else path.name if path.is_absolute() else name
+    if Path(name).is_dir():
+        return Path(name).resolve().name
+    return name if HUB_NAME.fullmatch(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def read_tower(
@@ -106,9 +107,11 @@ def read_tower(
     if not values or model_type in FAMILIES or model_type in REMOTE_CODE_FAMILIES:
         part = read_vision_part(name, revision, progress, with_projector=False)  # names what is wrong where all is
         return tower_of_part(part, revision)
-    weights = WeightFiles(name, revision)
     try:
-        encoder = PivotVisionModel.from_pretrained(str(name), dtype=_stored_dtype(weights), revision=revision)
+        refuse_config(values, str(name))  # before any header of the weights is read
+        weights = WeightFiles(name, revision)
+        dtype = widest_dtype(weights.describe(weights.keys()).values())
+        encoder = PivotVisionModel.from_pretrained(str(name), dtype=dtype, revision=revision)
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{name}: is neither an MLLM of the table nor an encoder that can be loaded: "
@@ -153,7 +156,7 @@ def tower_of_part(part: VisionPart, revision: str | None = None) -> AnyTower:
 def _encoder_of_part(part: VisionPart, revision: str | None) -> PivotVisionModel:
     """Wrap the tower of an MLLM, with the image processor that its extracted encoder would have."""
     name = part.weights.name
-    preprocessor = encoder_preprocessor(name, part, revision)
+    preprocessor, _ = encoder_preprocessor(name, part, revision)
     encoder = PivotVisionModel(PivotVisionConfig(part.tower.config), part.tower).eval()
     try:
         with scratch_folder("pivot-preprocessor") as folder:
@@ -176,13 +179,6 @@ def with_processor(encoder: PivotVisionModel) -> PivotVisionModel:
     except LOADING_ERRORS as error:
         raise CheckpointError(str(error)) from error
     return encoder
-
-
-def _stored_dtype(weights: WeightFiles) -> torch.dtype:
-    """Return the type of most of the tensors, for a model whose values should be read as they are stored."""
-    keys = weights.keys()
-    counts = Counter(t.dtype for t in weights.describe(keys).values() if t.dtype in FLOATS)
-    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def same_model(a: str | Path, b: str | Path, revision_a: str | None, revision_b: str | None) -> bool:

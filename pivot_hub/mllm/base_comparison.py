@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -40,6 +41,10 @@ def base_comparison(
         return _not_compared(reason)
     base = names[0]
     shown = public_name(base)
+    # The card of a stranger's repository names no folder of this machine.
+    if Path(base).is_dir() and not Path(part.weights.name).is_dir():
+        log(f"not compared with its base model {shown}: its card names a folder")
+        return _not_compared(f"{shown}: its card names a folder")
     if same_model(base, part.weights.name, None, revision):
         log(f"not compared with {shown}: its card names the model itself")
         return _not_compared("its card names the model itself as its base")

@@ -238,8 +238,14 @@ def compare_towers(a: AnyTower, b: AnyTower) -> TowerDiff:
     changes: dict[str, float] = {}
     squares: dict[str, tuple[float, float]] = {}
     for name in names:
-        first, other = (values[name].cpu().to(dtype) for values in (tensors, others))
-        if torch.equal(first, other):
+        stored, stored_other = tensors[name].cpu(), others[name].cpu()
+        first, other = stored.to(dtype), stored_other.to(dtype)
+        # float16 and bfloat16 hold values that the other does not, so that a copy is equal in one direction only.
+        if (
+            torch.equal(first, other)
+            or torch.equal(stored.to(stored_other.dtype), stored_other)
+            or torch.equal(stored, stored_other.to(stored.dtype))
+        ):
             squares[name] = (0.0, first.double().square().sum().item())
         else:
             difference = (first.double() - other.double()).square().sum().item()
@@ -264,7 +270,7 @@ def compare_towers(a: AnyTower, b: AnyTower) -> TowerDiff:
 def _check_architectures(
     a: AnyTower, tensors: Mapping[str, torch.Tensor], b: AnyTower, others: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """Return the tensors of a pooling head that only one tower has, and refuse any other difference of names or shapes.
+    """Return the tensors of a pooling head or of further blocks that only one tower has; refuse other differences.
 
     Raises:
         CheckpointError: The towers differ; the message names the first difference.
@@ -275,7 +281,10 @@ def _check_architectures(
         for name in one
         if name not in two
     ]
-    wrong = [f"only {owner.name} has {name}" for name, owner in absent if not name.startswith(POOLING)]
+    deeper = {name for name, owner in absent if _is_further_block(name, others if owner is a else tensors)}
+    wrong = [
+        f"only {owner.name} has {name}" for name, owner in absent if not name.startswith(POOLING) and name not in deeper
+    ]
     wrong += [
         f"{name} is {_shape(tensors[name])} in one and {_shape(others[name])} in the other"
         for name in tensors
@@ -288,6 +297,15 @@ def _check_architectures(
             "and the one that it was trained from."
         )
     return [name for name, _ in absent]
+
+
+def _is_further_block(name: str, others: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a tensor is of a block above all blocks of the other tower, whose last layers were cut off."""
+    match = NUMBER.match(name)
+    if match is None:
+        return False
+    numbers = [int(m["number"]) for m in map(NUMBER.match, others) if m and m["series"] == match["series"]]
+    return bool(numbers) and int(match["number"]) > max(numbers)
 
 
 def _parts(names: list[str]) -> dict[tuple[str, int | None], list[str]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils.hub import cached_file
 
 from pivot_hub import __version__
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
-from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.encoder.configuration_pivot import backbone_of, prefix_tokens
 from pivot_hub.encoder.repository import write_repository
 from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm.any_tower import public_name
@@ -60,17 +62,22 @@ def extract_encoder(
         OutputError: The output holds anything but an encoder repository, or another process is writing it.
     """
     check_replaceable(Path(output), ENCODER)  # before the work, and again after it
+    stage = _stage_provenance(Path(checkpoint))
     part = read_vision_part(checkpoint, revision, progress)
+    preprocessor, own_processor = encoder_preprocessor(checkpoint, part, revision)
     read, total = part.weights.bytes_read, part.weights.total_bytes
     log(f"{part.family.title}: read {read / 1e6:,.1f} MB of the checkpoint's {total / 1e6:,.1f} MB")
-    if part.family.tiles != "none" and backbone_of(part.tower.config).layout is None:
-        log(f"the MLLM cuts large images ({part.family.tiles}); the encoder alone takes the whole image as one square")
-    if (Path(checkpoint) / "provenance.json").is_file():
-        metadata = _stage_metadata(Path(checkpoint))
-        default = _commands(metadata["provenance"]["mllm"])
+    notes = _differences(part, preprocessor["image_processor_type"], own_processor)
+    for note in notes:
+        log(note)
+    default: list[str] | None
+    if stage is not None:
+        metadata = _stage_metadata(Path(checkpoint), stage)
+        default = _commands(stage)
     else:
         metadata = _source_metadata(part)
         source = metadata["provenance"]["source"]
+        source |= {"notes": notes}
         source |= base_comparison(part, source["base_model"], revision, log) if compare_with_base else {}
         source["base_model"] = _public_names(source["base_model"])
         default = [f"pivot extract {part.weights.name} encoder" + (f" --revision {revision}" if revision else "")]
@@ -88,7 +95,7 @@ def extract_encoder(
         metadata["provenance"] | {"commands": [command] if command else default},
         files={"recipe.yaml": recipe} if recipe.is_file() else {},
         projector=part.projector or None,
-        preprocessor=encoder_preprocessor(checkpoint, part, revision),
+        preprocessor=preprocessor,
     )
 
 
@@ -105,13 +112,25 @@ def extract_once(checkpoint: str | Path, output: str | Path, command: str | None
     return True
 
 
-def _stage_metadata(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's provenance, and derive the `pivot` entry of its encoder's config from it."""
+def _stage_provenance(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the provenance of a stage's checkpoint; None for an MLLM that is none.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     file = checkpoint / "provenance.json"
+    if not file.is_file():
+        return None
     try:
         provenance = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged; train the stage again, or copy it again.") from error
+    is_stage = isinstance(provenance, dict) and {"stage", "model", "recipe", "recipe_sha256"} <= provenance.keys()
+    return provenance if is_stage else None
+
+
+def _stage_metadata(checkpoint: Path, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Derive the `pivot` entry of an encoder's config from its stage's provenance, and the encoder's own provenance."""
     model = provenance["model"]
     pivot = {
         "stage": provenance["stage"],
@@ -151,13 +170,40 @@ def _source_metadata(part: VisionPart) -> dict[str, Any]:
     return {"pivot": pivot, "provenance": {"source": source, "versions": versions()}}
 
 
+def _differences(part: VisionPart, processor: str, own_processor: str) -> list[str]:
+    """Say in sentences in what the encoder alone differs from the encoder in its MLLM, given the same image."""
+    notes = []
+    prefix = prefix_tokens(part.tower.config)
+    is_square = backbone_of(part.tower.config).layout is None
+    if part.family.tiles != "none" and is_square:
+        notes.append(
+            f"The MLLM cuts large images ({part.family.tiles}); the encoder alone takes the whole image as one square."
+        )
+    if processor != own_processor and not is_square:
+        notes.append(f"Images are resized by {processor}, not as by {own_processor} of the MLLM.")
+    strategy = getattr(part.config, "vision_feature_select_strategy", None)
+    dropped = {"default": 1, "full": 0}.get(str(strategy), prefix)
+    if is_square and dropped < prefix:
+        notes.append(f"The MLLM's projector also takes {prefix - dropped} prefix tokens, which the encoder leaves out.")
+    if is_square and dropped > prefix:
+        notes.append("The MLLM leaves out the first patch of an image, which the encoder keeps.")
+    return notes
+
+
 def _read_card(weights: WeightFiles) -> dict[str, Any]:
     """Return licence and base model of a source as its card states them; None where it does not."""
-    path = Path(weights.name) / "README.md"
+    folder = Path(weights.name)
     try:
-        card = ModelCard.load(path if path.is_file() else weights.name, ignore_metadata_errors=True).data.to_dict()
+        if folder.is_dir():
+            file: str | Path = folder / "README.md"
+        else:
+            file = str(cached_file(weights.name, "README.md", revision=weights.commit))
+        card = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict() if Path(file).is_file() else {}
     except (OSError, ValueError, HfHubHTTPError):
         card = {}
+    link = card.get("license_link")
+    if not isinstance(link, str) or not (link.startswith(("https://", "http://")) or re.fullmatch(r"[\w.-]+", link)):
+        card["license_link"] = None  # a path of somebody's machine
     return {key: card.get(key) for key in ("license", "license_name", "license_link", "base_model")}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from pivot_hub.encoder.modeling_pivot import unused_keys
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.families import REMOTE_CODE_FAMILIES, Family, family_of
-from pivot_hub.mllm.weight_files import Progress, StoredTensor, WeightFiles
+from pivot_hub.mllm.weight_files import FLOATS, Progress, StoredTensor, WeightFiles, widest_dtype
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # OWNER/NAME
 SCALE = "_scale_inv"  # ends the names of the scales of weights in FP8
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
         CheckpointError: It is not an MLLM of the table: an encoder, a LoRA adapter, a model that brings code of its
             own, or nothing at all. The message names the remedy.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not Path(name).is_dir() and not HUB_NAME.fullmatch(str(name)):
         raise CheckpointError(f"{name}: there is no such folder; give an MLLM's folder, or its Hub name OWNER/NAME.")
     try:
         values, _ = PreTrainedConfig.get_config_dict(str(name), revision=revision)
@@ -94,6 +93,8 @@ def mllm_family(name: str | Path, revision: str | None = None) -> tuple[Any, Fam
         raise CheckpointError(f"{name}: its config cannot be read: {loading_problem(name, error)}.") from error
     try:
         family = family_of(config)
+        # Older releases wrote other names, such as `idefics3` for `idefics3_vision`, which the class itself corrects.
+        config.vision_config.model_type = type(config.vision_config).model_type
         native_config(config)
         check_sizes(config.get_text_config())
         family.feature_layer(config)
@@ -168,7 +169,7 @@ def _is_vision(key: str, family: Family, with_projector: bool) -> bool:
 
 
 def _loading_options(name: str | Path, stored: dict[str, StoredTensor], config: Any) -> dict[str, Any]:
-    """Return the type that the tower is loaded in, that of most of its tensors, and how it is dequantised.
+    """Return the type that the tower is loaded in, which holds all of its values, and how it is dequantised.
 
     A tower in FP8 is dequantised by transformers. Where only the language model is quantised, the config's entry is
     deleted, so that transformers does not quantise the tower.
@@ -178,12 +179,11 @@ def _loading_options(name: str | Path, stored: dict[str, StoredTensor], config: 
     """
     if not stored:
         raise CheckpointError(f"{name}: holds no weights of a vision tower; give the whole checkpoint.")
-    counts = Counter(t.dtype for key, t in stored.items() if t.dtype in FLOATS and not key.endswith(SCALE))
     quantised = sorted(key for key, tensor in stored.items() if tensor.dtype not in FLOATS)
     settings = getattr(config, "quantization_config", None)
     settings = settings if isinstance(settings, dict) else getattr(settings, "to_dict", dict)()
     method = str(settings.get("quant_method", "an unknown method"))
-    options: dict[str, Any] = {"dtype": counts.most_common(1)[0][0] if counts else torch.bfloat16}
+    options: dict[str, Any] = {"dtype": widest_dtype(t for key, t in stored.items() if not key.endswith(SCALE))}
     if not quantised:
         if hasattr(config, "quantization_config"):
             del config.quantization_config

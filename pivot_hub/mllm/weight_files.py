@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # types that no quantisation is behind
 LONGEST_HEADER = 100_000_000  # bytes; the same limit as in the safetensors library
 Progress = Callable[[int, int], None]  # takes the bytes read, and the bytes to read
 GAP, RUN = 1_000_000, 256_000_000  # bytes: tensors that lie closer are read at once, up to a run of this length
@@ -46,13 +48,13 @@ class StoredTensor:
     """Where a tensor lies in its file.
 
     Args:
-        dtype: Type of its values.
+        dtype: Type of its values; None for one that torch does not have, such as 4-bit floats.
         shape: Shape.
         start: First byte in the file.
         end: Byte after its last.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     shape: tuple[int, ...]
     start: int
     end: int
@@ -86,7 +88,8 @@ class WeightFiles:
             self._sizes = {f.name: f.stat().st_size for f in self._folder.glob("*.safetensors")}
         else:
             self.commit, self._sizes = self._list_hub(revision)
-        self._index = self._read_index()
+        # transformers, too, reads the one file where both are there.
+        self._index = None if WHOLE in self._sizes else self._read_index()
         names = set(self._sizes) if self._index is None else set(self._index.values())
         self.total_bytes = sum(self._sizes.get(file, 0) for file in names)
 
@@ -183,8 +186,13 @@ class WeightFiles:
         total = sum(entry.end - entry.start for stored in files.values() for entry in stored.values())
         done = 0
         for file, stored in files.items():
+            for key, entry in stored.items():
+                if entry.dtype is None:
+                    raise CheckpointError(f"{self.name}: {key} is stored in a type that torch does not have.")
+                if entry.end == entry.start:
+                    tensors[key] = torch.empty(entry.shape, dtype=entry.dtype)
             with self._open(file) as opened:
-                for run in _runs(stored):
+                for run in _runs({k: entry for k, entry in stored.items() if entry.end > entry.start}):
                     start, end = stored[run[0]].start, max(stored[key].end for key in run)
                     content = bytearray(self._read_range(opened, file, start, end))
                     done += sum(stored[key].end - stored[key].start for key in run)
@@ -193,7 +201,7 @@ class WeightFiles:
                         entry = stored[key]
                         values = torch.frombuffer(content, dtype=torch.uint8)[entry.start - start : entry.end - start]
                         # A copy of its own, so that no tensor keeps the bytes of its neighbours in memory.
-                        tensors[key] = values.clone().view(entry.dtype).reshape(entry.shape)
+                        tensors[key] = values.clone().view(entry.dtype or torch.uint8).reshape(entry.shape)
         return tensors
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
@@ -220,9 +228,12 @@ class WeightFiles:
         cached = try_to_load_from_cache(self.name, file, revision=self.commit)
         if isinstance(cached, str):
             return Path(cached).open("rb")
-        opened: AbstractContextManager[Any] = HfFileSystem().open(
-            f"{self.name}@{self.commit}/{file}", "rb", cache_type="none", size=self._sizes[file]
-        )
+        try:
+            opened: AbstractContextManager[Any] = HfFileSystem().open(
+                f"{self.name}@{self.commit}/{file}", "rb", cache_type="none", size=self._sizes[file]
+            )
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise CheckpointError(f"{self.name}: {file}: {loading_problem(self.name, error)}.") from error
         return opened
 
     def _read_range(self, opened: Any, file: str, start: int, end: int) -> bytes:
@@ -249,14 +260,28 @@ def _parse(text: bytes, offset: int, size: int) -> dict[str, StoredTensor]:
     for key, entry in json.loads(text).items():
         if key == "__metadata__":
             continue
-        dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
+        dtype, shape = DTYPES.get(str(entry["dtype"])), tuple(map(int, entry["shape"]))
         start, end = (offset + int(place) for place in entry["data_offsets"])
-        if min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize or not offset <= start:
+        fits = dtype is None or end - start == math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or not offset <= start <= end or not fits:
             raise ValueError(f"{key} has another size than its shape")
         if end > size:
             raise ValueError(f"{key} ends after the file")
         tensors[key] = StoredTensor(dtype, shape, start, end)
+    ordered = sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end))
+    for (_, before), (key, entry) in pairwise(ordered):
+        if entry.start < before.end:
+            raise ValueError(f"{key} overlaps another tensor")
     return tensors
+
+
+def widest_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
+    """Return the narrowest type that holds the values of floating-point tensors of different types; float32 of none."""
+    widest: torch.dtype | None = None
+    for dtype in {entry.dtype for entry in stored}:
+        if dtype in FLOATS:
+            widest = dtype if widest is None else torch.promote_types(widest, dtype)
+    return torch.float32 if widest is None else widest
 
 
 def _runs(stored: dict[str, StoredTensor]) -> list[list[str]]:

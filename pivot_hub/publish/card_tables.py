@@ -68,6 +68,6 @@ def card_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, rendered from trusted files
+        autoescape=False,  # Markdown
     )
     return environment.get_template(name)

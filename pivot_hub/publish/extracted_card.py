@@ -43,7 +43,7 @@ def extracted_prose(metadata: EncoderMetadata, repository: str) -> Prose:
             f"the licence of {source['name']} is not known, because its card states none; give a file with --prose, "
             "whose keys are repository, version, about and license."
         )
-    licence = {key: source.get(key) for key in ("license", "license_name", "license_link")}
+    licence = {key: _plain(source.get(key)) for key in ("license", "license_name", "license_link")}
     return Prose(repository=repository, version="1.0.0", about="", benchmarks={"shapes": "pivot/shapes"}, **licence)
 
 
@@ -58,7 +58,7 @@ def render_extracted(metadata: EncoderMetadata, prose: Prose, name: str) -> Mode
     Raises:
         CardError: A required value is missing; the message names it.
     """
-    source = required_value(metadata.provenance, "provenance", "source")
+    source = {k: _plain(v) for k, v in required_value(metadata.provenance, "provenance", "source").items()}
     own = metadata.own_results()
     config: Any = PivotVisionConfig(
         {k: v for k, v in metadata.config.items() if k not in ("auto_map", "pivot")}, metadata.config["pivot"]
@@ -91,6 +91,11 @@ def render_extracted(metadata: EncoderMetadata, prose: Prose, name: str) -> Mode
         commands=metadata.provenance.get("commands") or prose.commands or ["pivot extract MODEL encoder"],
     )
     return ModelCard(f"---\n{header.to_yaml()}\n---\n{text}")
+
+
+def _plain(value: Any) -> Any:
+    """Return a text of somebody else's card as one line without Markdown's table and HTML's tag characters."""
+    return " ".join(value.translate(str.maketrans("|<>`", "    ")).split()) if isinstance(value, str) else value
 
 
 def _compare(source: dict[str, Any]) -> str:

@@ -193,9 +193,29 @@ def test_another_architecture_is_refused_with_both_names(llava: Path, qwen: Path
         diff_towers(llava, qwen)
     assert str(llava) in str(error.value)
     assert "qwen2_5_vl" in str(error.value)
+
+
+def test_a_tower_without_the_last_layers_is_compared_in_the_others(llava: Path, tmp_path: Path) -> None:
+    """As LLaVA-OneVision's, which leaves out the last layer of its SigLIP."""
     deeper = _llava(tmp_path / "deeper", layers=4)
-    with pytest.raises(CheckpointError, match=r"only .*deeper has encoder\.layers\.3\."):
-        diff_towers(llava, deeper)
+    for diff in (diff_towers(llava, deeper), diff_towers(deeper, llava)):
+        assert {name.split(".")[2] for name in diff.not_compared if name.startswith("encoder.layers.")} == {"3"}
+        assert len(diff.blocks) == 3
+
+
+def test_a_float16_copy_of_a_bfloat16_tower_is_equal(llava: Path, tmp_path: Path) -> None:
+    """float16 rounds the smallest values of bfloat16, and bfloat16 most of float16's."""
+
+    def cast(weights: dict[str, torch.Tensor], *dtypes: torch.dtype) -> None:
+        for key in weights:
+            weights[key] = weights[key] * 1e-5
+            for dtype in dtypes:
+                weights[key] = weights[key].to(dtype)
+
+    brain = _altered(llava, tmp_path / "brain", lambda weights: cast(weights, torch.bfloat16))
+    half = _altered(llava, tmp_path / "half", lambda weights: cast(weights, torch.bfloat16, torch.float16))
+    assert diff_towers(brain, half).frozen
+    assert diff_towers(half, brain).frozen
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pivot_hub import PivotVisionModel, extract_encoder
+from pivot_hub import PivotVisionModel, diff_towers, extract_encoder
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CheckpointError, PivotError
 from pivot_hub.mllm.load import load_mllm
@@ -115,6 +115,54 @@ def test_weights_stay_in_their_type(tmp_path: Path) -> None:
     assert verify_repository(repository) == []
 
 
+def test_norms_of_another_type_keep_their_values(tmp_path: Path) -> None:
+    def mix(model: Any, change: float) -> None:
+        model.to(torch.bfloat16)
+        for name, parameter in model.named_parameters():
+            if "layer_norm1.weight" in name:
+                parameter.data = parameter.data.float() + change
+
+    make_mllm(tmp_path / "before", "llava", lambda model: mix(model, 0.0))
+    make_mllm(tmp_path / "model", "llava", lambda model: mix(model, 1e-4))
+    repository = extract_encoder(tmp_path / "model", tmp_path / "encoder")
+    weights = load_file(repository / "model.safetensors")
+    norm = next(w for k, w in weights.items() if "layer_norm1.weight" in k)
+    assert norm[0].item() == pytest.approx(1.0001, abs=1e-7)
+    diff = diff_towers(tmp_path / "before", tmp_path / "model")
+    assert not diff.frozen
+    assert diff.changed_blocks == 3
+    assert diff_towers(tmp_path / "model", repository).frozen
+
+
+@pytest.mark.parametrize(
+    ("name", "legacy"),
+    [
+        ("idefics3", "idefics3"),
+        ("smolvlm", "smolvlm"),
+        ("glm4v", "glm4v"),
+        ("qwen2_5_vl", "qwen2_5_vl"),
+        ("mllama", "mllama"),
+    ],
+)
+def test_older_names_of_the_vision_config_are_understood(name: str, legacy: str, tmp_path: Path) -> None:
+    make_mllm(tmp_path / "model", name)
+    vision = json.loads((tmp_path / "model" / "config.json").read_text())["vision_config"]
+    edit_config(tmp_path / "model", vision_config=vision | {"model_type": legacy})
+    assert verify_repository(extract_encoder(tmp_path / "model", tmp_path / "encoder")) == []
+
+
+def test_what_differs_from_the_mllm_is_recorded(tmp_path: Path) -> None:
+    make_mllm(tmp_path / "clip", "llava")
+    edit_config(tmp_path / "clip", vision_feature_select_strategy="full")
+    make_mllm(tmp_path / "lfm", "lfm2_vl")
+    for name, sentence in (
+        ("clip", "The MLLM's projector also takes 1 prefix tokens, which the encoder leaves out."),
+        ("lfm", "Images are resized by Siglip2ImageProcessor, not as by Lfm2VlImageProcessor of the MLLM."),
+    ):
+        repository = extract_encoder(tmp_path / name, tmp_path / f"{name}-encoder")
+        assert sentence in json.loads((repository / "provenance.json").read_text())["source"]["notes"]
+
+
 @pytest.mark.parametrize("vision_first", [True, False])
 def test_older_names_of_the_tensors_are_understood(vision_first: bool, tmp_path: Path) -> None:
     """Checkpoints before transformers 5 name them `model.vision_tower.` or `vision_tower.vision_model.`."""
@@ -188,6 +236,29 @@ def fp8(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "fp8"})
 
 
+def edit_header(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    shard = shard_of(folder, "vision_tower")
+    content = shard.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    shard.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def odd_type(folder: Path) -> None:
+    edit_header(folder, lambda header: header[next(k for k in header if "vision_tower" in k)].update(dtype="F4"))
+
+
+def overlap(folder: Path) -> None:
+    def move(header: dict[str, Any]) -> None:
+        first, second = [k for k in header if "layers.0.mlp.fc" in k and k.endswith("weight")][:2]
+        header[second]["data_offsets"] = header[first]["data_offsets"]
+        header[second]["shape"] = header[first]["shape"]
+
+    edit_header(folder, move)
+
+
 def adapter(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -222,6 +293,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code of its own": (
         lambda f: edit_config(f, model_type="own_vl", auto_map={"AutoConfig": "x.Y", "AutoModel": "x.Z"}),
         "is a own_vl model, which brings code of its own that is not run",
+    ),
+    "a type that torch does not have": (odd_type, "is quantised|a type that torch does not have"),
+    "overlapping tensors": (overlap, "overlaps another tensor"),
+    "a preprocessor that is a list": (
+        lambda f: (f / "preprocessor_config.json").write_text("[]"),
+        "its image processor cannot be read",
     ),
     "language model": (
         lambda f: (f / "config.json").write_text('{"model_type": "qwen2"}'),
@@ -270,6 +347,26 @@ def test_a_tower_in_fp8_is_dequantised(tmp_path: Path) -> None:
 def test_a_quantised_language_model_is_no_obstacle(copy: Path, tmp_path: Path) -> None:
     edit_config(copy, quantization_config={"quant_method": "awq", "modules_to_not_convert": ["vision_tower"]})
     assert verify_repository(extract_encoder(copy, tmp_path / "encoder")) == []
+
+
+def test_a_foreign_provenance_and_an_index_beside_one_file_mislead_nobody(tmp_path: Path) -> None:
+    make_mllm(tmp_path / "model", "llava")
+    (tmp_path / "model" / "provenance.json").write_text("{}")
+    (tmp_path / "model" / INDEX).write_text('{"weight_map": {"x": "other.safetensors"}}')
+    repository = extract_encoder(tmp_path / "model", tmp_path / "encoder")
+    assert "source" in json.loads((repository / "provenance.json").read_text())
+
+
+def test_paths_of_a_card_are_not_recorded(tmp_path: Path) -> None:
+    make_mllm(tmp_path / "model", "llava")
+    for base, name in (("~/private/base", "base"), ("../bob/private/m", "m"), ("C:\\Users\\bob\\m", "m")):
+        card = f"---\nlicense: other\nlicense_link: /home/bob/LICENSE\nbase_model: '{base}'\n---\n"
+        (tmp_path / "model" / "README.md").write_text(card)
+        repository = extract_encoder(tmp_path / "model", tmp_path / "encoder")
+        text = (repository / "provenance.json").read_text()
+        assert json.loads(text)["source"]["base_model"] == name
+        assert "bob" not in text
+        assert "private" not in text
 
 
 def test_an_encoder_is_not_extracted_again(source: Path, tmp_path: Path) -> None:

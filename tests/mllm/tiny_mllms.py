@@ -181,7 +181,7 @@ TINY = {
         "pixtral",
         "mistral",
         "PixtralImageProcessor",
-        {**PIXTRAL, "patch_size": {"height": 2 * PATCH, "width": 2 * PATCH}},
+        {**PIXTRAL, "patch_size": PATCH},  # the MLLM's processor multiplies it
         vision_feature_layer=-1,
         spatial_merge_size=2,
     ),
