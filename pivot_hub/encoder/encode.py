@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ _Inputs = dict[str, np.ndarray]
 # Names and inputs of a batch's good images; reasons of its corrupt ones by their names.
 _Batch = tuple[list[str], _Inputs, dict[str, str]]
 # A stopped run resumes at the last complete shard, which holds at most so many batches and so many bytes of features.
+NUMBERS = 32_000_000  # of the pixels of images of their own shapes in a forward pass
 SHARD_BATCHES, SHARD_BYTES = 32, 64_000_000
 Progress = Callable[[int, int, float], None]  # takes the images done, the images in all, and images per second
 
@@ -347,8 +348,12 @@ def _collate(rows: Sequence[tuple[str, _Inputs | str]]) -> _Batch:
     """
     good = {name: inputs for name, inputs in rows if isinstance(inputs, dict)}
     corrupt = {name: reason for name, reason in rows if isinstance(reason, str)}
-    first: _Inputs = next(iter(good.values()), {})
-    return list(good), {key: _join([inputs[key] for inputs in good.values()]) for key in first}, corrupt
+    return list(good), _joined(list(good.values())), corrupt
+
+
+def _joined(inputs: Sequence[_Inputs]) -> _Inputs:
+    """Join the inputs of single images to those of a batch; empty of none."""
+    return {key: _join([one[key] for one in inputs]) for key in (inputs[0] if inputs else ())}
 
 
 def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -377,9 +382,11 @@ def _batches(
     """
     count = min(os.cpu_count() or 1, 16) if workers is None else workers
     count = min(count, len(indices) // batch)
-    loader = DataLoader(_Decoded(model, processor, images, indices), batch, num_workers=count, collate_fn=_collate)
+    decoded = _Decoded(model, processor, images, indices)
+    at_once = batch if len(decoded.inputs) == 1 else 1  # images of their own shapes may be large
+    loader = DataLoader(decoded, at_once, num_workers=count, collate_fn=_collate)
     try:
-        yield from loader
+        yield from loader if at_once == batch else _grouped(loader, batch)
     except (OSError, RuntimeError) as error:
         if count == 0 and not isinstance(error, OSError):
             raise
@@ -388,6 +395,23 @@ def _batches(
             f"the images cannot be decoded in {count} processes ({reason}); give fewer --workers, or raise the limits "
             "of open files (`ulimit -n`) and memory."
         ) from error
+
+
+def _grouped(singles: Iterable[_Batch], batch: int) -> Iterator[_Batch]:
+    """Group single images to batches that hold at most `batch` images, and NUMBERS numbers unless one holds more."""
+    names: list[str] = []
+    inputs: list[_Inputs] = []
+    corrupt: dict[str, str] = {}
+    numbers = 0
+    for own_names, own_inputs, own_corrupt in singles:
+        size = own_inputs["pixel_values"].size if own_inputs else 0
+        if len(names) + len(corrupt) == batch or (names and numbers + size > NUMBERS):
+            yield names, _joined(inputs), corrupt
+            names, inputs, corrupt, numbers = [], [], {}, 0
+        names, corrupt, numbers = names + own_names, corrupt | own_corrupt, numbers + size
+        inputs += [own_inputs] if own_inputs else []
+    if names or corrupt:
+        yield names, _joined(inputs), corrupt
 
 
 @torch.inference_mode()

@@ -85,7 +85,7 @@ class WeightFiles:
                 refuse_pickles(self._folder)
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
-            self._sizes = {f.name: f.stat().st_size for f in self._folder.glob("*.safetensors")}
+            self._sizes = _sizes(self._folder)
         else:
             self.commit, self._sizes = self._list_hub(revision)
         # transformers, too, reads the one file where both are there.
@@ -102,7 +102,7 @@ class WeightFiles:
             if not isinstance(cached, str):
                 raise CheckpointError(f"{self.name}: {loading_problem(self.name, error)}.") from error
             self._folder = Path(cached).parent
-            return hub_commit(self._folder), {f.name: f.stat().st_size for f in self._folder.glob("*.safetensors")}
+            return hub_commit(self._folder), _sizes(self._folder)
         sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
         weights = {file: size for file, size in sizes.items() if file.endswith(".safetensors") and "/" not in file}
         if not weights:
@@ -246,6 +246,10 @@ class WeightFiles:
             raise CheckpointError(f"{self.name}: {file} is cut off; download it again.")
         self.bytes_read += len(content)
         return content
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {f.name: f.stat().st_size for f in folder.glob("*.safetensors") if f.is_file()}
 
 
 def _parse(text: bytes, offset: int, size: int) -> dict[str, StoredTensor]:

@@ -98,6 +98,29 @@ def test_pooled_features_are_written_as_those_of_square_encoders(
     np.testing.assert_allclose(pooled, torch.cat([o.pooler_output for o in outputs]).numpy(), atol=1e-5)
 
 
+def test_large_images_are_encoded_in_smaller_batches(
+    towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_folder(towers["qwen3_vl_vision"], images, tmp_path / "whole.parquet", True, batch=7, workers=0)
+    sizes: list[int] = []
+    joined = encode._joined
+
+    def noted(inputs: Any) -> Any:
+        sizes.append(len(inputs))
+        return joined(inputs)
+
+    monkeypatch.setattr(encode, "_joined", noted)
+    monkeypatch.setattr(encode, "NUMBERS", 60_000)
+    encode_folder(towers["qwen3_vl_vision"], images, tmp_path / "parts.parquet", True, batch=7, workers=0)
+    batches = [size for size in sizes if size > 1]
+    assert len(batches) > 1
+    assert max(batches) < 7
+    whole, parts = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
+    assert whole["file"].equals(parts["file"])
+    for one, other in zip(whole["features"].to_pylist(), parts["features"].to_pylist(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_worker_processes_prepare_images_of_any_shape(towers: dict[str, Path], images: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
         encode_folder(towers["pixtral"], images, tmp_path / f"{workers}.parquet", True, batch=2, workers=workers)
