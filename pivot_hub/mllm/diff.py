@@ -141,7 +141,8 @@ class TowerDiff:
             f"{self.b['dtype']}); the relative change is ||a - b|| / ||a||, in float64."
         )
         if self.not_compared:
-            text += f" Not compared: {len(self.not_compared)} tensors of a pooling head that only one of them has."
+            count = len(self.not_compared)
+            text += f" Not compared: {count} tensors of a pooling head or of further blocks that only one of them has."
         return text if self.features is None else f"{text} {self.features.method()}"
 
     def table(self) -> Table:

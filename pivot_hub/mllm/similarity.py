@@ -21,6 +21,7 @@ from pivot_hub.errors import CheckpointError, DataError
 
 # CKA is computed on at most so many tokens, and on fewer where those of all layers would take more memory than this.
 MOST_TOKENS, MOST_BYTES = 4096, 1 << 30
+MOST_PX = 1024  # longer side to which an image is reduced for towers of native resolution
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class FeatureSimilarity:
         """Describe what the numbers were computed on."""
         return (
             f"Both towers encoded the same {self.images} of {self.listed} images, prepared by A's image processor, in "
-            f"float32. Linear CKA is computed on {self.tokens} tokens, drawn with seed {self.seed}; relative L2 is "
+            f"float32; for a tower of native resolution, their longer side has at most {MOST_PX} px. Linear CKA is computed on {self.tokens} tokens, drawn with seed {self.seed}; relative L2 is "
             "||a - b|| / ||a|| over all tokens."
         )
 
@@ -133,6 +134,8 @@ def compare_features(
             skipped.append(str(error))
             total = min(limit, len(images) - len(skipped))
             continue
+        if a.is_native_resolution:  # the hidden states of all layers of an image are in memory at once
+            image.thumbnail((MOST_PX, MOST_PX))
         inputs = a.prepare([image])
         states = [_hidden_states(model, inputs) for model in (a, b)]
         if not sums:

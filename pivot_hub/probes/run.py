@@ -41,7 +41,7 @@ from pivot_hub.probes.segmentation.synthetic import class_masks, segment_patches
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import cached_commit, weights_sha256
 
-NATIVE_SIDE = 8  # rows of tokens of a scene, as the encoders of the synthetic Shapes dataset have
+SCENE_ROWS = 8  # rows of tokens of a scene, as the encoders of the synthetic Shapes dataset have
 FIRST_SCENE = 5_000_000  # first probe scene of every split: no recipe trains on scenes from here on
 
 
@@ -98,11 +98,11 @@ def probe_shapes(
         seed: Seed of the sampling and of the bootstrap.
         dataset: Dataset that the probes are fitted and tested on; by default the standard one at the encoder's image
             size. For a tower of native resolution, which has none, scenes are rendered at a size that fills
-            NATIVE_SIDE rows of tokens, and the protocol of each result gives it.
+            SCENE_ROWS rows of tokens, and the protocol of each result gives it.
         harder: Harder datasets by name; the same fitted probes are also tested on their test scenes.
     """
     is_native = model.config.image_size is None
-    own_px = square_px(model.config, NATIVE_SIDE) if is_native else model.config.image_size
+    own_px = square_px(model.config, SCENE_ROWS) if is_native else model.config.image_size
     dataset = ShapesDataset(image_px=own_px) if dataset is None else dataset
     about = ""
     if is_native:

@@ -259,6 +259,12 @@ def overlap(folder: Path) -> None:
     edit_header(folder, move)
 
 
+def folder_for_file(folder: Path) -> None:
+    shard = shard_of(folder, "vision_tower")
+    shard.unlink()
+    shard.mkdir()
+
+
 def adapter(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -275,10 +281,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong index": (wrong_index, "which does not hold it; download both again"),
     "cut off": (cut_off, "download it again"),
     "missing file": (lambda f: shard_of(f, "vision_tower").unlink(), "is missing; the download stopped half-way"),
-    "a folder in the place of a file": (
-        lambda f: (shard_of(f, "vision_tower").unlink(), shard_of(f, "vision_tower").mkdir()),
-        "is missing; the download stopped half-way",
-    ),
+    "a folder in the place of a file": (folder_for_file, "is missing; the download stopped half-way"),
     "damaged index": (lambda f: (f / INDEX).write_text("{"), "model.safetensors.index.json is damaged"),
     "damaged header": (
         lambda f: shard_of(f, "vision_tower").write_bytes(b"\x20\0\0\0\0\0\0\0" + b"{" * 99),

@@ -91,7 +91,7 @@ def test_the_extracted_repository_verifies_and_holds_the_towers_own_weights(
 def test_plain_automodel_loads_it_without_a_missing_key(name: str, repository: Path, encoder: Any) -> None:
     family = FAMILIES[TINY[name].model_type]
     if family.native_from is None:
-        with pytest.raises(ValueError, match="custom code|Unrecognized configuration class"):
+        with pytest.raises(ValueError, match=r"custom code|Unrecognized configuration class"):
             AutoModel.from_pretrained(repository)
         return
     if family.native_from <= transformers.__version__:
