@@ -126,7 +126,7 @@ class PivotVisionModel(PreTrainedModel):
         hub_options = {
             k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
         }
-        _refuse_config(PretrainedConfig.get_config_dict(name, **hub_options)[0], name)
+        refuse_config(PretrainedConfig.get_config_dict(name, **hub_options)[0], name)
         repository_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_options)
         pivot = vars(repository_config).pop("pivot", None)
         vars(repository_config).pop("auto_map", None)
@@ -624,7 +624,7 @@ def refuse_pickles(folder):
     raise ValueError(f"{folder}: has no weights; the download stopped half-way, run it again.")
 
 
-def _refuse_config(values, name):
+def refuse_config(values, name):
     """Raise a ValueError that says what a repository is, if its config.json is not an encoder's."""
     model_type = values.get("model_type")
     if any(key in values for key in ("image_token_index", "image_token_id")):
