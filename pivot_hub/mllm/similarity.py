@@ -65,8 +65,9 @@ class FeatureSimilarity:
         """Describe what the numbers were computed on."""
         return (
             f"Both towers encoded the same {self.images} of {self.listed} images, prepared by A's image processor, in "
-            f"float32; for a tower of native resolution, their longer side has at most {MOST_PX} px. Linear CKA is computed on {self.tokens} tokens, drawn with seed {self.seed}; relative L2 is "
-            "||a - b|| / ||a|| over all tokens."
+            f"float32; for a tower of native resolution, their longer side has at most {MOST_PX} px. Linear CKA is "
+            f"computed on {self.tokens} tokens, drawn with seed {self.seed}; relative L2 is ||a - b|| / ||a|| over all "
+            "tokens."
         )
 
     def table(self) -> Table:
