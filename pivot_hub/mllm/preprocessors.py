@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def encoder_preprocessor(name: str | Path, part: VisionPart, revision: str | Non
         values, _ = BaseImageProcessor.get_image_processor_dict(str(name), revision=revision)
         own = str(values.get("image_processor_type") or needed).removesuffix("Pil").removesuffix("Fast")
         values = {k: v for k, v in values.items() if k not in ("processor_class", "auto_map")}
+        _check_numbers(values)
         shared = _shared_values(own, values)
     except LOADING_ERRORS as error:
         raise CheckpointError(
@@ -82,3 +84,15 @@ def _shared_values(own: str, values: dict[str, Any]) -> dict[str, Any]:
     own_class = getattr(transformers, f"{own}Pil", None)
     defaults = own_class.from_dict(values).to_dict() if own_class is not None else {}
     return {k: v for k in SHARED if (v := values.get(k, defaults.get(k))) is not None}
+
+
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Raise a ValueError that names the key, if a number is not finite, or a standard deviation is 0."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_numbers(value, str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _check_numbers(value, key)
+    elif isinstance(values, float | int) and (not math.isfinite(values) or (key == "image_std" and values == 0)):
+        raise ValueError(f"{key} in preprocessor_config.json holds {values}, of which no pixel can be computed")

@@ -303,6 +303,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a type that torch does not have": (odd_type, "is quantised|a type that torch does not have"),
     "overlapping tensors": (overlap, "overlaps another tensor"),
+    "a mean that is not finite": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"image_mean": [NaN, 0.5, 0.5]}'),
+        "image_mean in preprocessor_config.json holds nan",
+    ),
+    "a deviation of 0": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"image_std": [0, 0.5, 0.5]}'),
+        "image_std in preprocessor_config.json holds 0",
+    ),
     "a preprocessor that is a list": (
         lambda f: (f / "preprocessor_config.json").write_text("[]"),
         "its image processor cannot be read",
