@@ -67,7 +67,7 @@ def file_sha256(path: Path) -> str:
 
 def weights_sha256(folder: Path) -> str:
     """Return one hash over all safetensors files of a folder, by name and content."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(f for f in folder.glob("*.safetensors") if f.is_file())
     return hashlib.sha256("".join(f"{f.name}{file_sha256(f)}" for f in files).encode()).hexdigest()
 
 

@@ -114,17 +114,12 @@ VALUES = ("0", "-1", "x", "", "1e400", "nan", "../x", "999999999999", "1,,2")
 
 # Failures that are known, by command and kind of damage. Each entry is a fault to fix, and none may be added to excuse
 # one. The test fails when none of an entry's seeds fails any more: then the entry is deleted.
-KNOWN: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("encode", ".safetensors loop"),  # a link to itself in the encoder: an OSError
-    }
-)
+KNOWN: frozenset[tuple[str, str]] = frozenset({})
 # The same of the seeds that only the long test throws.
 KNOWN_AT_LENGTH = KNOWN | {
     ("compare", ".json key"),  # IndexError
     ("compare", ".json value"),  # TypeError
     ("data check", ".json value"),  # an error of tokenizers as it is
-    ("encode", ".safetensors folder"),  # IsADirectoryError
     ("localize", ".json missing"),  # TypeError of torch
     ("localize", ".json value"),  # an error of tokenizers as it is
     ("localize", ".yaml value"),  # a name in data.yaml that is no text

@@ -94,5 +94,5 @@ def _check_numbers(values: Any, key: str = "") -> None:
     elif isinstance(values, list):
         for value in values:
             _check_numbers(value, key)
-    elif isinstance(values, float | int) and (not math.isfinite(values) or (key == "image_std" and values == 0)):
+    elif (isinstance(values, float) and not math.isfinite(values)) or (key == "image_std" and values == 0):
         raise ValueError(f"{key} in preprocessor_config.json holds {values}, of which no pixel can be computed")
