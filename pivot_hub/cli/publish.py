@@ -256,8 +256,8 @@ def export(
 
 def _how_to_load(folder: Path) -> str:
     """Say how an encoder is loaded, and which output of plain AutoModel its features are."""
-    pivot = json.loads((folder / "config.json").read_text()).get("pivot", {})
+    layer = json.loads((folder / "config.json").read_text()).get("pivot", {}).get("feature_layer", -2)
+    output = f"hidden_states[{layer}], not last_hidden_state" if isinstance(layer, int) else layer
     return (
-        f"load it with PivotVisionModel.from_pretrained({str(folder)!r}); in plain AutoModel its features are "
-        f"hidden_states[{pivot.get('feature_layer', -2)}], not last_hidden_state"
+        f"load it with PivotVisionModel.from_pretrained({str(folder)!r}); in plain AutoModel its features are {output}"
     )

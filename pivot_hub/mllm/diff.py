@@ -136,10 +136,9 @@ class TowerDiff:
 
     def method(self) -> str:
         """Describe how the numbers were computed."""
-        text = (
-            f"Weights are compared in {self.dtype}, the coarser of the stored types ({self.a['dtype']} and "
-            f"{self.b['dtype']}); the relative change is ||a - b|| / ||a||, in float64."
-        )
+        types = (self.a["dtype"], self.b["dtype"])
+        of_types = "" if types[0] == types[1] else f", the coarser of the stored types ({types[0]} and {types[1]})"
+        text = f"Weights are compared in {self.dtype}{of_types}; the relative change is ||a - b|| / ||a||, in float64."
         if self.not_compared:
             count = len(self.not_compared)
             text += f" Not compared: {count} tensors of a pooling head or of further blocks that only one of them has."

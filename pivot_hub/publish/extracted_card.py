@@ -85,6 +85,7 @@ def render_extracted(metadata: EncoderMetadata, prose: Prose, name: str) -> Mode
         image_px=config.image_size,
         patch_px=config.patch_size,
         width=config.hidden_size,
+        prefix=config.pivot["prefix_tokens"],
         feature_layer=config.pivot["feature_layer"],
         results=own,
         tables=result_tables(metadata) if own else [],
