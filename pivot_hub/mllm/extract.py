@@ -51,7 +51,7 @@ def extract_encoder(
         compare_with_base: Whether to compare the tower with that of the base model, which the card of somebody else's
             MLLM names, to find out whether training moved it. Where the base cannot be read, the encoder is extracted
             all the same, and provenance.json says why there is no comparison.
-        log: Function that receives a line on what was read, and one on that comparison.
+        log: Function that receives lines on what was read, on what differs from the MLLM, and on that comparison.
 
     Returns:
         The repository folder.
@@ -78,6 +78,8 @@ def extract_encoder(
         metadata = _source_metadata(part)
         source = metadata["provenance"]["source"]
         source |= {"notes": notes}
+        if source["license"] is None:
+            log(f"the licence of {source['name']} is not known: its card states none, or cannot be read")
         source |= base_comparison(part, source["base_model"], revision, log) if compare_with_base else {}
         source["base_model"] = _public_names(source["base_model"])
         default = [f"pivot extract {part.weights.name} encoder" + (f" --revision {revision}" if revision else "")]
@@ -93,7 +95,7 @@ def extract_encoder(
         output,
         model,
         metadata["provenance"] | {"commands": [command] if command else default},
-        files={"recipe.yaml": recipe} if recipe.is_file() else {},
+        files={"recipe.yaml": recipe} if stage is not None and recipe.is_file() else {},
         projector=part.projector or None,
         preprocessor=preprocessor,
     )

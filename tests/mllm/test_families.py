@@ -374,18 +374,22 @@ def _before_merger(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> 
     """The merger in the tower takes patches in blocks of 2 x 2, which Qwen2.5-VL sorts by windows besides."""
     (entered,) = _entered(mllm.model.visual.merger, lambda: _image_features(mllm, encoder, inputs))
     maps: list[torch.Tensor] = []
-    for features in encoder(**inputs).last_hidden_state:
-        blocks = features if mllm.config.model_type.startswith("glm") else _blocks(features)
+    for image in encoder(**inputs).last_hidden_state:
+        blocks = image if mllm.config.model_type.startswith("glm") else _blocks(image)
         merged = mllm.model.visual.merger(blocks)
         maps.append(merged)
     received = _image_features(mllm, encoder, inputs)
     for own, tokens in zip(maps, received, strict=True):
         assert torch.allclose(own.reshape(tokens.shape), tokens, atol=1e-5)
-    # The same patches, in whatever order; each is found by its values.
-    own_tokens = torch.cat([m.flatten(0, 1) for m in encoder(**inputs).last_hidden_state])
-    rows = {tuple(row.tolist()) for row in entered.flatten(0, -2)}
-    assert {tuple(row.tolist()) for row in own_tokens} == rows
-    return list(encoder(**inputs).last_hidden_state)
+    features = list(encoder(**inputs).last_hidden_state)
+    if mllm.config.model_type == "qwen2_5_vl":  # the same patches, in the order of windows
+        rows = {tuple(row.tolist()) for row in entered}
+        assert {tuple(row.tolist()) for m in features for row in m.flatten(0, 1)} == rows
+    elif mllm.config.model_type.startswith("glm"):
+        assert torch.equal(torch.cat([m.flatten(0, 1) for m in features]), entered.flatten(0, -2))
+    else:
+        assert torch.equal(torch.cat([_blocks(m) for m in features]), entered.flatten(0, -2))
+    return features
 
 
 def _blocks(features: torch.Tensor) -> torch.Tensor:
