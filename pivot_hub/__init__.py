@@ -16,12 +16,16 @@ _MODULES = {
     "read_encoder": "pivot_hub.encoder.repository",
     "verify_repository": "pivot_hub.encoder.repository",
     "write_repository": "pivot_hub.encoder.repository",
-    "encode_folder": "pivot_hub.encoder.encode",
+    "encode_source": "pivot_hub.encoder.encode",
     "export_encoder": "pivot_hub.encoder.export",
     "build_mllm": "pivot_hub.mllm.build",
     "load_mllm": "pivot_hub.mllm.load",
     "PivotDPOConfig": "pivot_hub.training.dpo",
     "PivotDPOTrainer": "pivot_hub.training.dpo",
+    "PivotGRPOConfig": "pivot_hub.training.grpo",
+    "PivotGRPOTrainer": "pivot_hub.training.grpo",
+    "PivotRLOOConfig": "pivot_hub.training.grpo",
+    "PivotRLOOTrainer": "pivot_hub.training.grpo",
     "load_recipe": "pivot_hub.config.recipe",
     "run_stage": "pivot_hub.training.stage",
     "gradient_map": "pivot_hub.explain.gradcam",
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
     from pivot_hub.encoder import PivotVisionBackbone as PivotVisionBackbone
     from pivot_hub.encoder import PivotVisionConfig as PivotVisionConfig
     from pivot_hub.encoder import PivotVisionModel as PivotVisionModel
-    from pivot_hub.encoder.encode import encode_folder as encode_folder
+    from pivot_hub.encoder.encode import encode_source as encode_source
     from pivot_hub.encoder.export import export_encoder as export_encoder
     from pivot_hub.encoder.repository import read_encoder as read_encoder
     from pivot_hub.encoder.repository import verify_repository as verify_repository
@@ -46,6 +50,10 @@ if TYPE_CHECKING:
     from pivot_hub.mllm.load import load_mllm as load_mllm
     from pivot_hub.training.dpo import PivotDPOConfig as PivotDPOConfig
     from pivot_hub.training.dpo import PivotDPOTrainer as PivotDPOTrainer
+    from pivot_hub.training.grpo import PivotGRPOConfig as PivotGRPOConfig
+    from pivot_hub.training.grpo import PivotGRPOTrainer as PivotGRPOTrainer
+    from pivot_hub.training.grpo import PivotRLOOConfig as PivotRLOOConfig
+    from pivot_hub.training.grpo import PivotRLOOTrainer as PivotRLOOTrainer
     from pivot_hub.training.stage import run_stage as run_stage
 
 

@@ -58,6 +58,12 @@ class ProbeError(PivotError):
     exit_code = 2
 
 
+class RehearsalError(PivotError):
+    """This machine cannot rehearse another device."""
+
+    exit_code = 2
+
+
 class CardError(PivotError):
     """A card lacks metadata, or contradicts it."""
 

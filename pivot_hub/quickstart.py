@@ -21,12 +21,13 @@ from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import LAST
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.explain.figure import draw_rows
 from pivot_hub.explain.gradcam import Method, gradient_map
 from pivot_hub.files import write_json, write_whole
 from pivot_hub.mllm.extract import extract_once
-from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.mllm.load import image_px, load_llava
 from pivot_hub.outputs import whole_folder
 from pivot_hub.probes.result import ProbeResult, read_results, write_results
 from pivot_hub.probes.run import Sizes, probe_mllm, probe_shapes, probe_targets
@@ -128,8 +129,7 @@ def run_quickstart(
     stages = {name: json.loads((folder / "report.json").read_text()) for name, folder in folders.items()}
 
     align = recipes["1-align"]
-    assert align.recipe.model is not None
-    encoders = {"base": Path(align.locate(align.recipe.model.vision))}
+    encoders = {"base": Path(align.locate(align.parts("the quickstart").vision))}
     for branch, stage in BRANCHES.items():
         target = output / "hub" / "pivot" / f"shapes-{branch}"
         encoders[branch] = _extract_once(folders[stage], target, _command(seed, overrides), log)
@@ -178,8 +178,7 @@ def push_quickstart(output: Path, log: Callable[[str], None] = print) -> dict[st
     encoders = output / "hub" / "pivot"
     base = encoders / "shapes-base"
     align = load_recipe("shapes/1-align")
-    assert align.recipe.model is not None
-    source = Path(align.locate(align.recipe.model.vision))
+    source = Path(align.locate(align.parts("the quickstart").vision))
     results = [r for r in read_results(encoders / "shapes-dpo" / "results" / "base.json") if r.partner is None]
     if not base.is_dir():
         with whole_folder(base) as folder:
@@ -236,13 +235,17 @@ def _probe_once(
     if _read(key_file) != key or not (file.is_file() and file.with_suffix(".npz").is_file()):
         log(f"probing the {name} encoder")
         model, image_processor = read_encoder(encoder)
+        model.to(compute_device())  # type: ignore[arg-type]
         results = probe_shapes(model, image_processor, name, sha256, sizes, seed)
         if checkpoint is not None:
-            mllm, processor = load_mllm(checkpoint)
-            reference = load_mllm(parent)[0].eval()
+            mllm, processor = load_llava(checkpoint)
+            reference = load_llava(parent)[0].eval()
+            for each in (mllm, reference):
+                each.to(compute_device())  # type: ignore[arg-type]
             partner = f"shapes/{checkpoint.name}"
             results += probe_mllm(mllm, processor, reference, name, sha256, partner, sizes, seed)
             native = PivotVisionModel.from_pretrained(str(encoder), feature_layer=LAST)
+            native.to(compute_device())
             native_results = probe_shapes(native, image_processor, name, sha256, sizes, seed)
             write_results(file.with_name(f"{name}-native.json"), native_results)
         write_results(file, results)
@@ -252,7 +255,7 @@ def _probe_once(
 
 def _draw(folders: dict[str, Path], path: Path) -> None:
     """Draw the gradient maps of both MLLMs on the same scenes and answers."""
-    mllms = {branch: load_mllm(folders[stage]) for branch, stage in BRANCHES.items()}
+    mllms = {branch: load_llava(folders[stage]) for branch, stage in BRANCHES.items()}
     dataset = ShapesDataset(image_px=image_px(mllms["sft"][0]))
     rows = []
     for target in probe_targets(dataset, "test", FIGURE_SCENES):

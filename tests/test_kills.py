@@ -6,14 +6,17 @@ not killed ends with the result of one that never was, and only its outputs are 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,6 +124,36 @@ def test_export(parts: Path, tmp_path: Path) -> None:
     files = json.loads((target / "export.json").read_text())["files"]
     assert {n: (target / n).stat().st_size for n in files} == {n: f["bytes"] for n, f in files.items()}
     assert names(target.parent) == ["export"]
+
+
+def test_encode_to_a_folder(parts: Path, tmp_path: Path) -> None:
+    images = tmp_path / "shards"
+    images.mkdir()
+    for i in range(10):
+        with zipfile.ZipFile(images / f"{i}.zip", "w") as archive:
+            for j in range(30):
+                content = io.BytesIO()
+                Image.new("RGB", (40, 40), (i, j, 0)).save(content, "PNG")
+                archive.writestr(f"{i}-{j:02}.png", content.getvalue())
+    target = tmp_path / "out" / "features"
+    command = ["encode", str(images / "*.zip"), "--encoder", str(parts / "vision"), "--batch", "1", "--workers", "0"]
+    with forked() as commands:
+        longest_s = timed(commands, *command, "--out", output=tmp_path / "whole")
+        whole = contents(tmp_path / "whole")
+        finished = 0
+
+        def check() -> None:
+            nonlocal finished
+            manifest = target / "manifest.json"
+            if manifest.exists() and json.loads(manifest.read_text())["complete"]:
+                assert {name: content for name, content in contents(target).items() if "work" not in name} == whole
+                finished += 1
+                shutil.rmtree(target)  # the next kill is of a new run
+
+        cut = commands.kill(check, *command, "--out", target, longest_s=longest_s)
+    assert cut > KILLS / 3
+    assert finished > 0
+    assert names(target.parent) == []
 
 
 def test_encode(parts: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from pivot_hub import PivotVisionConfig
 from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.mmpr_meta import read_meta
+from pivot_hub.data.pairs import PairOptions, write_pairs
 from pivot_hub.data.preference import parse_vlfeedback_pair
 from pivot_hub.data.row import Row, read_records
 from pivot_hub.data.source import example
@@ -331,3 +332,25 @@ def test_regions_of_three_formats_agree() -> None:
             boxes=coco / "object_detection" / "labels",
             names=coco / "instance_segmentation" / "config.yaml",
         )
+
+
+def test_photographs_and_questions_become_preference_rows(tmp_path: Path) -> None:
+    """COCO128's boxes and BLINK's options give rows whose text tells nothing, and edited images beside them."""
+    coco = REAL / "coco128"
+    options = PairOptions(
+        boxes=coco / "object_detection" / "labels", counterfactuals=("erase", "crop", "mirror"), limit=40
+    )
+    report = write_pairs(coco, tmp_path / "coco", options)
+    # Few photographs have two objects that compare in size, and those that are mirrored are not asked about twice.
+    assert {sum(n.values()) for group, n in report.rows.items() if group not in ("size", "position")} == {40}
+    assert report.skipped == 2
+    questions = [json.loads(request.read_text()) for request in sorted((REAL / "vqa").rglob("request.json"))]
+    with (tmp_path / "vqa.jsonl").open("w") as file:
+        for stored in questions:
+            image = Path(stored["images"][0]).relative_to("../tasks").as_posix()
+            question = re.sub(r"<img src=[^>]*>", "", stored["query"])
+            file.write(json.dumps({"image": image, "question": question, "answer": stored["answer"]}) + "\n")
+    report = write_pairs(REAL / "vqa", tmp_path / "vqa", PairOptions(questions=tmp_path / "vqa.jsonl"))
+    assert sum(report.rows["option"].values()) > 200
+    assert report.blind[0].accuracy_pct is not None
+    assert report.blind[0].accuracy_pct < 60

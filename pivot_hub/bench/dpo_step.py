@@ -7,25 +7,25 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2Config, SiglipVisionConfig
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
-from pivot_hub.bench.models import END_TOKEN_ID, PAD_TOKEN_ID, random_mllm
+from pivot_hub.bench.sizes import FULL_EVERY, WINDOW_PATCHES, Size, random_policy, size_of
 from pivot_hub.bench.utilisation import utilisation
-from pivot_hub.errors import ProbeError
 from pivot_hub.mllm.chat_templates import QWEN
 from pivot_hub.provenance import machine, versions
+from pivot_hub.training import tree_layout
 from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
 
 LENGTH_SPREAD = 0.7  # standard deviation of the logarithm of answer lengths
@@ -36,85 +36,8 @@ VARIANTS: dict[str, dict[str, bool] | None] = {
     **{option: {other: other == option for other in SPEED_OPTIONS} for option in SPEED_OPTIONS},
     "all": dict.fromkeys(SPEED_OPTIONS, True),
 }
-
-
-@dataclass(frozen=True)
-class TransformerShape:
-    """The shape of an encoder or a language model.
-
-    Args:
-        hidden_size: Width of the hidden states.
-        layers: Number of blocks.
-        heads: Number of attention heads.
-        intermediate_size: Width inside the MLP of a block.
-        key_value_heads: Number of key-value heads; as many as heads if None.
-    """
-
-    hidden_size: int
-    layers: int
-    heads: int
-    intermediate_size: int
-    key_value_heads: int | None = None
-
-
-@dataclass(frozen=True)
-class Size:
-    """Shapes of a model and of its preference pairs; `tiny` has the proportions of the real one.
-
-    Args:
-        vision: Shape of the encoder.
-        image_px: Side of the images in pixels.
-        patch_px: Side of a patch in pixels.
-        language: Shape of the language model.
-        vocabulary: Tokens of the vocabulary.
-        prompt_tokens: Tokens of a question.
-        answer_tokens: Mean tokens of an answer.
-        max_answer_tokens: Tokens of the longest answer.
-    """
-
-    vision: TransformerShape
-    image_px: int
-    patch_px: int
-    language: TransformerShape
-    vocabulary: int
-    prompt_tokens: int
-    answer_tokens: int
-    max_answer_tokens: int
-
-    @property
-    def image_tokens(self) -> int:
-        return (self.image_px // self.patch_px) ** 2
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens before an answer: the image and the question."""
-        return self.image_tokens + self.prompt_tokens
-
-
-SIZES = {
-    # The ratios of encoder to language model, vocabulary to layers and prefix to answer are those of the size below,
-    # with a quarter of its tokens.
-    "tiny": Size(
-        vision=TransformerShape(216, 6, 4, 808),
-        image_px=96,
-        patch_px=8,
-        language=TransformerShape(256, 8, 4, 1493, key_value_heads=1),
-        vocabulary=7300,
-        prompt_tokens=15,
-        answer_tokens=38,
-        max_answer_tokens=128,
-    ),
-    "so400m-1.5b": Size(
-        vision=TransformerShape(1152, 27, 16, 4304),
-        image_px=384,
-        patch_px=16,
-        language=TransformerShape(1536, 28, 12, 8960, key_value_heads=2),
-        vocabulary=151936,
-        prompt_tokens=60,
-        answer_tokens=150,
-        max_answer_tokens=512,
-    ),
-}
+# On CUDA: all options, with attention one sequence after the other instead of all at once.
+ONE_BY_ONE = "all_one_by_one"
 
 
 @dataclass(frozen=True)
@@ -127,6 +50,7 @@ class Measurement:
         saved_bytes: Bytes of activations kept for the backward pass.
         peak_bytes: CUDA's peak memory in bytes above what was allocated before the step; None without CUDA.
         setup_s: Seconds that building the trainer took, with the reference's log-probabilities where they are cached.
+        kernels: Kernels that the GPU runs in a step; None without CUDA.
     """
 
     step_s: list[float]
@@ -134,6 +58,7 @@ class Measurement:
     saved_bytes: int
     peak_bytes: int | None
     setup_s: float
+    kernels: int | None
 
 
 def bench_dpo_step(
@@ -147,11 +72,11 @@ def bench_dpo_step(
 
     Variants take turns, so that a slow period of the machine affects all of them. Weights, images and words are random.
     There are two batches: one with answers of equal length, and one with lengths drawn from a lognormal distribution.
-    Images are encoded up to the feature layer. `step_flops` describes how FLOPs are counted; recomputed activations are
-    not among them, so `mfu` is the model FLOPs utilisation.
+    Images are encoded up to the feature layer. Weights are float32, with bfloat16 autocast on CUDA, as in recipes.
+    `step_flops` describes how FLOPs are counted; recomputed ones are not among them.
 
     Args:
-        size: Name of an entry of `SIZES`.
+        size: Name of an entry of `sizes.SIZES`.
         batch: Number of preference pairs in the batch.
         rounds: Timed steps of each variant, after one step of warm-up.
         checkpointing: Whether every variant uses gradient checkpointing.
@@ -160,24 +85,24 @@ def bench_dpo_step(
     Returns:
         For each batch and variant: step_s and collate_s (medians); speedup_over_trl (median over rounds of TRL's time
         over the variant's, so that more than 1 is faster) and speedups (of each round); saved_bytes (activations kept
-        for the backward pass) and saved_bytes_over_trl; peak_bytes (on CUDA); tokens_per_s (tokens of TRL's layout
-        without padding); flops; mfu (on a known GPU); cache_s (seconds of computing the reference's log-probabilities
+        for the backward pass) and saved_bytes_over_trl; peak_bytes and kernels (on CUDA); tokens_per_s (tokens of
+        TRL's layout without padding); flops; on a known GPU mfu (without recomputed FLOPs) and hfu (with them: one
+        more forward pass under gradient checkpointing); cache_s (seconds of computing the reference's log-probabilities
         once).
 
     Raises:
         ProbeError: The size is unknown.
     """
-    if size not in SIZES:
-        raise ProbeError(f"there is no size {size!r}; give one of {', '.join(SIZES)}.")
-    shape = SIZES[size]
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    shape = size_of(size)
     torch.manual_seed(0)
-    policy, processor = _random_policy(shape, dtype)
+    policy, processor = random_policy(shape, torch.float32)
     report: dict[str, Any] = {}
     for lengths in ("equal", "lognormal"):
         rows = _random_rows(shape, batch, lengths)
         measurements = _measure_variants(policy, processor, rows, rounds, checkpointing)
-        report[lengths] = {name: _variant_record(name, measurements, shape, rows) for name in VARIANTS}
+        report[lengths] = {
+            name: _variant_record(name, measurements, shape, rows, checkpointing) for name in _variants()
+        }
         for name, record in report[lengths].items():
             log(
                 f"{lengths:10} {name:16} {record['step_s']:8.3f} s a step, speed-up over TRL "
@@ -189,11 +114,29 @@ def bench_dpo_step(
         "batch": batch,
         "rounds": rounds,
         "gradient_checkpointing": checkpointing,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": "bfloat16 autocast" if torch.cuda.is_available() else "float32",
         "variants": report,
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def _variants() -> dict[str, dict[str, bool] | None]:
+    """Return the variants of this machine, by the options that each turns on."""
+    if torch.cuda.is_available() and tree_layout.HAS_VARLEN:
+        return {**VARIANTS, ONE_BY_ONE: VARIANTS["all"]}
+    return VARIANTS
+
+
+@contextmanager
+def _attention_of(variant: str) -> Iterator[None]:
+    """Let a variant compute attention in its own way."""
+    has_varlen = tree_layout.HAS_VARLEN
+    tree_layout.HAS_VARLEN = has_varlen and variant != ONE_BY_ONE
+    try:
+        yield
+    finally:
+        tree_layout.HAS_VARLEN = has_varlen
 
 
 def step_flops(shape: Size, rows: list[dict[str, Any]], options: dict[str, bool] | None) -> int:
@@ -211,26 +154,28 @@ def step_flops(shape: Size, rows: list[dict[str, Any]], options: dict[str, bool]
     on = options or dict.fromkeys(SPEED_OPTIONS, False)
     prefix = shape.prefix_tokens
     longest = max(max(pair) for pair in _answer_lengths(rows))
-    images_per_pair = 1 if on["encode_once"] or on["share_prefix"] else 2
-    prefixes_per_pair = 1 if on["share_prefix"] else 2
-    without_padding = on["pack"] or on["share_prefix"]
+    copies = 1 if on["share_prefix"] else 2
     forward = 0
     for chosen, rejected in _answer_lengths(rows):
-        forward += images_per_pair * _image_flops(shape)
-        forward += prefixes_per_pair * _text_flops(shape, prefix, prefix * (prefix + 1) // 2)
-        for answer in (chosen, rejected) if without_padding else (longest, longest):
+        forward += copies * (_image_flops(shape) + _text_flops(shape, prefix, prefix * (prefix + 1) // 2))
+        for answer in (chosen, rejected) if on["share_prefix"] else (longest, longest):
             forward += _text_flops(shape, answer, answer * prefix + answer * (answer + 1) // 2)
         forward += 2 * shape.language.hidden_size * shape.vocabulary * (chosen + rejected)
     return forward * (3 if on["cache_reference"] else 4)
 
 
 def _image_flops(shape: Size) -> int:
-    """FLOPs of encoding one image up to the feature layer, the last but one, and of the projector."""
-    vision, tokens = shape.vision, shape.image_tokens
-    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    block = 2 * tokens * weights + 4 * tokens**2 * vision.hidden_size
-    width = shape.language.hidden_size
-    return (vision.layers - 1) * block + 2 * tokens * (vision.hidden_size * width + width**2)
+    """FLOPs of encoding one image and of the projector: with LLaVA up to the feature layer, the last but one."""
+    vision, patches, width = shape.vision, shape.patches, shape.language.hidden_size
+    is_llava = shape.family == "llava"
+    matrices = 2 if is_llava else 3
+    weights = 4 * vision.hidden_size**2 + matrices * vision.hidden_size * vision.intermediate_size
+    layers = vision.layers - 1 if is_llava else vision.layers
+    whole = layers if is_llava else layers // FULL_EVERY
+    attended = patches * (whole * patches + (layers - whole) * WINDOW_PATCHES)
+    merged = vision.hidden_size * shape.merge**2
+    projector = merged * width + width**2 if is_llava else merged**2 + merged * width
+    return layers * 2 * patches * weights + 4 * vision.hidden_size * attended + 2 * shape.image_tokens * projector
 
 
 def _text_flops(shape: Size, tokens: int, attended: int) -> int:
@@ -242,37 +187,11 @@ def _text_flops(shape: Size, tokens: int, attended: int) -> int:
     return language.layers * (2 * tokens * weights + 4 * width * attended)
 
 
-def _random_policy(shape: Size, dtype: torch.dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    vision, language = shape.vision, shape.language
-    vision_config = SiglipVisionConfig(
-        hidden_size=vision.hidden_size,
-        num_hidden_layers=vision.layers,
-        num_attention_heads=vision.heads,
-        intermediate_size=vision.intermediate_size,
-        image_size=shape.image_px,
-        patch_size=shape.patch_px,
-        vision_use_head=False,
-    )
-    text_config = Qwen2Config(
-        hidden_size=language.hidden_size,
-        num_hidden_layers=language.layers,
-        num_attention_heads=language.heads,
-        num_key_value_heads=language.key_value_heads,
-        intermediate_size=language.intermediate_size,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=True,
-        pad_token_id=PAD_TOKEN_ID,
-        eos_token_id=END_TOKEN_ID,
-        bos_token_id=None,
-    )
-    model, processor = random_mllm(vision_config, text_config, feature_layer=-2)
-    cast(nn.Module, model).to(dtype)
-    return model, processor
-
-
 def _random_rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
     """Preference pairs with answers of equal or of lognormal lengths."""
     rng = np.random.default_rng(0)
+    # LLaVA's processor makes a square of any image. Qwen's keeps the shape, so that images have the size that is meant.
+    image_size = (480, 640) if shape.family == "llava" else (shape.image_px, shape.image_px)
 
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(shape.vocabulary - 3, size=count))
@@ -284,7 +203,7 @@ def _random_rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
 
     return [
         {
-            "images": [Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8))],
+            "images": [Image.fromarray(rng.integers(0, 255, (*image_size, 3), np.uint8))],
             "prompt": f"{QWEN.image_token} {words(shape.prompt_tokens)}",
             "chosen": answer(),
             "rejected": answer(),
@@ -294,8 +213,8 @@ def _random_rows(shape: Size, batch: int, lengths: str) -> list[dict[str, Any]]:
 
 
 def _measure_variants(
-    policy: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    policy: PreTrainedModel,
+    processor: ProcessorMixin,
     rows: list[dict[str, Any]],
     rounds: int,
     checkpointing: bool,
@@ -303,13 +222,19 @@ def _measure_variants(
     """Build the trainer of every variant, and measure their steps on the same rows."""
     with tempfile.TemporaryDirectory() as folder:
         trainers, setup_s = {}, {}
-        for name, options in VARIANTS.items():
+        for name, options in _variants().items():
             began = time.perf_counter()
             trainers[name] = _build_trainer(policy, processor, rows, options, Path(folder) / name, checkpointing)
             setup_s[name] = time.perf_counter() - began
         step_s, collate_s = _time_steps(trainers, rows, rounds)
         measurements = {
-            name: Measurement(step_s[name], collate_s[name], *_measure_memory(trainer, rows), setup_s[name])
+            name: Measurement(
+                step_s[name],
+                collate_s[name],
+                *_measure_memory(name, trainer, rows),
+                setup_s[name],
+                _count_kernels(name, trainer, rows),
+            )
             for name, trainer in trainers.items()
         }
         del trainers
@@ -318,10 +243,10 @@ def _measure_variants(
 
 
 def _variant_record(
-    name: str, measurements: dict[str, Measurement], shape: Size, rows: list[dict[str, Any]]
+    name: str, measurements: dict[str, Measurement], shape: Size, rows: list[dict[str, Any]], checkpointing: bool
 ) -> dict[str, Any]:
     """What the report says of a variant, with its ratios to TRL."""
-    own, trl, options = measurements[name], measurements[BASELINE], VARIANTS[name]
+    own, trl, options = measurements[name], measurements[BASELINE], _variants()[name]
     step = statistics.median(own.step_s)
     speedups = [trl_s / own_s for trl_s, own_s in zip(trl.step_s, own.step_s, strict=True)]
     flops = step_flops(shape, rows, options)
@@ -333,17 +258,19 @@ def _variant_record(
         "speedups": [round(s, 3) for s in speedups],
         "saved_bytes": own.saved_bytes,
         "peak_bytes": own.peak_bytes,
+        "kernels": own.kernels,
         "saved_bytes_over_trl": round(own.saved_bytes / trl.saved_bytes, 3),
         "tokens_per_s": round(_padless_tokens(shape, rows) / step, 1),
         "flops": flops,
         "mfu": utilisation(flops, step),
+        "hfu": utilisation(flops + checkpointing * flops // (3 if caches else 4), step),
         "cache_s": round(own.setup_s - trl.setup_s, 4) if caches else None,
     }
 
 
 def _build_trainer(
-    policy: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    policy: PreTrainedModel,
+    processor: ProcessorMixin,
     rows: list[dict[str, Any]],
     options: dict[str, bool] | None,
     folder: Path,
@@ -380,12 +307,13 @@ def _build_trainer(
     return trainer
 
 
-def _step(trainer: Any, inputs: dict[str, Any]) -> None:
-    """Run one forward and backward pass, and wait for the GPU."""
+def _step(name: str, trainer: Any, inputs: dict[str, Any]) -> None:
+    """Run one forward and backward pass of a variant, and wait for the GPU."""
     trainer.model.zero_grad(set_to_none=True)
-    with trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model, inputs)
-    loss.backward()
+    with _attention_of(name):
+        with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()  # which runs layers again under gradient checkpointing
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -407,7 +335,7 @@ def _time_steps(
             began = time.perf_counter()
             inputs = _collate(trainers[name], rows)
             collated = time.perf_counter()
-            _step(trainers[name], inputs)
+            _step(name, trainers[name], inputs)
             if turn > 0:
                 step_s[name].append(time.perf_counter() - collated)
                 collate_s[name].append(collated - began)
@@ -415,8 +343,21 @@ def _time_steps(
     return step_s, collate_s
 
 
-def _measure_memory(trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int | None]:
-    """Measure the memory of one step.
+def _count_kernels(name: str, trainer: Any, rows: list[dict[str, Any]]) -> int | None:
+    """Count the kernels that the GPU runs in one step; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    inputs = _collate(trainer, rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        _step(name, trainer, inputs)
+    events = profile.events() or []
+    # Copies and fills are events of the GPU too, which are no kernels.
+    names = [event.name for event in events if "CUDA" in str(event.device_type)]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
+def _measure_memory(name: str, trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int | None]:
+    """Measure the memory of one step of a variant.
 
     Returns:
         Bytes of activations kept for the backward pass, each storage counted once and weights left out; and CUDA's peak
@@ -437,7 +378,7 @@ def _measure_memory(trainer: Any, rows: list[dict[str, Any]]) -> tuple[int, int 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        _step(trainer, inputs)
+        _step(name, trainer, inputs)
     peak = torch.cuda.max_memory_allocated() - before if torch.cuda.is_available() else None
     trainer.model.zero_grad(set_to_none=True)
     return sum(storage_bytes.values()), peak

@@ -78,7 +78,7 @@ def bench_encoder(
     forms = tuple(form for form in FORMS if form in {*forms, "native"})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        source = _random_repository(Path(folder) / "encoder", SIZES[encoder]) if encoder in SIZES else encoder
+        source = random_repository(Path(folder) / "encoder", SIZES[encoder]) if encoder in SIZES else encoder
         exported = _export(source, Path(folder) / "export", forms)
         runs = {form: _load(form, source, exported, device) for form in forms}
         image_px = cast(int, PivotVisionConfig.from_pretrained(str(source)).image_size)
@@ -119,7 +119,7 @@ def _form_record(own: list[float], native: list[float], memory_mb: int, batch: i
     }
 
 
-def _random_repository(folder: Path, config: SiglipVisionConfig) -> str:
+def random_repository(folder: Path, config: SiglipVisionConfig) -> str:
     """Save an encoder with random weights and its image processor, and return its folder."""
     side = cast(int, config.image_size)
     model = AutoModel.from_config(PivotVisionConfig(config))

@@ -63,12 +63,12 @@ def bench_loader(
         the rows_per_s that it takes, and the cores that keep it busy with the slower packing.
     """
     loaded = load_recipe(recipe)
-    assert loaded.recipe.model is not None
+    spec = loaded.parts("the benchmark")
     plan = plan_stage(loaded)
-    vision = part_config(loaded.locate(loaded.recipe.model.vision), loaded.recipe.model.vision_revision)
+    vision = part_config(loaded.locate(spec.vision), spec.vision_revision)
     image_px = backbone_of(vision).image_px(vision)
     processor = text_processor(image_px, cast(Any, vision).patch_size)
-    images = [_noise_jpeg(seed) for seed in range(rows)]
+    images = [noise_jpeg(seed) for seed in range(rows)]
     with tempfile.TemporaryDirectory() as folder:
         _write_rows(Path(folder), images)
         loaders = {packing: _open_rows(Path(folder), packing, rows, batch, processor) for packing in PACKINGS}
@@ -83,7 +83,7 @@ def bench_loader(
         "source_image_kb": round(statistics.mean(map(len, images)) / 1000, 1),
         "rows_per_s_per_core": rows_per_s,
         "rounds": rounds,
-        "mfu": plan.mfu,
+        "hfu": plan.hfu,
         "gpus": _cores_per_gpu(plan, min(rows_per_s.values()), log),
         "machine": machine(),
         "versions": versions(),
@@ -127,7 +127,7 @@ def _cores_per_gpu(plan: Plan, rows_per_s: float, log: Callable[[str], None]) ->
     return gpus
 
 
-def _noise_jpeg(seed: int) -> bytes:
+def noise_jpeg(seed: int) -> bytes:
     """A JPEG file with a photograph's detail: noise at several scales."""
     rng = np.random.default_rng(seed)
     width, height = SOURCE_PX

@@ -13,23 +13,31 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig
 
 from pivot_hub.bench.models import random_mllm
 from pivot_hub.bench.utilisation import utilisation
-from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.config.recipe import LoadedRecipe, MllmSpec
 from pivot_hub.errors import ProbeError
-from pivot_hub.mllm.chat_templates import QWEN
-from pivot_hub.mllm.published_configs import part_config
+from pivot_hub.mllm.inputs import placeholder_of
+from pivot_hub.mllm.processor import load_processor
+from pivot_hub.mllm.published_configs import part_config, whole_config
 from pivot_hub.mllm.trainable import freeze_parts
 from pivot_hub.planner.estimate import plan_stage
+from pivot_hub.planner.image_inputs import HEIGHT_PX, WIDTH_PX
 from pivot_hub.planner.report import Device, Plan
 from pivot_hub.provenance import machine, versions
-from pivot_hub.training.conversation import ConversationCollator
 from pivot_hub.training.dpo import PivotDPOConfig, PivotDPOTrainer
-from pivot_hub.training.sft import PivotSFTTrainer
-from pivot_hub.training.stage import trainer_arguments
+from pivot_hub.training.sft import PivotSFTTrainer, collator_of
+from pivot_hub.training.stage import round_weights, trainer_arguments
 
 WARM_UP_STEPS = 3
 
@@ -38,7 +46,8 @@ def bench_train_step(loaded: LoadedRecipe, steps: int = 50, log: Callable[[str],
     """Run optimizer steps of a recipe's own trainer on one process, and compare time and memory with the plan.
 
     The model has the recipe's shapes and random weights. Rows have random images and words, of the lengths that the
-    planner assumes. A step is one batch of the recipe, without gradient accumulation.
+    planner assumes. A step is one batch of the recipe, without gradient accumulation. Weights and autocast are those of
+    the recipe.
 
     Args:
         loaded: An instruct, sft or dpo recipe.
@@ -134,44 +143,63 @@ def _run_steps(single: LoadedRecipe, plan: Plan, steps: int) -> _Clock:
 def _build_trainer(loaded: LoadedRecipe, plan: Plan, folder: Path) -> Any:
     """Build the stage's trainer on a model with random weights and on random rows."""
     recipe = loaded.recipe
-    assert recipe.model is not None
-    vision = part_config(loaded.locate(recipe.model.vision), recipe.model.vision_revision)
-    language: Any = part_config(loaded.locate(recipe.model.language), recipe.model.language_revision)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = random_mllm(vision, language, recipe.model.feature_layer, device)
+    model, processor, words = _random_model(loaded)
     learning_rates = recipe.learning_rate.trained()
     freeze_parts(model, learning_rates)
     args = trainer_arguments(loaded, folder)
     count = args.max_steps * plan.per_device_train_batch_size
-    dataset = _random_rows(plan, count, language.vocab_size, recipe.stage == "dpo")
+    dataset = _random_rows(plan, count, placeholder_of(processor), words, recipe.stage == "dpo")
     shared: dict[str, Any] = {"model": model, "train_dataset": dataset, "processing_class": processor}
     if recipe.stage == "dpo":
         return PivotDPOTrainer(args=cast(PivotDPOConfig, args), rates=learning_rates, **shared)
-    collator = ConversationCollator(processor)
-    trainer = PivotSFTTrainer(args=cast(SFTConfig, args), data_collator=collator, **shared)
+    config = cast(SFTConfig, args)
+    collator = collator_of(model, processor, config.max_length)
+    trainer = PivotSFTTrainer(args=config, data_collator=collator, **shared)
     trainer.rates = learning_rates
+    if recipe.weights is not None:
+        round_weights(trainer, loaded)
     return trainer
 
 
-def _random_rows(plan: Plan, count: int, vocabulary: int, pairs: bool) -> Dataset:
+def _random_model(loaded: LoadedRecipe) -> tuple[PreTrainedModel, ProcessorMixin, np.ndarray]:
+    """Make the recipe's MLLM with random weights.
+
+    Returns:
+        The MLLM; its own processor, or for joined parts one of words; and words that are one token each.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(loaded.recipe.model, MllmSpec):
+        name, revision = loaded.locate(loaded.recipe.model.mllm), loaded.recipe.model.revision
+        with torch.device(device):
+            model = AutoModelForImageTextToText.from_config(whole_config(name, revision), dtype=torch.float32)
+        return model, load_processor(name, revision), np.array(["a"])
+    spec = loaded.parts("the benchmark")
+    vision = part_config(loaded.locate(spec.vision), spec.vision_revision)
+    language: Any = part_config(loaded.locate(spec.language), spec.language_revision)
+    words = np.array([f"w{i}" for i in range(language.vocab_size - 8)])
+    return *random_mllm(vision, language, spec.feature_layer, device), words
+
+
+def _random_rows(plan: Plan, count: int, placeholder: str, words: np.ndarray, pairs: bool) -> Dataset:
     """Rows that are drawn when they are read, from their index.
 
     Args:
         plan: Plan that gives the lengths of prompts and answers in tokens.
         count: Number of rows.
-        vocabulary: Tokens of the vocabulary.
+        placeholder: Text that stands for an image.
+        words: Words of one token.
         pairs: Whether rows are preference pairs; else they are conversations.
     """
 
     def draw(row: int) -> dict[str, Any]:
         rng = np.random.default_rng(row)
 
-        def words(length: float) -> str:
-            return " ".join(f"w{i}" for i in rng.integers(vocabulary - 8, size=max(1, round(length))))
+        def text(length: float) -> str:
+            return " ".join(rng.choice(words, max(1, round(length))))
 
-        image = Image.fromarray(rng.integers(0, 255, (480, 640, 3), np.uint8))
-        prompt = f"{QWEN.image_token} {words(plan.prompt_tokens)}"
-        chosen, rejected = words(plan.answer_tokens), words(plan.answer_tokens)
+        image = Image.fromarray(rng.integers(0, 255, (HEIGHT_PX, WIDTH_PX, 3), np.uint8))
+        prompt = f"{placeholder} {text(plan.prompt_tokens)}"
+        chosen, rejected = text(plan.answer_tokens), text(plan.answer_tokens)
         answers = {"chosen": chosen, "rejected": rejected} if pairs else {"completion": chosen}
         return {"images": [image], "prompt": prompt, **answers, "row": row}
 

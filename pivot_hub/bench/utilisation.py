@@ -11,7 +11,7 @@ def utilisation(flops: float, seconds: float) -> float | None:
     """Return FLOPs per second over the half-precision dense peak of this machine's GPU.
 
     With the FLOPs of a model's forward and backward passes this is MFU (model FLOPs utilisation). With those of
-    recomputed activations added it is HFU (hardware FLOPs utilisation).
+    recomputed activations added it is HFU (hardware FLOPs utilisation), as `planner.gpus.HFU`.
 
     Args:
         flops: Floating-point operations of the measured step.

@@ -43,7 +43,7 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 data = typer.Typer(
-    help="Inspect a recipe's data before training.\n\nExample: `pivot data check shapes/3-dpo`",
+    help="Check a recipe's data before training, and make preference rows.\n\nExample: `pivot data check shapes/3-dpo`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -62,6 +62,12 @@ FeatureLayer = Annotated[
     str | None,
     typer.Option(help="Hidden state: a number, last_hidden_state or merged; by default that of the encoder's config."),
 ]
+Boxes = Annotated[Path | None, typer.Option(help="Folder of YOLO label files or VOC XML files, or a COCO JSON file.")]
+Masks = Annotated[Path | None, typer.Option(help="Folder of id masks in PNG format.")]
+ClassNames = Annotated[
+    Path | None, typer.Option(help="YAML file with the names of ids; by default the one beside the labels.")
+]
+IgnoredIds = Annotated[str, typer.Option(help="Ids of --masks that are no class, comma-separated.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to `RUNS/<folder>/<recipe>`.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe, as shapes/3-dpo.")]
 Overrides = Annotated[

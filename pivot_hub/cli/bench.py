@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,6 +82,29 @@ def bench_encoder(
     write(json_path, measured)
 
 
+@bench.command("encode")
+def bench_encode(
+    encoder: Annotated[
+        str, typer.Argument(help="Folder, Hub name, or a size of SigLIP, which gets random weights.")
+    ] = "siglip-base-patch16-224",
+    photos: Annotated[
+        Path | None, typer.Option(help="Folder of photographs; by default noise with the detail of one.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="Number of files.")] = 128,
+    batch: Annotated[int, typer.Option(help="Images of one pass.")] = 16,
+    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the ways take turns.")] = 3,
+    json_path: JsonPath = None,
+) -> None:
+    """Measure whether `pivot encode` keeps its model busy, against bare forward passes and a plain loop.
+
+    Example: `pivot bench encode --photos photos --json encode.json`
+    """
+    from pivot_hub.bench.encode import bench_encode
+
+    write(json_path, bench_encode(encoder, photos, images, batch, workers, rounds, log=log))
+
+
 @bench.command("space")
 def bench_space(
     visitors: Annotated[int, typer.Option(help="Number of simultaneous visitors.")] = 20,
@@ -98,7 +122,7 @@ def bench_space(
 
 @bench.command("dpo-step")
 def bench_dpo_step(
-    size: Annotated[str, typer.Option(help="Size of the model: tiny, or so400m-1.5b for a GPU.")] = "tiny",
+    size: Annotated[str, typer.Option(help="tiny, tiny-qwen2.5-vl; on a GPU so400m-1.5b, qwen2.5-vl-3b.")] = "tiny",
     batch: Annotated[int, typer.Option(help="Preference pairs of a step.")] = 4,
     rounds: Annotated[int, typer.Option(help="Steps of each variant.")] = 5,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Use gradient checkpointing.")] = False,
@@ -111,6 +135,23 @@ def bench_dpo_step(
     from pivot_hub.bench.dpo_step import bench_dpo_step
 
     write(json_path, bench_dpo_step(size, batch, rounds, checkpointing, log=log))
+
+
+@bench.command("grpo-step")
+def bench_grpo_step(
+    size: Annotated[str, typer.Option(help="tiny, tiny-qwen2.5-vl; on a GPU so400m-1.5b, qwen2.5-vl-3b.")] = "tiny",
+    prompts: Annotated[int, typer.Option(help="Prompts of a step.")] = 1,
+    generations: Annotated[int, typer.Option(help="Answers of each prompt.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Steps of each trainer.")] = 5,
+    json_path: JsonPath = None,
+) -> None:
+    """Time a GRPO step with TRL's trainer and with PivotGRPOTrainer, on the same answers.
+
+    Example: `pivot bench grpo-step --size tiny --json grpo-step.json`
+    """
+    from pivot_hub.bench.grpo_step import bench_grpo_step
+
+    write(json_path, bench_grpo_step(size, prompts, generations, rounds, log=log))
 
 
 @bench.command("probe")

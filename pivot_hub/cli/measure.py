@@ -7,7 +7,23 @@ from typing import Annotated, cast
 
 import typer
 
-from pivot_hub.cli.app import FeatureLayer, JsonPath, app, bar, evaluation, log, numbers, out, show, warn, write
+from pivot_hub.cli.app import (
+    Boxes,
+    ClassNames,
+    FeatureLayer,
+    IgnoredIds,
+    JsonPath,
+    Masks,
+    app,
+    bar,
+    evaluation,
+    log,
+    numbers,
+    out,
+    show,
+    warn,
+    write,
+)
 from pivot_hub.config.data_section import OnBadRow
 
 
@@ -138,14 +154,10 @@ def diff(
 def localize(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an MLLM: a finished stage.")],
     data: Annotated[Path, typer.Option(help="Folder of images; or YOLO's layout, with `images` and `labels` in it.")],
-    boxes: Annotated[
-        Path | None, typer.Option(help="Folder of YOLO label files or VOC XML files, or a COCO JSON file.")
-    ] = None,
-    masks: Annotated[Path | None, typer.Option(help="Folder of id masks in PNG format.")] = None,
-    names: Annotated[
-        Path | None, typer.Option(help="YAML file with the names of ids; by default the one beside the labels.")
-    ] = None,
-    ignore: Annotated[str, typer.Option(help="Ids of --masks that are no class, comma-separated.")] = "255",
+    boxes: Boxes = None,
+    masks: Masks = None,
+    names: ClassNames = None,
+    ignore: IgnoredIds = "255",
     explain: Annotated[str, typer.Option(help="One or more of answer, sft, dpo, comma-separated.")] = "answer",
     reference: Annotated[Path | None, typer.Option(help="Checkpoint of the parent, for dpo.")] = None,
     question: Annotated[str, typer.Option(help="Template of the question.")] = "Is there {article} {name}?",
@@ -222,6 +234,7 @@ def segment(
     """
     import torch
 
+    from pivot_hub.encoder.device import compute_device
     from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.encoder.repository import encoder_metadata, read_encoder
     from pivot_hub.files import write_json
@@ -233,7 +246,7 @@ def segment(
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
     model, image_processor = read_encoder(encoder, feature_layer=parse_layer(feature_layer))
-    cast(torch.nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cast(torch.nn.Module, model).to(compute_device())
     metadata = encoder_metadata(encoder)
     with bar("images") as advance:
         results, skipped = segment_masks(

@@ -1,22 +1,21 @@
-"""Commands that say what a stage needs before it runs: its cost, its job on rented GPUs, and its data."""
+"""Commands that say what a stage needs before it runs: its cost, and its job on rented GPUs."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import subprocess
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, Overrides, RecipeName, app, bar, data, log, out, write
-from pivot_hub.config.data_section import FileData, OnBadRow
+from pivot_hub.cli.app import JsonPath, Overrides, RecipeName, app, log, out, write
 from pivot_hub.errors import RecipeError
 
 if TYPE_CHECKING:
     from pivot_hub.config.recipe import LoadedRecipe
-    from pivot_hub.data.report import RowReport
 
 LENGTHS_REMEDY = "give the file that `pivot data check --json` wrote"
 LENGTHS_HELP = "The file that `pivot data check --json` wrote, in place of the recipe's `expect`."
@@ -24,7 +23,19 @@ PACKAGE_HELP = (
     "Requirement that installs pivot-hub in the job, as `pivot-hub @ git+https://github.com/me/pivot-hub@v1`; "
     "checked before a job is submitted."
 )
-MFU_HELP = "Share of the GPU's peak that all FLOPs run at, recomputed ones too; 0.35 by default."
+HFU_HELP = "Share of the GPU's peak that all FLOPs run at, recomputed ones too; 0.35 by default."
+
+
+REHEARSE_HELP = (
+    "Instead of the costs, run the stage's step and what follows it on fake tensors of this device, without a GPU: "
+    "kernels, attention calls, synchronisations, copies. Exits with 1 if a path has a problem."
+)
+
+
+class RehearsedDevice(StrEnum):
+    """Devices that can be rehearsed."""
+
+    CUDA = "cuda"
 
 
 @app.command()
@@ -33,8 +44,9 @@ def plan(
     overrides: Overrides = None,
     accelerate_config: Annotated[str, typer.Option(help="Name of a file in recipes/accelerate.")] = "ddp",
     processes: Annotated[int, typer.Option(min=1, help="Number of processes, one for each GPU.")] = 8,
-    mfu: Annotated[float | None, typer.Option(help=MFU_HELP)] = None,
+    hfu: Annotated[float | None, typer.Option("--hfu", "--mfu", help=HFU_HELP)] = None,
     lengths: Annotated[Path | None, typer.Option(help=LENGTHS_HELP)] = None,
+    rehearse: Annotated[RehearsedDevice | None, typer.Option(help=REHEARSE_HELP)] = None,
     json_path: JsonPath = None,
 ) -> None:
     """Estimate what a stage will cost: parameters, FLOPs, memory a GPU, hours, disk. No weight is loaded.
@@ -43,7 +55,48 @@ def plan(
     """
     from pivot_hub.config.recipe import load_recipe
 
-    print_plan(load_recipe(recipe, overrides or []), accelerate_config, processes, mfu, lengths, json_path)
+    loaded = load_recipe(recipe, overrides or [])
+    if rehearse is not None:
+        print_rehearsal(recipe, overrides or [], json_path)
+        return
+    print_plan(loaded, accelerate_config, processes, hfu, lengths, json_path)
+
+
+@app.command("plan-encode")
+def plan_encode(
+    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    images: Annotated[float, typer.Option(help="Number of images, as in 1e8.")],
+    tokens: Annotated[bool, typer.Option("--tokens", help="All patch tokens are written, not their mean.")] = False,
+    dtype: Annotated[str, typer.Option(help="Type to compute in: float32, float16 or bfloat16.")] = "bfloat16",
+    store: Annotated[str, typer.Option(help="Type to store: float32, float16, bfloat16 or int8.")] = "float16",
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes, one for each GPU.")] = 1,
+    hfu: Annotated[float | None, typer.Option(help=HFU_HELP)] = None,
+    decode_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of a core to decode and prepare an image; 18 by default.")
+    ] = None,
+    usd_per_hour: Annotated[float | None, typer.Option(help="Price of one GPU for an hour.")] = None,
+    json_path: JsonPath = None,
+) -> None:
+    """Estimate what `pivot encode` takes: images a second, hours and cost on GPUs, cores, bytes. No weight is loaded.
+
+    Example: `pivot plan-encode google/siglip2-so400m-patch16-384 --images 1e8 --processes 8 --usd-per-hour 2.5`
+    """
+    from pivot_hub.planner.encoding import DECODE_MS, plan_encoding
+    from pivot_hub.planner.gpus import HFU
+
+    plan = plan_encoding(
+        encoder,
+        images,
+        tokens=tokens,
+        dtype=dtype,
+        store=store,
+        processes=processes,
+        hfu=HFU if hfu is None else hfu,
+        decode_ms=DECODE_MS if decode_ms is None else decode_ms,
+        usd_per_hour=usd_per_hour,
+    )
+    out.print(plan.table(), markup=False)
+    write(json_path, plan.to_dict())
 
 
 @app.command()
@@ -74,7 +127,7 @@ def print_plan(
     loaded: LoadedRecipe,
     accelerate_config: str,
     processes: int,
-    mfu: float | None,
+    hfu: float | None,
     lengths: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -83,10 +136,30 @@ def print_plan(
     from pivot_hub.planner.gpus import HFU
 
     measured = _read_lengths(lengths) if lengths else None
-    with out.status("profiling a step on fake tensors, which takes about half a minute"):  # on a terminal only
-        plan = plan_stage(loaded, accelerate_config, processes, HFU if mfu is None else mfu, measured)
+    with out.status("profiling a step on fake tensors: half a minute, or two of Qwen-VL"):  # on a terminal only
+        plan = plan_stage(loaded, accelerate_config, processes, HFU if hfu is None else hfu, measured)
     out.print(plan.table(), markup=False)
     write(json_path, plan.to_dict())
+
+
+def print_rehearsal(recipe: str, overrides: list[str], json_path: Path | None) -> None:
+    """Print what a stage's paths ask of a CUDA device, and write it as JSON if a file is named.
+
+    Raises:
+        RehearsalError: This machine cannot rehearse.
+        typer.Exit: A path has a problem.
+    """
+    from pivot_hub.provenance import versions
+    from pivot_hub.rehearsal.process import rehearse_recipes
+    from pivot_hub.rehearsal.report import table
+
+    with out.status("running each path twice, which takes minutes"):  # on a terminal only
+        reports = rehearse_recipes([recipe], overrides)
+    out.print(table(reports), markup=False)
+    paths = [report.to_dict() for report in reports]
+    write(json_path, {"recipe": recipe, "overrides": overrides, "paths": paths, "versions": versions()})
+    if any(report.problems for report in reports):
+        raise typer.Exit(1)
 
 
 def _read_lengths(file: Path) -> dict[str, Any]:
@@ -133,45 +206,3 @@ def print_job(
     write(json_path, {"command": command})
     if submit:
         raise typer.Exit(subprocess.run(command, check=False).returncode)
-
-
-@data.command("check")
-def data_check(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes that decode images; one for each core by default.")
-    ] = None,
-    json_path: JsonPath = None,
-) -> None:
-    """Read every row of a recipe, decode every image, count every token. Nothing is trained and no weight loaded.
-
-    Example: `pivot data check siglip2-so400m/3-dpo --json check.json`
-    """
-    from pivot_hub.config.recipe import load_recipe
-    from pivot_hub.training.row_check import check_data
-
-    loaded = load_recipe(recipe, overrides or [])
-    # The check lists all bad rows, also where training would stop at the first.
-    skipping = loaded.recipe.model_copy(update={"on_bad_row": OnBadRow.SKIP})
-    with bar("rows") as advance:
-        index = check_data(loaded.model_copy(update={"recipe": skipping}), advance=advance, fresh=True, workers=workers)
-    report, policy = index.report, loaded.recipe.on_bad_row
-    out.print(report.text(), markup=False)
-    write(json_path, {"recipe": loaded.name, "on_bad_row": policy, **report.to_dict()})
-    for message in _unexpected_sizes(loaded, report):
-        log(message)
-    if report.skipped_rows and policy is OnBadRow.STOP:
-        log("training would stop at the first of these rows: fix them, or set `on_bad_row: skip` in the recipe")
-        raise typer.Exit(1)
-
-
-def _unexpected_sizes(loaded: LoadedRecipe, report: RowReport) -> list[str]:
-    """Return a message for each source that has another number of rows than its recipe expects."""
-    messages = []
-    for number, (spec, source) in enumerate(zip(loaded.recipe.data, report.sources, strict=True)):
-        if isinstance(spec, FileData) and spec.expect is not None:
-            expected = min(spec.sample or spec.expect.rows, spec.expect.rows)
-            if source["rows"] != expected:
-                messages.append(f"source {number}: {source['rows']} rows, where the recipe expects {expected}")
-    return messages

@@ -6,12 +6,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pivot_hub.cli.app import FeatureLayer, JsonPath, app, bar, log, write
-from pivot_hub.errors import CardError, PublishError
+from pivot_hub.cli.app import JsonPath, app, bar, log, write
+from pivot_hub.errors import CardError, PublishError, RecipeError
 
 
 @app.command()
@@ -187,41 +187,116 @@ def pull(
 
 @app.command()
 def encode(
-    folder: Annotated[Path, typer.Argument(help="Folder of the images; subfolders are included.")],
-    encoder: Annotated[str, typer.Option(help="Folder or Hub name of an encoder.")],
-    out_path: Annotated[Path, typer.Option("--out", help="File of the features, .parquet or .npy.")] = Path(
-        "features.parquet"
-    ),
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images; a .zip or .tar; a pattern of shards; Parquet; a Hub data set; a .txt of paths; "
+            "or - for stdin. With --merge, folders that encode wrote.",
+        ),
+    ],
+    encoder: Annotated[str | None, typer.Option(help="Folder or Hub name of an encoder.")] = None,
+    out_path: Annotated[
+        Path, typer.Option("--out", help="File of the features, .parquet or .npy, or a folder of Parquet parts.")
+    ] = Path("features.parquet"),
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Write all patch tokens of an image, not their mean.")
     ] = False,
     batch: Annotated[int, typer.Option(help="Images in one forward pass.")] = 32,
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32, float16 or bfloat16.")] = "float32",
+    store: Annotated[
+        str | None, typer.Option(help="Type to store: float32, float16, bfloat16 or int8; that of --dtype by default.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes that decode images; one for each core by default.")
     ] = None,
-    feature_layer: FeatureLayer = None,
+    feature_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Hidden state: a number, last_hidden_state or merged; several as in -2,-5; by default that of the "
+            "encoder's config."
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Encode one of n shares, as in 1/8; torchrun and accelerate need no option.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join folders that encode wrote, into a folder or a file.")
+    ] = False,
+    image_column: Annotated[str | None, typer.Option(help="Column of the images in tables.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the ids in tables.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a data set; all by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub data set.")] = None,
 ) -> None:
-    """Compute features of every image in a folder; a stopped run resumes, and corrupt images are listed.
+    """Compute features of every image of a source; a stopped run resumes, and corrupt images are listed.
+
+    Exits with 1 if a part of the source could not be read, or shares that are joined lack blocks; what could be read is
+    written, and the same command completes it.
 
     Example: `pivot encode images --encoder hub/pivot/shapes-dpo --out features.parquet`
-    """
-    from pivot_hub.encoder.encode import encode_folder
-    from pivot_hub.encoder.image_shapes import parse_layer
 
-    layer = parse_layer(feature_layer)
-    with bar("images") as advance:
-        report = encode_folder(encoder, folder, out_path, tokens, batch, dtype, workers, advance, layer)
-    for image in report["corrupt"]:
+    The first of 8 jobs: `pivot encode "shards-{000..099}.tar" --encoder hub/pivot/shapes-dpo --out all --shard 1/8`
+    """
+    from pivot_hub.data.image_blocks import SourceOptions
+    from pivot_hub.encoder.encode import encode_source
+    from pivot_hub.encoder.image_shapes import parse_layer
+    from pivot_hub.encoder.merge import merge_features
+    from pivot_hub.encoder.share import find_share
+
+    if merge:
+        report = merge_features([Path(source) for source in sources], out_path)
+    else:
+        if encoder is None or len(sources) != 1:
+            raise RecipeError("give one source and --encoder; or --merge and the folders to join.")
+        texts = feature_layer.split(",") if feature_layer else []
+        layers = [layer for text in texts if (layer := parse_layer(text)) is not None] or None
+        options = SourceOptions(image_column, id_column, split, revision)
+        share = find_share(shard)
+        with bar("images") as advance:
+            report = encode_source(
+                encoder,
+                sources[0],
+                out_path,
+                tokens,
+                batch,
+                dtype,
+                workers,
+                advance,
+                layers or None,
+                store,
+                share,
+                options,
+            )
+    _show_features(out_path, report)
+    # The missing blocks of one share are another's work; where the shares are joined, they are missing.
+    if report["problems"] or (merge and report["missing_blocks"]):
+        raise typer.Exit(1)
+
+
+def _show_features(out_path: Path, report: dict[str, Any]) -> None:
+    """Print what was encoded, and each image that was left out."""
+    corrupt = report["corrupt"] if "corrupt" in report else [c for b in report["blocks"] for c in b["corrupt"]]
+    for image in corrupt:
         log(f"left out: {image['reason']}")
-    for kind, paths in report["not_read"].items():
+    for problem in report["problems"]:
+        log(f"not whole: {problem}")
+    for kind, paths in report.get("not_read", {}).items():
         if paths["count"]:
             log(f"not read: {paths['count']} {kind.replace('_', ' ')} ({', '.join(paths['first'])})")
-    shape = ", ".join(map(str, report["shape"]))
-    log(
-        f"{out_path}: {report['images']} images of shape ({shape}), {len(report['corrupt'])} left out, "
-        f"{report['images_per_s']} images/s; report: {out_path}.json"
-    )
+    if report.get("busy_blocks"):
+        log(f"{len(report['busy_blocks'])} blocks are left to other processes, the first: {report['busy_blocks'][0]}")
+    if (repeated := report.get("repeated_ids", {"count": 0}))["count"]:
+        log(f"{repeated['count']} ids are of more than one image: {', '.join(repeated['first'][:3])}")
+    if report.get("missing_blocks"):
+        log(f"{report['missing_blocks']} of {report['source_blocks']} blocks are not encoded yet.")
+    if "error" in report:
+        error = report["error"]
+        log(f"relative L2 error of storing: {error['mean']:.1e} on average, {error['largest']:.1e} at most")
+    shapes = report["shapes"].values() if "shapes" in report else [report["shape"]]
+    shape = "; ".join(f"({', '.join(map(str, one))})" for one in shapes)
+    speed = f", {report['images_per_s']} images/s" if "images_per_s" in report else ""
+    place = f"{out_path}.json" if out_path.suffix else out_path / "manifest.json"
+    log(f"{out_path}: {report['images']} images of shape {shape}, {len(corrupt)} left out{speed}; report: {place}")
 
 
 @app.command()

@@ -45,26 +45,35 @@ class ShapesSettings(Strict):
     combinations: Literal["seen", "unseen"] | None = None
 
 
+QuestionKind = Literal["colour", "shape", "position", "count", "presence", "describe", "box"]
+
+
 class ShapesData(Strict):
     """Rows of the synthetic Shapes dataset, rendered when they are read.
 
     Args:
         format: The value `shapes`.
-        content: Captions, conversations (instruct) or preference pairs.
+        content: Captions, conversations (instruct), preference pairs, or questions whose answers rewards can verify.
         rows: Number of rows.
         split: Split that the scenes are drawn from.
         start: Index of the first scene. Stages that must not share scenes have different starts.
         slip: Error type of the rejected answers of pairs whose answers end in a fact: an error in what is visible, in
             the fact, or in the format. Without it, pairs have no fact and the error is visual.
+        kinds: Kinds of questions, in turn: by default all whose answer is a sentence about one aspect. `describe` asks
+            for a description, `box` for the box of an object.
+        counterfactual: Whether the rejected answer of a pair is the right one of another scene, which differs in one
+            thing and is the row's rejected image; see `data.synthetic.counterfactual`.
         world: Settings of the dataset.
     """
 
     format: Literal["shapes"]
-    content: Literal["captions", "instruct", "pairs"]
+    content: Literal["captions", "instruct", "pairs", "questions"]
     rows: int = Field(ge=1)
     split: Literal["train", "validation", "test"] = "train"
     start: int = Field(0, ge=0)
     slip: Literal["visual", "fact", "format"] | None = None
+    kinds: list[QuestionKind] | None = Field(None, min_length=1)
+    counterfactual: bool | None = None
     world: ShapesSettings = ShapesSettings()
 
 
@@ -75,11 +84,14 @@ class Expected(Strict):
         rows: Rows of an epoch without a sample, each counted as often as `subsets` repeats it.
         prompt_tokens: Mean number of prompt tokens of a row, over all of its turns, without the image.
         answer_tokens: Mean number of answer tokens of a row: all answers, or one answer of a preference pair.
+        image_tokens: Mean number of tokens that an image takes in the MLLM; by default the planner assumes one of
+            640x480 pixels.
     """
 
     rows: int = Field(ge=1)
     prompt_tokens: int = Field(ge=0)
     answer_tokens: int = Field(ge=1)
+    image_tokens: int | None = Field(None, ge=1)
 
 
 class FileData(Strict):
@@ -87,22 +99,25 @@ class FileData(Strict):
 
     Args:
         format: Format of the annotation files.
-        path: A JSON list, a JSONL or Parquet file, a folder of such files, MMPR's meta file, or a Hub dataset.
+        path: A JSON list, a JSONL or Parquet file, a folder of such files, MMPR's meta file, or a Hub dataset. Of
+            format boxes, COCO's JSON of instances, or a folder of YOLO's or VOC's label files.
         images: Folder or archive (.zip, .tar) that image names are relative to; None where rows hold their images.
         revision: Commit or branch of a Hub dataset.
         subsets: Folders below `path`, each with the number of times that an epoch repeats its rows.
         sample: Number of rows to sample, from each group (a source of a meta file, or a subset) in proportion.
         seed: Seed of the sample.
+        answer_words: Largest number of words of an answer that format vqa takes, 5 by default.
         expect: Expected size of the source.
     """
 
-    format: Literal["llava", "mmpr", "rlaif_v", "vlfeedback", "preference"]
+    format: Literal["llava", "mmpr", "rlaif_v", "vlfeedback", "preference", "vqa", "boxes"]
     path: str
     images: str | None = None
     revision: str | None = None
     subsets: dict[str, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
     sample: int | None = Field(None, ge=1)
     seed: int = 0
+    answer_words: int | None = Field(None, ge=1)
     expect: Expected | None = None
 
 

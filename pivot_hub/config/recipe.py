@@ -15,10 +15,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from pivot_hub.config.data_section import DataSpec, OnBadRow, ShapesData
+from pivot_hub.config.data_section import DataSpec, FileData, OnBadRow, ShapesData
 from pivot_hub.config.stages import Stage, argument_types, stage_names, stage_of
 from pivot_hub.config.yaml_loader import Strict, Where, check_keys, nearest, parse_yaml, read_yaml
 from pivot_hub.errors import RecipeError
@@ -26,6 +37,7 @@ from pivot_hub.files import shipped_folder
 
 RECIPES = shipped_folder("recipes")
 PARTS = ("vision", "projector", "language")
+NO_COMPILE = "nothing: batches differ in length and layout, so torch compiles again and again"
 # The runner sets these arguments from other keys of the recipe; two values of one argument could contradict.
 RESERVED_ARGS = {
     "output_dir": "--output",
@@ -38,19 +50,48 @@ RESERVED_ARGS = {
     "push_to_hub": "`pivot push`, after the run",
     "save_only_model": "nothing: a run could not resume without its optimizer",
     "ignore_data_skip": "nothing: a resumed run would see other rows than one that was never stopped",
+    "reward_weights": "the recipe's rewards, each with its weight",
     "sync_ref_model": "nothing: a checkpoint does not hold the reference, so a resumed run would have another one",
     "enable_jit_checkpoint": "nothing: a signal saves a checkpoint by itself",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), NO_COMPILE),
 }
 
 
 class ModelSpec(Strict):
-    """The MLLM's parts: a folder beside the recipe, or a Hub repository."""
+    """The parts that an align stage joins to an MLLM: each a folder beside the recipe, or a Hub repository."""
 
     vision: str
     language: str
     feature_layer: int = -2
     vision_revision: str | None = None
     language_revision: str | None = None
+
+
+class MllmSpec(Strict):
+    """An MLLM that training starts from: a folder beside the recipe, or a Hub repository."""
+
+    mllm: str
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_parts(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (parts := sorted(ModelSpec.model_fields.keys() & values.keys())):
+            names = " and ".join(f"`{part}`" for part in parts)
+            raise PydanticCustomError("model", f"`mllm` is a whole MLLM with parts of its own; leave out {names}")
+        return values
+
+
+def _model_kind(values: Any) -> str:
+    """Return the name of the class that a recipe's `model` is of; a mistyped `mllm` counts as `mllm`."""
+    if isinstance(values, dict):
+        return "MllmSpec" if any(nearest(str(key), ["mllm"]) for key in values) else "ModelSpec"
+    return "MllmSpec" if isinstance(values, MllmSpec) else "ModelSpec"
+
+
+AnyModel = Annotated[
+    Annotated[ModelSpec, Tag("ModelSpec")] | Annotated[MllmSpec, Tag("MllmSpec")], Discriminator(_model_kind)
+]
 
 
 def _positive(learning_rate: float) -> float:
@@ -85,6 +126,11 @@ def _registered(stage: str) -> str:
     return stage
 
 
+def _without_default(loss_over: Any) -> Any:
+    """Return None for the default, so that naming it is the same recipe as leaving it out."""
+    return None if loss_over == "tokens" else loss_over
+
+
 class LoraSpec(Strict):
     """Low-rank adapters that train in place of the language model's own weights; needs peft."""
 
@@ -93,33 +139,53 @@ class LoraSpec(Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class RewardSpec(Strict):
+    """A reward of a stage of reinforcement learning.
+
+    Args:
+        name: One of `pivot_hub.training.rewards`, or a function of your own as `module:function`.
+        weight: Its weight in the sum of all rewards.
+        args: Its own settings, as keyword arguments.
+    """
+
+    name: str
+    weight: float = Field(1.0, allow_inf_nan=False)
+    args: dict[str, Any] = Field({})
+
+
 class Recipe(Strict):
     """A stage of training.
 
     Args:
-        stage: Name of a registered stage: vision and language make base parts; align, instruct, sft and dpo train an
-            MLLM.
+        stage: Name of a registered stage: vision and language make base parts; align, instruct, sft, dpo, grpo and
+            rloo train an MLLM.
         parent: File name of the recipe whose checkpoint this stage starts from; it lies beside this recipe.
-        model: Parts that an align stage joins. Later stages inherit them from their parent.
+        model: Parts that an align stage joins, or the MLLM that a later stage starts from where it has no
+            parent. Later stages inherit it from their parent.
         architecture: Sizes of a base part, under the names of its transformers config.
         tokenizer_size: Number of tokens in the byte-level BPE vocabulary that a language stage trains.
         learning_rate: Peak learning rate of each part.
         data: Sources of the rows, which are concatenated.
         args: Arguments of the stage's trainer config, under their own names: TRL's SFTConfig, or PivotDPOConfig, which
-            is TRL's DPOConfig with four more options.
+            is TRL's DPOConfig with two more options of speed.
         global_batch: Rows of an optimizer step over all processes, from which args.gradient_accumulation_steps
             follows.
         lora: Adapters that train on the language model at its learning rate and are merged when the stage ends.
         labels: Tokens that the loss of align, instruct and sft is computed on: the answers by default. With
             llava_next, as the paper's authors train: answers with the header of their turn, and every turn marker and
             newline of the conversation.
+        loss_over: What the loss of align, instruct and sft is a mean over: `tokens`, the labels of a whole step, as
+            TRL's, or `rows`, the rows of a step, each with the mean of its labels.
+        rewards: What a stage of reinforcement learning maximises: the weighted sum of these.
+        weights: Data type of the weights that train: float32 by default, with autocast. With bfloat16 they take half
+            the memory, and updates that are small against their weight are lost.
         on_bad_row: Whether a row that cannot be used raises an error, or is skipped and counted.
         seed: Seed of initialisation, shuffling and dropout.
     """
 
     stage: Annotated[str, AfterValidator(_registered)]
     parent: str | None = None
-    model: ModelSpec | None = None
+    model: AnyModel | None = None
     architecture: dict[str, Any] | None = None
     tokenizer_size: int | None = Field(None, ge=300)
     learning_rate: LearningRates
@@ -128,6 +194,9 @@ class Recipe(Strict):
     global_batch: int | None = Field(None, ge=1)
     lora: LoraSpec | None = None
     labels: Literal["llava_next"] | None = None
+    loss_over: Annotated[Literal["rows"] | None, BeforeValidator(_without_default)] = None
+    rewards: list[RewardSpec] | None = Field(None, min_length=1)
+    weights: Literal["bfloat16"] | None = None
     on_bad_row: OnBadRow = OnBadRow.STOP
     seed: int = 0
 
@@ -168,6 +237,37 @@ class LoadedRecipe(BaseModel):
     def lineage(self) -> list[LoadedRecipe]:
         """Return this recipe and its ancestors, from the first stage to this one."""
         return [*(self.parent.lineage() if self.parent else []), self]
+
+    def parts(self, user: str) -> ModelSpec:
+        """Return the parts that the first stage of this recipe's lineage joins.
+
+        Args:
+            user: What needs the parts, for the error message.
+
+        Raises:
+            RecipeError: The recipe starts from an MLLM, or makes a base part.
+        """
+        if not isinstance(self.recipe.model, ModelSpec):
+            start = "makes a base part" if self.recipe.model is None else f"starts from {self.recipe.model.mllm}"
+            raise RecipeError(
+                f"{self.path}: {user} needs a recipe whose `model` joins `vision` and `language`; this one {start}."
+            )
+        return self.recipe.model
+
+    def start(self, parent: Path | None) -> tuple[str, str | None] | None:
+        """Return folder or Hub name, and revision, of the MLLM whose weights this stage starts from.
+
+        Args:
+            parent: The parent's checkpoint; None for a stage without a parent.
+
+        Returns:
+            Name and revision; None for a stage that joins parts, or makes one.
+        """
+        if parent is not None:
+            return str(parent), None
+        if isinstance(self.recipe.model, MllmSpec):
+            return self.locate(self.recipe.model.mllm), self.recipe.model.revision
+        return None
 
     def locate(self, reference: str) -> str:
         """Resolve a path of the recipe against its folder; a path that does not exist is returned as a Hub name."""
@@ -258,8 +358,17 @@ def _check_stage(recipe: Recipe, where: Where, parent: LoadedRecipe | None) -> N
     base_part = spec.base_part
     if base_part and recipe.architecture is None:
         raise RecipeError(f"{where()}: stage {stage} makes a base part: give its sizes under `architecture`.")
-    if spec.needs_parent and parent is None:
-        raise RecipeError(f"{where()}: stage {stage} starts from a checkpoint: name its recipe as `parent`.")
+    starts_from_mllm = parent is None and isinstance(recipe.model, MllmSpec)
+    if spec.needs_parent and parent is None and not starts_from_mllm:
+        raise RecipeError(
+            f"{where()}: stage {stage} starts from a checkpoint: name its recipe as `parent`, or an MLLM as "
+            "`model.mllm`."
+        )
+    if starts_from_mllm and not spec.needs_parent:
+        raise RecipeError(
+            f"{where('model', 'mllm')}: stage {stage} does not start from an MLLM: give `model` with `vision` and "
+            "`language`, or take one of the stages instruct, sft, dpo, grpo and rloo."
+        )
     if not base_part and recipe.model is None:
         raise RecipeError(f"{where()}: stage {stage} needs `model` with `vision` and `language`, or a parent.")
     if not base_part and recipe.architecture is not None:
@@ -272,6 +381,19 @@ def _check_stage(recipe: Recipe, where: Where, parent: LoadedRecipe | None) -> N
         raise RecipeError(f"{where('lora')}: `lora` trains the language model: give `learning_rate.language`.")
     if recipe.labels is not None and not spec.takes_labels:
         raise RecipeError(f"{where('labels')}: `labels` is for stages whose loss is on labelled tokens; remove it.")
+    if recipe.loss_over is not None and not spec.takes_labels:
+        raise RecipeError(
+            f"{where('loss_over')}: `loss_over` is for stages whose loss is on labelled tokens; remove it."
+        )
+    if recipe.rewards is not None and not spec.takes_rewards:
+        raise RecipeError(f"{where('rewards')}: stage {stage} learns from its rows alone; remove `rewards`.")
+    if recipe.rewards is None and spec.takes_rewards:
+        raise RecipeError(f"{where()}: stage {stage} learns from rewards: list them as `rewards`.")
+    if recipe.weights is not None and not spec.takes_labels:
+        raise RecipeError(
+            f"{where('weights')}: `weights: bfloat16` is for align, instruct and sft: a base part is small, and "
+            "updates of dpo are smaller than bfloat16's rounding; remove it."
+        )
     _check_sources(recipe, where, spec)
 
 
@@ -285,6 +407,18 @@ def _check_sources(recipe: Recipe, where: Where, stage: Stage) -> None:
             raise RecipeError(f"{where('data', i, 'content')}: stage {stage.name} reads content: {stage.content}.")
         if isinstance(source, ShapesData) and source.slip and source.content != "pairs":
             raise RecipeError(f"{where('data', i, 'slip')}: `slip` is for content: pairs.")
+        if isinstance(source, ShapesData) and source.counterfactual and (source.content != "pairs" or source.slip):
+            raise RecipeError(
+                f"{where('data', i, 'counterfactual')}: `counterfactual` is for content: pairs, without slip."
+            )
+        if isinstance(source, ShapesData) and source.kinds and source.content != "questions":
+            raise RecipeError(f"{where('data', i, 'kinds')}: `kinds` is for content: questions.")
+        if isinstance(source, FileData) and source.answer_words and source.format != "vqa":
+            raise RecipeError(f"{where('data', i, 'answer_words')}: `answer_words` is for format: vqa.")
+        if isinstance(source, FileData) and source.format == "boxes" and source.images is None:
+            raise RecipeError(f"{where('data', i)}: format boxes needs `images`, the folder of the labels' images.")
+        if isinstance(source, FileData) and source.format == "boxes" and source.subsets is not None:
+            raise RecipeError(f"{where('data', i, 'subsets')}: format boxes has no subsets; list several sources.")
 
 
 def _check_args(recipe: Recipe, where: Where) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-Content = Literal["captions", "instruct", "pairs"]
+Content = Literal["captions", "instruct", "pairs", "questions"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Stage:
         base_part: Whether the stage makes an encoder or a language model, and not an MLLM.
         needs_parent: Whether the stage starts from the checkpoint of another recipe.
         takes_labels: Whether the loss is on labelled tokens, which the recipe's `labels` may change.
+        takes_rewards: Whether the stage learns from the recipe's `rewards`, and so reads rows that these can score.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     base_part: bool = False
     needs_parent: bool = False
     takes_labels: bool = False
+    takes_rewards: bool = False
 
     def config_class(self) -> type[TrainingArguments]:
         """Import the config class whose arguments a recipe of this stage passes under `args`."""

@@ -179,14 +179,16 @@ def _follow(model: type[BaseModel], location: Key) -> tuple[Key, list[str]]:
     """Return the path of a wrong key as the file has it, and the keys that are valid in its place.
 
     Pydantic's location has a discriminated union's tag between the union and the key, which is no key of the file:
-    ('data', 0, 'shapes', 'rows').
+    ('data', 0, 'shapes', 'rows'). The tag is a value of the model's discriminating key, or the model's name.
     """
     kept: list[str | int] = []
     at = beside = [model]
     for key in location:
         beside = at
         fields = [m.model_fields[str(key)] for m in at if key in m.model_fields]
-        tagged = [m for m in at if any(key in get_args(f.annotation) for f in m.model_fields.values())]
+        tagged = [
+            m for m in at if m.__name__ == key or any(key in get_args(f.annotation) for f in m.model_fields.values())
+        ]
         if tagged and not fields and len(at) > 1:
             at = tagged
             continue

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.config.yaml_loader import parse_yaml
 from pivot_hub.data.image import image_files, open_image, open_stored
-from pivot_hub.data.row import open_text
+from pivot_hub.data.row import Box, open_text
 from pivot_hub.errors import DataError, shown_text
 
 NAME_FILES = ("config.yaml", "data.yaml", "classes.txt")  # of lightly-train, of ultralytics, and of label editors
@@ -27,7 +27,6 @@ VOC_CORNERS, SIDES = ("xmin", "ymin", "xmax", "ymax"), ("width", "height")
 ID_MODES = {"1", "L", "P", "I", "I;16"}  # Pillow's modes of one channel, whose values are ids
 Size = tuple[int, int]  # width, height in px
 Regions = Mapping[str, Callable[[], np.ndarray]]  # class name to a function that draws its mask: (H, W) bool
-RegionReader = Callable[[Path, Size], Regions]  # takes an image's path below the folder, and its size
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,34 @@ class Rle:
 
 
 Outline = np.ndarray | Rle  # corners in px: (2, 2) of a box, (k, 2) of a polygon; or a mask
-Outlines = dict[str, list[Outline]]  # by class name
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One labelled object.
+
+    Args:
+        outlines: Its outlines; none of a crowd, which is a region of many objects.
+        size: Size of the image.
+    """
+
+    outlines: Sequence[Outline]
+    size: Size
+
+    @property
+    def is_crowd(self) -> bool:
+        return not self.outlines
+
+    def box(self) -> Box | None:
+        """Return the box around the object; None of a crowd, and of masks without a pixel."""
+        return _box_of(self.outlines) if self.outlines else None
+
+    def draw(self) -> np.ndarray:
+        """Draw the object: (H, W) bool."""
+        return _draw_union(self.outlines, self.size)
+
+
+Instances = dict[str, list[Instance]]  # by class name
 
 
 @dataclass(frozen=True)
@@ -60,11 +86,29 @@ class AnnotatedImage:
         name: Path of the image below the folder.
         regions: For each class name, a function that draws the union of its instances: (H, W) bool, in the image's
             size.
+        boxes: Box of each class that has one instance; none where the labels are masks of ids.
+        instances: All instances of each class, crowds too; none where the labels are masks of ids.
+        size: Size of the image.
     """
 
     file: Path
     name: str
     regions: Regions
+    boxes: Mapping[str, Box]
+    instances: Mapping[str, Sequence[Instance]]
+    size: Size
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one image; see `AnnotatedImage`."""
+
+    regions: Regions = field(default_factory=dict)
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    instances: Mapping[str, Sequence[Instance]] = field(default_factory=dict)
+
+
+LabelReader = Callable[[Path, Size], Labels]  # takes an image's path below the folder, and its size
 
 
 @dataclass(frozen=True)
@@ -101,6 +145,47 @@ def read_annotated_images(
         DataError: An input is missing or bad; the message names file and line.
     """
     policy = OnBadRow.parse(on_bad_row)
+    images: list[AnnotatedImage] = []
+    skipped: list[str] = []
+    for image in scan_annotated_images(folder, boxes, masks, names, ignore):
+        if isinstance(image, DataError):
+            if policy is OnBadRow.STOP:
+                raise image
+            skipped.append(str(image))
+        elif image.regions:
+            images.append(image)
+        else:
+            skipped.append(f"{image.name}: has no labels.")
+    if not images:
+        labels = masks or boxes or folder / "labels"
+        raise DataError(f"no image of {image_folder(folder)} has labels in {labels}, the first: {skipped[0]}")
+    return images, skipped
+
+
+def image_folder(folder: Path) -> Path:
+    """Return the folder that images are read from: a folder `images` below the given one, or else that one."""
+    return folder / "images" if (folder / "images").is_dir() else folder
+
+
+def scan_annotated_images(
+    folder: Path,
+    boxes: Path | None = None,
+    masks: Path | None = None,
+    names: Path | None = None,
+    ignore: Sequence[int] = (255,),
+) -> Iterator[AnnotatedImage | DataError]:
+    """Yield every image of a folder with its regions, which may be none, or the error of a bad image or label.
+
+    Args:
+        folder: Folder of images, see `read_annotated_images`; the further arguments are described there too.
+        boxes: Labels with outlines.
+        masks: Folder of id masks.
+        names: File of class names.
+        ignore: Ids in masks that are no class.
+
+    Raises:
+        DataError: A file or folder is missing, or cannot be read as a whole.
+    """
     if boxes is not None and masks is not None:
         raise DataError("Regions come from boxes or from masks, not from both: give one of them.")
     if not folder.is_dir():
@@ -109,35 +194,26 @@ def read_annotated_images(
         boxes = folder / "labels"
         if not boxes.is_dir():
             raise DataError(f"{folder} has no labels folder: give --boxes or --masks.")
-    folder = folder / "images" if (folder / "images").is_dir() else folder
+    folder = image_folder(folder)
     files = image_files(folder)
     if not files:
         raise DataError(f"{folder} holds no image; give a folder of images.")
-    read_regions = _region_reader(folder, boxes, masks, names, ignore)
-    images: list[AnnotatedImage] = []
-    skipped: list[str] = []
+    read_labels = _label_reader(folder, boxes, masks, names, ignore)
     for file in files:
         name = file.relative_to(folder).as_posix()
         try:
-            regions = read_regions(Path(name), open_image(file, name).size)
+            size = open_image(file, name).size
+            labels = read_labels(Path(name), size)
         except DataError as error:
-            if policy is OnBadRow.STOP:
-                raise
-            skipped.append(str(error))
-            continue
-        if regions:
-            images.append(AnnotatedImage(file, name, regions))
+            yield error
         else:
-            skipped.append(f"{name}: has no labels.")
-    if not images:
-        raise DataError(f"no image of {folder} has labels in {boxes or masks}, the first: {skipped[0]}")
-    return images, skipped
+            yield AnnotatedImage(file, name, labels.regions, labels.boxes, labels.instances, size)
 
 
-def _region_reader(
+def _label_reader(
     folder: Path, boxes: Path | None, masks: Path | None, names: Path | None, ignore: Sequence[int]
-) -> RegionReader:
-    """Open the labels, and return the function that reads the regions of one image from them."""
+) -> LabelReader:
+    """Open the labels, and return the function that reads those of one image."""
     if boxes is not None and boxes.is_file() and boxes.suffix.lower() != ".json":
         raise DataError(f"{boxes} is none of the formats that are read: give {FORMATS}.")
     if boxes is not None and boxes.is_file():
@@ -145,12 +221,12 @@ def _region_reader(
     if boxes is not None:
         suffixes = {f.suffix.lower() for f in boxes.rglob("*") if f.name not in NAME_FILES}
         if ".xml" in suffixes and ".txt" not in suffixes:
-            return partial(_voc_regions, boxes)
+            return partial(_voc_labels, boxes)
         if suffixes - {""} and ".txt" not in suffixes:
             raise DataError(f"{boxes} holds no label file of a format that is read: give {FORMATS}.")
-        return partial(_yolo_regions, boxes, _read_names(names, boxes, folder))
+        return partial(_yolo_labels, boxes, _read_names(names, boxes, folder))
     assert masks is not None
-    return partial(_mask_regions, masks, _read_names(names, masks, folder), frozenset(ignore))
+    return partial(_mask_labels, masks, _read_names(names, masks, folder), frozenset(ignore))
 
 
 def _read_names(file: Path | None, labels: Path, folder: Path) -> ClassNames:
@@ -162,7 +238,7 @@ def _read_names(file: Path | None, labels: Path, folder: Path) -> ClassNames:
         raise DataError(f"{labels}: no {' or '.join(NAME_FILES)} beside it says what its ids mean; give --names.")
     try:
         if file.suffix == ".txt":
-            return ClassNames(file, dict(enumerate(file.read_text(encoding="utf-8").split("\n"))))
+            return ClassNames(file, dict(enumerate(file.read_text(encoding="utf-8-sig").split("\n"))))
         stored, _ = parse_yaml(file.read_bytes(), str(file), DataError)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error}); give a YAML file with names.") from None
@@ -174,7 +250,7 @@ def _read_names(file: Path | None, labels: Path, folder: Path) -> ClassNames:
 
 
 def _name_of(names: ClassNames, class_id: float, where: str) -> str:
-    if class_id not in names.by_id:
+    if class_id not in names.by_id or not names.by_id[int(class_id)].strip():
         raise DataError(
             f"{where}: class id {class_id:g} has no name in {names.file}; give the file that belongs to these labels "
             "by --names."
@@ -182,12 +258,12 @@ def _name_of(names: ClassNames, class_id: float, where: str) -> str:
     return names.by_id[int(class_id)]
 
 
-def _yolo_regions(labels: Path, names: ClassNames, name: Path, size: Size) -> Regions:
+def _yolo_labels(labels: Path, names: ClassNames, name: Path, size: Size) -> Labels:
     """Read one label file: a line is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, in shares of the sides."""
     file = labels / name.with_suffix(".txt")
     if not file.is_file():
-        return {}
-    outlines: Outlines = {}
+        return Labels()
+    instances: Instances = {}
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
@@ -207,14 +283,14 @@ def _yolo_regions(labels: Path, names: ClassNames, name: Path, size: Size) -> Re
                 "`class x1 y1 x2 y2 x3 y3 ...`."
             )
         clipped = _clip(corners * size, size, where)
-        outlines.setdefault(_name_of(names, class_id, where), []).append(clipped)
-    if not outlines:
+        instances.setdefault(_name_of(names, class_id, where), []).append(Instance([clipped], size))
+    if not instances:
         raise DataError(f"{file} is empty: remove it with its image, or skip bad rows.")
-    return _draw_later(outlines, size)
+    return _labels_of(instances, size)
 
 
-def _coco_reader(file: Path, folder: Path) -> RegionReader:
-    """Read a COCO file of instances, and return the function that gives the regions of one image."""
+def _coco_reader(file: Path, folder: Path) -> LabelReader:
+    """Read a COCO file of instances, and return the function that gives the labels of one image."""
     try:
         with open_text(file) as text:
             stored = json.load(text)
@@ -231,27 +307,28 @@ def _coco_reader(file: Path, folder: Path) -> RegionReader:
     except KeyError as error:
         raise DataError(f"{file}: is not COCO's JSON: there is no {error}; give its file of instances.") from None
 
-    def read_regions(name: Path, size: Size) -> Regions:
+    def read_labels(name: Path, size: Size) -> Labels:
         image_id = by_file.get(name.as_posix(), by_file.get(name.name))
         if image_id is None:
-            return {}
+            return Labels()
         stored_size = (images[image_id].get("width", size[0]), images[image_id].get("height", size[1]))
         if stored_size != size:
             raise DataError(
                 f"{folder / name} is {_format_size(size)} and {_format_size(stored_size)} in {file}; give the images "
                 "of this file."
             )
-        outlines: Outlines = {}
+        instances: Instances = {}
         for annotation in boxes[image_id]:
             where = f"{file}, annotation {annotation.get('id')}"
             class_id = annotation.get("category_id")
             if class_id not in names:
                 raise DataError(f"{where}: class id {class_id} has no name in its categories.")
-            if not annotation.get("iscrowd"):  # a crowd is a region of many objects, not the outline of one
-                outlines.setdefault(names[class_id], []).extend(_coco_outlines(annotation, size, where))
-        return _draw_later(outlines, size)
+            # A crowd is a region of many objects, not the outline of one.
+            outlines = [] if annotation.get("iscrowd") else _coco_outlines(annotation, size, where)
+            instances.setdefault(names[class_id], []).append(Instance(outlines, size))
+        return _labels_of(instances, size)
 
-    return read_regions
+    return read_labels
 
 
 def _coco_outlines(annotation: Mapping[str, Any], size: Size, where: str) -> list[Outline]:
@@ -286,12 +363,12 @@ def _coco_outlines(annotation: Mapping[str, Any], size: Size, where: str) -> lis
     return [_clip(np.array([[x, y], [x + w, y + h]]), size, where)]
 
 
-def _voc_regions(labels: Path, name: Path, size: Size) -> Regions:
+def _voc_labels(labels: Path, name: Path, size: Size) -> Labels:
     """Read one XML file of Pascal VOC, whose corners are numbers of pixels from 1, both inside the box."""
     file = labels / name.with_suffix(".xml")
     if not file.is_file():
-        return {}
-    outlines: Outlines = {}
+        return Labels()
+    instances: Instances = {}
     try:
         root = ElementTree.parse(file).getroot()
         stored_size = tuple(
@@ -310,15 +387,15 @@ def _voc_regions(labels: Path, name: Path, size: Size) -> Regions:
         if not class_name:
             raise DataError(f"{where}: has no name; fix or remove it.")
         corners = np.array([[x0 - 1, y0 - 1], [x1, y1]])
-        outlines.setdefault(class_name, []).append(_clip(corners, size, where))
-    return _draw_later(outlines, size)
+        instances.setdefault(class_name, []).append(Instance([_clip(corners, size, where)], size))
+    return _labels_of(instances, size)
 
 
-def _mask_regions(masks: Path, names: ClassNames, ignore: frozenset[int], name: Path, size: Size) -> Regions:
+def _mask_labels(masks: Path, names: ClassNames, ignore: frozenset[int], name: Path, size: Size) -> Labels:
     """Read one id mask, a PNG at the image's path."""
     file = masks / name.with_suffix(".png")
     if not file.is_file():
-        return {}
+        return Labels()
     ids = _read_ids(file)
     mask_size = (ids.shape[1], ids.shape[0])
     if mask_size != size:
@@ -326,7 +403,7 @@ def _mask_regions(masks: Path, names: ClassNames, ignore: frozenset[int], name: 
             f"{file} is {_format_size(mask_size)} and its image {_format_size(size)}; give masks in the images' sizes."
         )
     class_ids = [int(i) for i in np.unique(ids) if int(i) not in ignore]
-    return {_name_of(names, i, str(file)): partial(_class_mask, file, i) for i in class_ids}
+    return Labels({_name_of(names, i, str(file)): partial(_class_mask, file, i) for i in class_ids})
 
 
 def _read_ids(file: Path) -> np.ndarray:
@@ -354,8 +431,27 @@ def _clip(corners: np.ndarray, size: Size, where: str) -> np.ndarray:
     return corners.clip(0, size)
 
 
-def _draw_later(outlines: Outlines, size: Size) -> Regions:
-    return {name: partial(_draw_union, of_class, size) for name, of_class in outlines.items()}
+def _labels_of(instances: Instances, size: Size) -> Labels:
+    outlines = {name: [one for each in of_class for one in each.outlines] for name, of_class in instances.items()}
+    regions = {name: partial(_draw_union, of_class, size) for name, of_class in outlines.items() if of_class}
+    boxes = {name: box for name in regions if len(instances[name]) == 1 and (box := instances[name][0].box())}
+    return Labels(regions, boxes, instances)
+
+
+def _box_of(outlines: Sequence[Outline]) -> Box | None:
+    """Return the smallest box around all corners and all pixels of masks; None around masks without a pixel."""
+    points = []
+    for outline in outlines:
+        if isinstance(outline, Rle):
+            ys, xs = np.nonzero(outline.draw())
+            points += [np.stack([xs, ys], axis=1), np.stack([xs + 1, ys + 1], axis=1)]
+        else:
+            points.append(outline)
+    corners = np.concatenate(points)  # (k, 2)
+    if not len(corners):
+        return None
+    (x1, y1), (x2, y2) = corners.min(0).tolist(), corners.max(0).tolist()
+    return float(x1), float(y1), float(x2), float(y2)
 
 
 def _draw_union(outlines: Sequence[Outline], size: Size) -> np.ndarray:

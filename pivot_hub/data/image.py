@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import os
 import stat
 import warnings
@@ -193,8 +195,7 @@ def open_stored(
         FileNotFoundError: The file does not exist.
     """
     try:
-        if _size(file, subject) > MOST_BYTES:
-            raise ImageError(f"{subject} is larger than {MOST_BYTES >> 20} MiB; give a smaller file.", "size")
+        require_size(file, subject)
         with Image.open(file, formats=image_formats()) as stored:
             if stored.width * stored.height > most_pixels:
                 raise Image.DecompressionBombError
@@ -217,6 +218,29 @@ def open_stored(
             raise
         reason = shown_text(str(error) or type(error).__name__)
         raise ImageError(f"{subject} cannot be decoded ({reason}); replace the file.", "damage") from None
+
+
+def require_size(file: Path | IO[bytes], subject: str) -> None:
+    """Refuse a file that is too large, and a pipe or a device, which would block or never end.
+
+    Args:
+        file: Path or open file.
+        subject: The image as the error message names it.
+
+    Raises:
+        ImageError: The file is larger than MOST_BYTES, or not a regular file.
+        FileNotFoundError: The file does not exist.
+    """
+    if isinstance(file, Path):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{subject} is not a regular file; give an image file.", "format")
+        size = status.st_size
+    else:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    if size > MOST_BYTES:
+        raise ImageError(f"{subject} is larger than {MOST_BYTES >> 20} MiB; give a smaller file.", "size")
 
 
 def to_rgb(image: Image.Image, subject: str = "this image") -> Image.Image:
@@ -293,18 +317,6 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _size(file: Path | IO[bytes], subject: str) -> int:
-    """Return the size of a file; a pipe or a device is refused, which would block or never end."""
-    if isinstance(file, Path):
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{subject} is not a regular file; give an image file.", "format")
-        return status.st_size
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    return size
-
-
 def _orientation(image: Image.Image) -> int:
     """Return the orientation in an image's EXIF; 1, which is upright, where there is none that can be read."""
     with suppress(Exception):  # broken EXIF leaves the pixels as they are
@@ -320,3 +332,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey)
+
+
+def data_uri(image: Image.Image, form: str = "PNG") -> str:
+    """Encode an image as a data URI in PNG or WEBP, which a page displays without a request to a server."""
+    file = io.BytesIO()
+    image.save(file, form, **({"quality": 90} if form == "WEBP" else {}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -9,11 +9,11 @@ import tarfile
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,18 +138,20 @@ class FileStore:
 class ParquetStore:
     """Images that are stored in the Parquet files of their rows, as the datasets library writes them.
 
-    A row group is the smallest unit that can be read. The latest groups stay in memory: `sampler.BlockSampler` orders
-    the rows so that each loader process reads each group about once an epoch.
+    A row group is the smallest unit that can be read. A group stays in memory until as many of its images were opened
+    as it has, or until it is the oldest of too many: `sampler.BlockSampler` orders the rows so that a group is read
+    about once an epoch.
 
     Args:
         folder: Folder that the references `file#row` start from.
-        kept: Number of rows whose groups stay in memory; two windows of the sampler by default.
+        kept: Number of rows whose groups stay in memory; a window of the sampler by default.
     """
 
-    def __init__(self, folder: Path, kept: int = 2 * WINDOW) -> None:
+    def __init__(self, folder: Path, kept: int = WINDOW) -> None:
         self.folder, self.kept = folder, kept
         self._starts: dict[str, list[int]] = {}
         self._kept: OrderedDict[tuple[str, int, str | None], list[bytes | None]] = OrderedDict()
+        self._opened: Counter[tuple[str, int, str | None]] = Counter()  # images opened of each group that is kept
 
     def block(self, reference: str) -> str:
         """Return the name of the row group that holds an image.
@@ -172,7 +174,12 @@ class ParquetStore:
         assert row.image is not None
         file, number, column = split_reference(row.image)
         group, start = self._group(file, number)
-        data = self._images(file, group, column)[number - start]
+        key = (file, group, column)
+        images = self._images(*key)
+        data = images[number - start]
+        self._opened[key] += 1
+        if self._opened[key] == len(images):
+            del self._kept[key], self._opened[key]
         if data is None:
             raise DataError(f"{row.id}: the image has no bytes in {file}; download the file again.")
         return decode_image(io.BytesIO(data), row.id, f"of {row.id}")
@@ -202,15 +209,16 @@ class ParquetStore:
             reason = shown_text(str(error))
             raise DataError(f"{self.folder / file}: images cannot be read ({reason}); download it again.") from error
         firsts = [v[0] if isinstance(v, list) and v else v for v in values]
-        self._kept[key] = [v["bytes"] if v else None for v in firsts]
+        images = self._kept[key] = [v["bytes"] if v else None for v in firsts]
         oldest = next(iter(self._kept.values()))
         while sum(map(len, self._kept.values())) - len(oldest) >= self.kept:
-            self._kept.popitem(last=False)
+            key, _ = self._kept.popitem(last=False)
+            del self._opened[key]
             oldest = next(iter(self._kept.values()))
-        return self._kept[key]
+        return images
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict()}
+        return {"folder": self.folder, "kept": self.kept, "_starts": {}, "_kept": OrderedDict(), "_opened": Counter()}
 
 
 def open_cell(cell: Mapping[str, Any] | None, folder: Path | None, subject: str) -> Path | io.BytesIO:
@@ -242,36 +250,50 @@ def open_cell(cell: Mapping[str, Any] | None, folder: Path | None, subject: str)
 
 
 def archive_members(file: Path) -> dict[str, Span]:
-    """List the files in a .zip or uncompressed .tar, by name, each with its span.
+    """List the files in a .zip or uncompressed .tar, by name, each with its span; see `iter_members`."""
+    with file.open("rb") as archive:
+        return dict(iter_members(archive, str(file)))
+
+
+def iter_members(archive: IO[bytes], name: str) -> Iterator[tuple[str, Span]]:
+    """Yield the files in a .zip or uncompressed .tar, in their order, each with its span.
 
     Args:
-        file: Archive file.
+        archive: The open file, in which a caller may read between two members.
+        name: Path or URL of the archive, whose suffix tells its kind.
 
     Raises:
-        DataError: The archive is not whole, is encrypted, or is packed so that a file cannot be read alone.
+        DataError: The archive is not whole, is encrypted, or is packed so that a file cannot be read alone. Those files
+            of a .tar that lie before its damage were yielded.
     """
     try:
-        return _zip_members(file) if file.suffix == ".zip" else _tar_members(file)
+        yield from _zip_members(archive, name) if PurePosixPath(name).suffix == ".zip" else _tar_members(archive)
     except (zipfile.BadZipFile, tarfile.TarError, struct.error, OSError) as error:
-        raise DataError(f"{file}: not a whole archive ({error}); download it again.") from error
+        raise DataError(f"{name}: not a whole archive ({error}); download it again.") from error
 
 
 def read_member(file: Path, span: Span) -> bytes:
-    """Read one file of an archive.
+    """Read one file of an archive, see `read_span`."""
+    with file.open("rb") as archive:
+        return read_span(archive, str(file), span)
+
+
+def read_span(archive: IO[bytes], name: str, span: Span) -> bytes:
+    """Read one file of an open archive.
 
     Args:
-        file: Archive file.
-        span: Span of the member, as `archive_members` returns it.
+        archive: The open file.
+        name: Path or URL of the archive, for the error message.
+        span: Span of the member, as `iter_members` yields it.
 
     Raises:
         DataError: The member is damaged, or larger than an image may be; nothing of its size has been allocated.
     """
     offset, stored, method, size = span
     if max(stored, size) > MOST_BYTES:
-        raise DataError(f"a file of {file} is larger than {MOST_BYTES >> 20} MiB; unpack the archive and replace it.")
-    with file.open("rb") as archive:
-        archive.seek(offset)
-        data = archive.read(stored)
+        raise DataError(f"a file of {name} is larger than {MOST_BYTES >> 20} MiB; unpack the archive and replace it.")
+    archive.seek(offset)
+    data = archive.read(stored)
     reason = f"{len(data)} of {stored} bytes"
     if method == zipfile.ZIP_DEFLATED:
         try:
@@ -280,31 +302,29 @@ def read_member(file: Path, span: Span) -> bytes:
         except zlib.error as error:
             data, reason = b"", str(error)
     if len(data) != size:
-        raise DataError(f"a file is damaged in {file} ({reason}); fetch it again.")
+        raise DataError(f"a file is damaged in {name} ({reason}); fetch it again.")
     return data
 
 
-def _zip_members(file: Path) -> dict[str, Span]:
-    members: dict[str, Span] = {}
-    with zipfile.ZipFile(file) as archive, file.open("rb") as raw:
+def _zip_members(file: IO[bytes], name: str) -> Iterator[tuple[str, Span]]:
+    with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
-                raise DataError(f"{file}: {info.filename} is encrypted or packed unusually; unpack the archive.")
+                raise DataError(f"{name}: {info.filename} is encrypted or packed unusually; unpack the archive.")
             # The lengths in the local header give the start of the data; the directory's lengths may differ.
-            raw.seek(info.header_offset + 26)
-            name, extra = struct.unpack("<HH", raw.read(4))
-            start = info.header_offset + 30 + name + extra
-            members[info.filename] = (start, info.compress_size, info.compress_type, info.file_size)
-    return members
+            file.seek(info.header_offset + 26)
+            name_size, extra = struct.unpack("<HH", file.read(4))
+            start = info.header_offset + 30 + name_size + extra
+            yield info.filename, (start, info.compress_size, info.compress_type, info.file_size)
 
 
-def _tar_members(file: Path) -> dict[str, Span]:
+def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, Span]]:
     # "r:" refuses compression: reading one image of a compressed archive would decompress all that precedes it.
-    with tarfile.open(file, "r:") as archive:
-        return {
-            PurePosixPath(info.name).as_posix(): (info.offset_data, info.size, zipfile.ZIP_STORED, info.size)
-            for info in archive
-            if info.isfile()
-        }
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:
+            if info.isfile():
+                span = (info.offset_data, info.size, zipfile.ZIP_STORED, info.size)
+                yield PurePosixPath(info.name).as_posix(), span
+            archive.members = []  # type: ignore[attr-defined]  # which would grow with the archive

@@ -16,7 +16,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +31,7 @@ from pivot_hub.config.data_section import OnBadRow, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.data.image import DECODING
 from pivot_hub.data.report import CheckResult, RowReport, RowStatistics
-from pivot_hub.data.row import Row
+from pivot_hub.data.row import ImageSize, Row
 from pivot_hub.data.source import Columns, FileSource, Source, example, files_sha256, sources_of
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_json
@@ -40,7 +40,7 @@ from pivot_hub.provenance import hub_commit
 
 CHUNK = 256  # rows that one process checks at a time
 Advance = Callable[[int, int | None, float], None]  # takes rows checked, their total if known, and rows per second
-LAYOUT = 3  # version of the index's files
+LAYOUT = 5  # version of the index's files
 ROWS, EPOCH, REPORT, MANIFEST = "rows.arrow", "epoch.npy", "report.json", "index.json"
 NAMED = 100  # bad rows whose reasons are kept; all are counted
 SCHEMA = pa.schema(
@@ -52,9 +52,14 @@ SCHEMA = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("earlier", pa.string()),  # JSON
+        ("boxes", pa.string()),  # JSON
+        ("kind", pa.string()),
         ("archive", pa.string()),
         ("span", pa.list_(pa.int64())),
         ("block", pa.string()),
+        ("rejected_image", pa.string()),
+        ("rejected_archive", pa.string()),
+        ("rejected_span", pa.list_(pa.int64())),
         ("row", pa.int64()),  # position in the index
     ]
 )
@@ -71,10 +76,24 @@ INDEX = IndexFolder("a row index", MANIFEST, "pivot data check")
 
 
 class Check(Protocol):
-    """Checks rows for a stage, and counts their tokens."""
+    """Checks rows for a stage, and counts their tokens.
 
-    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
-        """Return the result of each row."""
+    Attributes:
+        reads_rejected_images: Whether the stage reads the rejected image of a row, which is left out otherwise.
+    """
+
+    reads_rejected_images: bool
+
+    def __call__(
+        self, rows: Sequence[Row], sizes: Sequence[ImageSize | None], rejected_sizes: Sequence[ImageSize | None], /
+    ) -> list[CheckResult]:
+        """Return the result of each row.
+
+        Args:
+            rows: The rows.
+            sizes: Size of each row's image; None for text alone.
+            rejected_sizes: Size of each row's rejected image; None where it has none.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that the results depend on besides the rows."""
@@ -157,8 +176,11 @@ class RowIndex:
             for i, position in enumerate(batch["row"]):
                 record = {key: values[i] for key, values in batch.items()}
                 row = _from_record(record)
-                images = [] if row.image is None else [self.sources[record["source"]].open_image(row)]
-                examples.append({**example(images, row, columns, image_token), "row": position})
+                source, rejected = self.sources[record["source"]], None
+                images = [] if row.image is None else [source.open_image(row)]
+                if row.rejected_image is not None and columns == "image_preference":
+                    rejected = [source.open_image(row.with_rejected_image())]
+                examples.append({**example(images, row, columns, image_token, rejected), "row": position})
             return {key: [one[key] for one in examples] for key in examples[0]}
 
         return self.table.with_transform(render)
@@ -285,8 +307,7 @@ def _build(
                     assert row is not None
                     records.append(_to_record(row, number, rows_kept + len(records)))
                     groups[number].add(row.group)
-                    if row.archive is not None:
-                        archives.add((number, row.archive))
+                    archives |= {(number, name) for name in (row.archive, row.rejected_archive) if name is not None}
                     if image_mode is not None:
                         report.image_modes[image_mode] += 1
                     statistics.add(row, result)
@@ -354,13 +375,13 @@ def _read(folder: Path, sources: list[Source]) -> RowIndex:
     if len(epoch) != len(table) or (epoch != np.arange(len(table))).any():
         table = table.select(epoch)
     report = json.loads((folder / REPORT).read_text())
-    report |= {key: Counter(report[key]) for key in ("problems", "image_modes")}
+    report |= {key: Counter(report[key]) for key in ("problems", "image_modes", "rewards")}
     return RowIndex(table, names, sources, RowReport(**report))
 
 
 def _checked_chunks(source: Source, check: Check, workers: int) -> Iterator[list[CheckedRow]]:
     """Yield chunks of checked rows, in order; a source of many chunks is checked by several processes."""
-    rows = (_locate(source, row) for row in source.rows())
+    rows = (_locate(source, row, check.reads_rejected_images) for row in source.rows())
     chunks = iter(lambda: list(islice(rows, CHUNK)), [])
     first = list(islice(chunks, 4))
     if len(first) < 4 or workers < 2:
@@ -391,33 +412,62 @@ def _check_chunk_in_worker(chunk: list[CheckedRow]) -> list[CheckedRow]:
     return _check_chunk(*_worker, chunk)
 
 
-def _locate(source: Source, row: Row | DataError) -> CheckedRow:
-    """Locate the image of a row that could be parsed."""
+def _locate(source: Source, row: Row | DataError, reads_rejected_images: bool) -> CheckedRow:
+    """Locate the images of a row that could be parsed; a rejected image that the stage does not read is left out."""
     if isinstance(row, DataError):
         return CheckedRow(None, ("format", str(row)))
     try:
-        return CheckedRow(row if row.image is None else source.locate(row))
+        located = row if row.image is None else source.locate(row)
+        if row.rejected_image is None:
+            return CheckedRow(located)
+        if not reads_rejected_images:
+            return CheckedRow(replace(located, rejected_image=None))
+        rejected = source.locate(row.with_rejected_image())
+        return CheckedRow(replace(located, rejected_archive=rejected.archive, rejected_span=rejected.span))
     except DataError as error:
         return CheckedRow(row, ("missing image", str(error)))
 
 
 def _check_chunk(source: Source, check: Check, chunk: list[CheckedRow]) -> list[CheckedRow]:
-    """Check the rows of a chunk that have no problem yet, and decode their images."""
-    results = iter(check([c.row for c in chunk if c.row is not None and c.problem is None]))
-    checked: list[CheckedRow] = []
-    for row, problem, image_mode, result in chunk:
-        if row is not None and problem is None:
-            result = next(results)
-            if result.problem is not None:
-                kind, reason = result.problem
-                problem = (kind, f"{row.id}: {reason}")
-            elif row.image is not None and source.checks_images:
-                try:
-                    image_mode = source.open_image(row).info["mode"]
-                except DataError as error:
-                    problem = ("corrupt image", str(error))
-        checked.append(CheckedRow(row, problem, image_mode, result))
-    return checked
+    """Measure the images of a chunk's rows that have no problem yet, decoding those of files, and check the rows."""
+    measured = [_measure(source, checked) for checked in chunk]
+    usable = [(c.row, *sizes) for c, *sizes in measured if c.row is not None and c.problem is None]
+    rows, sizes, rejected_sizes = zip(*usable, strict=True) if usable else ((), (), ())
+    results = iter(check(rows, sizes, rejected_sizes))
+    return [_with_result(c, next(results)) if c.row is not None and c.problem is None else c for c, *_ in measured]
+
+
+def _measure(source: Source, checked: CheckedRow) -> tuple[CheckedRow, ImageSize | None, ImageSize | None]:
+    """Add the mode of a row's image, or the problem that its images have; and return the sizes of both images."""
+    row = checked.row
+    if row is None or checked.problem is not None or row.image is None:
+        return checked, None, None
+    rejected_size = None
+    try:
+        size, mode = source.measure_image(row)
+        if row.rejected_image is not None:
+            rejected = row.with_rejected_image()
+            rejected_size, _ = source.measure_image(rejected)
+            is_decoded = mode is not None  # rendered images differ by construction
+            if is_decoded and size == rejected_size and _pixels(source, row) == _pixels(source, rejected):
+                reason = f"{row.id}: image and rejected image are the same; give one that the answer does not describe"
+                return checked._replace(problem=("same images", reason)), None, None
+    except DataError as error:
+        return checked._replace(problem=("corrupt image", str(error))), None, None
+    return checked._replace(image_mode=mode), size, rejected_size
+
+
+def _pixels(source: Source, row: Row) -> bytes:
+    return source.open_image(row).tobytes()
+
+
+def _with_result(checked: CheckedRow, result: CheckResult) -> CheckedRow:
+    """Add the result of the stage's check, and the row's name to its problem."""
+    assert checked.row is not None
+    if result.problem is None:
+        return checked._replace(result=result)
+    kind, reason = result.problem
+    return checked._replace(problem=(kind, f"{checked.row.id}: {reason}"), result=result)
 
 
 @dataclass
@@ -484,23 +534,16 @@ def _summarise(
 
 def _to_record(row: Row, source: int, position: int) -> dict[str, Any]:
     """Convert a row to a record of SCHEMA."""
-    columns = ("id", "image", "prompt", "chosen", "rejected", "archive", "block")
-    record = {name: getattr(row, name) for name in columns}
-    span = None if row.span is None else list(row.span)
-    return {**record, "source": source, "earlier": json.dumps(row.earlier), "span": span, "row": position}
+    record = {name: getattr(row, name) for name in SCHEMA.names if name not in ("source", "row")}
+    texts = {"earlier": json.dumps(row.earlier), "boxes": json.dumps(row.boxes)}
+    return {**record, **texts, "source": source, "row": position}
 
 
 def _from_record(record: dict[str, Any]) -> Row:
     """Convert a record of SCHEMA back to a row, without its group."""
-    span = record["span"]
-    return Row(
-        record["id"],
-        record["image"],
-        record["prompt"],
-        record["chosen"],
-        record["rejected"],
-        tuple((role, text) for role, text in json.loads(record["earlier"])),
-        archive=record["archive"],
-        span=None if span is None else (span[0], span[1], span[2], span[3]),
-        block=record["block"],
-    )
+    values = {key: value for key, value in record.items() if key not in ("source", "row")}
+    for key in ("span", "rejected_span"):
+        values[key] = None if values[key] is None else tuple(values[key])
+    values["earlier"] = tuple((role, text) for role, text in json.loads(values["earlier"]))
+    values["boxes"] = tuple((x1, y1, x2, y2) for x1, y1, x2, y2 in json.loads(values["boxes"]))
+    return Row(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pivot_hub.data.row import Row, image_name
@@ -34,6 +35,31 @@ def parse_conversation(name: str, record: dict[str, Any]) -> Row | DataError:
     if isinstance(image, DataError):
         return image
     return Row(name, image, turns[-2][1], turns[-1][1], earlier=tuple(turns[:-2]))
+
+
+def parse_questions(name: str, record: dict[str, Any], answer_words: int) -> list[Row] | DataError:
+    """Parse a conversation to a row for each question with a short answer, which follows the turns before it.
+
+    Args:
+        name: Name of the row, for the error message.
+        record: Record with `conversations` or `messages`.
+        answer_words: Largest number of words of a short answer.
+
+    Returns:
+        The rows, named `name/1`, `name/2`, ... by their question; an error where no answer is short.
+    """
+    whole = parse_conversation(name, record)
+    if isinstance(whole, DataError):
+        return whole
+    turns = [*whole.earlier, ("user", whole.prompt), ("assistant", whole.chosen)]
+    rows = []
+    for i in range(1, len(turns)):
+        (asked_by, question), (answered_by, answer) = turns[i - 1 : i + 1]
+        if (asked_by, answered_by) == ("user", "assistant") and len(answer.split()) <= answer_words:
+            number = sum(role == "user" for role, _ in turns[:i])
+            earlier = tuple(turns[: i - 1])
+            rows.append(replace(whole, id=f"{name}/{number}", prompt=question, chosen=answer, earlier=earlier))
+    return rows or DataError(f"{name}: no answer has at most {answer_words} words; raise `answer_words`")
 
 
 def parse_turns(name: str, messages: list[Any]) -> list[tuple[str, str]] | DataError:

@@ -1,4 +1,8 @@
-"""Preference pairs: MMPR, RLAIF-V, mDPO's VLFeedback rows, and TRL's own columns."""
+"""Preference pairs: MMPR, RLAIF-V, mDPO's VLFeedback rows, and TRL's own columns.
+
+A record of any of them may also have `rejected_image` (or `rejected_images`, a list of one): an image that the chosen
+answer does not describe.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from pivot_hub.data.llava import parse_turns
 from pivot_hub.data.row import Row, image_name
 from pivot_hub.errors import DataError
 
+REJECTED_IMAGE_KEYS = ("rejected_image", "rejected_images")
 # mDPO wraps each question in the chat format of its own model, Vicuna, which is no part of the question.
 VICUNA = re.compile(r"\AA chat between .*? USER: (.*?) ASSISTANT:\s*\Z", re.DOTALL)
 
@@ -55,7 +60,11 @@ def _pair(
     if missing:
         return DataError(f"{name}: `{missing[0]}` is missing or not text")
     image = image_name(record, name, *images)
+    rejected_image = image_name(record, name, *REJECTED_IMAGE_KEYS)
     if isinstance(image, DataError):
         return image
+    if isinstance(rejected_image, DataError):
+        return rejected_image
     # LLaVA's code strips the question of a preference pair, and no other.
-    return Row(name, image, record[question].strip(), record["chosen"], record["rejected"], earlier=earlier)
+    prompt = record[question].strip()
+    return Row(name, image, prompt, record["chosen"], record["rejected"], earlier, rejected_image=rejected_image)

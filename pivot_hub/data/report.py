@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,12 +21,16 @@ class CheckResult(NamedTuple):
         prompt_tokens: Number of tokens of all turns that are read, without the image.
         answer_tokens: Number of tokens of all answers; for a preference pair, the mean of its two answers.
         answer_cut: Whether `max_length` cuts the answer.
+        image_tokens: Number of tokens of the image; 0 without one.
+        rewards: For the name of each of the recipe's rewards, whether it can score the row.
     """
 
     problem: tuple[str, str] | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
     answer_cut: bool = False
+    image_tokens: int = 0
+    rewards: Mapping[str, bool] = {}
 
 
 @dataclass
@@ -44,7 +49,9 @@ class RowReport:
         answers_cut: Number of rows whose answer `max_length` cuts.
         prompt_tokens: Mean number of prompt tokens of a row, without the image.
         answer_tokens: Mean number of answer tokens of a row; for a preference pair, of one answer.
+        image_tokens: Mean number of tokens that a row's image takes.
         answer_lengths: Number of rows by tokens of their answer, in powers of two, as "9-16".
+        rewards: Number of rows that each of the recipe's rewards can score.
     """
 
     rows: int = 0
@@ -57,7 +64,9 @@ class RowReport:
     answers_cut: int = 0
     prompt_tokens: float = 0.0
     answer_tokens: float = 0.0
+    image_tokens: float = 0.0
     answer_lengths: dict[str, int] = field(default_factory=dict)
+    rewards: Counter[str] = field(default_factory=Counter)
 
     def copy_from(self, other: RowReport) -> None:
         """Replace all counts by those of another report."""
@@ -74,28 +83,33 @@ class RowReport:
         if self.image_modes:
             lines.append("images: " + ", ".join(f"{mode} {count}" for mode, count in self.image_modes.most_common()))
         lines.append(
-            f"mean tokens per row, without the image: {self.prompt_tokens} in the prompt, {self.answer_tokens} in the "
-            "answer"
+            f"mean tokens per row: {self.image_tokens} of the image, {self.prompt_tokens} in the prompt, "
+            f"{self.answer_tokens} in the answer"
         )
         lines.append(f"answers cut by max_length: {self.answers_cut}")
         most = max(self.answer_lengths.values(), default=1)
         for tokens, count in self.answer_lengths.items():
             lines.append(f"  {tokens:>9} tokens {count:>9} {'#' * round(40 * count / most)}")
+        if self.rewards:
+            named = ", ".join(f"{name} {count}" for name, count in self.rewards.items())
+            lines.append(f"rows that each reward can score: {named}")
         for kind, count in self.problems.most_common():
             lines.append(f"skipped, {kind}: {count}")
         lines += [f"  {reason}" for reason in self.skipped[:10]]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "problems": dict(self.problems), "image_modes": dict(self.image_modes)}
+        counters = {"problems": self.problems, "image_modes": self.image_modes, "rewards": self.rewards}
+        return {**asdict(self), **{name: dict(counter) for name, counter in counters.items()}}
 
 
 class RowStatistics:
     """Token counts and duplicates over all rows, in 8 bytes of memory a row."""
 
     def __init__(self) -> None:
-        self.rows = self.prompt_tokens = self.answer_tokens = self.answers_cut = 0
+        self.rows = self.prompt_tokens = self.answer_tokens = self.image_tokens = self.answers_cut = 0
         self.answer_length_bits: Counter[int] = Counter()  # answers of 2**(bits - 1) + 1 to 2**bits tokens
+        self.rewards: Counter[str] = Counter()
         self.packed_hashes: list[np.ndarray] = []
         self.new_hashes: list[int] = []
 
@@ -104,7 +118,9 @@ class RowStatistics:
         self.rows += 1
         self.prompt_tokens += result.prompt_tokens
         self.answer_tokens += result.answer_tokens
+        self.image_tokens += result.image_tokens
         self.answers_cut += result.answer_cut
+        self.rewards.update(result.rewards)
         self.answer_length_bits[max(result.answer_tokens - 1, 0).bit_length()] += 1
         content = "\0".join(map(str, (row.image, row.earlier, row.prompt, row.chosen, row.rejected)))
         self.new_hashes.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little"))
@@ -117,7 +133,9 @@ class RowStatistics:
         report.duplicates = self.rows - len(np.unique(np.concatenate(self.packed_hashes)))
         report.prompt_tokens = round(self.prompt_tokens / self.rows, 2)
         report.answer_tokens = round(self.answer_tokens / self.rows, 2)
+        report.image_tokens = round(self.image_tokens / self.rows, 2)
         report.answers_cut = self.answers_cut
+        report.rewards = self.rewards
         report.answer_lengths = {
             f"{2 ** (bits - 1) + 1}-{2**bits}" if bits > 1 else str(bits + 1): self.answer_length_bits[bits]
             for bits in sorted(self.answer_length_bits)

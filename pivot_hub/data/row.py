@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +15,18 @@ from pivot_hub.errors import DataError, shown, shown_text
 
 IMAGE_TAG = "<image>"
 SUFFIXES = (".json", ".jsonl", ".parquet")  # of annotation files
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the upright image
 Span = tuple[
     int, int, int, int
 ]  # a file in an archive: offset, stored bytes, compression method of zip, bytes unpacked
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes of a file name and of a path; what is longer names no file
+
+
+class ImageSize(NamedTuple):
+    """Size of an upright image, in pixels."""
+
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -29,13 +37,18 @@ class Row:
         id: Name of the row: its file and number, for example `train.jsonl:12`.
         image: Name of the image in its store, `split/index` of a scene, or None for text alone.
         prompt: Last turn of the user; the image replaces IMAGE_TAG, or comes first where there is no tag.
-        chosen: Answer.
+        chosen: Answer; of a row for rewards, the solution that they compare answers with.
         rejected: Worse answer of a preference pair.
         earlier: Turns before the prompt, as (role, text).
+        boxes: Boxes that the answer gives.
+        kind: Kind of the question, where it is known: a `QuestionKind`.
         group: Subset or meta-file source of the row; a sample keeps the shares of the groups.
         archive: Archive that holds the image, from the folder of the images; `.` where the store is one archive.
         span: Position of the image in the archive.
         block: Name of the unit on disk that the row is read with; None for a row that is cheap to read alone.
+        rejected_image: Name of an image that the chosen answer does not describe, for losses that compare two images.
+        rejected_archive: Archive that holds the rejected image.
+        rejected_span: Position of the rejected image in its archive.
     """
 
     id: str
@@ -44,10 +57,19 @@ class Row:
     chosen: str
     rejected: str | None = None
     earlier: tuple[tuple[str, str], ...] = ()
+    boxes: tuple[Box, ...] = ()
+    kind: str | None = None
     group: str | None = None
     archive: str | None = None
     span: Span | None = None
     block: str | None = None
+    rejected_image: str | None = None
+    rejected_archive: str | None = None
+    rejected_span: Span | None = None
+
+    def with_rejected_image(self) -> Row:
+        """Return the row with its rejected image in the place of its image."""
+        return replace(self, image=self.rejected_image, archive=self.rejected_archive, span=self.rejected_span)
 
 
 def read_records(file: Path, name: str | None = None) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -122,16 +144,19 @@ def image_name(record: dict[str, Any], name: str, *keys: str) -> str | DataError
     Returns:
         The name of the image in its store; None for text alone; an error where it is not one image.
     """
-    image = next((record[k] for k in keys or ("image",) if record.get(k) not in (None, [])), None)
+    key = next((k for k in keys or ("image",) if record.get(k) not in (None, [])), None)
+    if key is None:
+        return None
+    image = record[key]
     if isinstance(image, list) and len(image) == 1:
         image = image[0]
     if image is None:
         return None
     if not isinstance(image, str):
-        return DataError(f"{name}: `image` names one image file, not {shown(image)}")
+        return DataError(f"{name}: `{key}` names one image file, not {shown(image)}")
     if _is_content(image):
         return DataError(
-            f"{name}: `image` holds an image ({len(image)} characters, {shown(image)}), not the name of a file; write "
+            f"{name}: `{key}` holds an image ({len(image)} characters, {shown(image)}), not the name of a file; write "
             "the image to a file, or put it into a Parquet column of `bytes` and `path`"
         )
     path, drive = Path(image), PureWindowsPath(image).drive

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 
-from pivot_hub.config.data_section import FileData, ShapesData
+from pivot_hub.config.data_section import FileData, QuestionKind, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
-from pivot_hub.data.image import require_utf8
+from pivot_hub.data.boxes_and_masks import image_folder, scan_annotated_images
+from pivot_hub.data.image import image_files, open_image, require_utf8
 from pivot_hub.data.image_store import ARCHIVES, FileStore, ParquetStore
-from pivot_hub.data.llava import parse_conversation
+from pivot_hub.data.llava import parse_conversation, parse_questions
 from pivot_hub.data.mmpr_meta import read_meta
 from pivot_hub.data.preference import parse_preference, parse_question_pair, parse_vlfeedback_pair
-from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Row, bad_character, read_records
-from pivot_hub.data.synthetic import DESCRIBE, KINDS, Form, ShapesDataset
+from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Box, ImageSize, Row, bad_character, read_records
+from pivot_hub.data.synthetic import (
+    DESCRIBE,
+    KINDS,
+    Counterfactual,
+    Form,
+    Kind,
+    Scene,
+    ShapesDataset,
+    draw_counterfactual,
+)
 from pivot_hub.errors import DataError, shown_text
 
 PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
@@ -34,13 +46,13 @@ PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
 IMAGE_KEYS = {"vlfeedback": "img_path"}  # key that a format reads its image from; "image" by default
 # Keys that other data sets hold their images under.
 OTHER_IMAGE_KEYS = re.compile(r"(image|img|picture|photo)s?(_(path|file|name|bytes)s?)?", re.IGNORECASE)
-Columns = Literal["plain", "conversation", "preference"]
+OTHER = "other"  # part of the name of a counterfactual scene, behind that of its scene
+ANSWER_WORDS = 5  # of an answer of format vqa, by default
+Columns = Literal["plain", "conversation", "preference", "image_preference", "verifiable"]
 
 
 class Source(Protocol):
     """A source of rows."""
-
-    checks_images: bool  # whether images can be missing or broken, so that each is decoded before training
 
     def rows(self) -> Iterator[Row | DataError]:
         """Yield every row, or an error in place of a row that cannot be parsed."""
@@ -65,6 +77,15 @@ class Source(Protocol):
             DataError: The image cannot be decoded; the message names the row.
         """
 
+    def measure_image(self, row: Row) -> tuple[ImageSize, str | None]:
+        """Return the size of a located row's image, and the mode that it was stored in.
+
+        An image that can be broken is decoded. One that is rendered is not, and its mode is None.
+
+        Raises:
+            DataError: The image cannot be decoded; the message names the row.
+        """
+
     def times(self) -> dict[str | None, float]:
         """Return how often the rows of each group are seen in an epoch; groups that are missing are seen once."""
 
@@ -77,7 +98,6 @@ class ShapesSource:
     """Rows of the synthetic Shapes dataset; see `data.synthetic`."""
 
     spec: ShapesData
-    checks_images = False
 
     @property
     def dataset(self) -> ShapesDataset:
@@ -85,13 +105,18 @@ class ShapesSource:
 
     def rows(self) -> Iterator[Row | DataError]:
         dataset, spec = self.dataset, self.spec
-        forms: tuple[Form, Form] = ("describe", "question")
         for i in range(spec.start, spec.start + spec.rows):
-            scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
             name = f"{spec.split}/{i}"
-            # Kind and form follow the index, so any ten consecutive rows hold each combination once.
-            kind, form = KINDS[i % 5], forms[i // 5 % 2]
-            if spec.content == "captions":
+            if spec.counterfactual:
+                pair = self._counterfactual(i).pair
+                yield Row(name, name, pair.question, pair.chosen, pair.rejected, rejected_image=f"{name}/{OTHER}")
+                continue
+            scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
+            kind, form = _kind_and_form(i)
+            if spec.content == "questions":
+                kinds: Sequence[QuestionKind] = spec.kinds or KINDS
+                yield _verifiable(scene, name, kinds[i % len(kinds)], rng)
+            elif spec.content == "captions":
                 yield Row(name, name, DESCRIBE, scene.caption())
             elif spec.content == "pairs":
                 if spec.slip:
@@ -111,14 +136,94 @@ class ShapesSource:
 
     def open_image(self, row: Row) -> Image.Image:
         assert row.image is not None
-        split, index = row.image.split("/")
-        return self.dataset.scene(split, int(index)).render().image  # type: ignore[arg-type]
+        split, index, *other = row.image.split("/")
+        scene = self._counterfactual(int(index)).other if other else self.dataset.scene(split, int(index))  # type: ignore[arg-type]
+        return scene.render().image
+
+    def measure_image(self, row: Row) -> tuple[ImageSize, str | None]:
+        return ImageSize(self.spec.world.image_px, self.spec.world.image_px), None
 
     def times(self) -> dict[str | None, float]:
         return {}
 
     def to_dict(self) -> dict[str, Any]:
         return {}
+
+    def _counterfactual(self, index: int) -> Counterfactual:
+        return draw_counterfactual(self.dataset, self.spec.split, index, *_kind_and_form(index))
+
+
+def _kind_and_form(index: int) -> tuple[Kind, Form]:
+    """Return kind and form of a row: any ten consecutive rows hold each combination once."""
+    forms: tuple[Form, Form] = ("describe", "question")
+    return KINDS[index % 5], forms[index // 5 % 2]
+
+
+def _verifiable(scene: Scene, name: str, kind: QuestionKind, rng: np.random.Generator) -> Row:
+    """Ask a question about a scene whose answer rewards can verify."""
+    if kind == "describe":
+        return Row(name, name, DESCRIBE, scene.caption(), kind=kind)
+    if kind == "box":
+        target = int(rng.integers(len(scene.objects)))
+        x1, y1, x2, y2 = scene.render().boxes[target].tolist()
+        return _box_row(name, name, scene.objects[target].name, (x1, y1, x2, y2))
+    question = scene.question(kind, rng)
+    return Row(name, name, question.text, question.answer, kind=kind)
+
+
+def _box_row(name: str, image: str, label: str, box: Box) -> Row:
+    """Ask for the box of the only object of a label."""
+    return Row(name, image, f"Give the box of the {label}.", json.dumps(box), boxes=(box,), kind="box")
+
+
+@dataclass(frozen=True)
+class BoxSource:
+    """A row for each label that has one instance in an image; an image without such a label has no row.
+
+    Args:
+        folder: Folder of the images.
+        labels: COCO's JSON of instances, or a folder of YOLO's or VOC's label files.
+    """
+
+    folder: Path
+    labels: Path
+
+    def rows(self) -> Iterator[Row | DataError]:
+        for image in scan_annotated_images(self.folder, self.labels):
+            if isinstance(image, DataError):
+                yield image
+                continue
+            path = image.file.relative_to(self.folder).as_posix()
+            for label, box in image.boxes.items():
+                x1, y1, x2, y2 = (round(side, 2) for side in box)
+                yield _box_row(f"{path}: {label}", path, label, (x1, y1, x2, y2))
+
+    def locate(self, row: Row) -> Row:
+        return row
+
+    def open_image(self, row: Row) -> Image.Image:
+        assert row.image is not None
+        return open_image(self.folder / row.image, row.id)
+
+    def measure_image(self, row: Row) -> tuple[ImageSize, str | None]:
+        image = self.open_image(row)
+        return ImageSize(image.height, image.width), image.info["mode"]
+
+    def times(self) -> dict[str | None, float]:
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        listing = hashlib.sha256()
+        for file in self.label_files():
+            status = file.stat()
+            listing.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for file in image_files(self.folder):
+            listing.update(f"{file}\n".encode())
+        return {"labels_and_images": listing.hexdigest()}
+
+    def label_files(self) -> list[Path]:
+        """List the files that hold the labels, sorted."""
+        return [self.labels] if self.labels.is_file() else sorted(f for f in self.labels.rglob("*") if f.is_file())
 
 
 @dataclass(frozen=True)
@@ -147,35 +252,35 @@ class FileSource:
     """Rows of annotation files.
 
     Args:
-        format: Name of the format, a key of PARSERS.
+        format: Name of the format: a key of PARSERS, or `vqa`.
         files: Annotation files, in the order of their rows.
         folder: Folder that the names of Parquet files start from.
         images: Store of the image files that rows name; None where all rows hold their images.
+        answer_words: Largest number of words of an answer of format vqa.
     """
 
     format: str
     files: tuple[AnnotationFile, ...]
     folder: Path
     images: FileStore | None
+    answer_words: int = ANSWER_WORDS
     embedded: ParquetStore = field(init=False)
-    checks_images = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedded", ParquetStore(self.folder))
 
     def rows(self) -> Iterator[Row | DataError]:
-        parse = PARSERS[self.format]
         keys_without_image: set[str] | None = set()
         for annotation_file in self.files:
             count = 0
             for name, record in read_records(annotation_file.file, annotation_file.name):
                 count += 1
-                row = record if isinstance(record, DataError) else self._check(parse(name, record), record)
-                if isinstance(row, Row) and row.image is not None:
-                    keys_without_image = None
-                elif isinstance(row, Row) and keys_without_image is not None:
-                    keys_without_image |= record.keys() if isinstance(record, dict) else set()
-                yield self._complete(row, annotation_file)
+                for row in [record] if isinstance(record, DataError) else self._parse(name, record):
+                    if isinstance(row, Row) and row.image is not None:
+                        keys_without_image = None
+                    elif isinstance(row, Row) and keys_without_image is not None:
+                        keys_without_image |= record.keys() if isinstance(record, dict) else set()
+                    yield self._complete(row, annotation_file)
             if annotation_file.length not in (None, count):
                 yield DataError(
                     f"{annotation_file.group}: {count} rows where the meta file says {annotation_file.length}: "
@@ -201,6 +306,10 @@ class FileSource:
         assert self.images is not None
         return self.images.open(row)
 
+    def measure_image(self, row: Row) -> tuple[ImageSize, str | None]:
+        image = self.open_image(row)
+        return ImageSize(image.height, image.width), image.info["mode"]
+
     def times(self) -> dict[str | None, float]:
         return {f.group: f.times for f in self.files}
 
@@ -215,11 +324,19 @@ class FileSource:
     def _image_key(self) -> str:
         return IMAGE_KEYS.get(self.format, "image")
 
+    def _parse(self, name: str, record: dict[str, Any]) -> list[Row | DataError]:
+        """Parse a record to its rows, or to an error."""
+        if self.format != "vqa":
+            return [self._check(PARSERS[self.format](name, record), record)]
+        rows = parse_questions(name, record, self.answer_words)
+        return [self._check(row, record) for row in ([rows] if isinstance(rows, DataError) else rows)]
+
     def _check(self, row: Row | DataError, record: dict[str, Any]) -> Row | DataError:
         """Return an error in place of a row that has text that cannot be stored, or an image that is not read."""
         if isinstance(row, DataError):
             return row
-        texts = [row.image or "", row.prompt, row.chosen, row.rejected or "", *(text for _, text in row.earlier)]
+        images = [row.image or "", row.rejected_image or ""]
+        texts = [*images, row.prompt, row.chosen, row.rejected or "", *(text for _, text in row.earlier)]
         if (character := bad_character(*texts)) is not None:
             return DataError(
                 f"{row.id}: holds {character!r}, which is no character: the file is not UTF-8, or half of a surrogate "
@@ -247,11 +364,23 @@ class FileSource:
         if isinstance(row, DataError):
             return DataError(f"{annotation_file.group}/{row}") if from_meta_file else row
         if annotation_file.root is not None:
-            image = None if row.image is None else str(PurePosixPath(annotation_file.root, row.image))
-            return replace(row, id=f"{annotation_file.group}/{row.id}", image=image, group=annotation_file.group)
-        block = None
-        if row.image is not None and row.image.startswith(f"{annotation_file.name}#"):
-            block = self.embedded.block(row.image)
+            image, rejected_image = (
+                None if name is None else str(PurePosixPath(annotation_file.root, name))
+                for name in (row.image, row.rejected_image)
+            )
+            id_, group = f"{annotation_file.group}/{row.id}", annotation_file.group
+            return replace(row, id=id_, image=image, rejected_image=rejected_image, group=group)
+        images_inside = [
+            image.startswith(f"{annotation_file.name}#")
+            for image in (row.image, row.rejected_image)
+            if image is not None
+        ]
+        if any(images_inside) and not all(images_inside):
+            return DataError(
+                f"{row.id}: one of its images is in the Parquet file and the other in a file of its own; put both into "
+                "the Parquet file, or both into files"
+            )
+        block = self.embedded.block(row.image) if row.image is not None and any(images_inside) else None
         return replace(row, group=annotation_file.group, block=block)
 
 
@@ -270,28 +399,41 @@ def sources_of(loaded: LoadedRecipe) -> list[Source]:
 def files_sha256(source: Source) -> str | None:
     """Hash a source's annotation files to one value; None for a source without files.
 
-    JSON files enter by name, size and content. Parquet files, which hold images, enter by name and size alone.
+    Files enter by name, size and content, but Parquet files, which hold images, by name and size alone.
     """
-    if not isinstance(source, FileSource):
+    if isinstance(source, BoxSource):
+        files = [(file.name, file) for file in source.label_files()]
+    elif isinstance(source, FileSource):
+        files = [(annotation_file.name, annotation_file.file) for annotation_file in source.files]
+    else:
         return None
     digest = hashlib.sha256()
-    for annotation_file in source.files:
-        digest.update(f"{annotation_file.name} {annotation_file.file.stat().st_size}\n".encode())
-        if annotation_file.file.suffix != ".parquet":
-            with annotation_file.file.open("rb") as file:
+    for name, path in files:
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
+        if path.suffix != ".parquet":
+            with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def example(images: list[Image.Image], row: Row, columns: Columns, image_token: str) -> dict[str, Any]:
+def example(
+    images: list[Image.Image],
+    row: Row,
+    columns: Columns,
+    image_token: str,
+    rejected_images: list[Image.Image] | None = None,
+) -> dict[str, Any]:
     """Convert a row to TRL's columns.
 
     Args:
         images: Decoded images of the row.
         row: Row to convert.
         columns: Form of the columns: `plain` (image then text, no chat template), `conversation` (all turns as
-            messages), or `preference` (prompt, chosen and rejected).
+            messages), `preference` (prompt, chosen and rejected), `image_preference` (rejected_images beside these),
+            or `verifiable` (prompt and the columns that rewards read: solution, boxes in pixels, image_size [width,
+            height], kind, and the row's id).
         image_token: Token that stands for the image in plain prompts.
+        rejected_images: Decoded rejected images of the row.
     """
     if columns == "plain":
         return {"images": images, "prompt": image_token * len(images), "completion": f"{row.chosen}\n"}
@@ -301,11 +443,22 @@ def example(images: list[Image.Image], row: Row, columns: Columns, image_token: 
     else:
         turns = [(role, text.replace(IMAGE_TAG, "")) for role, text in turns]
     prompt = [_message(role, text, row.image is not None) for role, text in turns]
+    if columns == "verifiable":
+        return {
+            "images": images,
+            "prompt": prompt,
+            "solution": row.chosen,
+            "boxes": [list(box) for box in row.boxes] or None,
+            "image_size": list(images[0].size) if images else None,
+            "kind": row.kind,
+            "id": row.id,
+        }
     chosen = [_message("assistant", row.chosen)]
     if columns == "conversation":
         return {"images": images, "messages": prompt + chosen}
     rejected = [_message("assistant", row.rejected or "")]
-    return {"images": images, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    pair = {"images": images, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return pair if columns == "preference" else {**pair, "rejected_images": rejected_images}
 
 
 def _with_image(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -341,9 +494,15 @@ def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     images = None if spec.images is None else _resolve(loaded, "images", spec.images, spec)
     if images is not None and images.is_file() and images.suffix not in ARCHIVES:
         raise DataError(f"{loaded.path}: data images {images} is neither a folder nor a .zip or .tar; unpack it.")
+    if spec.format == "boxes":
+        assert images is not None  # the recipe was checked
+        if not images.is_dir():
+            raise DataError(f"{loaded.path}: data images {images} is not a folder; format boxes reads no archive.")
+        return BoxSource(image_folder(images), path)
     folder = path if path.is_dir() else path.parent
     store = FileStore(images) if images is not None else None
-    return FileSource(spec.format, tuple(_annotation_files(path, spec, images)), folder, store)
+    files = tuple(_annotation_files(path, spec, images))
+    return FileSource(spec.format, files, folder, store, spec.answer_words or ANSWER_WORDS)
 
 
 def _resolve(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from pivot_hub.demo.model_bundle import BundleNames, ModelBundle, Progress, describe_failure, load_bundle
 from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm.families import FAMILIES
+from pivot_hub.mllm.load import mllm_config
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]  # never a pickle, never code
@@ -120,7 +122,7 @@ class BundleCache:
         """Return the names of the checkpoints below `runs`, which visitors may give without the Hub."""
         if self.runs is None:
             return []
-        return sorted(str(f.parent.relative_to(self.runs)) for f in self.runs.rglob("config.json") if _is_llava(f))
+        return sorted(str(f.parent.relative_to(self.runs)) for f in self.runs.rglob("config.json") if _is_mllm(f))
 
     def _find(self, name: str) -> Path:
         """Return the folder of a name that a visitor gave: one below `runs`, or a download from the Hub."""
@@ -144,12 +146,14 @@ class BundleCache:
             ) from error
 
     def _check_config(self, name: str, config_file: Path) -> None:
-        if not _is_llava(config_file):
-            raise CheckpointError(f"{name}: it is not an MLLM in transformers' LLaVA format.")
+        if not _is_mllm(config_file):
+            titles = ", ".join(family.title for family in FAMILIES.values() if family.image_tokens)
+            raise CheckpointError(f"{name}: it is no MLLM that this app can explain; give one of these: {titles}.")
         try:
-            config = AutoConfig.from_pretrained(config_file.parent, trust_remote_code=False)
+            config = mllm_config(config_file.parent)
             with torch.device("meta"):
-                parameters = sum(p.numel() for p in LlavaForConditionalGeneration(config).parameters())
+                model = AutoModelForImageTextToText.from_config(config)
+            parameters = sum(p.numel() for p in model.parameters())
         except MemoryError:
             raise
         except Exception as error:  # a broken config raises whatever reading it leads to
@@ -165,8 +169,10 @@ def _no_progress(share: float, step: str) -> None:
     """Report nothing."""
 
 
-def _is_llava(config_file: Path) -> bool:
+def _is_mllm(config_file: Path) -> bool:
+    """Return whether a config is of an MLLM whose language model gets tokens of the image."""
     try:
-        return json.loads(config_file.read_text()).get("model_type") == "llava"
-    except (OSError, ValueError, AttributeError):
+        model_type = json.loads(config_file.read_text()).get("model_type")
+        return model_type in FAMILIES and FAMILIES[model_type].image_tokens
+    except (OSError, ValueError, AttributeError, TypeError):
         return False

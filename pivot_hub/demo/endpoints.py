@@ -113,7 +113,7 @@ class Endpoints:
             method: Method of the saliency maps: gradcam or gradient.
             layer: Layer of the encoder that Grad-CAM explains; 0 for the one that the language model receives.
             colours: Colour scale of the maps: viridis, cividis or magma.
-            first: Hub name of an MLLM in LLaVA format; empty for the built-in models.
+            first: Hub name of an MLLM; empty for the built-in models.
             second: Hub name of the other MLLM.
             parent: Hub name of their parent, which the dpo loss needs.
 
@@ -155,7 +155,7 @@ class Endpoints:
             scene: Number of the synthetic scene.
             row: Row of the patch, from 0 at the top.
             column: Column of the patch, from 0 at the left.
-            first: Hub name of an MLLM in LLaVA format; empty for the built-in models.
+            first: Hub name of an MLLM; empty for the built-in models.
             second: Hub name of the other MLLM.
             parent: Hub name of their parent.
 
@@ -190,7 +190,7 @@ class Endpoints:
             right_answer: Answer that is explained; empty for each model's own answer.
             wrong_answer: Wrong answer.
             method: Method of the saliency maps: gradcam or gradient.
-            first: Hub name of an MLLM in LLaVA format; empty for the built-in models.
+            first: Hub name of an MLLM; empty for the built-in models.
             second: Hub name of the other MLLM.
             parent: Hub name of their parent.
 

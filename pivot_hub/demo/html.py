@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from pivot_hub.data.image import data_uri
 from pivot_hub.demo.comparison import Comparison, ModelResult, Subject
 from pivot_hub.explain.gradcam import Explain, Method, TokenMap
 from pivot_hub.explain.heatmaps import (
     DIVERGING,
     SIDE_PX,
     colour,
-    data_uri,
     densities,
     outline,
     scale_bar,
@@ -276,7 +277,7 @@ def _token_values(token: TokenMap, grid: np.ndarray, model_name: str, colours: s
 
 def _token_text(token: str) -> str:
     """Return a token's text, and the meaning of a special token."""
-    if token.startswith("<|") or token in ("</s>", "<eos>", "<end_of_turn>"):
+    if token.startswith("<|") or re.fullmatch(r"</?[a-z_]+>", token):  # as </s>, <eos> and <end_of_turn>
         return "(end)"
     return token.strip() or "␣"
 

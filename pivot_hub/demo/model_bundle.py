@@ -6,15 +6,19 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_hub.encoder import PivotVisionConfig
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.errors import CheckpointError
-from pivot_hub.explain.gradcam import feature_layer
-from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.explain.image_maps import crops_image, feature_layer, image_family
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.probes.fixed_grid import scene_px
 from pivot_hub.provenance import hub_commit, weights_sha256
 
 STAGES = {"parent": "2-instruct", "sft": "3-sft", "dpo": "3-dpo"}
@@ -68,8 +72,8 @@ class Mllm:
     """One MLLM with the name that the page shows."""
 
     name: str
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    model: PreTrainedModel
+    processor: ProcessorMixin
     origin: Origin
 
 
@@ -80,7 +84,7 @@ class BundleInfo:
     Args:
         names: Displayed names of the first and the second MLLM.
         origins: Origins of the first MLLM, of the second, and of the parent if there is one.
-        image_px: Side in px at which scenes are rendered: the larger input size of the two encoders.
+        image_px: Side in px at which scenes are rendered: the larger input size of the two encoders, see `scene_px`.
         layers: Number of hidden states that Grad-CAM can explain in both encoders.
         crops: Whether an encoder crops an image to its middle square.
     """
@@ -114,25 +118,24 @@ class ModelBundle:
 
     @property
     def image_px(self) -> int:
-        """Side in px at which scenes are rendered: the larger input size of the two encoders."""
-        return max(image_px(self.first.model), image_px(self.second.model))
+        """Side in px at which scenes are rendered: the larger input size of the two encoders, see `scene_px`."""
+        return max(scene_px(PivotVisionConfig(mllm.model.config.vision_config)) for mllm in (self.first, self.second))
 
     @property
     def layers(self) -> int:
         """Number of hidden states that Grad-CAM can explain in both encoders."""
         return min(feature_layer(self.first.model), feature_layer(self.second.model))
 
-    @property
+    @cached_property
     def info(self) -> BundleInfo:
         """What the page has to know of this bundle."""
         members = [mllm for mllm in (self.first, self.second, self.parent) if mllm is not None]
-        image_processors: list[Any] = [mllm.processor.image_processor for mllm in members[:2]]
         return BundleInfo(
             names=(self.first.name, self.second.name),
             origins=tuple(mllm.origin for mllm in members),
             image_px=self.image_px,
             layers=self.layers,
-            crops=any(getattr(processor, "do_center_crop", False) for processor in image_processors),
+            crops=any(crops_image(mllm.model.config, mllm.processor) for mllm in members[:2]),
         )
 
 
@@ -145,13 +148,15 @@ def load_bundle(names: BundleNames, folders: Sequence[tuple[str, Path]], progres
         progress: Callback that takes the finished share, from 0.6 on, and the next step.
 
     Raises:
-        CheckpointError: A folder holds no MLLM that can be loaded; the message gives its name instead of the path.
+        CheckpointError: A folder holds no MLLM that can be loaded and has image tokens; the message gives its name
+            instead of the path.
     """
     members = []
     for number, (name, folder) in enumerate(folders):
         progress(0.6 + 0.4 * number / len(folders), f"loading {name}")
         try:
             model, processor = load_mllm(folder)
+            image_family(model.config)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(folder), name)) from error
         except MemoryError:
@@ -173,7 +178,7 @@ def describe_failure(error: BaseException) -> str:
     return f"files or settings lead to an error ({type(error).__name__}{reason})"
 
 
-def for_inference(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+def for_inference(model: PreTrainedModel) -> PreTrainedModel:
     """Move a model to the GPU if there is one, in evaluation mode and without gradients of its weights."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return cast(LlavaForConditionalGeneration, cast(Any, model).to(device).eval().requires_grad_(False))
+    device = compute_device()
+    return cast(PreTrainedModel, cast(Any, model).to(device).eval().requires_grad_(False))

@@ -23,7 +23,7 @@ from pivot_hub.config.recipe import RECIPES
 from pivot_hub.demo.model_bundle import STAGES, BundleNames, Mllm, ModelBundle, Origin, for_inference, one_thread
 from pivot_hub.errors import CheckpointError
 from pivot_hub.files import write_json
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.load import load_llava
 from pivot_hub.outputs import OutputKind, check_replaceable, whole_folder
 from pivot_hub.provenance import source_commit, versions, weights_sha256, write_manifest
 
@@ -51,7 +51,7 @@ def pack_bundle(runs: Path, output: Path) -> Path:
     check_replaceable(output, BUNDLE)  # before the work, and again after it
     folders = {role: runs / stage for role, stage in STAGES.items()}
     provenances = _read_provenances(folders)
-    packed = _pack_weights({role: load_mllm(folder)[0].state_dict() for role, folder in folders.items()})
+    packed = _pack_weights({role: load_llava(folder)[0].state_dict() for role, folder in folders.items()})
     with whole_folder(output, BUNDLE) as folder:
         save_file(packed, folder / WEIGHTS)
         for file in sorted(folders["parent"].iterdir()):

@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import LocalContext
 
+from pivot_hub.data.image import data_uri
 from pivot_hub.data.synthetic import DESCRIBE
 from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, as_gradio_error, error_message, upload_path
 from pivot_hub.demo.model_bundle import BundleNames
@@ -25,7 +26,6 @@ from pivot_hub.demo.service import ComparisonView, DemoService
 from pivot_hub.demo.turns import Turns
 from pivot_hub.demo.view_state import ViewState, read_view_state, whole_number
 from pivot_hub.errors import PivotError
-from pivot_hub.explain.heatmaps import data_uri
 
 Updates = dict[Any, Any]
 CLEARED = "The answers belonged to the former question, so they were cleared."

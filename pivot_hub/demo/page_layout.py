@@ -274,8 +274,10 @@ def _model_inputs(local_names: list[str]) -> ModelInputs:
     also = f" Also here: {', '.join(local_names)}." if local_names else ""
     with gr.Accordion("Other models", open=False):
         gr.Markdown(
-            "Any two MLLMs in transformers' LLaVA format, by their Hub names (`owner/name` or "
-            f"`owner/name@revision`). The current models stay until both others are loaded.{also}",
+            "Any two MLLMs of transformers: LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen-VL, InternVL, SmolVLM, Idefics3, "
+            "Gemma 3, GLM-4V, by their Hub names (`owner/name` or `owner/name@revision`). One that cuts an image into "
+            "tiles is explained on its view of the whole image. The current models stay until both others are loaded."
+            f"{also}",
             elem_classes="hint",
         )
         first = gr.Textbox(label="First MLLM", info="Shown on the left.", max_lines=1)

@@ -163,13 +163,15 @@ BACKBONES = {
                 f"{name}_vision",
                 "Qwen2VLImageProcessor",
                 feature_layer=LAST,
-                layout="grid_thw",
                 merge="spatial_merge_size",
-                **entries,
+                **{"layout": "grid_thw in blocks", **entries},
             )
             for name, entries in (
                 ("qwen2_vl", {"model_class": "Qwen2VisionTransformerPretrainedModel", "last_size": "embed_dim"}),
-                ("qwen2_5_vl", {"model_class": "Qwen2_5_VisionTransformerPretrainedModel"}),
+                (
+                    "qwen2_5_vl",
+                    {"model_class": "Qwen2_5_VisionTransformerPretrainedModel", "layout": "grid_thw in windows"},
+                ),
                 ("qwen3_vl", {}),
                 ("qwen3_vl_moe", {}),
                 ("qwen3_5", {}),
@@ -181,7 +183,7 @@ BACKBONES = {
                 f"{name}_vision",
                 "Glm4vImageProcessor",
                 feature_layer=LAST,
-                layout="grid_thw",
+                layout="grid_thw in blocks",
                 merge="spatial_merge_size",
                 last_size="out_hidden_size",
             )
@@ -236,7 +238,7 @@ def feature_size(config: PretrainedConfig, layer: int | str) -> int:
     backbone, own = backbone_of(config), getattr(config, "embed_dim", config.hidden_size)
     if layer == LAST:
         return getattr(config, backbone.last_size)
-    if layer != MERGED or backbone.layout != "grid_thw":
+    if layer != MERGED or backbone.merge == "pooling_kernel_size":  # Gemma 4 merges in its last step
         return own
     # Kimi joins the channels of the patches; the others project them to the language model's.
     joined = (

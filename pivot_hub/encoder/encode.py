@@ -1,84 +1,140 @@
-"""Encode many images and write their features to one file."""
+"""Encode the images of any source, and write their features to one file or to a folder of parts."""
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
-from pivot_hub.data.image import DECODING, list_folder, open_image
-from pivot_hub.encoder.feature_parts import (
-    FeatureParts,
+from pivot_hub.data.image import DECODING
+from pivot_hub.data.image_blocks import Block, ImageSource, SourceImage, SourceOptions
+from pivot_hub.data.image_source import open_source
+from pivot_hub.encoder.batches import BatchEncoder, Item, Loader, Prepared, Preparer, join_inputs, prepared_batches
+from pivot_hub.encoder.device import compute_device
+from pivot_hub.encoder.feature_file import (
+    SUFFIXES,
+    build_manifest,
+    check_fits,
     check_target,
+    file_report,
     finished_report,
-    report_file,
+    partial_folder,
+    unpacked,
+    write_file,
 )
-from pivot_hub.encoder.image_shapes import input_names, token_shape
+from pivot_hub.encoder.feature_parts import (
+    BlockRecord,
+    EarlierRows,
+    PartFolder,
+    block_key,
+    check_part_folder,
+    iter_tables,
+)
+from pivot_hub.encoder.feature_table import STORES, FeatureTable, StoredRow
+from pivot_hub.encoder.modeling_pivot import input_names
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
-from pivot_hub.errors import DataError
-from pivot_hub.files import write_json
+from pivot_hub.encoder.share import Share
+from pivot_hub.errors import DataError, OutputError, shown_text
 from pivot_hub.outputs import lock_output
-from pivot_hub.provenance import file_sha256, machine, versions
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Inputs of the encoder's forward by their names: pixel_values, and for a tower of native resolution its shapes.
-_Inputs = dict[str, np.ndarray]
-# Names and inputs of a batch's good images; reasons of its corrupt ones by their names.
-_Batch = tuple[list[str], _Inputs, dict[str, str]]
-# A stopped run resumes at the last complete shard, which holds at most so many batches and so many bytes of features.
-NUMBERS = 32_000_000  # of the pixels of images of their own shapes in a forward pass
-SHARD_BATCHES, SHARD_BYTES = 32, 64_000_000
-Progress = Callable[[int, int, float], None]  # takes the images done, the images in all, and images per second
+# A stopped run resumes at the last part, which holds at most so many images, bytes and seconds of work.
+PART_IMAGES, PART_BYTES, PART_S = 8192, 64_000_000, 300.0
+# Takes the images done, the images in all or None, and images per second.
+Progress = Callable[[int, int | None, float], None]
 
 
-class NotFiniteError(DataError):
-    """Features of an image are NaN or infinite."""
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How images are encoded.
+
+    Args:
+        tokens: Whether to write all patch tokens (H*W, D) of an image instead of their mean (D). Those of a tower of
+            native resolution are written as Parquet only, in which the columns `height` and `width` are the shape of
+            the image's own grid.
+        batch: Number of images in a forward pass.
+        dtype: Precision that the encoder computes in: float32, float16 or bfloat16.
+        store: Type of the stored features: float32, float16, bfloat16 (as its bits, uint16) or int8 (with the number
+            that an image's features are multiplied by, in the column `scale`). By default float32, and float16 if that
+            is the precision.
+        workers: Number of processes that decode images; by default one for each core, 0 for none.
+    """
+
+    tokens: bool = False
+    batch: int = 32
+    dtype: str = "float32"
+    store: str | None = None
+    workers: int | None = None
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            DataError: The message names the value and the range.
+        """
+        if self.dtype not in DTYPES:
+            raise DataError(f"dtype {self.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
+        if self.store is not None and self.store not in STORES:
+            raise DataError(f"store {self.store!r} is not known; give one of {', '.join(STORES)}.")
+        if self.batch < 1:
+            raise DataError(f"batch {self.batch}: give 1 image or more.")
+        if self.workers is not None and self.workers < 0:
+            raise DataError(f"workers {self.workers}: give 0 or more processes.")
+
+    def stored(self) -> str:
+        """Return the type of the stored features."""
+        return self.store or ("float16" if self.dtype == "float16" else "float32")
 
 
-def encode_folder(
+def encode_source(
     encoder: str | Path,
-    folder: str | Path,
+    source: str | Path,
     output: str | Path,
     tokens: bool = False,
     batch: int = 32,
     dtype: str = "float32",
     workers: int | None = None,
-    progress: Progress = lambda done, total, rate: None,
-    feature_layer: int | str | None = None,
+    progress: Progress = lambda done, total, speed: None,
+    feature_layer: int | str | Sequence[int | str] | None = None,
+    store: str | None = None,
+    share: Share = Share(),
+    source_options: SourceOptions = SourceOptions(),
 ) -> dict[str, Any]:
-    """Encode every image of a folder; a stopped run resumes when it is called again.
+    """Encode every image of a source; a stopped run resumes when it is called again.
 
-    If images were added to a folder or replaced since a finished run, only those are encoded.
+    If images were added to a source or replaced since a finished run, only those are encoded.
 
     Args:
         encoder: Folder or Hub name of the encoder.
-        folder: Folder that holds the images, also in its subfolders.
-        output: File to write: `.parquet`, with columns `file` and `features`, or `.npy`, for which the report lists
-            the file of each row.
-        tokens: Whether to write all patch tokens (H*W, D) of an image instead of their mean (D). Those of a tower of
-            native resolution are written as .parquet only, in which the columns `height` and `width` are the shape of
-            the image's own grid.
+        source: Images, see `pivot_hub.data.image_source.open_source`.
+        output: File to write, `.parquet` with the columns `id`, `sha256` and `features`, or `.npy`, for which the
+            report lists the file of each row; or a folder of such Parquet parts with a `manifest.json`.
+        tokens: Whether to write all patch tokens, see `EncodeOptions`.
         batch: Number of images in a forward pass.
-        dtype: Precision that the encoder computes in: float32, float16 (stored as it is) or bfloat16 (stored as
-            float32).
+        dtype: Precision that the encoder computes in: float32, float16 or bfloat16.
         workers: Number of processes that decode images; by default one for each core, 0 for none.
         progress: Function that is called after every batch.
         feature_layer: Hidden state to write, see `PivotVisionModel.from_pretrained`; the repository's own by default.
+            Of several, the further ones are numbers, and each has its columns, as in `features_26`.
+        store: Type of the stored features, see `EncodeOptions`.
+        share: Which of several processes this is. They write to a folder.
+        source_options: How tables are read.
 
     Returns:
-        The report, which is also written beside the output as `<output>.json`: encoder, shape of an image's features,
-        files in order, corrupt images with their reason, files and linked folders that were not read, images per
-        second.
+        Of a file, the report, which is also written beside it as `<output>.json`: encoder, shape of an image's
+        features, ids in order (`files`), corrupt images with their reason, what was not read, images per second. Of a
+        folder, its manifest, with what this process did.
 
     Raises:
         CheckpointError: The encoder cannot be loaded, or gives other features than it was published with.
@@ -86,52 +142,29 @@ def encode_folder(
             of another run are in its place, or features are not finite.
         OutputError: The output was not written by this function, or another process is writing it.
     """
-    source, target = Path(folder), Path(output)
-    if target.suffix not in (".parquet", ".npy"):
-        raise DataError(f"{target}: features are written as .parquet or .npy; give --out such a name.")
-    if dtype not in DTYPES:
-        raise DataError(f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}.")
-    if batch < 1:
-        raise DataError(f"batch {batch}: give 1 image or more.")
-    if workers is not None and workers < 0:
-        raise DataError(f"workers {workers}: give 0 or more processes.")
-    if not source.is_dir():
-        raise DataError(f"{source} is not a folder; give the folder that holds the images.")
-    listing = list_folder(source)
-    if not listing.images:
-        raise DataError(f"{source} holds no image file; give the folder that holds the images.")
-    check_target(target)
-    model, processor = read_encoder(encoder, dtype=DTYPES[dtype], feature_layer=feature_layer)
-    check_suffix(target, model.config, tokens)
-    cast(nn.Module, model).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    images = FolderImages(source, [f.relative_to(source).as_posix() for f in listing.images])
-    return encode_images(
-        model,
-        processor,
-        images,
-        target,
-        encoder_metadata(encoder),
-        tokens,
-        batch,
-        dtype,
-        workers,
-        progress,
-        stamps=_file_hashes(listing.images),
-        notes={"not_read": listing.not_read()},
-    )
-
-
-def check_suffix(target: Path, config: Any, tokens: bool) -> None:
-    """Refuse an .npy file for tokens of images that each have a shape of their own.
-
-    Raises:
-        DataError: The file cannot hold the tokens; the message names the remedy.
-    """
-    if tokens and config.image_size is None and target.suffix == ".npy":
-        raise DataError(
-            f"{target}: patch tokens of a tower of native resolution have another shape for each image, which .npy "
-            "does not hold; give --out a name that ends in .parquet, or leave --tokens out."
-        )
+    target = Path(output)
+    is_file = target.suffix in SUFFIXES
+    if target.suffix and not is_file and not target.is_dir():
+        raise DataError(f"{target}: features are written as .parquet or .npy, or to a folder; give --out such a name.")
+    if is_file and share.count > 1:
+        raise DataError(f"{target}: several processes write to a folder; give --out one, then join it with --merge.")
+    options = EncodeOptions(tokens, batch, dtype, store, workers)
+    options.check()
+    opened = open_source(str(source), source_options)
+    if opened.once and share.count > 1:
+        raise DataError("stdin reaches one process only; write the paths to a .txt file for several.")
+    (check_target if is_file else check_part_folder)(target)
+    first, *further = feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]
+    model, processor = read_encoder(encoder, dtype=DTYPES[options.dtype], feature_layer=first)
+    cast(nn.Module, model).to(compute_device())
+    run = _Run(model, processor, _Sources(), options, cast(Sequence[int], further), progress)
+    job = run.job(encoder_metadata(encoder))
+    if is_file:
+        check_fits(target, run.table)
+        with lock_output(target):
+            check_target(target)
+            return run.to_file(opened, target, job, reuse=True)
+    return run.to_folder(opened, target, {**job, "source": opened.name, **vars(source_options)}, share)
 
 
 class Images(Protocol):
@@ -144,296 +177,409 @@ class Images(Protocol):
         """Decode an image as RGB, or raise a DataError that names it if it cannot be decoded."""
 
 
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files by their paths relative to a folder."""
-
-    folder: Path
-    names: Sequence[str]
-
-    def open(self, index: int) -> Image.Image:
-        return open_image(self.folder / self.names[index], self.names[index])
-
-
 def encode_images(
     model: Any,
     processor: Any,
     images: Images,
     target: Path,
     metadata: dict[str, Any],
-    tokens: bool = False,
-    batch: int = 32,
-    dtype: str = "float32",
-    workers: int | None = None,
-    progress: Progress = lambda done, total, rate: None,
-    stamps: Sequence[str] | None = None,
-    notes: Mapping[str, Any] | None = None,
-    cache: bool = False,
+    options: EncodeOptions = EncodeOptions(),
+    progress: Progress = lambda done, total, speed: None,
 ) -> dict[str, Any]:
-    """Encode named images into one file; a stopped run resumes when it is called again with the same metadata.
+    """Encode named images into one file that is a cache; a stopped run resumes with the same metadata.
+
+    Another process that writes the file is waited for, and whatever is in its place is replaced.
 
     Args:
-        model: The encoder, on its device in `dtype`.
+        model: The encoder, on its device in the precision of the options.
         processor: Image processor of the encoder.
         images: Images to encode, in order.
-        target: File to write, `.parquet` or `.npy` as in `encode_folder`.
-        metadata: Identity of the encoder, which decides whether a stopped run can be resumed; without stamps, that of
-            the images too.
-        tokens: Whether to write all patch tokens of an image instead of their mean.
-        batch: Number of images in a forward pass.
-        dtype: Precision that the encoder computes in, as in `encode_folder`.
-        workers: Number of processes that decode images, as in `encode_folder`.
+        target: File to write, `.parquet` or `.npy` as in `encode_source`.
+        metadata: Identity of the encoder and of the images, which decides whether a stopped run can be resumed.
+        options: How images are encoded.
         progress: Function that is called after every batch.
-        stamps: Hash of each image, in order. Features of an image whose name and hash are known are not computed again.
-        notes: Further entries of the report.
-        cache: Whether the file is a cache: another process that writes it is waited for, and whatever is in its place
-            is replaced.
 
     Returns:
-        The report that `encode_folder` describes.
+        The report that `encode_source` describes.
 
     Raises:
-        DataError: The parts of another run are in the output's place, the output's suffix does not fit, features are
-            not finite, or the processes that decode images cannot run.
-        OutputError: The output was not written by this function, or another process is writing it.
+        DataError: The features do not fit the output, are not finite, or the processes that decode images cannot run.
     """
-    check_suffix(target, model.config, tokens)
-    with lock_output(target, wait=cache):
-        if not cache:
-            check_target(target)
-        return _encode_locked(
-            model, processor, images, target, metadata, tokens, batch, dtype, workers, progress, stamps, notes or {}
-        )
+    run = _Run(model, processor, _NamedImages(images), options, (), progress)
+    check_fits(target, run.table)
+    with lock_output(target, wait=True):
+        return run.to_file(_named_source(images), target, run.job(metadata), reuse=False)
 
 
-def _encode_locked(
-    model: Any,
-    processor: Any,
-    images: Images,
-    target: Path,
-    metadata: dict[str, Any],
-    tokens: bool,
-    batch: int,
-    dtype: str,
-    workers: int | None,
-    progress: Progress,
-    stamps: Sequence[str] | None,
-    notes: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Encode named images as `encode_images` does, while the lock of the output is held."""
-    started = time.monotonic()
-    names, count = images.names, len(images.names)
-    stamp_of = dict(zip(names, stamps or [""] * count, strict=True))
-    shape: list[int | str] = token_shape(model.config) if tokens else [model.config.hidden_size]
-    stored = np.dtype("float16" if dtype == "float16" else "float32")
-    identity = {**metadata, "feature_layer": model.config.pivot["feature_layer"], "shape": shape, "dtype": dtype}
-    job = {**identity, "processor": processor.to_dict(), "decoding": DECODING}
-    parts = FeatureParts(target, job, shape, stored)
-    encoded = parts.open(stamp_of)
-    resumed = len(encoded)
-    remaining = [index for index, name in enumerate(names) if name not in encoded]
-    shard = _Shard()
-    for batch_names, inputs, corrupt in _batches(model, processor, images, remaining, batch, workers):
-        features = _features(model, inputs, tokens, batch_names, stored) if batch_names else []
-        batch_bytes = sum(f.nbytes for f in features)
-        if shard.is_full(batch_bytes):
-            parts.write_shard(encoded, shard.features, shard.names, shard.corrupt, stamp_of)
-            shard = _Shard()
-        shard.add(batch_names, features, corrupt)
-        done = len(encoded) + len(shard)
-        progress(done, count, (done - resumed) / (time.monotonic() - started))
-    if len(shard):
-        parts.write_shard(encoded, shard.features, shard.names, shard.corrupt, stamp_of)
-    files = [name for name in names if name in encoded.rows]
-    report = None if remaining else finished_report(target)
-    if report is None or report["files"] != files or report.get("job_sha256") != parts.job_sha256:
-        parts.merge(encoded, files, batch * _batches_per_shard(batch * parts.image_bytes(encoded)))
-    duration = time.monotonic() - started
-    report = {
-        **identity,
-        "job_sha256": parts.job_sha256,
-        "features_sha256": file_sha256(target),
-        "images": len(files),
-        "corrupt": [
-            {"file": n, "reason": encoded.corrupt[n], "sha256": stamp_of[n]} for n in names if n in encoded.corrupt
-        ],
-        "resumed_images": resumed,
-        "duration_s": round(duration, 2),
-        "images_per_s": round((count - resumed) / duration, 2),
-        "files": files,
-        **parts.grids(encoded, files),
-        "images_sha256": [stamp_of[name] for name in files],
-        **notes,
-        "machine": machine(),
-        "versions": versions(),
-    }
-    write_json(report_file(target), report)
-    parts.delete()
-    return report
+@dataclass(frozen=True)
+class _Index:
+    """An image of a sequence."""
+
+    id: str
+    index: int
 
 
-def _file_hashes(files: Sequence[Path]) -> list[str]:
-    """Hash image files; a file that cannot be read has its own stamp, and is listed as corrupt when it is decoded."""
+def _named_source(images: Images) -> ImageSource:
+    count = len(images.names)
 
-    def stamp(file: Path) -> str:
+    def block(start: int) -> Block:
+        indices = range(start, min(start + PART_IMAGES, count))
+        return Block(f"{start:012}", lambda: (_Index(images.names[i], i) for i in indices), lambda: "")
+
+    return ImageSource("", lambda: map(block, range(0, count, PART_IMAGES)), count)
+
+
+@dataclass(frozen=True)
+class _NamedImages:
+    """Loader of a sequence of images, whose contents are known by the job."""
+
+    images: Images
+
+    def load(self, place: _Index, known: str | None) -> tuple[str, Image.Image | DataError | None]:
         try:
-            return file_sha256(file)
-        except OSError as error:
-            return f"unreadable {error.errno}"
+            return "", None if known is not None else self.images.open(place.index)
+        except DataError as error:
+            return "", error
 
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(stamp, files))
+
+class _Sources:
+    """Loader of the images of a source."""
+
+    def load(self, place: SourceImage, known: str | None) -> tuple[str, Image.Image | DataError | None]:
+        return place.load(known)
 
 
 @dataclass
-class _Shard:
-    """Images that were encoded and are not on disk yet."""
+class _BlockJob:
+    """A block that is being encoded.
 
+    Args:
+        number: Number of the block in this run.
+        record: Its record, which grows by a part at a time.
+        previous: Its record before this run.
+        known: Rows of its earlier parts.
+        known_corrupt: Reasons and hashes of its images that could not be used.
+        locked: Holds the lock of the block.
+        block: The block.
+        stamp: Its stamp before it was read.
+    """
+
+    number: int
+    record: BlockRecord
+    previous: BlockRecord
+    known: EarlierRows
+    known_corrupt: Mapping[str, dict[str, str]]
+    locked: ExitStack
+    block: Block
+    stamp: str | None
+    listed: int = 0
+    received: int = 0
+    is_listed: bool = False
     names: list[str] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)
-    corrupt: dict[str, str] = field(default_factory=dict)
-    batches: int = 0
-    size: int = 0  # in bytes
+    hashes: list[str] = field(default_factory=list)
+    rows: list[StoredRow | None] = field(default_factory=list)  # None for rows of earlier parts
+    nbytes: int = 0
+    since: float = field(default_factory=time.monotonic)
 
-    def __len__(self) -> int:
-        return len(self.names) + len(self.corrupt)
+    def known_hash(self, name: str) -> str | None:
+        """Return the hash of an image's file whose features, or whose problem, are known."""
+        if (stored := self.known.find(name)) is not None:
+            return stored.sha256
+        corrupt = self.known_corrupt.get(name)
+        return None if corrupt is None or not corrupt["sha256"] else corrupt["sha256"]
 
-    def is_full(self, batch_bytes: int) -> bool:
-        """Return whether a further batch would make the shard longer than a stopped run may lose."""
-        return self.batches == SHARD_BATCHES or (self.batches > 0 and self.size + batch_bytes > SHARD_BYTES)
+    def add(self, image: Prepared, row: StoredRow | None) -> None:
+        """Add an image that was read; without a row, its row or its problem is known."""
+        self.received += 1
+        problem = image.problem
+        if row is None and problem is None and self.known.find(image.name) is None:
+            problem = self.known_corrupt[image.name]["reason"]
+        if problem is not None:
+            self.record.corrupt.append({"file": image.name, "reason": problem, "sha256": image.sha256})
+            return
+        self.names.append(image.name)
+        self.hashes.append(image.sha256)
+        self.rows.append(row)
+        self.nbytes += row.nbytes if row else 0
 
-    def add(self, names: list[str], features: list[np.ndarray], corrupt: dict[str, str]) -> None:
-        self.names += names
-        self.features += features
-        self.corrupt |= corrupt
-        self.batches += 1
-        self.size += sum(f.nbytes for f in features)
+    def forget_rows(self) -> None:
+        """Start a part."""
+        self.names, self.hashes, self.rows, self.nbytes, self.since = [], [], [], 0, time.monotonic()
+
+    def is_full(self) -> bool:
+        """Return whether the images that are not on disk are as many as a stopped run may lose."""
+        enough = len(self.names) >= PART_IMAGES or self.nbytes >= PART_BYTES
+        return enough or (len(self.names) > 0 and time.monotonic() - self.since > PART_S)
 
 
-def _batches_per_shard(batch_bytes: int) -> int:
-    return max(1, min(SHARD_BATCHES, SHARD_BYTES // batch_bytes))
+class _Run:
+    """Encodes the blocks of sources with one encoder.
 
+    Args:
+        model: The encoder, on its device.
+        processor: Its image processor.
+        loader: Reader of the images.
+        options: How images are encoded.
+        further_layers: Numbers of hidden states besides the model's own feature layer.
+        progress: Function that is called after every batch.
+    """
 
-class _Decoded(Dataset[tuple[str, _Inputs | str]]):
-    """Name of each image, with its inputs (1, ...) of the encoder, or with the reason why it cannot be used."""
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        loader: Loader,
+        options: EncodeOptions,
+        further_layers: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        self.encoder = BatchEncoder(model, options.tokens, further_layers)
+        self.prepare = Preparer(processor, input_names(model.config))
+        self.loader, self.options, self.progress = loader, options, progress
+        self.table = FeatureTable(self.encoder.shapes(), options.stored(), options.dtype)
+        self.done = self.resumed = 0
+        self.seen: list[str] = []  # names of the blocks of all processes
+        self.busy: list[str] = []  # names of the blocks that other processes work on
+        self.unreadable: list[str] = []
+        self._jobs: deque[_BlockJob] = deque()
+        self._number = 0
+        self._started, self._started_at = time.monotonic(), time.time()
 
-    def __init__(self, model: Any, processor: Any, images: Images, indices: Sequence[int]) -> None:
-        self.processor, self.images, self.indices = processor, images, indices
-        self.inputs = input_names(model.config)
+    def job(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Return whatever the features depend on besides the images."""
+        layers = self.encoder.layers
+        return {
+            **metadata,
+            "feature_layer": layers[0] if len(layers) == 1 else layers,
+            "shapes": self.table.shapes,
+            "dtype": self.options.dtype,
+            "store": self.table.store,
+            "processor": self.prepare.processor.to_dict(),
+            "decoding": DECODING,
+        }
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def to_file(self, source: ImageSource, target: Path, job: dict[str, Any], reuse: bool) -> dict[str, Any]:
+        """Encode a source into one file, whose lock is held.
 
-    def __getitem__(self, index: int) -> tuple[str, _Inputs | str]:
-        name = self.images.names[self.indices[index]]
+        Args:
+            source: The images.
+            target: File to write.
+            job: Whatever the features depend on besides the images.
+            reuse: Whether features of a finished file are used for images whose hashes are the same.
+        """
+        parts = PartFolder(partial_folder(target), job, self.table)
+        parts.open()
+        report = finished_report(target) if reuse else None
+        finished, known_corrupt = None, {}
+        if report is not None and report.get("job_sha256") == parts.job_sha256:
+            finished = EarlierRows([unpacked(target, report, self.table, parts.work)])
+            known_corrupt = {entry["file"]: entry for entry in report["corrupt"]}
+        self._encode(source, Share(), parts, finished, known_corrupt)
+        records = parts.records()
+        ordered = [records[name] for name in self.seen if name in records and records[name].complete]
+        images = sum(record.images for record in ordered)
+        temporary = parts.work / f"merged{target.suffix}"
+        entries = write_file(temporary, self.table, iter_tables(parts.folder, ordered), images)
+        temporary.replace(target)
+        duration = time.monotonic() - self._started
+        report = file_report(
+            target,
+            job,
+            self.table,
+            ordered,
+            {
+                "resumed_images": self.resumed,
+                "duration_s": round(duration, 2),
+                "images_per_s": round((self.done - self.resumed) / duration, 2),
+                **entries,
+                "not_read": source.not_read,
+                "problems": [*(record.problem for record in ordered if record.problem), *self.unreadable],
+                "missing_blocks": len(self.seen) - len(ordered),
+                "source_blocks": len(self.seen),
+            },
+        )
+        if not report["missing_blocks"]:
+            shutil.rmtree(parts.folder)
+        return report
+
+    def to_folder(self, source: ImageSource, folder: Path, job: dict[str, Any], share: Share) -> dict[str, Any]:
+        """Encode a share of a source into a folder of parts."""
+        parts = PartFolder(folder, job, self.table)
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock_output(folder, wait=True):
+            parts.open()
+        self._encode(source, share, parts, None, {})
+        duration = time.monotonic() - self._started
+        with lock_output(folder, wait=True):
+            records = parts.records()
+            if source.is_listing:  # its images are in other blocks now
+                parts.forget([records.pop(name) for name in records.keys() - set(self.seen)])
+            manifest = build_manifest(parts, records, len({*self.seen, *records}), {"not_read": source.not_read})
+            parts.finish(manifest, manifest["missing_blocks"] == 0)
+        return {
+            **manifest,
+            "problems": [*manifest["problems"], *self.unreadable],
+            "busy_blocks": self.busy,
+            "resumed_images": self.resumed,
+            "images_per_s": round((self.done - self.resumed) / duration, 2),
+        }
+
+    def _encode(
+        self,
+        source: ImageSource,
+        share: Share,
+        parts: PartFolder,
+        finished: EarlierRows | None,
+        known_corrupt: Mapping[str, dict[str, str]],
+    ) -> None:
+        """Encode the blocks of a share that are not on disk yet."""
+        items = self._items(source, share, parts, finished, known_corrupt)
+        options = self.options
         try:
-            image = self.images.open(self.indices[index])
-        except DataError as error:
-            return name, str(error)
+            for batch in prepared_batches(items, self.loader, self.prepare, options.batch, options.workers):
+                job = next(job for job in self._jobs if job.number == batch[0].block)
+                for image, row in zip(batch, self._rows(batch), strict=True):
+                    job.add(image, row)
+                    self.done += 1
+                    self.resumed += row is None and image.problem is None
+                if job.is_full():
+                    self._write_part(job, parts)
+                self._close_complete(parts)
+                speed = (self.done - self.resumed) / (time.monotonic() - self._started)
+                self.progress(self.done, source.count if share.count == 1 else None, speed)
+            self._close_complete(parts)
+        finally:
+            for job in self._jobs:
+                job.locked.close()
+
+    def _rows(self, batch: Sequence[Prepared]) -> list[StoredRow | None]:
+        """Encode those images of a batch that have inputs."""
+        inputs = [image.inputs for image in batch if image.inputs is not None]
+        features = iter(self.encoder(join_inputs(inputs)) if inputs else [])
+        return [None if image.inputs is None else self.table.row(image.name, next(features)) for image in batch]
+
+    def _items(
+        self,
+        source: ImageSource,
+        share: Share,
+        parts: PartFolder,
+        finished: EarlierRows | None,
+        known_corrupt: Mapping[str, dict[str, str]],
+    ) -> Iterator[Item]:
+        """Yield the images of the blocks that are not on disk yet, and hold the lock of each block."""
+        for block in self._blocks(source, share):
+            job = self._open(block, parts, finished, known_corrupt)
+            if job is None:
+                continue
+            self._jobs.append(job)
+            try:
+                for image in block.images():
+                    job.listed += 1
+                    yield Item(job.number, image.id, image, job.known_hash(image.id))
+            except DataError as error:
+                job.record.problem = str(error)
+            job.is_listed = True
+
+    def _blocks(self, source: ImageSource, share: Share) -> Iterator[Block]:
+        """Yield the blocks of this process, then those of others that it helps."""
+        names: set[str] = set()
+        for i, block in enumerate(source.blocks()):
+            if block.name in names:
+                raise DataError(f"{source.name}: two blocks are called {shown_text(block.name)}; rename one.")
+            names.add(block.name)
+            self.seen.append(block.name)
+            if share.owns(i):
+                yield block
+        for i, block in enumerate(source.blocks() if share.helps else ()):
+            if not share.owns(i):
+                yield block
+
+    def _open(
+        self,
+        block: Block,
+        parts: PartFolder,
+        finished: EarlierRows | None,
+        known_corrupt: Mapping[str, dict[str, str]],
+    ) -> _BlockJob | None:
+        """Take a block unless it is complete, or another process works on it."""
+        if parts.written_at(block.name) >= self._started_at and parts.record(block.name).complete:
+            return None  # another process has just encoded it
+        locked = ExitStack()
         try:
-            prepared = self.processor(images=[image], return_tensors="pt")
-        except ValueError as error:
-            if len(self.inputs) == 1:
-                raise
-            # Processors of towers of native resolution refuse extreme shapes.
-            return name, f"{name}: its image processor does not take {image.width} x {image.height} px ({error})"
-        return name, {key: np.asarray(prepared[key]) for key in self.inputs}
+            locked.enter_context(lock_output(parts.work / block_key(block.name)))
+        except OutputError as error:
+            self.busy.append(str(error))
+            return None
+        record = parts.record(block.name)
+        stamp, problem = _stamp(block)
+        is_done = record.complete and stamp is not None and stamp == record.stamp
+        if problem is not None or is_done:
+            locked.close()
+            self.unreadable += [problem] if problem else []
+            self.done += len(record)
+            self.resumed += len(record)
+            return None
+        self._number += 1
+        earlier = {part.file: part for part in (*record.earlier, *record.parts)}
+        return _BlockJob(
+            number=self._number,
+            record=BlockRecord(block.name, earlier=list(earlier.values())),
+            previous=record,
+            known=EarlierRows([parts.folder / file for file in earlier], finished),
+            known_corrupt={**known_corrupt, **{entry["file"]: entry for entry in record.corrupt}},
+            locked=locked,
+            block=block,
+            stamp=stamp,
+        )
+
+    def _write_part(self, job: _BlockJob, parts: PartFolder) -> None:
+        """Write the images of a block that are in memory to a part, in order."""
+        tables: list[pa.Table] = []
+        images = zip(job.names, job.hashes, job.rows, strict=True)
+        for is_known, run in groupby(images, key=lambda image: image[2] is None):
+            if is_known:
+                tables += [job.known.table(name) for name, _, _ in run]
+            else:
+                names, hashes, rows = zip(*run, strict=True)
+                tables.append(self.table.table(names, hashes, cast(Sequence[StoredRow], rows)))
+        job.record.parts.append(parts.write_part(job.record.block, len(job.record.parts), tables))
+        parts.write_record(job.record)
+        job.forget_rows()
+
+    def _close_complete(self, parts: PartFolder) -> None:
+        """Write the records of blocks whose images were all read."""
+        while self._jobs and self._jobs[0].is_listed and self._jobs[0].received == self._jobs[0].listed:
+            job = self._jobs[0]
+            if job.names:
+                self._write_part(job, parts)
+            if job.record.problem is not None and job.record.earlier:
+                self._restore(job, parts)
+            else:
+                stamp, problem = _stamp(job.block)
+                if problem is None and stamp != job.stamp:
+                    problem = f"{job.block.name}: changed while it was read; run the same command again."
+                job.record.problem = job.record.problem or problem
+                # What has a problem is looked at again in the next run.
+                job.record.stamp = stamp if job.record.problem is None else None
+                job.record.complete = True
+                parts.write_record(job.record)
+            job.locked.close()
+            self._jobs.popleft()
+
+    def _restore(self, job: _BlockJob, parts: PartFolder) -> None:
+        """Keep what was there of a block that could not be read to its end, since it may reach further."""
+        previous, problem = job.previous, job.record.problem
+        if previous.complete:
+            previous.stamp, previous.problem, previous.earlier = None, problem, job.record.parts
+        else:
+            previous.earlier += job.record.parts
+            self.unreadable.append(str(problem))
+        parts.write_record(previous)
 
 
-def _collate(rows: Sequence[tuple[str, _Inputs | str]]) -> _Batch:
-    """Join the images of a batch.
-
-    Worker processes send arrays, because every tensor would take a file descriptor, and where those run out the
-    workers would wait indefinitely.
-    """
-    good = {name: inputs for name, inputs in rows if isinstance(inputs, dict)}
-    corrupt = {name: reason for name, reason in rows if isinstance(reason, str)}
-    return list(good), _joined(list(good.values())), corrupt
-
-
-def _joined(inputs: Sequence[_Inputs]) -> _Inputs:
-    """Join the inputs of single images to those of a batch; empty of none."""
-    return {key: _join([one[key] for one in inputs]) for key in (inputs[0] if inputs else ())}
-
-
-def _join(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Join inputs of single images along their first axis, padded with zeros to the largest along the others.
-
-    Image processors join images in the same way: they pad images that a tower tells apart by their shapes, and write
-    the patches of one image after those of another.
-    """
-    largest = [max(sides) for sides in zip(*(a.shape[1:] for a in arrays), strict=True)]
-    padded = [
-        np.pad(a, [(0, 0), *((0, most - side) for side, most in zip(a.shape[1:], largest, strict=True))])
-        if list(a.shape[1:]) != largest
-        else a
-        for a in arrays
-    ]
-    return np.concatenate(padded)
-
-
-def _batches(
-    model: Any, processor: Any, images: Images, indices: Sequence[int], batch: int, workers: int | None
-) -> Iterator[_Batch]:
-    """Decode images in batches.
-
-    Raises:
-        DataError: The processes that decode images cannot be started, or one of them ended.
-    """
-    count = min(os.cpu_count() or 1, 16) if workers is None else workers
-    count = min(count, len(indices) // batch)
-    decoded = _Decoded(model, processor, images, indices)
-    at_once = batch if len(decoded.inputs) == 1 else 1  # images of their own shapes may be large
-    loader = DataLoader(decoded, at_once, num_workers=count, collate_fn=_collate)
+def _stamp(block: Block) -> tuple[str | None, str | None]:
+    """Return the stamp of a block, and why there is none if its file is gone."""
     try:
-        yield from loader if at_once == batch else _grouped(loader, batch)
-    except (OSError, RuntimeError) as error:
-        if count == 0 and not isinstance(error, OSError):
-            raise
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(
-            f"the images cannot be decoded in {count} processes ({reason}); give fewer --workers, or raise the limits "
-            "of open files (`ulimit -n`) and memory."
-        ) from error
-
-
-def _grouped(singles: Iterable[_Batch], batch: int) -> Iterator[_Batch]:
-    """Group single images to batches that hold at most `batch` images, and NUMBERS numbers unless one holds more."""
-    names: list[str] = []
-    inputs: list[_Inputs] = []
-    corrupt: dict[str, str] = {}
-    numbers = 0
-    for own_names, own_inputs, own_corrupt in singles:
-        size = own_inputs["pixel_values"].size if own_inputs else 0
-        if len(names) + len(corrupt) == batch or (names and numbers + size > NUMBERS):
-            yield names, _joined(inputs), corrupt
-            names, inputs, corrupt, numbers = [], [], {}, 0
-        names, corrupt, numbers = names + own_names, corrupt | own_corrupt, numbers + size
-        inputs += [own_inputs] if own_inputs else []
-    if names or corrupt:
-        yield names, _joined(inputs), corrupt
-
-
-@torch.inference_mode()
-def _features(model: Any, inputs: _Inputs, tokens: bool, names: list[str], stored: np.dtype[Any]) -> list[np.ndarray]:
-    """Encode a batch of images.
-
-    Returns:
-        The features of each image: (D), (H*W, D), or (H, W, D) for a tower of native resolution.
-
-    Raises:
-        NotFiniteError: The features of an image are not finite in the stored type.
-    """
-    tensors = {key: torch.from_numpy(array).to(model.device) for key, array in inputs.items()}
-    outputs = model(**{**tensors, "pixel_values": tensors["pixel_values"].to(model.dtype)})
-    chosen = outputs.last_hidden_state if tokens else outputs.pooler_output
-    moved = [f.float().cpu() for f in chosen] if isinstance(chosen, tuple) else chosen.float().cpu()
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused below
-        features = [image.numpy().astype(stored) for image in moved]
-    for name, values in zip(names, features, strict=True):
-        if not np.isfinite(values).all():
-            raise NotFiniteError(
-                f"the features of {name} are not finite (NaN or infinite); check the encoder with `pivot verify`, or "
-                "compute in float32 or bfloat16."
-            )
-    return features
+        return (None if block.stamp is None else block.stamp()), None
+    except DataError as error:
+        return None, str(error)

@@ -33,7 +33,7 @@ def golden_vectors(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     inputs = random_inputs(model)
     outputs = model(**_on_device(inputs, model))
     tokens = outputs.last_hidden_state
-    if model.is_native_resolution:
+    if model.config.image_size is None:
         tokens = torch.cat([features.flatten(0, 1) for features in tokens])
     vectors = dict(zip(FEATURES, (tokens, outputs.pooler_output), strict=True))
     return {**inputs, **{k: v.float().cpu().contiguous() for k, v in vectors.items()}}
@@ -55,7 +55,7 @@ def random_inputs(model: PivotVisionModel) -> dict[str, torch.Tensor]:
     grids = [(unit, 2 * unit), (2 * unit, unit)]
     counts = [height * width for height, width in grids]
     most = max(counts)
-    if backbone.layout == "grid_thw":
+    if backbone.layout.startswith("grid_thw"):
         size = (3, patch, patch)
         flat = (3 * getattr(config, "temporal_patch_size", 1) * patch * patch,)
         pixels = random(sum(counts), *(size if hasattr(config, "merge_kernel_size") else flat))
@@ -142,7 +142,7 @@ def replay(model: PivotVisionModel, golden: Path, layer: int | str) -> torch.Ten
     inputs = {k: v for k, v in load_file(golden).items() if k not in FEATURES}
     prepared = _on_device(inputs, model)
     pixels = prepared.pop("pixel_values")
-    if not model.is_native_resolution:
+    if model.config.image_size is not None:
         outputs = model.backbone(pixels, output_hidden_states=True)
         return model._patch_tokens(select_features(outputs, layer)).float().cpu()
     layout = LAYOUTS[str(backbone_of(model.config.backbone_config).layout)]

@@ -6,44 +6,16 @@ A tower of native resolution takes each image in its own shape, and returns one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image
 
-from pivot_hub.encoder.configuration_pivot import PivotVisionConfig, backbone_of
-from pivot_hub.encoder.feature_model import FeatureModel
-from pivot_hub.encoder.native_resolution import LAYOUTS
+from pivot_hub.encoder.configuration_pivot import PivotVisionConfig
 from pivot_hub.errors import CheckpointError
 
 # Shape of an image's patch tokens whose numbers of rows and columns differ from image to image, before the channels.
 OWN_GRID = ("height", "width")
-
-
-def is_native_resolution(config: Any) -> bool:
-    """Return whether a config, a PivotVisionConfig or a native one, is of a tower of native resolution."""
-    return backbone_of(getattr(config, "backbone_config", config)).layout is not None
-
-
-def input_names(config: Any) -> tuple[str, ...]:
-    """Return the names of the image processor's outputs that an encoder's forward takes.
-
-    Args:
-        config: PivotVisionConfig, or the config of another `FeatureModel`, which takes pixel_values only unless it has
-            a backbone_config.
-    """
-    native = getattr(config, "backbone_config", None)
-    layout = None if native is None else backbone_of(native).layout
-    return ("pixel_values",) if layout is None else ("pixel_values", *LAYOUTS[layout].inputs)
-
-
-def prepare(model: FeatureModel, image_processor: Any, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-    """Prepare RGB images with an image processor, for the forward of a model, on its device."""
-    prepared = image_processor(images=list(images), return_tensors="pt")
-    return {name: torch.as_tensor(prepared[name]).to(model.device) for name in input_names(model.config)}
 
 
 def token_shape(config: Any) -> list[int | str]:
@@ -65,8 +37,9 @@ def require_squares(config: Any, name: object, what: str, remedy: str) -> None:
     Raises:
         CheckpointError: The config is of a tower of native resolution.
     """
-    if is_native_resolution(config):
-        model_type = getattr(config, "backbone_config", config).model_type
+    pivot_config = config if isinstance(config, PivotVisionConfig) else PivotVisionConfig(config)
+    if pivot_config.image_size is None:
+        model_type = pivot_config.backbone_config.model_type
         raise CheckpointError(
             f"{name}: {what} needs an encoder of square images of one size, and {model_type} is a tower of native "
             f"resolution; {remedy}."

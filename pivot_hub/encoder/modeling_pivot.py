@@ -277,7 +277,7 @@ class PivotVisionModel(PreTrainedModel):
             ValueError: The patch size does not divide the image size, the size needs `interpolate_pos_encoding`, or
                 the shapes of the images are missing.
         """
-        if self.is_native_resolution:
+        if self.config.image_size is None:
             outputs = self._run_native_resolution(pixel_values, shapes, output_attentions, output_hidden_states)
             tokens = tuple(self.maps(outputs, self.config.pivot["feature_layer"], shapes))
             pooled = torch.stack([features.mean(dim=(0, 1)) for features in tokens])
@@ -315,10 +315,8 @@ class PivotVisionModel(PreTrainedModel):
 
     def prepare(self, images):
         """Prepare RGB images with the repository's image processor, for `forward`, on the encoder's device."""
-        batch = self.image_processor(images=images, return_tensors="pt")
-        names = LAYOUTS[backbone_of(self.config.backbone_config).layout].inputs if self.is_native_resolution else ()
-        shapes = {name: torch.as_tensor(batch[name]).to(self.device) for name in names}
-        return {"pixel_values": batch["pixel_values"].to(self.device, self.dtype), **shapes}
+        inputs = prepare_images(self.image_processor, images, self.config, self.device)
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(self.dtype)}
 
     def feature_map(self, pixel_values, interpolate_pos_encoding=False, **shapes):
         """Encode images and fold the patch tokens into the image grid.
@@ -326,15 +324,10 @@ class PivotVisionModel(PreTrainedModel):
         Returns:
             (B, D, H, W); for a tower of native resolution, a tuple of one map (D, H, W) for each image.
         """
-        if self.is_native_resolution:
+        if self.config.image_size is None:
             return tuple(features.permute(2, 0, 1) for features in self(pixel_values, **shapes).last_hidden_state)
         tokens = self(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).last_hidden_state
         return to_grid(tokens, *self._grid(pixel_values))
-
-    @property
-    def is_native_resolution(self):
-        """Whether the encoder takes images of their own shapes, so that features are one map for each image."""
-        return backbone_of(self.config.backbone_config).layout is not None
 
     def maps(self, outputs, layer, shapes):
         """Fold features of a tower of native resolution into one map (H, W, D) for each image.
@@ -346,7 +339,8 @@ class PivotVisionModel(PreTrainedModel):
         """
         config, backbone = self.config.backbone_config, backbone_of(self.config.backbone_config)
         grids = LAYOUTS[backbone.layout].grids(shapes, config)
-        return to_maps(select_features(outputs, layer), grids, config, merge_side(config, backbone.merge))
+        side = merge_side(config, backbone.merge)
+        return to_maps(select_features(outputs, layer), grids, backbone.layout, config, side)
 
     def _options(self, output_attentions, output_hidden_states):
         """Options of the native class; it keeps its hidden states only where features are taken from one of them."""
@@ -417,6 +411,23 @@ class PivotVisionModel(PreTrainedModel):
         self.config.patch_size = side // height
 
 
+def input_names(config):
+    """Return the names of the image processor's outputs that an encoder's forward takes.
+
+    Args:
+        config: PivotVisionConfig, or a config without a backbone_config, of a model that takes pixel_values only.
+    """
+    native = getattr(config, "backbone_config", None)
+    layout = None if native is None else backbone_of(native).layout
+    return ("pixel_values",) if layout is None else ("pixel_values", *LAYOUTS[layout].inputs)
+
+
+def prepare_images(image_processor, images, config, device):
+    """Prepare RGB images with an image processor, for the forward of an encoder with a config, on a device."""
+    prepared = image_processor(images=list(images), return_tensors="pt")
+    return {name: torch.as_tensor(prepared[name]).to(device) for name in input_names(config)}
+
+
 def select_features(outputs, layer):
     """Return the features that a layer names, from the outputs of a native class.
 
@@ -445,7 +456,7 @@ class PivotVisionBackbone(PivotVisionModel):
         depth = config.num_hidden_layers
         if depth is None:
             raise ValueError("a timm model cannot be a PivotVisionBackbone; use transformers' TimmBackbone.")
-        if self.is_native_resolution:
+        if self.config.image_size is None:
             raise ValueError(
                 "a tower of native resolution cannot be a PivotVisionBackbone, whose maps are of one size; use "
                 "PivotVisionModel.feature_map."

@@ -17,7 +17,7 @@ def draw_maps(image: Image.Image, maps: Sequence[tuple[str, np.ndarray]], path: 
     """Draw an image and its saliency maps side by side.
 
     Args:
-        image: Square image.
+        image: Image of the maps.
         maps: Title and (H, W) values of each map.
         path: Path that the PNG is written to.
     """
@@ -36,7 +36,7 @@ def draw_rows(
     same share of the gradient in each of them.
 
     Args:
-        rows: Caption, image, (px, px) target mask or None, and title and (H, W) values of each map, for each row.
+        rows: Caption, image, (height, width) target mask or None, and title and (H, W) values of each map of a row.
         path: Path that the PNG is written to.
         heading: Heading of the figure.
         rows_per_scale: Number of neighbouring rows that share a colour scale. If it is more than one, a colour bar
@@ -45,7 +45,7 @@ def draw_rows(
     columns = 1 + max(len(maps) for *_, maps in rows)
     figure = Figure(figsize=(2.4 * columns, 2.65 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
-    shares = [[_share(enlarge(m, image.width)) for _, m in maps] for _, image, _, maps in rows]
+    shares = [[_share(enlarge(m, (image.height, image.width))) for _, m in maps] for _, image, _, maps in rows]
     for number, (axes, (caption, image, mask, maps)) in enumerate(zip(grid, rows, strict=True)):
         first = number - number % rows_per_scale
         highest = max(share.max() for row in shares[first : first + rows_per_scale] for share in row)

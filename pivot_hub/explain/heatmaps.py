@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -88,13 +86,6 @@ def outline(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     pixels[rings[0]] = (0, 0, 0, 200)
     pixels[rings[1]] = (255, 255, 255, 255)
     return Image.fromarray(pixels)
-
-
-def data_uri(image: Image.Image, form: str = "PNG") -> str:
-    """Encode an image as a data URI in PNG or WEBP, which a page displays without a request to a server."""
-    file = io.BytesIO()
-    image.save(file, form, **({"quality": 90} if form == "WEBP" else {}))
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 @lru_cache

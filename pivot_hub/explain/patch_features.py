@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_hub.encoder.configuration_pivot import prefix_tokens
-from pivot_hub.encoder.image_shapes import require_squares
-from pivot_hub.explain.gradcam import feature_layer
-from pivot_hub.mllm.load import SQUARES_ONLY
+from pivot_hub.explain.image_maps import captured_tokens, fold_features, image_tensors, inner_layer
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def patch_tokens(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, image: Image.Image, layer: int | None = None
+    model: PreTrainedModel, processor: ProcessorMixin, image: Image.Image, layer: int | None = None
 ) -> np.ndarray:
     """Compute an image's patch features inside an MLLM, without CLS and registers.
 
@@ -29,19 +27,19 @@ def patch_tokens(
         layer: Hidden state of the encoder; by default the feature layer, which enters the projector.
 
     Returns:
-        Features (H, W, D) in float32.
+        Features (H, W, D) in float32; of an MLLM that cuts tiles, those of the view of the whole image.
 
     Raises:
-        CheckpointError: The vision tower is of native resolution. Maps of its encoder alone, as
-            `PivotVisionModel.forward_features` returns them, suit `similarity` and `principal_colours`.
+        CheckpointError: The MLLM has no image tokens.
     """
-    require_squares(model.config.vision_config, model.name_or_path or "the MLLM", *SQUARES_ONLY)
-    tower: Any = model.model.vision_tower
-    pixels = cast(Any, processor).image_processor(images=image, return_tensors="pt")["pixel_values"]
-    states = tower(pixels.to(model.device, model.dtype), output_hidden_states=True).hidden_states
-    tokens = states[feature_layer(model) if layer is None else layer][0, prefix_tokens(tower.config) :]
-    side = round(tokens.shape[0] ** 0.5)
-    return tokens.reshape(side, side, -1).float().cpu().numpy()
+    inner: Any = cast(Any, model).model
+    images = image_tensors(processor, image)
+    accepted = inspect.signature(inner.get_image_features).parameters
+    inputs = {name: value.to(model.device) for name, value in images.items() if name in accepted}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with captured_tokens(model, inner_layer(model, layer)) as tokens:
+        inner.get_image_features(**inputs)
+    return fold_features(model, tokens["features"].detach(), images)[0].float().cpu().numpy()
 
 
 def similarity(tokens: np.ndarray, row: int, column: int) -> np.ndarray:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_hub.mllm.load import image_px
+from pivot_hub.mllm.inputs import blank_images
 
 
-def encode_blank_images(model: LlavaForConditionalGeneration) -> None:
+def encode_blank_images(model: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Make a model encode a black image, with no effect on its output, for every batch that has no image.
 
     Processes exchange the same gradients, and shards of the same weights, in the same order: if one had images and
@@ -19,7 +19,7 @@ def encode_blank_images(model: LlavaForConditionalGeneration) -> None:
     gets gradients of zero, where a single process would give it none: AdamW then still moves it by its momentum.
     """
     inner: Any = model.model
-    side, channels = image_px(model), cast(Any, inner.vision_tower.config).num_channels
+    blank = blank_images(model, processor)
 
     def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("pixel_values") is not None:
@@ -27,9 +27,12 @@ def encode_blank_images(model: LlavaForConditionalGeneration) -> None:
 
         def add_blank(embedding: nn.Module, ids: Any, embeds: torch.Tensor) -> torch.Tensor:
             hook.remove()
-            blank = torch.zeros(1, channels, side, side, dtype=embeds.dtype, device=embeds.device)
-            features = torch.stack(list(module.get_image_features(blank, return_dict=True).pooler_output))
-            return embeds + 0 * features.sum().to(embeds.dtype)
+            images = {name: value.to(embeds.device) for name, value in blank.items()}
+            outputs = module.get_image_features(**images, return_dict=True)
+            nothing = 0 * sum(feature.sum() for feature in outputs.pooler_output)
+            for level in getattr(outputs, "deepstack_features", None) or ():
+                nothing = nothing + 0 * sum(feature.sum() for feature in level)
+            return embeds + nothing.to(embeds.dtype)
 
         # After the embedding, as for real images: every process must gather sharded weights in the same order.
         hook = module.get_input_embeddings().register_forward_hook(add_blank)

@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,6 +25,7 @@ from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem, read_encoder
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.chat_templates import ChatFormat, chat_format
+from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.load import SQUARES_ONLY, load_complete
 
 
@@ -123,16 +123,20 @@ def read_processor(
     return _processor(config, image_processor, tokenizer, chat)
 
 
-def randomise_vision(model: LlavaForConditionalGeneration, seed: int) -> None:
+def randomise_vision(model: PreTrainedModel, seed: int) -> None:
     """Replace the vision tower's weights by the random ones that its training would start from.
 
-    The result is a baseline: what such a model shows does not come from the encoder's training.
+    The result is a baseline: what such a model shows does not come from the encoder's training. The projector keeps its
+    weights, also where the tower contains it.
     """
-    tower = cast(PreTrainedModel, model.model.vision_tower)
+    family = family_of(model.config)
+    tower: Any = getattr(model.model, family.tower)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        random_tower = AutoModel.from_config(tower.config)
-    tower.load_state_dict(random_tower.state_dict())
+        random_tower = type(tower)._from_config(tower.config)
+    weights = random_tower.state_dict()
+    own = {name: w for name, w in weights.items() if family.part_of(f"model.{family.tower}.{name}") == "vision"}
+    tower.load_state_dict(own, strict=False)
 
 
 def _processor(

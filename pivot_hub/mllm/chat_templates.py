@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 SYSTEM = "You are a helpful assistant."
 # Renders the content of one message: text as it is, and an image as its token and a newline.
@@ -81,7 +81,7 @@ def chat_format(tokenizer: Any) -> ChatFormat:
     return next((chat for chat in (QWEN, LLAMA3, GEMMA) if chat.turn_start in vocabulary), QWEN)
 
 
-def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: str, images: int = 1) -> str:
+def chat_prompt(processor: ProcessorMixin | PreTrainedTokenizerBase, question: str, images: int = 1) -> str:
     """Format one question as a prompt, up to the place where the answer begins.
 
     Args:
@@ -92,6 +92,17 @@ def chat_prompt(processor: LlavaProcessor | PreTrainedTokenizerBase, question: s
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     turns: Any = [{"role": "user", "content": content}]
     return cast(str, processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def answer_end(processor: ProcessorMixin) -> str:
+    """Return the text that ends an answer: what the chat template writes after it, or else the tokenizer's end."""
+    words = "An answer."
+    turns: Any = [
+        {"role": "user", "content": [{"type": "text", "text": "A question?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": words}]},
+    ]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    return text.rpartition(words)[2].strip() or str(cast(Any, processor).tokenizer.eos_token)
 
 
 def markers_of(tokenizer: Any) -> list[int]:

@@ -72,7 +72,7 @@ def extract_encoder(
         log(note)
     default: list[str] | None
     if stage is not None:
-        metadata = _stage_metadata(Path(checkpoint), stage)
+        metadata = _stage_metadata(Path(checkpoint), stage, part)
         default = _commands(stage)
     else:
         metadata = _source_metadata(part)
@@ -131,15 +131,22 @@ def _stage_provenance(checkpoint: Path) -> dict[str, Any] | None:
     return provenance if is_stage else None
 
 
-def _stage_metadata(checkpoint: Path, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Derive the `pivot` entry of an encoder's config from its stage's provenance, and the encoder's own provenance."""
+def _stage_metadata(checkpoint: Path, provenance: dict[str, Any], part: VisionPart) -> dict[str, Any]:
+    """Derive the `pivot` entry of an encoder's config from its stage's provenance, and the encoder's own provenance.
+
+    The base of an encoder from a recipe that starts from an MLLM is that MLLM.
+    """
     model = provenance["model"]
+    if "mllm" in model:
+        base, revision, language = model["mllm"], model.get("revision"), part.config.get_text_config().model_type
+    else:
+        base, revision, language = model["vision"], model.get("vision_revision"), model["language"]
     pivot = {
         "stage": provenance["stage"],
-        "base_model": model["vision"],
-        "base_revision": model.get("vision_revision"),
-        "feature_layer": model["feature_layer"],
-        "language_head": model["language"],
+        "base_model": base,
+        "base_revision": revision,
+        "feature_layer": part.feature_layer,
+        "language_head": language,
         "recipe_sha256": provenance["recipe_sha256"],
         "pivot_hub_version": __version__,
     }

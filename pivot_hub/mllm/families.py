@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.errors import CheckpointError
+
+Pixels = Literal["square", "tiles", "rows of tiles", "resolutions", "grid"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Family:
         title: Name that people know it by.
         tower: Name of the vision tower in the model's inner module.
         projector: Name of the module between tower and language model; None where the tower contains it.
+        mergers: Names of the modules of the tower that make up the projector, where the tower contains it; the first
+            one takes what enters the projector.
         language: Name of the language model in the inner module.
         feature_layer: Function that returns what enters the projector, from the MLLM's config: the number of a hidden
             state, or LAST.
@@ -27,6 +31,13 @@ class Family:
             takes the whole image as one square.
         positions: Positions of image tokens in the language model: `1d`, as of text, or `mrope`, with row and column.
         image_tokens: Whether image tokens enter the sequence of the language model. Mllama's enter cross attention.
+        pixels: How the image processor gives pixels: `square`, one square of the encoder's size; `tiles`, several
+            squares; `rows of tiles`, those of each text in a row of its own; `resolutions`, the squares of the
+            resolution among the config's that fits best; `grid`, patches with a grid. None where the planner does not
+            run the MLLM, as with experts or linear attention.
+        shares_prompts: Whether answers behind one prompt are computed as each behind its own. They are not where the
+            tokens of an image attend to each other, or a state passes from token to token. Training finds it out
+            itself, see `training.tree_check`; the planner does not run the model.
         native_from: First release of transformers whose plain AutoModel loads the tower; None if no release does.
     """
 
@@ -34,13 +45,30 @@ class Family:
     title: str
     tower: str = "vision_tower"
     projector: str | None = "multi_modal_projector"
+    mergers: tuple[str, ...] = ()
     language: str = "language_model"
     feature_layer: Callable[[Any], int | str] = lambda config: LAST
     merge: Callable[[Any], int] = lambda config: 1
     tiles: str = "none"
     positions: str = "1d"
     image_tokens: bool = True
+    pixels: Pixels | None = None
+    shares_prompts: bool = True
     native_from: str | None = "4.57"
+
+    def part_of(self, parameter: str) -> str:
+        """Return the part, vision, projector or language, that a parameter of the MLLM belongs to, by its name."""
+        _, _, name = parameter.partition(".")  # behind `model.`, or `lm_head.`
+        if parameter.startswith("lm_head.") or name.startswith(f"{self.language}."):
+            return "language"
+        if not name.startswith(f"{self.tower}."):
+            return "projector"
+        return "projector" if name.split(".")[1] in self.mergers else "vision"
+
+    @property
+    def whole_view(self) -> int:
+        """Index of the view that shows the whole image, among the views that the MLLM makes of it."""
+        return -1 if self.tiles == "tiles and thumbnail" else 0
 
     def image_token_id(self, config: Any) -> int:
         """Return the id that stands for one token of an image in `input_ids`."""
@@ -77,36 +105,40 @@ def _gemma3_merge(config: Any) -> int:
     return int(side // round(config.mm_tokens_per_image**0.5))
 
 
-def _qwen(model_type: str, title: str, native_from: str | None) -> Family:
+def _qwen(model_type: str, title: str, native_from: str | None, **further: Any) -> Family:
     return Family(
         model_type,
         title,
         tower="visual",
         projector=None,
+        mergers=("merger", "deepstack_merger_list"),
         merge=_spatial_merge,
         positions="mrope",
         native_from=native_from,
+        **further,
     )
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llava", "LLaVA", feature_layer=_selected_layer),
+        Family("llava", "LLaVA", feature_layer=_selected_layer, pixels="square"),
         Family(
             "llava_next",
             "LLaVA-NeXT",
             feature_layer=_selected_layer,
             tiles="best resolution",
+            pixels="resolutions",
         ),
         Family(
             "llava_onevision",
             "LLaVA-OneVision",
             feature_layer=_selected_layer,
             tiles="best resolution",
+            pixels="resolutions",
         ),
         Family("paligemma", "PaliGemma"),
-        Family("gemma3", "Gemma 3", merge=_gemma3_merge),
+        Family("gemma3", "Gemma 3", merge=_gemma3_merge, pixels="square", shares_prompts=False),
         Family(
             "idefics3",
             "Idefics3",
@@ -115,6 +147,7 @@ FAMILIES = {
             language="text_model",
             merge=lambda config: int(config.scale_factor),
             tiles="tiles and thumbnail",
+            pixels="rows of tiles",
         ),
         Family(
             "smolvlm",
@@ -124,6 +157,7 @@ FAMILIES = {
             language="text_model",
             merge=lambda config: int(config.scale_factor),
             tiles="tiles and thumbnail",
+            pixels="rows of tiles",
         ),
         Family(
             "internvl",
@@ -131,20 +165,23 @@ FAMILIES = {
             feature_layer=_internvl_layer,
             merge=lambda config: round(1 / config.downsample_ratio),
             tiles="tiles and thumbnail",
+            pixels="tiles",
         ),
-        _qwen("qwen2_vl", "Qwen2-VL", None),
-        _qwen("qwen2_5_vl", "Qwen2.5-VL", "5.23"),
-        _qwen("qwen3_vl", "Qwen3-VL", "5.17"),
+        _qwen("qwen2_vl", "Qwen2-VL", None, pixels="grid"),
+        _qwen("qwen2_5_vl", "Qwen2.5-VL", "5.23", pixels="grid"),
+        _qwen("qwen3_vl", "Qwen3-VL", "5.17", pixels="grid"),
         _qwen("qwen3_vl_moe", "Qwen3-VL-MoE", "5.17"),
-        _qwen("qwen3_5", "Qwen3.5", "5.17"),
-        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "5.17"),
+        _qwen("qwen3_5", "Qwen3.5", "5.17", shares_prompts=False),
+        _qwen("qwen3_5_moe", "Qwen3.5-MoE", "5.17", shares_prompts=False),
         Family(
             "glm4v",
             "GLM-4V",
             tower="visual",
             projector=None,
+            mergers=("merger", "downsample"),
             merge=_spatial_merge,
             positions="mrope",
+            pixels="grid",
             native_from="5.0",
         ),
         Family(
@@ -152,6 +189,7 @@ FAMILIES = {
             "GLM-4.5V",
             tower="visual",
             projector=None,
+            mergers=("merger", "downsample"),
             merge=_spatial_merge,
             positions="mrope",
             native_from="5.0",

@@ -1,4 +1,4 @@
-"""Load the MLLM of a stage checkpoint, refuse incomplete weights, and read sizes off a loaded model."""
+"""Load an MLLM of any family of the table, refuse incomplete weights, and read sizes off a loaded model."""
 
 from __future__ import annotations
 
@@ -8,86 +8,105 @@ from typing import Any, cast
 import torch
 from transformers import (
     AutoConfig,
-    AutoProcessor,
-    LlavaConfig,
+    AutoModelForImageTextToText,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
 
-from pivot_hub.encoder.configuration_pivot import check_feature_layer, check_sizes, native_config, prefix_tokens
+from pivot_hub.encoder.configuration_pivot import (
+    LAST,
+    backbone_of,
+    check_feature_layer,
+    check_sizes,
+    native_config,
+)
 from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.modeling_pivot import refuse_pickles
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm.families import family_of
+from pivot_hub.mllm.processor import load_processor
 
 # What a tower of native resolution is refused for, and the remedy, see `require_squares`.
 SQUARES_ONLY = (
-    "an MLLM of transformers' LLaVA classes, as this package trains and explains them,",
+    "an MLLM of transformers' LLaVA classes, as this package builds them from parts,",
     "give one of the other backbones; a tower of native resolution is used alone, by PivotVisionModel, `pivot encode` "
     "and `pivot probe`",
 )
 
 
-def load_mllm(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a stage checkpoint in float32.
+def load_mllm(name: str | Path, revision: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load an MLLM of any family of `mllm/families.py` in float32, and its processor.
 
     Args:
-        folder: Folder of the checkpoint.
+        name: Folder of a stage checkpoint or of any MLLM, or a Hub name.
+        revision: Revision of the Hub repository.
 
     Raises:
-        CheckpointError: The folder does not hold a LLaVA model, or its weights are incomplete or a pickle.
+        CheckpointError: It is not an MLLM of the table, or its weights are incomplete or a pickle.
     """
-    path = Path(folder)
-    mllm_config(path)
-    model = load_complete(LlavaForConditionalGeneration, str(path), None)
-    try:
-        processor = AutoProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise CheckpointError(f"{path}: its processor cannot be loaded: {loading_problem(path, error)}.") from error
-    return cast(LlavaForConditionalGeneration, model), cast(LlavaProcessor, processor)
+    mllm_config(name, revision)
+    model = load_complete(AutoModelForImageTextToText, str(name), revision)
+    return cast(PreTrainedModel, model), load_processor(name, revision)
 
 
-def mllm_config(path: Path) -> LlavaConfig:
-    """Read the config of a stage checkpoint.
+def load_llava(folder: str | Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load an MLLM of transformers' LLaVA classes with an encoder of square images, in float32.
 
     Raises:
-        CheckpointError: The folder does not hold a LLaVA model, a size of its config is wrong, or its vision tower is
-            of native resolution.
+        CheckpointError: The folder does not hold such an MLLM, or its weights are incomplete or a pickle.
     """
-    if not (path / "config.json").is_file():
+    require_llava(mllm_config(folder), folder)
+    return cast(tuple[LlavaForConditionalGeneration, LlavaProcessor], load_mllm(folder))
+
+
+def mllm_config(name: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Read the config of an MLLM.
+
+    Raises:
+        CheckpointError: It is not an MLLM of the table, or a size of its config is wrong.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json; give a stage's output folder.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except LOADING_ERRORS as error:
-        raise CheckpointError(f"{path}: its config cannot be read: {loading_problem(path, error)}.") from error
-    if config.model_type != "llava":
-        kind = f"{path} holds a {config.model_type} model"
-        if hasattr(config, "vision_config") and hasattr(config, "image_token_id"):
-            raise CheckpointError(
-                f"{kind}, an MLLM, but not of LLaVA's classes, which training and probes need; give a LLaVA "
-                f"checkpoint, or take its encoder out with `pivot extract {path} OUTPUT`."
-            )
-        raise CheckpointError(f"{kind}, not an MLLM; give a LLaVA checkpoint.")
+        raise CheckpointError(f"{name}: its config cannot be read: {loading_problem(name, error)}.") from error
     try:
-        vision = native_config(config)
-        check_sizes(config.text_config)
-        check_feature_layer(config.vision_feature_layer, getattr(vision, "num_hidden_layers", None))
+        family = family_of(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} {error}") from error
+    try:
+        vision: Any = native_config(config)
+        check_sizes(config.get_text_config())
+        if backbone_of(vision).layout is None and (layer := family.feature_layer(config)) != LAST:
+            check_feature_layer(layer, getattr(vision, "num_hidden_layers", None))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    require_squares(vision, path, *SQUARES_ONLY)
-    return cast(LlavaConfig, config)
+        raise CheckpointError(f"{name}: {error}") from error
+    return cast(PreTrainedConfig, config)
+
+
+def require_llava(config: Any, name: object) -> None:
+    """Refuse an MLLM that is not of LLaVA's classes with an encoder of square images.
+
+    Raises:
+        CheckpointError: It is another MLLM; the message says what to do with it.
+    """
+    if config.model_type != "llava":
+        raise CheckpointError(
+            f"{name} holds a {config.model_type} model, an MLLM, but not of LLaVA's classes, which this needs; give a "
+            f"LLaVA checkpoint, or take its encoder out with `pivot extract {name} OUTPUT`."
+        )
+    require_squares(native_config(config), name, *SQUARES_ONLY)
 
 
 def image_px(model: LlavaForConditionalGeneration) -> int:
     """Side of the square images that the model's encoder takes, in pixels."""
     return int(cast(PreTrainedModel, model.model.vision_tower).config.image_size)
-
-
-def register_tokens(model: LlavaForConditionalGeneration) -> int:
-    """Number of tokens before the patches that enter the projector: LLaVA's classes drop CLS but keep registers."""
-    return max(prefix_tokens(cast(PreTrainedConfig, model.config.vision_config)) - 1, 0)
 
 
 def load_complete(loader: Any, name: str, revision: str | None, **options: Any) -> Any:

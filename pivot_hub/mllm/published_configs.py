@@ -1,4 +1,4 @@
-"""Configs of published MLLM parts by Hub name, and the MLLM that two configs describe, without any weights."""
+"""Configs of published MLLMs and their parts by Hub name, and the MLLMs that they describe, without any weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any, cast
 
 import torch
 import yaml
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.encoder.configuration_pivot import (
@@ -22,13 +29,23 @@ from pivot_hub.encoder.configuration_pivot import (
 from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
-from pivot_hub.mllm.load import SQUARES_ONLY
+from pivot_hub.mllm.load import SQUARES_ONLY, mllm_config
 
 
 @lru_cache
-def published_parts() -> dict[str, dict[str, Any]]:
-    """Read `recipes/parts.yaml`: config, number of parameters and licence of each part, by its Hub name."""
+def _published() -> dict[str, dict[str, Any]]:
+    """Read `recipes/parts.yaml`: config, number of parameters and licence of each model, by its Hub name."""
     return cast(dict[str, dict[str, Any]], yaml.safe_load((RECIPES / "parts.yaml").read_text()))
+
+
+def published_parts() -> dict[str, dict[str, Any]]:
+    """Return config, number of parameters and licence of each encoder and language model, by its Hub name."""
+    return {name: entry for name, entry in _published().items() if "vision_config" not in entry["config"]}
+
+
+def published_mllms() -> dict[str, dict[str, Any]]:
+    """Return config, number of parameters and licence of each whole MLLM, by its Hub name."""
+    return {name: entry for name, entry in _published().items() if "vision_config" in entry["config"]}
 
 
 def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -63,19 +80,32 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     return part
 
 
+def whole_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Find the config of an MLLM, without its weights.
+
+    Args:
+        name: Folder or Hub name. A Hub name is looked up in `recipes/parts.yaml` first, and on the Hub second.
+        revision: Revision of the Hub repository; if given, the config is always read from the Hub.
+
+    Raises:
+        CheckpointError: There is no config, or it is not of an MLLM of the table.
+    """
+    if revision is None and not Path(name).is_dir() and name in published_mllms():
+        return AutoConfig.for_model(**published_mllms()[name]["config"])
+    return mllm_config(name, revision)
+
+
 def image_tokens(vision: PreTrainedConfig) -> int:
     """Number of tokens that an image takes in the language model: patches and registers; LLaVA's classes drop CLS."""
     side = backbone_of(vision).image_px(vision) // int(cast(Any, vision).patch_size)
     return side**2 + max(prefix_tokens(vision) - 1, 0)
 
 
-def meta_mllm(
-    vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int
-) -> LlavaForConditionalGeneration:
-    """Build the MLLM of two parts on the meta device, with shapes but without weights.
+def joined_config(vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int) -> LlavaConfig:
+    """Return the config of the MLLM of two parts.
 
-    It has the same parameters as the one that `mllm.build.build_mllm` builds, except that the vocabulary is the
-    language model's own, whereas `build_mllm` adds the tokens that its tokenizer lacks.
+    It describes the model that `mllm.build.build_mllm` builds, except that the vocabulary is the language model's own,
+    whereas `build_mllm` adds the tokens that its tokenizer lacks.
 
     Args:
         vision_config: Native config of the encoder.
@@ -93,7 +123,7 @@ def meta_mllm(
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     text: Any = text_config
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=text.vocab_size - 1,
@@ -103,5 +133,16 @@ def meta_mllm(
         image_seq_length=image_tokens(vision_config),
         tie_word_embeddings=text.tie_word_embeddings,
     )
+
+
+def meta_mllm(
+    vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int
+) -> LlavaForConditionalGeneration:
+    """Build the MLLM of `joined_config` on the meta device, with shapes but without weights."""
+    return cast(LlavaForConditionalGeneration, meta_model(joined_config(vision_config, text_config, feature_layer)))
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build the MLLM of a config on the meta device, with shapes but without weights."""
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(config)
+        return cast(PreTrainedModel, AutoModelForImageTextToText.from_config(config, dtype=torch.float32))

@@ -15,6 +15,7 @@ from rich.table import Table
 from pivot_hub.data.image import list_folder, open_image
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import LAST, backbone_of
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.encode import Progress
 from pivot_hub.encoder.modeling_pivot import select_features
 from pivot_hub.errors import CheckpointError, DataError
@@ -119,7 +120,7 @@ def compare_features(
         DataError: No image can be decoded.
         CheckpointError: The features of a tower are not finite.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     modules: tuple[Any, Any] = (a, b)
     for module in modules:
         module.to(device, torch.float32).eval()
@@ -135,7 +136,7 @@ def compare_features(
             skipped.append(str(error))
             total = min(limit, len(images) - len(skipped))
             continue
-        if a.is_native_resolution:  # the hidden states of all layers of an image are in memory at once
+        if a.config.image_size is None:  # the hidden states of all layers of an image are in memory at once
             image.thumbnail((MOST_PX, MOST_PX))
         inputs = a.prepare([image])
         states = [_hidden_states(model, inputs) for model in (a, b)]
@@ -211,7 +212,7 @@ def _hidden_states(model: PivotVisionModel, inputs: dict[str, torch.Tensor]) -> 
     """Encode one image, and return the patch tokens (N, D) of every layer without padding and prefix tokens."""
     shapes = dict(inputs)
     pixels = shapes.pop("pixel_values")
-    if model.is_native_resolution:
+    if model.config.image_size is None:
         outputs = model._run_native_resolution(pixels, shapes, False, True)
         return [(layer, model.maps(outputs, layer, inputs)[0].flatten(0, 1)) for layer in _layers(model, outputs)]
     outputs = model._run_backbone(pixels, False, False, True)

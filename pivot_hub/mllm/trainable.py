@@ -7,22 +7,30 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from pivot_hub.mllm.load import image_px
+from pivot_hub.config.recipe import PARTS
+from pivot_hub.encoder.configuration_pivot import LAST
+from pivot_hub.mllm.families import family_of
 
-
-def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """Modules of the three parts that a recipe sets learning rates for."""
-    inner = model.model
-    return {
-        "vision": [inner.vision_tower],
-        "projector": [inner.multi_modal_projector],
-        "language": [inner.language_model, model.lm_head],
-    }
+# Names of modules that no image token depends on: a tower's pooling head, and what Gemma 4 hears with.
+UNUSED = {"head", "audio_tower", "embed_audio"}
 
 
-def freeze_parts(model: LlavaForConditionalGeneration, trained: dict[str, float]) -> None:
+def parts_of(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters of the three parts that a recipe sets learning rates for, by part and name.
+
+    Raises:
+        CheckpointError: The model is not an MLLM of the table.
+    """
+    family = family_of(model.config)
+    parts: dict[str, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        parts[family.part_of(name)][name] = parameter
+    return parts
+
+
+def freeze_parts(model: PreTrainedModel, trained: dict[str, float]) -> None:
     """Freeze all parameters except those of the trained parts that the model's output depends on.
 
     Blocks above the feature layer, the last norm and a pooling head are frozen in any case: they would never get a
@@ -32,9 +40,9 @@ def freeze_parts(model: LlavaForConditionalGeneration, trained: dict[str, float]
         model: The MLLM.
         trained: Learning rate of each trained part; other parts are frozen.
     """
-    for part, modules in parts_of(model).items():
-        for module in modules:
-            module.requires_grad_(part in trained)
+    for part, parameters in parts_of(model).items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(part in trained)
     for parameter in _parameters_without_influence(model):
         parameter.requires_grad_(False)
     if "vision" not in trained:
@@ -47,23 +55,31 @@ def _no_input_gradients() -> None:
     """Replace a model's `enable_input_require_grads` and do nothing."""
 
 
-def _parameters_without_influence(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
-    """Parameters of the vision tower that its features do not depend on, determined on the meta device."""
-    tower = model.model.vision_tower
+def _parameters_without_influence(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the parameters that the language model's input does not depend on: parts of a tower that end unused.
+
+    Where the projector takes a hidden state, they are found by a gradient on the meta device. Where it takes the
+    tower's output, they are those of a pooling head, and of towers for other inputs than images.
+    """
+    family = family_of(model.config)
+    tower = cast(nn.Module, getattr(model.model, family.tower))
+    layer = family.feature_layer(model.config)
+    if layer == LAST:
+        return [
+            p for name, p in model.named_parameters() if {"head", "audio_tower", "embed_audio"} & set(name.split("."))
+        ]
     config: Any = tower.config
     weights = {k: torch.empty_like(p, device="meta", requires_grad=True) for k, p in tower.named_parameters()}
     buffers = {k: b.to("meta") for k, b in tower.named_buffers()}
-    pixels = torch.empty(1, config.num_channels, image_px(model), image_px(model), device="meta")
+    pixels = torch.empty(1, config.num_channels, config.image_size, config.image_size, device="meta")
     outputs: Any = functional_call(tower, {**weights, **buffers}, (pixels,), {"output_hidden_states": True})
-    layer = model.config.vision_feature_layer
-    layers = [layer] if isinstance(layer, int) else layer
-    features = torch.stack([outputs.hidden_states[i].sum() for i in layers]).sum()
+    features = outputs.hidden_states[layer].sum()
     gradients = torch.autograd.grad(features, list(weights.values()), allow_unused=True)
     return [tower.get_parameter(k) for k, gradient in zip(weights, gradients, strict=True) if gradient is None]
 
 
 def parameter_groups(
-    model: LlavaForConditionalGeneration, rates: dict[str, float], weight_decay: float, decayed: set[str]
+    model: PreTrainedModel, rates: dict[str, float], weight_decay: float, decayed: set[str]
 ) -> list[dict[str, Any]]:
     """Make one optimizer group for each trained part, with and without weight decay.
 
@@ -76,12 +92,12 @@ def parameter_groups(
     Returns:
         Groups with the keys params, lr, weight_decay and part.
     """
-    part_of = {id(p): part for part, modules in parts_of(model).items() for m in modules for p in m.parameters()}
+    family = family_of(model.config)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, decays = part_of[id(parameter)], name in decayed
+        part, decays = family.part_of(name), name in decayed
         group = groups.setdefault(
             (part, decays),
             {"params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "part": part},

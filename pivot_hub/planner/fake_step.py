@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +19,18 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import LlavaForConditionalGeneration
-from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from trl.trainer.utils import add_fused_lm_head
 
-from pivot_hub.encoder.configuration_pivot import backbone_of
-from pivot_hub.training.tree_layout import ATTENTION, Layout, branch_mask
+from pivot_hub.mllm.families import family_of
+from pivot_hub.planner.image_inputs import PlannedImage
+from pivot_hub.training.tree_layout import Tree, TreeLayout, use_trees
 
 Phase = Literal["forward", "backward", "recompute", "reference"]
 aten = torch.ops.aten
@@ -51,20 +53,18 @@ class Batch:
     Args:
         rows: Rows of the language model's input.
         width: Tokens of each row, image tokens included.
-        images: Images that the vision tower encodes.
-        image_occurrences: Images in the rows. An image that two answers share may be encoded once and occur twice.
+        images: Images that the vision tower encodes, one of each row or tree.
         scored: Positions that lm_head projects.
         answers: Answers whose hidden states are selected for the loss; 0 if the loss reads the hidden states in place.
-        layout: Trees of preference pairs that share a row; None for rows of plain causal text.
+        trees: Trees that share a row; None for rows of plain causal text.
     """
 
     rows: int
     width: int
     images: int
-    image_occurrences: int
     scored: int
     answers: int = 0
-    layout: Layout | None = None
+    trees: tuple[Tree, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,11 @@ class _Ledger(TorchDispatchMode):
         finally:
             self.phase = previous
 
-    def follow(self, projector: nn.Module) -> None:
-        """Follow which part runs, by hooks on the projector, which runs between vision tower and language model.
+    def follow(self, model: PreTrainedModel) -> None:
+        """Follow which part runs, by hooks on the modules of the projector and on the language model.
 
-        Its gradients mark the same borders in the backward pass.
+        The gradients of the projector's modules mark the same borders in the backward pass. Some modules lie inside the
+        vision tower, which goes on after them.
         """
 
         def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -165,44 +166,103 @@ class _Ledger(TorchDispatchMode):
                 args[0].register_hook(lambda gradient: setattr(self, "part", "vision"))
 
         def leave(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            self.part = "language"
+            self.part = "vision"
             if output.requires_grad:
                 output.register_hook(lambda gradient: setattr(self, "part", "projector"))
 
-        projector.register_forward_pre_hook(enter)
-        projector.register_forward_hook(leave)
+        for projector in _projectors(model):
+            projector.register_forward_pre_hook(enter)
+            projector.register_forward_hook(leave)
+        language: nn.Module = getattr(model.model, family_of(model.config).language)
+        language.register_forward_pre_hook(lambda *inputs: setattr(self, "part", "language"))
+
+
+def _projectors(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that make up the projector."""
+    family, inner = family_of(model.config), cast(Any, model.model)
+    if family.projector is not None:
+        return [getattr(inner, family.projector)]
+    modules: list[nn.Module] = []
+    for name in family.mergers:
+        module = getattr(getattr(inner, family.tower), name, None)
+        modules += module if isinstance(module, nn.ModuleList) else [module] if module is not None else []
+    return modules
+
+
+class _RealIntegers(TorchDispatchMode):
+    """Computes integers and booleans really, on top of FakeTensorMode, so that only floats are fake.
+
+    Towers of native resolution compute from the sizes of images how to split patches into images and windows, and
+    models compute from token ids where the features of images go. The shapes of such results depend on values.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if FakeTensor not in types and _is_real(func, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            args = (args[0], _without_masks(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_real(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operator without fake tensors reads tensors, or makes integers or booleans, as `arange` does."""
+    if any(isinstance(each, torch.Tensor) for each in tree_leaves((args, kwargs))):
+        return True
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return not dtype.is_floating_point
+    values = {aten.arange: args, aten.full: args[1:2]}.get(func.overloadpacket, ())
+    return bool(values) and all(isinstance(value, int) for value in values)
+
+
+def _without_masks(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Replace boolean masks among the indices of a tensor by the places that they select."""
+    places: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor):
+            with unset_fake_temporarily():
+                places += index.nonzero().unbind(1)
+        else:
+            places.append(index)
+    return places
 
 
 def profile_step(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     batch: Batch,
+    image: PlannedImage,
     autocast: torch.dtype | None,
     checkpointing: bool = False,
     accumulating: bool = False,
     reference: bool = False,
     training: bool = True,
+    weights: torch.dtype = torch.float32,
 ) -> StepProfile:
     """Run one batch forward and backward on fake tensors, without computing it.
 
     Args:
         model: A new model on the meta device, whose frozen weights need no gradients.
         batch: The batch.
-        autocast: Data type of the forward pass; None leaves it in float32, the data type of the weights.
+        image: Each of its images.
+        autocast: Data type of the forward pass; None leaves it in the data type of the weights.
         checkpointing: Whether layers keep their inputs only and run again in the backward pass.
         accumulating: Whether gradients of an earlier batch exist already.
         reference: Whether the reference model's forward pass follows the policy's.
         training: Whether there is a backward pass. Without it, the forward pass keeps nothing for one.
+        weights: Data type of the weights as the forward pass finds them.
     """
     network = cast(nn.Module, model)
-    with FakeTensorMode():
-        network._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers():
+        network._apply(lambda t: torch.zeros(t.shape, dtype=weights if t.is_floating_point() else t.dtype))
         model.tie_weights()
         network.train()
         if not training:
             network.requires_grad_(False)  # as in the reference: autocast keeps no copies of frozen weights
         ledger = _Ledger({_key(t) for t in (*network.parameters(), *network.buffers())})
-        ledger.follow(cast(nn.Module, model.model.multi_modal_projector))
-        _prepare(model, batch, checkpointing, ledger)
+        ledger.follow(model)
+        _prepare(model, batch, image, checkpointing, ledger)
         with ledger:
             trained = [p for p in network.parameters() if p.requires_grad] if training else []
             for weight in trained:
@@ -233,11 +293,11 @@ def _count_gradient(ledger: _Ledger, weight: torch.Tensor) -> None:
     ledger.count_as_gradient(weight.grad)
 
 
-def _prepare(model: LlavaForConditionalGeneration, batch: Batch, checkpointing: bool, ledger: _Ledger) -> None:
+def _prepare(model: PreTrainedModel, batch: Batch, image: PlannedImage, checkpointing: bool, ledger: _Ledger) -> None:
     """Give the model TRL's fused lm_head, over a forward pass that creates its own batch."""
     inner: Any = model.model
-    if batch.layout is not None:
-        inner.language_model.set_attn_implementation(ATTENTION)
+    if batch.trees is not None:
+        use_trees(model)
     if checkpointing:
         options = {
             "use_reentrant": False,
@@ -248,34 +308,43 @@ def _prepare(model: LlavaForConditionalGeneration, batch: Batch, checkpointing: 
             # The oldest transformers that we support has this name only.
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable(options)
+    original = inner.forward
 
-    def forward(use_cache: bool = False) -> LlavaModelOutputWithPast:
-        return LlavaModelOutputWithPast(last_hidden_state=_hidden_states(model, batch))
+    def forward(use_cache: bool = False) -> BaseModelOutput:
+        states = original(**_inputs(model, batch, image), use_cache=False).last_hidden_state
+        return BaseModelOutput(last_hidden_state=_scored(states.flatten(0, 1), batch))
 
     inner.forward = forward
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
 
 
-def _hidden_states(model: LlavaForConditionalGeneration, batch: Batch) -> torch.Tensor:
-    """Return the hidden states that lm_head projects, (1, scored, D), by the steps of LLaVA and `tree_layout`."""
-    inner: Any = model.model
-    config: Any = model.config.vision_config
-    side = backbone_of(config).image_px(config)
-    pixels = torch.zeros(batch.images, config.num_channels, side, side)
-    features = torch.stack(list(inner.get_image_features(pixels, return_dict=True).pooler_output))
-    image_embeds = features[torch.zeros(batch.image_occurrences, dtype=torch.long)].flatten(0, 1)
+def _inputs(model: PreTrainedModel, batch: Batch, image: PlannedImage) -> dict[str, Any]:
+    """Return a batch as the stage's collator makes it: an image before the text of each row or tree."""
+    family = family_of(model.config)
     ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
-    embeds = inner.get_input_embeddings()(ids)
-    is_image = (ids == model.config.image_token_id).unsqueeze(-1).expand_as(embeds)
-    embeds = embeds.masked_scatter(is_image, image_embeds.to(embeds.dtype))
-    options: dict[str, Any] = {"use_cache": False}
-    if batch.layout is not None:
-        masks = tuple(tuple(branch_mask(tree, embeds.device) for tree in trees) for trees in batch.layout)
-        options |= {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "position_ids": ids}
-        options |= {"pair_layout": batch.layout, "pair_masks": masks}
-    elif batch.rows > 1:  # real rows differ in length, so their batch has a mask
-        options["attention_mask"] = torch.ones_like(ids)
-    states = inner.language_model(inputs_embeds=embeds, **options).last_hidden_state.flatten(0, 1)
+    starts = [0] if batch.trees is None else [tree.start for tree in batch.trees]
+    for start in starts:
+        ids[:, start : start + image.features] = family.image_token_id(model.config)
+    inputs = {"input_ids": ids, **image.inputs(batch.images, cast(Any, model.model).dtype)}
+    if batch.trees is not None:
+        axes = (3, *ids.shape) if family.positions == "mrope" else ids.shape
+        return inputs | {
+            "tree_positions": torch.zeros(axes, dtype=torch.long),
+            "tree_layout": TreeLayout.of(batch.trees),
+        }
+    is_image = (ids == family.image_token_id(model.config)).long()
+    if family.positions == "mrope":
+        inputs["mm_token_type_ids"] = is_image
+    if not family.shares_prompts:
+        inputs["token_type_ids"] = is_image
+    if batch.rows > 1:  # real rows differ in length, so their batch has a mask
+        inputs["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"][0, -1] = 0
+    return inputs
+
+
+def _scored(states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the hidden states that lm_head projects, (1, scored, D), of those of all tokens, (tokens, D)."""
     if batch.answers:
         states = states[torch.zeros(batch.answers, 1 + batch.scored // batch.answers, dtype=torch.long)]
         return states[:, :-1].reshape(1, batch.scored, -1)

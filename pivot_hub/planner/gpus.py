@@ -6,26 +6,29 @@ from dataclasses import dataclass
 
 GIB = 2**30
 # Assumed hardware FLOPs utilisation (HFU): the share of the GPU's peak at which all FLOPs run, recomputed ones too.
-# Model FLOPs utilisation (MFU) leaves recomputed FLOPs out, and is lower where activations are recomputed.
+# Model FLOPs utilisation (MFU) leaves recomputed FLOPs out, and is lower where activations are recomputed. These are
+# the definitions of the planner, its plans and all benchmarks.
 HFU = 0.35
 RESERVE = 3 * GIB  # CUDA context, NCCL, fragmentation of the allocator
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's memory as CUDA reports it, and its peaks without sparsity as the vendor gives them.
+    """A GPU's memory as CUDA reports it, and its peaks as the vendor gives them, without sparsity.
 
     Args:
         name: Name with the size of its memory.
         memory_bytes: Memory in bytes.
         half_flops: Peak FLOPs per second in half precision.
         float32_flops: Peak FLOPs per second in float32.
+        bandwidth: Bytes of its memory that it reads per second.
     """
 
     name: str
     memory_bytes: int
     half_flops: float
     float32_flops: float
+    bandwidth: float
 
     @property
     def model(self) -> str:
@@ -34,9 +37,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("A100 80GB", int(79.2 * GIB), 312e12, 19.5e12),
-    Gpu("H100 80GB", int(79.1 * GIB), 989.5e12, 67e12),
-    Gpu("H200 141GB", int(139.7 * GIB), 989.5e12, 67e12),
+    Gpu("A100 80GB", int(79.2 * GIB), 312e12, 19.5e12, 2.039e12),
+    Gpu("H100 80GB", int(79.1 * GIB), 989.5e12, 67e12, 3.35e12),
+    Gpu("H200 141GB", int(139.7 * GIB), 989.5e12, 67e12, 4.8e12),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pivot_hub.planner.gpus import GIB
 
+MACHINE = 8  # most GPUs of one machine, for what its processes share
 Device = Literal["cuda", "cpu"]
 Precision = Literal["bf16", "fp16", "float32"]
 
@@ -37,7 +38,7 @@ class GpuEstimate:
         gpu_hours: Hours of all GPUs together.
         wall_hours: Hours from start to end.
         fits: Whether rows of mean length fit into its memory.
-        fits_longest: Whether a whole batch of rows of max_length fits too.
+        fits_longest: Whether a whole batch of rows of max_length fits too, or of answers of max_completion_length.
         advice: The first changes that make the stage fit: overrides of the recipe, `machine` (the Accelerate config)
             and `processes`. Empty if the stage fits, None if nothing that was tried makes it fit.
     """
@@ -61,7 +62,8 @@ class Plan:
         processes: Number of processes, one per GPU.
         device: Device that the trainer runs on.
         precision: Data type of the forward pass.
-        mfu: Share of the GPU's peak at which all FLOPs are assumed to run, recomputed ones included.
+        hfu: Share of the GPU's peak at which all FLOPs are assumed to run, recomputed ones included.
+        mfu: The same without recomputed FLOPs.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
         optim: Name of the optimizer.
         per_device_train_batch_size: Rows that a process runs at a time.
@@ -70,18 +72,22 @@ class Plan:
         image_tokens: Tokens of an image.
         prompt_tokens: Mean tokens of a row's prompts.
         answer_tokens: Mean tokens of a row's answers; for a preference pair, of one answer.
+        answers: Answers that are generated to each row and trained on; 1 where none are generated.
         rows: Rows of an epoch.
-        rows_per_step: Rows of an optimizer step over all processes.
+        rows_per_step: Rows of an optimizer step over all processes, or answers where they are generated.
         steps: Optimizer steps of the run.
         epochs: Epochs of the run.
         tokens_per_step: Tokens of an optimizer step over all processes.
         tokens: Tokens of the run.
         flops_per_step: FLOPs of an optimizer step over all processes, by part and phase.
-        flops: FLOPs of the run by phase, including the reference's forward pass that fills the cache.
+        flops: FLOPs of the run by phase, including the reference's forward pass that fills the cache, and those of
+            generated answers.
         memory: Memory peaks of one GPU.
         disk: Bytes on disk of a checkpoint, of the final model, and of everything at its largest.
+        loading_bytes: CPU memory of one machine with up to eight of the processes while they load the models.
         gpus: Hours and memory on each kind of GPU.
         assumptions: Assumptions about what the recipe does not say, one phrase each.
+        warnings: Effects of the settings that the numbers do not show, one sentence each.
     """
 
     recipe: str
@@ -90,6 +96,7 @@ class Plan:
     processes: int
     device: Device
     precision: Precision
+    hfu: float
     mfu: float
     gradient_checkpointing: bool
     optim: str
@@ -99,6 +106,7 @@ class Plan:
     image_tokens: int
     prompt_tokens: float
     answer_tokens: float
+    answers: int
     rows: int
     rows_per_step: int
     steps: int
@@ -109,8 +117,10 @@ class Plan:
     flops: dict[str, float]
     memory: tuple[MemoryPeak, ...]
     disk: dict[str, int]
+    loading_bytes: int
     gpus: tuple[GpuEstimate, ...]
     assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
@@ -130,31 +140,55 @@ class Plan:
             lines.append(f"  {part:<16}{_count(counts['trained']):>14}{_count(counts['frozen']):>14}")
         lines += [
             "",
-            f"  rows    {self.rows:,} x {self.epochs:g} epoch(s); {self.rows_per_step} a step = {self.processes} x "
-            f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps}; {self.steps:,} steps",
+            f"  rows    {self.rows:,} x {self.epochs:g} epoch(s){self._answers_text()}; {self.rows_per_step} a step = "
+            f"{self.processes} x {self.per_device_train_batch_size} x {self.gradient_accumulation_steps}; "
+            f"{self.steps:,} steps",
             f"  tokens  {self.image_tokens} image + {self.prompt_tokens:g} prompt + {self.answer_tokens:g} answer a "
             f"row; {_count(self.tokens_per_step)} a step, {_count(self.tokens)} in all",
             "",
-            "  TFLOPs a step   " + "".join(f"{phase:>12}" for phase in PHASES),
+            "  TFLOPs a step   " + "".join(f"{phase:>12}" for phase in self.flops),
         ]
         for part, phases in self.flops_per_step.items():
-            lines.append(f"  {part:<16}" + "".join(f"{phases[p] / 1e12:>12,.2f}" for p in PHASES))
-        lines.append("  run, PFLOPs     " + "".join(f"{self.flops[p] / 1e15:>12,.2f}" for p in PHASES))
-        names = [name for name in _TERMS if any(name in peak.terms for peak in self.memory)]
+            lines.append(f"  {part:<16}" + "".join(f"{phases.get(p, 0) / 1e12:>12,.2f}" for p in self.flops))
+        lines.append("  run, PFLOPs     " + "".join(f"{count / 1e15:>12,.2f}" for count in self.flops.values()))
+        names = [name for name in _TERMS if any(peak.terms.get(name) for peak in self.memory)]
         lines += ["", f"  {'GiB a GPU':<30}" + "".join(f"{n:>12}" for n in names) + f"{'total':>8}"]
         for peak in self.memory:
             cells = "".join(f"{peak.terms.get(n, 0) / GIB:>12,.1f}" for n in names)
             lines.append(f"  {peak.name:<30}{cells}{peak.total / GIB:>8,.1f}")
-        lines += ["", f"  {f'at {self.mfu:.0%} of peak':<16}{'GPU-hours':>12}{'wall hours':>12}  memory"]
+        assumed = f"at {self.hfu:.0%} HFU, {self.mfu:.0%} MFU"
+        lines += ["", f"  {assumed:<20}{'GPU-hours':>12}{'wall hours':>12}  memory"]
         for gpu in self.gpus:
-            lines.append(f"  {gpu.gpu:<16}{gpu.gpu_hours:>12,.1f}{gpu.wall_hours:>12,.1f}  {_memory_text(gpu)}")
+            lines.append(f"  {gpu.gpu:<20}{gpu.gpu_hours:>12,.1f}{gpu.wall_hours:>12,.1f}  {_memory_text(gpu)}")
         disk = {k: f"{v / 1e9:,.1f} GB" for k, v in self.disk.items()}
-        lines += ["", f"  disk    checkpoint {disk['checkpoint']}, final {disk['final']}, at most {disk['most']}"]
-        return "\n".join([*lines, *(f"  assumed {assumption}" for assumption in self.assumptions)])
+        lines += [
+            "",
+            f"  disk    checkpoint {disk['checkpoint']}, final {disk['final']}, at most {disk['most']}",
+            f"  CPU     {self.loading_bytes / 1e9:,.1f} GB of memory a machine, while {min(self.processes, MACHINE)} "
+            "process(es) load",
+        ]
+        lines += [f"  assumed {assumption}" for assumption in self.assumptions]
+        return "\n".join([*lines, *(f"  warning {warning}" for warning in self.warnings)])
+
+    def _answers_text(self) -> str:
+        return f" x {self.answers} answers" if self.answers > 1 else ""
 
 
 PHASES = ("forward", "backward", "recompute", "reference")
-_TERMS = ("weights", "gradients", "optimizer", "activations", "copies", "buckets", "gathered", "reference")
+# Further phases where answers are generated: decoding comes behind the prefill, which gives the first token.
+GENERATING = ("old policy", "prefill", "decoding")
+_TERMS = (
+    "weights",
+    "masters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "copies",
+    "buckets",
+    "gathered",
+    "reference",
+    "cache",
+)
 
 
 def _count(number: float) -> str:
@@ -168,7 +202,7 @@ def _memory_text(estimate: GpuEstimate) -> str:
     if estimate.fits_longest:
         return "fits"
     if estimate.fits:
-        return "fits, but not a batch of rows of max_length"
+        return "fits, but not a batch of the longest rows"
     if not estimate.advice:
         return "does not fit, and no change that was tried helps; choose smaller parts"
     options = {"machine": "--machine ", "processes": "--processes "}

@@ -35,7 +35,12 @@ class RunSettings:
     @property
     def accumulation(self) -> int:
         """Batches of a process in an optimizer step."""
-        return self.rows_per_step // (self.batch * self.processes)
+        return self.rows_per_step // self.at_once
+
+    @property
+    def at_once(self) -> int:
+        """Rows that all processes run at a time."""
+        return self.batch * self.processes
 
     def changes(self, to: RunSettings) -> dict[str, Any]:
         """Return the overrides, and the arguments of `plan_stage`, that turn these settings into others."""

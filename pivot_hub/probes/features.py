@@ -17,17 +17,18 @@ from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.image import DECODING
-from pivot_hub.encoder.encode import NotFiniteError, Progress, encode_images
+from pivot_hub.encoder.encode import EncodeOptions, Progress, encode_images
+from pivot_hub.encoder.feature_file import finished_report
 from pivot_hub.encoder.feature_model import FeatureModel
-from pivot_hub.encoder.feature_parts import finished_report
-from pivot_hub.encoder.image_shapes import prepare
+from pivot_hub.encoder.feature_table import NotFiniteError
+from pivot_hub.encoder.modeling_pivot import prepare_images
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.files import write_json
 from pivot_hub.outputs import lock_output
 from pivot_hub.probes.classification.labelled_images import Labelled, ProbeImages
 
 LAYOUT = 1  # version of the layout of cached files
-BLOCK = 8192  # pooled features that are processed together
+BLOCK, CUDA_BLOCK = 8192, 131_072  # pooled features that are processed together, on a CPU and on a GPU
 CELLS = 16_000_000  # numbers that are checked together
 
 
@@ -169,12 +170,8 @@ def cached_values(
                 images,
                 file,
                 {**metadata, "key": key},
-                tokens,
-                options.batch,
-                options.dtype,
-                options.workers,
+                EncodeOptions(tokens, options.batch, options.dtype, workers=options.workers),
                 options.progress,
-                cache=True,
             )
         except NotFiniteError as error:
             raise ProbeError(str(error)) from error
@@ -246,7 +243,8 @@ def patch_features(
     """
     features = []
     for batch_images in _batched(images, batch):
-        features.append(model(**prepare(model, image_processor, batch_images)).last_hidden_state.float().cpu().numpy())
+        inputs = prepare_images(image_processor, batch_images, model.config, model.device)
+        features.append(model(**inputs).last_hidden_state.float().cpu().numpy())
     return np.concatenate(features)
 
 

@@ -12,8 +12,10 @@ from torch.nn import functional
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pivot_hub.encoder.configuration_pivot import backbone_of
-from pivot_hub.encoder.image_shapes import prepare
+from pivot_hub.encoder.modeling_pivot import prepare_images
 from pivot_hub.encoder.native_resolution import merge_side
+
+SCENE_ROWS = 8  # rows of tokens of a scene, as the encoders of the synthetic Shapes dataset have
 
 
 class FixedGrid:
@@ -33,7 +35,8 @@ class FixedGrid:
     @torch.no_grad()
     def __init__(self, model: Any, image_processor: Any, px: int) -> None:
         self._model, self.device, self.dtype = model, model.device, model.dtype
-        (features,) = model(**prepare(model, image_processor, [Image.new("RGB", (px, px))])).last_hidden_state
+        inputs = prepare_images(image_processor, [Image.new("RGB", (px, px))], model.config, model.device)
+        (features,) = model(**inputs).last_hidden_state
         self.side = max(features.shape[:2])
         config = model.config
         self.config = SimpleNamespace(
@@ -59,13 +62,17 @@ class FixedGrid:
         return resized[0].permute(1, 2, 0).to(features.dtype)
 
 
-def square_px(config: Any, side: int) -> int:
-    """Return the side in pixels of a square image that fills a grid, if the image processor keeps its size.
+def scene_px(config: Any) -> int:
+    """Return the side in pixels at which scenes of the synthetic Shapes dataset are rendered for an encoder.
+
+    It is the size of its images. For a tower of native resolution, which has none, it fills SCENE_ROWS rows and columns
+    of tokens if the image processor keeps it; of merged tokens where the tower merges patches, so that all of its
+    layers are measured on the same images.
 
     Args:
-        config: Config of a tower of native resolution.
-        side: Rows and columns of the grid of tokens; of merged ones where the tower merges patches, so that all of its
-            layers are measured on the same images.
+        config: Config of the encoder, a PivotVisionConfig for a tower of native resolution.
     """
+    if config.image_size is not None:
+        return int(config.image_size)
     native = config.backbone_config
-    return int(side * merge_side(native, backbone_of(native).merge) * config.patch_size)
+    return int(SCENE_ROWS * merge_side(native, backbone_of(native).merge) * config.patch_size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProcessorMixin
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.synthetic import (
@@ -26,22 +26,23 @@ from pivot_hub.data.synthetic import (
     ShapesDataset,
     Split,
 )
+from pivot_hub.encoder import PivotVisionConfig
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.errors import CheckpointError, ProbeError
-from pivot_hub.mllm.load import image_px
+from pivot_hub.mllm.families import family_of
 from pivot_hub.probes.classification.labelled_images import open_classes
 from pivot_hub.probes.classification.protocols import PROTOCOLS, classify_images, classify_shapes
 from pivot_hub.probes.features import EncodingOptions, patch_features, pooled
-from pivot_hub.probes.fixed_grid import FixedGrid, square_px
+from pivot_hub.probes.fixed_grid import FixedGrid, scene_px
 from pivot_hub.probes.localization.gradient_maps import Target, localize
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.segmentation.synthetic import class_masks, segment_patches
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import cached_commit, weights_sha256
 
-SCENE_ROWS = 8  # rows of tokens of a scene, as the encoders of the synthetic Shapes dataset have
 FIRST_SCENE = 5_000_000  # first probe scene of every split: no recipe trains on scenes from here on
 
 
@@ -96,14 +97,12 @@ def probe_shapes(
         sha256: Hash of the encoder's weights.
         sizes: Number of scenes that each probe uses.
         seed: Seed of the sampling and of the bootstrap.
-        dataset: Dataset that the probes are fitted and tested on; by default the standard one at the encoder's image
-            size. For a tower of native resolution, which has none, scenes are rendered at a size that fills
-            SCENE_ROWS rows of tokens, and the protocol of each result gives it.
+        dataset: Dataset that the probes are fitted and tested on; by default the standard one in the size of
+            `scene_px`, which the protocol of each result gives for a tower of native resolution.
         harder: Harder datasets by name; the same fitted probes are also tested on their test scenes.
     """
     is_native = model.config.image_size is None
-    own_px = square_px(model.config, SCENE_ROWS) if is_native else model.config.image_size
-    dataset = ShapesDataset(image_px=own_px) if dataset is None else dataset
+    dataset = ShapesDataset(image_px=scene_px(model.config)) if dataset is None else dataset
     about = ""
     if is_native:
         model = FixedGrid(model, image_processor, dataset.image_px)
@@ -137,9 +136,9 @@ def probe_export(model: FeatureModel, image_processor: Any, name: str, sha256: s
 
 
 def probe_mllm(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    reference: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    reference: PreTrainedModel,
     name: str,
     sha256: str,
     partner: str,
@@ -159,10 +158,10 @@ def probe_mllm(
         seed: Seed of the bootstrap.
     """
     model.eval()
-    dataset = ShapesDataset(image_px=image_px(model))
+    dataset = ShapesDataset(image_px=scene_px(PivotVisionConfig(model.config.vision_config)))
     counts = {k: getattr(sizes, k) for k in ("questions", "targets_validation", "targets_test")}
     conditions = {
-        "feature_layer": model.config.vision_feature_layer,
+        "feature_layer": family_of(model.config).feature_layer(model.config),
         "encoder": name,
         "encoder_sha256": sha256,
         "partner": partner,
@@ -195,6 +194,7 @@ def probe_language(name: str, sizes: Sizes = Sizes(), seed: int = 0) -> list[Pro
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: no language model can be loaded: {str(error).splitlines()[0]}") from error
+    model.to(compute_device())  # type: ignore[arg-type]
     dataset = ShapesDataset()
     _, questions = probe_questions(dataset, "test", sizes.questions)
     scenes = probe_scenes(dataset, "test", sizes.questions).scenes
@@ -276,8 +276,7 @@ def probe_encoder(
         raise ProbeError(f"dtype {encoding.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     classes = None if data == "shapes" else open_classes(data, revision, seed)
     model, image_processor = read_encoder(encoder, feature_layer=feature_layer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, DTYPES[encoding.dtype])  # type: ignore[arg-type]
+    model.to(compute_device(), DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)
     if classes is None:
         return probe_shapes(model, image_processor, metadata["encoder"], metadata["encoder_sha256"], sizes, seed), []

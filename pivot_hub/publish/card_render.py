@@ -92,14 +92,14 @@ def render_plan(prose: Prose) -> str:
     if prose.recipe is None:
         raise CardError(f"prose.recipe of {prose.repository} is missing: name the recipe that will train the encoder.")
     loaded = load_recipe(prose.recipe)
-    assert loaded.recipe.model is not None
+    parts = loaded.parts("the card of an encoder that is not trained yet")
     return f"{NOT_TRAINED}\n" + card_template("encoder.md.jinja").render(
         trained=False,
         name=prose.repository,
         prose=prose,
         stage=loaded.recipe.stage,
-        base_model=hub_name(loaded.recipe.model.vision, prose),
-        language_model=hub_name(loaded.recipe.model.language, prose),
+        base_model=hub_name(parts.vision, prose),
+        language_model=hub_name(parts.language, prose),
         plan=[_plan_row(step) for step in loaded.lineage()],
         sources=data_sources([[d.model_dump(mode="json") for d in s.recipe.data] for s in loaded.lineage()], prose),
         commands=prose.commands or [f"pivot train {prose.recipe} --parents"],

@@ -36,9 +36,9 @@ class RunSpec(Strict):
         frozen: Parts that the recipe trains and this run does not.
         rates: Candidates for the learning rate of every trained part; the one with the best validation score is used.
         rate_of: Run whose learning rate this one shares.
-        measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers and ranked
-            pairs), `harder` (probes and answers on the harder datasets too), `distance` (from the parent), `gradients`
-            (of words and of pairs).
+        measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers, the
+            probability of true ones, and ranked pairs), `harder` (probes and answers on the harder datasets too),
+            `distance` (from the parent), `gradients` (of words and of pairs).
     """
 
     label: str

@@ -9,15 +9,15 @@ from typing import Any
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import write_json
-from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.mllm.load import image_px, load_llava
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.run import probe_pairs, probe_questions
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.provenance import machine, weights_sha256
-from pivot_hub.study.measures import device
 from pivot_hub.training.stage import run_stage
 
 METRIC = "ranked_right"  # the metric that candidates are compared by
@@ -43,8 +43,8 @@ def score_candidate(
         The share of pairs that are ranked right, which is the criterion; and the share of questions that are answered
         right, which is reported beside it.
     """
-    model, processor = load_mllm(checkpoint)
-    model.to(device())  # type: ignore[arg-type]
+    model, processor = load_llava(checkpoint)
+    model.to(compute_device())  # type: ignore[arg-type]
     dataset = ShapesDataset(image_px=image_px(model)) if dataset is None else dataset
     conditions: dict[str, Any] = {
         "feature_layer": model.config.vision_feature_layer,

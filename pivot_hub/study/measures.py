@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_hub.data.synthetic import ERROR_TYPES, KINDS, ErrorType, ShapesDataset, draw_fact
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.explain.gradcam import gradient_map, token_maps
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.explain.word_kinds import token_kinds
+from pivot_hub.mllm.load import load_llava
 from pivot_hub.mllm.trainable import parts_of
 from pivot_hub.probes.localization.gradient_maps import localize
-from pivot_hub.probes.ranking import rank_pairs
+from pivot_hub.probes.ranking import rank_pairs, true_answer_probability
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.probes.run import (
     FIRST_SCENE,
@@ -63,12 +65,12 @@ def measure_run(
     results = []
     if "encoder" in measures:
         model, image_processor = read_encoder(str(encoder))
-        model.to(device())  # type: ignore[arg-type]
+        model.to(compute_device())  # type: ignore[arg-type]
         results += probe_shapes(model, image_processor, name, sha256, sizes, dataset=dataset, harder=harder)
     if checkpoint is None:
         return results
-    mllm, processor = load_mllm(checkpoint)
-    mllm.to(device()).eval()  # type: ignore[arg-type]
+    mllm, processor = load_llava(checkpoint)
+    mllm.to(compute_device()).eval()  # type: ignore[arg-type]
     conditions = {
         "feature_layer": mllm.config.vision_feature_layer,
         "encoder": name,
@@ -84,24 +86,25 @@ def measure_run(
     if "answers" in measures:
         results += _measure_answers(mllm, processor, dataset, harder, sizes, conditions)
     if "distance" in measures and parent is not None:
-        results += distances(mllm.cpu(), load_mllm(parent)[0], conditions)
-        mllm.to(device())  # type: ignore[arg-type]
+        results += distances(mllm.cpu(), load_llava(parent)[0], conditions)
+        mllm.to(compute_device())  # type: ignore[arg-type]
     if "gradients" in measures:
         results += word_gradients(mllm, processor, dataset, sizes.targets_validation, conditions)
     return results
 
 
 def _measure_answers(
-    mllm: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    mllm: PreTrainedModel,
+    processor: ProcessorMixin,
     dataset: ShapesDataset,
     harder: Mapping[str, ShapesDataset],
     sizes: Sizes,
     conditions: dict[str, Any],
 ) -> list[ProbeResult]:
-    """Answers to test questions by kind, answers to all questions on each harder dataset, and ranked test pairs."""
+    """Answers to test questions and probabilities of true ones by kind, harder answers, and ranked pairs."""
     images, questions = probe_questions(dataset, "test", sizes.questions)
     results = answer_questions(mllm, processor, questions, images, conditions)
+    results += true_answer_probability(mllm, processor, questions, images, conditions)
     for name, harder_dataset in harder.items():
         images, questions = probe_questions(harder_dataset, "test", sizes.harder)
         overall = answer_questions(mllm, processor, questions, images, conditions)[0]
@@ -110,23 +113,16 @@ def _measure_answers(
     return [*results, rank_pairs(mllm, processor, pairs, images, conditions)]
 
 
-def device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def distances(
-    model: LlavaForConditionalGeneration, parent: LlavaForConditionalGeneration, conditions: dict[str, Any]
-) -> list[ProbeResult]:
+def distances(model: PreTrainedModel, parent: PreTrainedModel, conditions: dict[str, Any]) -> list[ProbeResult]:
     """Measure how far training moved each part: norm of the change over norm of the parent's weights, in percent."""
     results = []
     parent_parts = parts_of(parent)
-    for part, modules in parts_of(model).items():
+    for part, parameters in parts_of(model).items():
         moved, size = 0.0, 0.0  # squared norms
-        for module, parent_module in zip(modules, parent_parts[part], strict=True):
-            for weight, before in zip(module.parameters(), parent_module.parameters(), strict=True):
-                moved += float((weight - before).detach().double().square().sum())
-                size += float(before.detach().double().square().sum())
+        for name, weight in parameters.items():
+            before = parent_parts[part][name]
+            moved += float((weight - before).detach().double().square().sum())
+            size += float(before.detach().double().square().sum())
         results.append(
             measure(
                 f"shapes/distance/{part}",
@@ -161,8 +157,8 @@ class _Example:
 
 
 def word_gradients(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     dataset: ShapesDataset,
     count: int,
     conditions: dict[str, Any],
@@ -218,21 +214,20 @@ def _draw_examples(dataset: ShapesDataset, count: int) -> Iterator[_Example]:
         )
 
 
-def _token_gradients(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, example: _Example
-) -> list[list[float]]:
+def _token_gradients(model: PreTrainedModel, processor: ProcessorMixin, example: _Example) -> list[list[float]]:
     """Summed gradient size and number of tokens for each kind of word: (3, 2), in the order of `WORD_KINDS`."""
     maps = token_maps(model, processor, example.image, example.question, example.chosen, limit=64)
-    answer = maps[:-1]  # the last token ends the turn
-    sizes = [float(token.maps["gradient"].sum()) for token in answer]
-    kinds = _kinds_of_tokens([token.text for token in answer], example.word_kinds)
+    sizes = [float(token.maps["gradient"].sum()) for token in maps]
+    # A word has the space before it, which may be a token of its own. The tokens that end the turn are of no kind.
+    words = zip(re.finditer(r"\s*\S+", example.chosen), example.word_kinds, strict=True)
+    kinds = token_kinds(processor, example.chosen, [(*word.span(), kind) for word, kind in words])
     return [
         [sum(size for size, of_token in zip(sizes, kinds, strict=True) if of_token == kind), kinds.count(kind)]
         for kind in WORD_KINDS
     ]
 
 
-def _pair_gradients(model: LlavaForConditionalGeneration, processor: LlavaProcessor, example: _Example) -> list[float]:
+def _pair_gradients(model: PreTrainedModel, processor: ProcessorMixin, example: _Example) -> list[float]:
     """Gradient size of the DPO loss for each error type: (3,), in the order of `ERROR_TYPES`."""
     sizes = []
     for rejected in example.rejected.values():
@@ -284,13 +279,3 @@ def _kinds_of_words(true: str, wrong: str, kind: str) -> list[str]:
     else:
         differs = [word not in wrong_words for word in words]
     return [kind if different else "other" for different in differs]
-
-
-def _kinds_of_tokens(tokens: Sequence[str], word_kinds: Sequence[str]) -> list[str]:
-    """The kind of each token's word; a token that begins with a space begins a word."""
-    kinds, word = [], -1
-    for token in tokens:
-        if word < 0 or token[:1].isspace():
-            word += 1
-        kinds.append(word_kinds[min(word, len(word_kinds) - 1)])
-    return kinds

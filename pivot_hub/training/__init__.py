@@ -4,7 +4,9 @@ from pivot_hub.config.stages import Stage, register_stages
 
 _CONVERSATIONS = ("shapes", "llava")
 _PREFERENCES = ("shapes", "mmpr", "rlaif_v", "vlfeedback", "preference")
+_VERIFIABLE = (*_PREFERENCES, "llava", "vqa", "boxes")
 _SFT = "pivot_hub.training.sft"
+_GRPO = "pivot_hub.training.grpo"
 
 register_stages(
     [
@@ -33,6 +35,18 @@ register_stages(
             formats=_PREFERENCES,
             content="pairs",
             needs_parent=True,
+        ),
+        *(
+            Stage(
+                name,
+                module=_GRPO,
+                config=f"{_GRPO}:Pivot{name.upper()}Config",
+                formats=_VERIFIABLE,
+                content="questions",
+                needs_parent=True,
+                takes_rewards=True,
+            )
+            for name in ("grpo", "rloo")
         ),
     ]
 )

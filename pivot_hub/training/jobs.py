@@ -108,7 +108,8 @@ def _check_reach(loaded: LoadedRecipe, folder: Path) -> None:
         RecipeError: A file is outside of the folder.
     """
     recipe = loaded.recipe
-    references = [recipe.model.vision, recipe.model.language] if recipe.model else []
+    keys = ("vision", "language", "mllm")
+    references = [name for key in keys if (name := getattr(recipe.model, key, None)) is not None]
     for source in recipe.data:
         for key in ("path", "images"):
             value = getattr(source, key, None)

@@ -10,6 +10,23 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from pivot_hub.files import write_whole
+
+
+def cut_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Keep some lines of a JSONL file, and return their records. A last line that was cut off is dropped.
+
+    Args:
+        path: The file; nothing is done where there is none.
+        keep: Function that returns whether a record is kept.
+    """
+    if not path.is_file():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [(line, record) for line in lines if keep(record := json.loads(line))]
+    write_whole(path, "".join(line for line, _ in kept))
+    return [record for _, record in kept]
+
 
 class MetricsLog(TrainerCallback):
     """Appends each log of the trainer to a JSONL file, each line with its step.
@@ -23,15 +40,7 @@ class MetricsLog(TrainerCallback):
 
     def cut_to(self, step: int) -> None:
         """Drop the lines after a step, and the summary of a stopped run: a resumed run logs them again."""
-        if self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            records = [json.loads(line) for line in lines]
-            kept_lines = [
-                line
-                for line, record in zip(lines, records, strict=True)
-                if record["step"] <= step and "train_runtime" not in record
-            ]
-            self.path.write_text("".join(kept_lines))
+        cut_records(self.path, lambda record: record["step"] <= step and "train_runtime" not in record)
 
     def on_log(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from transformers import LlavaForConditionalGeneration, Trainer
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
 
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.blank_image import encode_blank_images
+from pivot_hub.mllm.families import FAMILIES
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.lora import has_lora
 from pivot_hub.mllm.trainable import parameter_groups
@@ -44,33 +46,39 @@ class PartTrainer(Trainer):
 
     Attributes:
         rates: Learning rate of each part; None leaves the optimizer to transformers.
-        row_ids: Function that returns the ids of rows by the numbers that batches carry as `row` (B,).
+        row_ids: Function that returns the ids of rows by the numbers that batches carry as `row`, B numbers that stay
+            on the CPU.
         blocks: Number of the block that each row is read in, (rows,). Rows are then shuffled so that a block is read
             once. None leaves the order to transformers.
+        streams: Options `streams` and `batch` of the `BlockSampler` that orders them.
     """
 
     rates: dict[str, float] | None = None
     row_ids: Callable[[list[int]], list[str]] | None = None
     blocks: np.ndarray | None = None
+    streams: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if has_lora(cast(torch.nn.Module, self.model)) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise TrainingError("`lora` is for single and ddp: leave it out, or choose recipes/accelerate/ddp.yaml.")
-        self._recent_losses: deque[tuple[int, float]] = deque()  # step and loss of the last batches
+        self._recent_losses: deque[tuple[int, float]] = deque()  # step and loss of the last steps
+        # Losses () of the batches of the running step, which stay on the device, and the numbers of their rows.
+        self._step_losses: list[torch.Tensor] = []
+        self._step_rows: list[int] = []
         for each in (self.model, getattr(self, "ref_model", None)):
             model = None if each is None else self.accelerator.unwrap_model(each)
-            if not isinstance(model, LlavaForConditionalGeneration):
+            if model is None or model.config.model_type not in FAMILIES:
                 continue
-            if self.accelerator.num_processes > 1:
-                encode_blank_images(model)
+            if self.accelerator.num_processes > 1 and FAMILIES[model.config.model_type].image_tokens:
+                encode_blank_images(model, cast(ProcessorMixin, self.processing_class))
             # The set also names blocks of towers that this model does not have; FSDP would fail on them.
             present = {type(module).__name__ for module in model.modules()}
             model._no_split_modules = set(model._no_split_modules or ()) & present
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.rates is not None and self.optimizer is None:
-            mllm = cast(LlavaForConditionalGeneration, self.accelerator.unwrap_model(self.model))
+            mllm = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
             decayed = set(self.get_decay_parameter_names(mllm))
             groups = parameter_groups(mllm, self.rates, self.args.weight_decay, decayed)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, mllm)
@@ -80,24 +88,31 @@ class PartTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.blocks is None:
             return super()._get_train_sampler(train_dataset)
-        return BlockSampler(self.blocks, self.args.seed)
+        return BlockSampler(self.blocks, self.args.seed, **self.streams)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         rows = inputs.pop("row", None)
         computed = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = computed[0] if isinstance(computed, tuple) else computed
         if model.training:
-            # If the loss is divided by the tokens of the whole step, a batch has only its share of the step's loss.
-            shares = self.current_gradient_accumulation_steps if kwargs.get("num_items_in_batch") is not None else 1
-            self._check_loss(float(loss.detach()) * shares, [] if rows is None else rows.tolist())
+            loss = computed[0] if isinstance(computed, tuple) else computed
+            self._step_losses.append(loss.detach())
+            self._step_rows += rows or []
+            if self.accelerator.sync_gradients:
+                # Reading a loss waits for the GPU, so a step reads one number, before the optimizer uses the gradients.
+                step_loss = torch.stack(self._step_losses).sum()
+                # If the loss is divided by the tokens of the whole step, a batch has only its share of the step's loss.
+                shares = 1 if kwargs.get("num_items_in_batch") is not None else len(self._step_losses)
+                step_rows = self._step_rows
+                self._step_losses, self._step_rows = [], []
+                self._check_loss(float(step_loss) / shares, step_rows)
         return computed
 
     def _check_loss(self, loss: float, rows: list[int]) -> None:
-        """Stop at a batch whose loss is not finite or has exploded, and write the ids of its rows to a file.
+        """Stop at a step whose loss is not finite or has exploded, and write the ids of its rows to a file.
 
         Args:
-            loss: Loss of the batch.
-            rows: Numbers of the batch's rows.
+            loss: Loss of the optimizer step.
+            rows: Numbers of the rows that this process has read for the step.
 
         Raises:
             TrainingError: The loss is not finite or has exploded; the message names the file.
@@ -117,7 +132,7 @@ class PartTrainer(Trainer):
         row_names: list[Any] = rows if self.row_ids is None else self.row_ids(rows)
         write_json(file, {"step": step, "loss": loss if math.isfinite(loss) else str(loss), "rows": row_names})
         raise TrainingError(
-            f"the loss is {loss} at step {step}; {file} names the rows of the batch. Check them, lower the learning "
+            f"the loss is {loss} at step {step}; {file} names the rows of the step. Check them, lower the learning "
             "rates or set `args.max_grad_norm`; the last checkpoint is kept and the run resumes from it."
         )
 

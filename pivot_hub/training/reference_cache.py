@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaProcessor
+from accelerate.utils import parse_flag_from_env
+from transformers import ProcessorMixin, TrainingArguments
 
 from pivot_hub.errors import DataError
 from pivot_hub.files import write_whole
-from pivot_hub.training.tree_layout import Logps, image_key, images_of, template_options
+from pivot_hub.training.pair_collator import Logps, image_key, images_of, template_options
 
 logger = logging.getLogger(__name__)
 
@@ -100,18 +101,33 @@ def model_hash(model: torch.nn.Module) -> str:
     digest.update(config.to_json_string(use_diff=False).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def processor_hash(processor: LlavaProcessor) -> str:
+def rounding_of(args: TrainingArguments) -> str:
+    """Return what decides how the model's forward pass rounds: the device, and in half precision the sharding engine.
+
+    FSDP and DeepSpeed hold hidden states in half precision where autocast alone holds them in float32.
+    """
+    half = args.bf16 or args.fp16
+    if half and (args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        engine = "FSDP"
+    elif half and (args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
+        engine = "DEEPSPEED"
+    else:
+        engine = "any"
+    return f"{engine} {args.device.type}"
+
+
+def processor_hash(processor: ProcessorMixin) -> str:
     """Return the SHA-256 of how a processor prepares images and text."""
-    image_processor: Any = processor.image_processor
+    known: Any = processor
     parts = [
-        image_processor.to_json_string(),
-        tokenizer_text(processor.tokenizer),
+        json.dumps(processor.to_dict(), sort_keys=True, default=str),
+        known.image_processor.to_json_string(),
+        tokenizer_text(known.tokenizer),
         str(processor.chat_template),
-        f"{processor.patch_size} {processor.vision_feature_select_strategy} {processor.num_additional_image_tokens}",
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

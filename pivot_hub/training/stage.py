@@ -28,11 +28,21 @@ from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from pivot_hub.config.recipe import LoadedRecipe, ModelSpec, Recipe, is_recorded_recipe, load_recipe, write_recipe
+from pivot_hub.config.accelerate import accelerate_config
+from pivot_hub.config.recipe import (
+    LoadedRecipe,
+    MllmSpec,
+    ModelSpec,
+    Recipe,
+    is_recorded_recipe,
+    load_recipe,
+    write_recipe,
+)
 from pivot_hub.config.stages import stage_of
 from pivot_hub.data.report import RowReport
 from pivot_hub.errors import CheckpointError, OutputError, RecipeError, StoppedError, TrainingError
 from pivot_hub.files import disk_is_full, write_json
+from pivot_hub.mllm.families import FAMILIES
 from pivot_hub.mllm.lora import merge_lora
 from pivot_hub.outputs import check_replaceable, lock_output
 from pivot_hub.provenance import (
@@ -46,8 +56,11 @@ from pivot_hub.provenance import (
 )
 from pivot_hub.training.checkpoints import CheckpointFiles, last_checkpoint, step_of
 from pivot_hub.training.metrics_log import MetricsLog, PlainProgress
-from pivot_hub.training.part_trainer import stopped_file
+from pivot_hub.training.part_trainer import PartTrainer, stopped_file
 from pivot_hub.training.preemption import Preemption
+from pivot_hub.training.samples_page import PAGE
+from pivot_hub.training.start_check import StartCheck
+from pivot_hub.training.timed_checkpoints import TimedCheckpoints
 
 BITSANDBYTES = ("bnb", "paged", "adamw_8bit", "lion", "ademamix")  # parts of the names of its optimizers
 
@@ -64,7 +77,9 @@ def run_stage(
     """Train one stage and return its checkpoint folder.
 
     A finished run of the same recipe is returned as it is. An interrupted run resumes from its last checkpoint and
-    ends with the weights that it would have had without the interruption.
+    ends with the weights that it would have had without the interruption: the same bits on a CPU, and the same up to
+    rounding on CUDA, whose kernels add in no fixed order. `args.full_determinism` asks torch for a fixed order, which
+    is slower.
 
     Args:
         loaded: The recipe.
@@ -135,10 +150,17 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
     recipe = loaded.recipe
     started, report = time.monotonic(), RowReport()
     checkpoint = _on_main(lambda: _prepare_work(loaded, work, log))
+    streams = _on_main(lambda: _row_streams(recipe, work, checkpoint))
     metrics_log = MetricsLog(work / "metrics.jsonl")
     module = import_module(stage_of(recipe.stage).module)
     args = trainer_arguments(loaded, work)
+    if args.device.type == "cuda" and (hint := unused_gpus_hint(loaded)):
+        log(f"{loaded.name}: {hint}")
     trainer: Trainer = module.build_trainer(loaded, args, parent, report, [metrics_log])
+    if recipe.weights is not None:
+        round_weights(trainer, loaded)
+    if isinstance(trainer, PartTrainer):
+        trainer.streams = streams
     trainer.remove_callback(PrinterCallback)
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
@@ -152,6 +174,10 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
     checkpoint_files = CheckpointFiles(trainer, checkpoint)
     # It corrects the mean loss of a resumed run, so it comes before the callbacks that write it.
     trainer.callback_handler.callbacks.insert(0, checkpoint_files)
+    if recipe.stage == "dpo":
+        trainer.add_callback(StartCheck(trainer))  # policy and reference are both the parent
+    if not {"save_steps", "save_strategy"} & recipe.args.keys():
+        trainer.add_callback(TimedCheckpoints())
     with Preemption() as preemption:
         trainer.add_callback(preemption)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -169,6 +195,7 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         "processes": PartialState().num_processes,
         "peak_memory_mb": peak_memory_mb(),
         "train_loss": checkpoint_files.train_loss,
+        "warnings": module.run_warnings(trainer) if hasattr(module, "run_warnings") else [],
         "data": report.to_dict(),
     }
     whole = work / "whole"
@@ -179,6 +206,37 @@ def _train(loaded: LoadedRecipe, folder: Path, work: Path, parent: Path | None, 
         _save_gathered(trainer, whole)
     _on_main(lambda: _finish(loaded, parent, folder, work, metadata))
     return folder
+
+
+def _row_streams(recipe: Recipe, work: Path, checkpoint: Path | None) -> dict[str, int]:
+    """Return the streams of rows that the run started with: one for each loader worker of all processes.
+
+    A run that resumes with other workers or processes keeps them, because they are part of the order of its rows.
+    """
+    file = work / "streams.json"
+    if not file.is_file():
+        workers = max(recipe.args.get("dataloader_num_workers", 0), 1)
+        batch = recipe.args.get("per_device_train_batch_size", 8)
+        earlier_version = checkpoint is not None
+        streams = {"streams": 1 if earlier_version else PartialState().num_processes * workers, "batch": batch}
+        write_json(file, streams)
+    streams = json.loads(file.read_text())
+    return streams
+
+
+def round_weights(trainer: Trainer, loaded: LoadedRecipe) -> None:
+    """Round the weights to bfloat16, in which the optimizer then changes them. Buffers stay as they are.
+
+    Raises:
+        RecipeError: The processes shard the model.
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise RecipeError(
+            f"{loaded.path}: `weights` is for single and ddp, because FSDP and DeepSpeed keep float32 weights to "
+            "update; leave it out."
+        )
+    for weight in cast(torch.nn.Module, trainer.model).parameters():
+        weight.data = weight.data.to(torch.bfloat16)
 
 
 def _processes(recipe: Recipe) -> PartialState:
@@ -256,8 +314,11 @@ def _finish(loaded: LoadedRecipe, parent: Path | None, folder: Path, work: Path,
     whole = work / "whole"
     _check_finite(whole)
     (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle; recipe.yaml has the same content
-    for name in ("recipe.yaml", "metrics.jsonl"):
-        shutil.copy2(work / name, whole / name)
+    for name in ("recipe.yaml", "metrics.jsonl", PAGE):
+        if name != PAGE or (work / name).is_file():  # grpo and rloo write a page of samples
+            shutil.copy2(work / name, whole / name)
+    if (work / "completions").is_dir():  # tables of answers, where `args.log_completions` asks TRL for them
+        shutil.copytree(work / "completions", whole / "completions")
     write_json(whole / "report.json", metadata)
     write_manifest(whole, _provenance(loaded, parent, whole, metadata))
     if (work / "runs").is_dir():  # TensorBoard's events are not in the manifest: their file names hold the host name
@@ -315,12 +376,12 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
     loggers = [name for name in ("tensorboard", "trackio") if find_spec(name)]
     options: dict[str, Any] = {
         "save_strategy": "steps",
-        "save_steps": 0.25,  # four checkpoints per run
+        "save_steps": 0.25,  # four checkpoints per run; `TimedCheckpoints` adds others in a long one
         "save_total_limit": 2,
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "report_to": loggers or "none",
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": PartialState().device.type == "cuda",  # batches are then copied while the GPU computes
         "ddp_find_unused_parameters": False,  # every parameter that trains has a gradient in every step
         "use_cpu": PartialState().device.type == "cpu",
         "bf16": torch.cuda.is_available() and not recipe.args.get("fp16"),  # TRL's default, but off on a CPU
@@ -333,9 +394,26 @@ def trainer_arguments(loaded: LoadedRecipe, work: Path) -> TrainingArguments:
         "remove_unused_columns": False,
     }
     try:
-        return stage_of(recipe.stage).config_class()(**options)
+        arguments = stage_of(recipe.stage).config_class()(**options)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{loaded.path}: `args` do not fit together: {error}") from error
+    if arguments.n_gpu > 1:
+        # A single process would wrap the model in DataParallel: a step would take a batch for each GPU, and its
+        # replicas would not run this package's forward passes.
+        arguments._n_gpu = 1
+    return arguments
+
+
+def unused_gpus_hint(loaded: LoadedRecipe) -> str | None:
+    """Return the command that uses all GPUs of this machine, where a single process leaves some unused."""
+    gpus = torch.cuda.device_count()
+    if gpus < 2 or PartialState().num_processes > 1 or stage_of(loaded.recipe.stage).base_part:
+        return None
+    config = accelerate_config("ddp").path
+    return (
+        f"{gpus} GPUs are here, one is used: run `accelerate launch --config_file {config} --num_processes {gpus} -m "
+        f"pivot_hub train {loaded.path}` for all"
+    )
 
 
 def _parent_checkpoint(loaded: LoadedRecipe, runs: Path, given: str | Path | None) -> Path | None:
@@ -355,23 +433,26 @@ def _parent_checkpoint(loaded: LoadedRecipe, runs: Path, given: str | Path | Non
     return folder
 
 
-def _check_parent(loaded: LoadedRecipe, model: ModelSpec, folder: Path) -> None:
-    """Refuse a parent that joins other parts than the recipe names, before any of its weights is read.
+def _check_parent(loaded: LoadedRecipe, model: ModelSpec | MllmSpec, folder: Path) -> None:
+    """Refuse a parent that joins other parts, or comes from another MLLM, than the recipe names.
 
-    Names are compared as they are written in the recipes: a parent that was trained in another checkout has its parts
-    at other absolute paths.
+    No weight of it is read before. Names are compared as they are written in the recipes: a parent that was trained in
+    another checkout has its parts at other absolute paths.
 
     Raises:
         CheckpointError: The parent has other parts, or is not an MLLM.
     """
     remedy = "give the checkpoint of this recipe's parent with --parent, or change `model` where it is named"
     config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "llava":
+    joined = isinstance(model, ModelSpec)
+    if config.get("model_type") not in (("llava",) if joined else FAMILIES):
         kind = config.get("model_type", "nameless")
         raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not an MLLM; {remedy}.")
     provenance = folder / "provenance.json"
     recorded = json.loads(provenance.read_text()).get("model") if provenance.is_file() else None
-    parent_model = {**(recorded or {}), "feature_layer": config.get("vision_feature_layer")}
+    parent_model = dict(recorded or {})
+    if joined:
+        parent_model["feature_layer"] = config.get("vision_feature_layer")
     for key, expected in model.model_dump().items():
         if (recorded or key == "feature_layer") and parent_model.get(key) != expected:
             raise CheckpointError(
@@ -434,14 +515,18 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata
 
 
 def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """Return what identifies the parts that were joined: a folder's weights hash, or a Hub repository's commit."""
+    """Return what identifies the parts that were joined, or the MLLM that training started from.
+
+    It is the hash of a folder's weights, or the commit of a Hub repository.
+    """
     spec = loaded.recipe.model
     assert spec is not None
+    if isinstance(spec, MllmSpec):
+        parts = [("mllm", spec.mllm, spec.revision)]
+    else:
+        parts = [("vision", spec.vision, spec.vision_revision), ("language", spec.language, spec.language_revision)]
     hashes = {}
-    for part, name, revision in (
-        ("vision", spec.vision, spec.vision_revision),
-        ("language", spec.language, spec.language_revision),
-    ):
+    for part, name, revision in parts:
         folder = Path(loaded.locate(name))
         if folder.is_dir():
             hashes[part] = weights_sha256(folder)

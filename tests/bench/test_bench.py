@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 
-from pivot_hub.bench import dpo_step, encoder
-from pivot_hub.bench.dpo_step import Size, TransformerShape, bench_dpo_step
+from pivot_hub.bench import dpo_step, encode, encoder, sizes
+from pivot_hub.bench.dpo_step import bench_dpo_step
+from pivot_hub.bench.encode import WAYS, bench_encode
 from pivot_hub.bench.encoder import FORMS, bench_encoder
+from pivot_hub.bench.grpo_step import bench_grpo_step
 from pivot_hub.bench.loader import bench_loader
+from pivot_hub.bench.sizes import Size, TransformerShape
 from pivot_hub.bench.space import bench_space
 from pivot_hub.bench.train_step import bench_train_step
 from pivot_hub.bench.utilisation import utilisation
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.errors import ProbeError
+from pivot_hub.errors import DataError, PivotError, ProbeError
 from pivot_hub.planner.gpus import peak_flops
 from pivot_hub.training.dpo import SPEED_OPTIONS
+from tests.mllm.tiny_mllms import make_mllm
+from tests.mllm.tiny_processors import add_processor
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,19 +95,30 @@ SMALL = Size(
 
 
 def test_a_dpo_step_is_timed_in_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dpo_step.SIZES, "small", SMALL)
+    monkeypatch.setitem(sizes.SIZES, "small", SMALL)
     report = bench_dpo_step("small", batch=3, rounds=2, log=lambda line: None)
     for lengths in ("equal", "lognormal"):
         variants = report["variants"][lengths]
         assert list(variants) == ["trl", *SPEED_OPTIONS, "all"]
         assert variants["trl"]["speedup_over_trl"] == variants["trl"]["saved_bytes_over_trl"] == 1
-        assert variants["all"]["flops"] < variants["share_prefix"]["flops"] < variants["encode_once"]["flops"]
-        assert variants["encode_once"]["flops"] < variants["trl"]["flops"]
+        assert variants["all"]["flops"] < variants["share_prefix"]["flops"] < variants["trl"]["flops"]
+        assert variants["all"]["flops"] < variants["cache_reference"]["flops"] < variants["trl"]["flops"]
         assert variants["share_prefix"]["saved_bytes"] < variants["trl"]["saved_bytes"]
         assert all(len(v["speedups"]) == 2 and v["step_s"] > 0 for v in variants.values())
-    assert report["variants"]["equal"]["pack"]["flops"] == report["variants"]["equal"]["trl"]["flops"]
     with pytest.raises(ProbeError, match="there is no size '7b'; give one of tiny, so400m"):
         bench_dpo_step("7b")
+
+
+def test_a_grpo_step_is_timed_on_answers_with_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sizes.SIZES, "small", SMALL)
+    report = bench_grpo_step("small", prompts=2, generations=3, rounds=1, log=lambda line: None)
+    trl, ours = (report["variants"][name] for name in ("trl", "share_prefix"))
+    assert ours["loss"] == pytest.approx(trl["loss"], rel=1e-4)
+    assert abs(trl["loss"]) > 1e-3
+    assert ours["step_s"] > 0
+    assert report["prefix_tokens"] // 10 == report["answer_tokens"]
+    with pytest.raises(ProbeError, match="there is no size '7b'; give one of tiny, so400m"):
+        bench_grpo_step("7b")
 
 
 def test_the_flop_formula_agrees_with_a_counter() -> None:
@@ -112,19 +134,63 @@ def test_the_flop_formula_agrees_with_a_counter() -> None:
         max_answer_tokens=40,
     )
     rows = dpo_step._random_rows(shape, 2, "lognormal")
-    policy, processor = dpo_step._random_policy(shape, torch.float32)
+    policy, processor = sizes.random_policy(shape, torch.float32)
     for options in (None, dict.fromkeys(SPEED_OPTIONS, True)):
         with tempfile.TemporaryDirectory() as folder:
             trainer = dpo_step._build_trainer(policy, processor, rows, options, Path(folder), False)
             inputs = dpo_step._collate(trainer, rows)
             with FlopCounterMode(display=False) as counter:
-                dpo_step._step(trainer, inputs)
+                dpo_step._step("all", trainer, inputs)
         assert dpo_step.step_flops(shape, rows, options) == pytest.approx(counter.get_total_flops(), rel=0.12)
+
+
+def test_the_benchmark_of_a_dpo_step_runs_what_recipes_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast on CUDA over float32 weights; and MFU without, HFU with the recomputed forward pass."""
+    policy, _ = sizes.random_policy(SMALL, torch.float32)
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    dtypes: list[torch.dtype] = []
+
+    def compute_loss(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        output = model(inputs)
+        dtypes.append(output.dtype)
+        return cast(torch.Tensor, output.sum())
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # tests before this one trained in float32
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(2, 2),
+        accelerator=Accelerator(mixed_precision="bf16", cpu=True),
+        compute_loss=compute_loss,
+        compute_loss_context_manager=nullcontext,
+    )
+    dpo_step._step("all", trainer, torch.ones(1, 2))  # type: ignore[arg-type]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert dtypes == [torch.bfloat16]
+    assert trainer.model.weight.grad.dtype == torch.float32
+    monkeypatch.setattr(dpo_step, "utilisation", lambda flops, seconds: flops)
+    rows = dpo_step._random_rows(SMALL, 2, "equal")
+    measured = dict.fromkeys(("trl", "all"), dpo_step.Measurement([1.0], [1.0], 1, None, 1.0, None))
+    for name, forward_passes in (("trl", 4), ("all", 3)):  # the policy's and twice as much backward; the reference's
+        off, on = (dpo_step._variant_record(name, measured, SMALL, rows, again) for again in (False, True))
+        assert off["mfu"] == off["hfu"] == on["mfu"] == off["flops"]
+        assert on["hfu"] / on["mfu"] == pytest.approx((forward_passes + 1) / forward_passes)
+
+
+def test_forms_of_attention_are_compared_where_there_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pivot_hub.training import tree_layout
+
+    assert dpo_step.ONE_BY_ONE not in dpo_step._variants()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tree_layout, "HAS_VARLEN", True)
+    assert dpo_step._variants()[dpo_step.ONE_BY_ONE] == dpo_step.VARIANTS["all"]
+    for variant, at_once in (("all", True), (dpo_step.ONE_BY_ONE, False)):
+        with dpo_step._attention_of(variant):
+            assert tree_layout.HAS_VARLEN is at_once
+    assert tree_layout.HAS_VARLEN
 
 
 def test_the_record_of_dpo_steps_has_the_flops_that_are_counted() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "dpo-step-tiny.json").read_text())
-    shape = dpo_step.SIZES[record["size"]]
+    shape = sizes.SIZES[record["size"]]
     for lengths, variants in record["variants"].items():
         rows = dpo_step._random_rows(shape, record["batch"], lengths)
         for name, options in dpo_step.VARIANTS.items():
@@ -151,7 +217,20 @@ def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
         assert f"| {name} | {' | '.join(cells)} |" in readme
     assert record["equal"]["all"]["speedup_over_trl"] >= 2.3
     assert record["lognormal"]["all"]["speedup_over_trl"] >= 3
-    assert record["equal"]["all"]["saved_bytes_over_trl"] <= 0.6
+    assert record["equal"]["all"]["saved_bytes_over_trl"] <= 0.65
+    record = json.loads((ROOT / "recipes" / "bench" / "dpo-step-tiny-qwen2.5-vl.json").read_text())["variants"]
+    speedups = [record[lengths]["all"]["speedup_over_trl"] for lengths in ("equal", "lognormal")]
+    assert f"both options make {speedups[0]} and {speedups[1]} times TRL's speed" in readme
+    assert min(speedups) >= 2.5
+
+
+def test_the_readmes_grpo_speed_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "recipes" / "bench" / "grpo-step-tiny.json").read_text())
+    assert f"{record['speedup_over_trl']} times TRL's speed with eight answers" in (ROOT / "README.md").read_text()
+    assert record["speedup_over_trl"] >= 2
+    assert record["generations"] == 8
+    losses = [variant["loss"] for variant in record["variants"].values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["2-instruct", "3-dpo"])
@@ -164,6 +243,19 @@ def test_a_recipes_step_is_timed_and_compared_with_its_plan(recipes: Path, stage
     assert record["planned_bytes"] > 0
     assert record["planned_flops"] > 0
     assert "s a step of 4 rows" in lines[0]
+
+
+def test_the_step_of_a_recipe_that_starts_from_an_mllm_is_timed(tmp_path: Path) -> None:
+    make_mllm(tmp_path / "mllm", "qwen2_5_vl")
+    add_processor(tmp_path / "mllm", "qwen2_5_vl")
+    (tmp_path / "recipe.yaml").write_text(
+        "stage: dpo\nmodel: {mllm: mllm}\nlearning_rate: {vision: 1e-3}\ndata: [{format: mmpr, path: x, "
+        "images: y, expect: {rows: 8, prompt_tokens: 9, answer_tokens: 9, image_tokens: 24}}]\n"
+        "args: {per_device_train_batch_size: 2}\n"
+    )
+    record = bench_train_step(load_recipe(tmp_path / "recipe.yaml"), steps=2, log=lambda line: None)
+    assert record["rows_per_s"] == pytest.approx(2 / record["step_s"], rel=0.01)
+    assert record["planned_flops"] > 0
 
 
 def test_an_align_stage_has_no_step_to_time(recipes: Path) -> None:
@@ -185,6 +277,47 @@ def test_the_readmes_loader_speed_is_that_of_the_record() -> None:
     speeds = record["rows_per_s_per_core"]
     assert f"{speeds['zip']:.0f} rows/s from a zip archive and {speeds['parquet']:.0f} from Parquet" in page
     assert f"an H200 needs {record['gpus']['H200 141GB']['rows_per_s']:.0f}" in page
+
+
+def test_encoding_is_timed_against_bare_passes_and_a_plain_loop(parts: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    report = bench_encode(str(parts / "vision"), images=6, batch=4, workers=1, rounds=2, log=lines.append)
+    assert tuple(report["ways"]) == WAYS
+    assert len(lines) == len(WAYS)
+    assert report["ways"]["bare"]["ratio_to_bare"] == 1
+    for way in report["ways"].values():
+        assert way["images_per_s"] > 0
+        assert len(way["ratios"]) == 2
+    assert (report["photos"], report["images"], report["weights"]) == ("noise", 6, "the repository's")
+    with pytest.raises(DataError, match="holds 0 images; give a folder of 6"):
+        bench_encode(str(parts / "vision"), tmp_path, images=6)
+    with pytest.raises(DataError, match="give 1 or more"):
+        bench_encode(str(parts / "vision"), images=0)
+
+
+def test_the_readmes_speed_of_encoding_is_that_of_the_record() -> None:
+    record = json.loads((ROOT / "recipes" / "bench" / "encode-siglip-base-patch16-224.json").read_text())
+    readme, ways = " ".join((ROOT / "README.md").read_text().split()), record["ways"]
+    low, *_, high = (round(100 * ratio) for ratio in sorted(ways["pivot"]["ratios"]))
+    assert ways["pivot"]["ratio_to_bare"] >= 0.9
+    assert (
+        f"reaches {100 * ways['pivot']['ratio_to_bare']:.0f}% of the images a second of bare forward passes" in readme
+    )
+    assert f"({low} to {high}% in three rounds), and a plain loop over a DataLoader" in readme
+    assert f"DataLoader {100 * ways['loop']['ratio_to_bare']:.0f}% (" in readme
+
+
+def test_features_that_differ_are_not_compared(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = encode._loop
+
+    def other_features(*args: Any) -> float:
+        speed = loop(*args)
+        np.save(args[-1], np.load(args[-1]) + 1)
+        return speed
+
+    monkeypatch.setattr(encode, "_loop", other_features)
+    with pytest.raises(PivotError, match="gave different features"):
+        bench_encode(str(parts / "vision"), images=4, batch=4, workers=1, rounds=1, log=lambda line: None)
 
 
 @pytest.mark.slow

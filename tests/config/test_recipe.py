@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pivot_hub.config.recipe import RECIPES, Recipe, is_recorded_recipe, load_recipe, recipe_files, write_recipe
+from pivot_hub.config.recipe import (
+    RECIPES,
+    MllmSpec,
+    Recipe,
+    is_recorded_recipe,
+    load_recipe,
+    recipe_files,
+    write_recipe,
+)
 from pivot_hub.errors import RecipeError
 
 SHIPPED = recipe_files()
@@ -20,14 +28,18 @@ SHIPPED = recipe_files()
 
 def test_shipped_recipes_are_found() -> None:
     names = [str(p.relative_to(RECIPES)) for p in SHIPPED]
-    # The synthetic Shapes dataset at 64 and 224 px, and eight encoders in five stages: tests/test_full_scale.py.
-    assert len(names) == 7 + 7 + 8 * 5
+    # The synthetic Shapes dataset at 64 and 224 px, eight encoders in five stages, eight MLLMs in two, two of grpo and
+    # two of losses of two images: tests/test_full_scale.py.
+    assert len(names) == 10 + 7 + 8 * 5 + 8 * 2 + 2 + 2
     assert [name for name in names if name.startswith("shapes/")] == [
         "shapes/0-language.yaml",
         "shapes/0-vision.yaml",
         "shapes/1-align.yaml",
         "shapes/2-instruct.yaml",
         "shapes/3-dpo.yaml",
+        "shapes/3-grpo.yaml",
+        "shapes/3-image-dpo.yaml",
+        "shapes/3-rloo.yaml",
         "shapes/3-sft.yaml",
         "shapes/4-frozen.yaml",
     ]
@@ -54,8 +66,8 @@ def test_sft_and_dpo_differ_only_in_stage_rates_and_loss() -> None:
     for sft, dpo in pairs:
         a, b = _flat(load_recipe(sft).recipe.resolved()), _flat(load_recipe(dpo).recipe.resolved())
         differing = {k for k in a.keys() | b.keys() if a.get(k) != b.get(k)}
-        # On which tokens the loss is: in dpo, those that both answers share cancel.
-        loss = {"args.beta", "args.loss_type", "args.loss_weights", "labels"}
+        # On which tokens the loss is: in dpo, those that both answers share cancel, and its mean is over pairs.
+        loss = {"args.beta", "args.loss_type", "args.loss_weights", "labels", "loss_over"}
         assert differing - loss <= {"stage", *(f"learning_rate.{p}" for p in ("vision", "projector", "language"))}
 
 
@@ -75,6 +87,7 @@ MISTAKES = [
     ("3-dpo", "logging_steps: 1", "loging_steps: 1", ["3-dpo.yaml:11", "did you mean `logging_steps`"]),
     ("3-dpo", "logging_steps: 1", "logging_steps: often", ["3-dpo.yaml:11", "'often'"]),
     ("3-dpo", "logging_steps: 1", "learning_rate: 1.0e-4", ["3-dpo.yaml:11", "one learning rate per part"]),
+    ("3-sft", "logging_steps: 1", "torch_compile: true", ["3-sft.yaml:11", "torch compiles again and again"]),
     ("3-dpo", "num_train_epochs: 1", "num_train_epochs: -1", ["3-dpo.yaml:7", "must be positive"]),
     ("3-dpo", "parent: 2-instruct.yaml", "parent: 2-instuct.yaml", ["3-dpo.yaml:2", "did you mean `2-instruct.yaml`"]),
     ("3-dpo", "parent: 2-instruct.yaml\n", "", ["3-dpo.yaml:1", "`parent`"]),
@@ -87,13 +100,25 @@ MISTAKES = [
     ("3-dpo", "stage: dpo", "stage: dpo\n  x: [", ["3-dpo.yaml:2", "not YAML"]),
     ("1-align", "{projector: 1.0e-2}", "{}", ["1-align.yaml:3", "every part is frozen"]),
     ("1-align", "language: base/language", "langauge: base/language", ["1-align.yaml:2", "model.langauge", "language"]),
+    ("1-align", "vision: base/vision, ", "", ["1-align.yaml:2: `model.vision` is missing"]),
+    ("1-align", "{vision: base/vision, language: base/language, feature_layer: -2}", "qwen", ["`model` is 'qwen'"]),
+    ("4-mllm", "mllm: base/mllm", "mlm: base/mllm", ["4-mllm.yaml:2: unknown key `model.mlm` (did you mean `mllm`?)."]),
+    ("4-mllm", "revision: main", "revison: main", ["4-mllm.yaml:2", "`model.revison` (did you mean `revision`?)."]),
+    ("4-mllm", "revision: main", "vision: base/vision", ["4-mllm.yaml:2", "parts of its own; leave out `vision`."]),
+    ("4-mllm", "stage: sft", "stage: align", ["4-mllm.yaml:2: stage align does not start from an MLLM: give `model`"]),
+    ("4-mllm", "model: {mllm: base/mllm, revision: main}\n", "", ["4-mllm.yaml:1", "`parent`", "`model.mllm`"]),
 ]
+MLLM_RECIPE = (
+    "stage: sft\nmodel: {mllm: base/mllm, revision: main}\nlearning_rate: {vision: 1.0e-3}\n"
+    "data: [{format: shapes, content: pairs, rows: 8}]\n"
+)
 
 
 @pytest.mark.parametrize(("name", "old", "new", "phrases"), MISTAKES)
 def test_mistakes_name_file_line_and_remedy(
     own_recipes: Path, name: str, old: str, new: str, phrases: list[str]
 ) -> None:
+    (own_recipes / "4-mllm.yaml").write_text(MLLM_RECIPE)
     path = _edit(own_recipes, name, old, new)
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
@@ -139,6 +164,33 @@ def test_model_is_inherited_and_resolved_copy_reads_back(recipes: Path, tmp_path
     assert loaded.recipe.model is not None
     write_recipe(loaded, tmp_path / "recipe.yaml")
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == loaded.recipe.resolved()
+
+
+def test_a_recipe_starts_from_the_mllm_that_it_names_and_later_stages_from_their_parent(
+    own_recipes: Path, tmp_path: Path
+) -> None:
+    (own_recipes / "4-mllm.yaml").write_text(MLLM_RECIPE)
+    (own_recipes / "5-mllm.yaml").write_text(
+        MLLM_RECIPE.replace("sft", "dpo").replace("model: {mllm: base/mllm, revision: main}", "parent: 4-mllm.yaml")
+    )
+    first, later = (load_recipe(own_recipes / f"{name}.yaml") for name in ("4-mllm", "5-mllm"))
+    assert later.recipe.model == first.recipe.model == MllmSpec(mllm="base/mllm", revision="main")
+    assert first.start(None) == ("base/mllm", "main")  # nothing is there, so it is a name on the Hub
+    (own_recipes / "base" / "mllm").mkdir()
+    assert first.start(None) == (str((own_recipes / "base" / "mllm").resolve()), "main")
+    assert later.start(tmp_path) == (str(tmp_path), None)
+    assert load_recipe(own_recipes / "1-align.yaml").start(None) is None
+    write_recipe(first, tmp_path / "recipe.yaml")
+    assert is_recorded_recipe(tmp_path / "recipe.yaml", first.recipe)
+    other = load_recipe(own_recipes / "5-mllm.yaml", ["model.revision=v2"])
+    assert other.parent is not None
+    assert (other.recipe.model, other.parent.start(None)[1:]) == (other.parent.recipe.model, ("v2",))  # type: ignore[index]
+
+
+def test_what_needs_parts_says_that_a_recipe_starts_from_an_mllm(own_recipes: Path) -> None:
+    (own_recipes / "4-mllm.yaml").write_text(MLLM_RECIPE)
+    with pytest.raises(RecipeError, match=r"the test needs a recipe whose `model` joins .* starts from base/mllm\."):
+        load_recipe(own_recipes / "4-mllm.yaml").parts("the test")
 
 
 class RecipeWithOneMoreKey(Recipe):

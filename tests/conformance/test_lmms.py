@@ -17,7 +17,7 @@ from PIL import Image
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.mllm.load import image_px, load_mllm
+from pivot_hub.mllm.load import image_px, load_llava
 from pivot_hub.probes.run import probe_questions
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS
 from pivot_hub.probes.vqa.lmms_eval import evaluate_vqa, read_lmms
@@ -107,7 +107,7 @@ def test_the_16_tasks_of_lmms_eval_are_read_as_recorded(python: Path, tmp_path: 
 
 @pytest.mark.conformance
 def test_an_mllm_answers_in_lmms_eval_as_it_does_here(python: Path, mllm: Path, tmp_path: Path) -> None:
-    model, processor = load_mllm(mllm)
+    model, processor = load_llava(mllm)
     images, questions = probe_questions(ShapesDataset(image_px=image_px(model)), "test", 40)
     answers = generate_answers(model, processor, [q.text for q in questions], images, batch=8)
     assert len(set(answers)) > 5

@@ -65,6 +65,7 @@ def main() -> None:
                     results[repo.name][load.__name__] = {"difference": load(repo, stored)}
             except Exception as error:  # it is written to the report, and the test judges it
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                reason = reason.replace(str(repo), repo.name)  # the folder is of one machine
                 results[repo.name][load.__name__] = {"error": reason[:400]}
     report = {"versions": {"transformers": transformers.__version__}, "results": results}
     Path(sys.argv[2]).write_text(json.dumps(report, indent=2))

@@ -220,7 +220,7 @@ def test_a_hub_dataset_of_preference_pairs(tmp_path: Path) -> None:
         index = index_of(tmp_path, f"{{format: preference, path: {name}.parquet}}", "dpo", OnBadRow.SKIP)
         assert [(r.prompt, r.chosen, r.rejected) for r in index.rows()] == [("Q", "A", "B")]
         assert colours_of(index) == [colour(3)]
-        assert "`image` names one image file" in index.report.skipped[0]
+        assert "`images` names one image file" in index.report.skipped[0]
 
 
 def test_images_that_rows_name_need_a_folder(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_stopped_run_on_parquet_resumes_at_the_exact_row(
     def compute_loss(self: PivotSFTTrainer, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
         if self.state.global_step == stop[0] > 0:
             raise KeyboardInterrupt
-        batches.append(inputs["row"].tolist())
+        batches.append(list(inputs["row"]))
         return inner(self, model, inputs, *args, **more)
 
     monkeypatch.setattr(PivotSFTTrainer, "compute_loss", compute_loss)

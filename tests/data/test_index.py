@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
 from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader
 
 from pivot_hub.cli import main
 from pivot_hub.config.data_section import OnBadRow
@@ -25,7 +28,7 @@ from pivot_hub.config.recipe import LoadedRecipe, load_recipe
 from pivot_hub.data import index
 from pivot_hub.data.index import index_rows
 from pivot_hub.data.report import CheckResult
-from pivot_hub.data.row import Row
+from pivot_hub.data.row import ImageSize, Row
 from pivot_hub.data.sampler import BlockSampler
 from pivot_hub.errors import DataError, OutputError
 from pivot_hub.training.stage import run_stage
@@ -34,13 +37,15 @@ from pivot_hub.training.stage import run_stage
 class Counting:
     """A check that counts the rows it gets."""
 
+    reads_rejected_images = False
+
     def __init__(self) -> None:
         self.seen = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {"counting": True}
 
-    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+    def __call__(self, rows: Sequence[Row], *sizes: Sequence[ImageSize | None]) -> list[CheckResult]:
         self.seen += len(rows)
         return [
             CheckResult(("odd", "it is odd") if "odd" in r.prompt else None, len(r.prompt), len(r.chosen)) for r in rows
@@ -159,6 +164,45 @@ def test_an_epoch_in_blocks_is_seeded_and_whole() -> None:
         assert len(set(window.tolist())) == 8
         assert (np.diff(window) != 0).mean() > 0.7
     assert len(sampler) == 1000
+
+
+class _ReadBy(torch.utils.data.Dataset[tuple[int, int]]):
+    """The number of each row with that of the loader worker that reads it."""
+
+    def __len__(self) -> int:
+        return 2000
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None
+        return row, worker.id
+
+
+def test_each_loader_worker_of_each_process_reads_blocks_of_its_own() -> None:
+    """As accelerate shards batches over processes, and torch's loader over workers; here two of each."""
+    blocks = np.arange(2000) // 40
+    readers: dict[int, list[tuple[int, int]]] = {}
+    for streams, batch in ((1, 1), (4, 4)):
+        readers[streams] = []
+        for process in range(2):
+            sampler = BlockSampler(blocks, seed=0, window=200, streams=streams, batch=batch)
+            shard = BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), 2, process)
+            for rows, workers in DataLoader(_ReadBy(), batch_sampler=shard, num_workers=2):
+                readers[streams] += [(row, 10 * process + worker) for row, worker in zip(rows, workers, strict=True)]
+    reads = {n: len({(blocks[int(row)], int(reader)) for row, reader in pairs}) for n, pairs in readers.items()}
+    assert [sorted(int(row) for row, _ in pairs) for pairs in readers.values()] == [list(range(2000))] * 2
+    assert reads[1] == 4 * 50  # every worker reads every block
+    assert reads[4] <= 1.2 * 50  # the last windows are shared, so that all workers end together
+
+
+@pytest.mark.parametrize(("streams", "batch", "window"), [(7, 3, 64), (64, 4, 8), (3, 50, 16)])
+def test_an_epoch_in_streams_is_seeded_and_whole(streams: int, batch: int, window: int) -> None:
+    """With blocks of many sizes, also fewer of them than streams, and batches larger than a stream's window."""
+    blocks = np.repeat(np.arange(40), np.arange(1, 41))
+    order = list(BlockSampler(blocks, 1, window, streams, batch))
+    assert sorted(order) == list(range(len(blocks))) != order
+    assert order == list(BlockSampler(blocks, 1, window, streams, batch))
+    assert order != list(BlockSampler(blocks, 2, window, streams, batch))
 
 
 def test_rows_that_are_read_alone_are_blocks_of_one() -> None:
@@ -284,10 +328,10 @@ def test_a_second_process_waits_for_the_index_and_a_killed_one_is_taken_over(tmp
         here, there = fork.Pipe()
 
         class Waiting(Counting):
-            def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+            def __call__(self, rows: Sequence[Row], *sizes: Sequence[ImageSize | None]) -> list[CheckResult]:
                 there.send("building")
                 there.recv()
-                return super().__call__(rows)
+                return super().__call__(rows, *sizes)
 
         process = fork.Process(target=lambda: index_rows(loaded, Waiting(), kept, workers=1))
         process.start()

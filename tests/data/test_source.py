@@ -17,7 +17,7 @@ from pivot_hub.data.image import open_image
 from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.report import CheckResult
-from pivot_hub.data.row import Row
+from pivot_hub.data.row import ImageSize, Row
 from pivot_hub.data.source import example
 from pivot_hub.errors import DataError
 
@@ -25,10 +25,12 @@ from pivot_hub.errors import DataError
 class Unchecked:
     """A check that finds nothing wrong."""
 
+    reads_rejected_images = True
+
     def to_dict(self) -> dict[str, Any]:
         return {}
 
-    def __call__(self, rows: Sequence[Row]) -> list[CheckResult]:
+    def __call__(self, rows: Sequence[Row], *sizes: Sequence[ImageSize | None]) -> list[CheckResult]:
         return [CheckResult()] * len(rows)
 
 

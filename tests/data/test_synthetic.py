@@ -19,12 +19,15 @@ from pivot_hub.data.synthetic import (
     SHAPES,
     SPLITS,
     Combinations,
+    Form,
     Kind,
     Scene,
     ShapesDataset,
+    draw_counterfactual,
     draw_fact,
     is_unseen,
 )
+from pivot_hub.data.synthetic.scene import split_of
 
 DATASET = ShapesDataset()
 DIGEST = """
@@ -265,3 +268,77 @@ def test_every_fact_is_drawn() -> None:
     facts = {draw_fact(np.random.default_rng(i)).true for i in range(400)}
     assert len(facts) == len(SHAPES) + len(COLOUR_NAMES)
     assert {"A triangle has three corners.", "Navy is a dark colour.", "Yellow is a light colour."} <= facts
+
+
+def answers_of(scene: Scene, question: str) -> str:
+    """Answer a question about a scene from its objects alone."""
+    objects = scene.objects
+    if question == "Describe the image.":
+        return scene.caption()
+    if match := re.fullmatch(r"What (colour|shape) is the (\w+)(?: shape)?( (?:at|in) the [\w ]+)?\?", question):
+        asked, named, place = match.groups()
+        (found,) = (o for o in objects if named in (o.colour, o.shape) and place in (None, f" {o.place}"))
+        return f"It is {found.colour}." if asked == "colour" else f"It is {_with_article(found.shape)}."
+    if match := re.fullmatch(r"Where is the (\w+ \w+)\?", question):
+        (found,) = (o for o in objects if o.name == match[1])
+        return f"It is {found.place}."
+    if match := re.fullmatch(r"How many ([\w ]+?) are there\?", question):
+        plurals = {plural for o in objects for plural in (f"{o.colour} shapes", f"{o.shape}s", f"{o.shape}es")}
+        count = sum(match[1] in ("shapes", f"{o.colour} shapes", f"{o.shape}s", f"{o.shape}es") for o in objects)
+        assert count == 0 or match[1] == "shapes" or match[1] in plurals
+        singular = match[1].removesuffix("s") if match[1] != "crosses" else "cross"
+        return f"There is one {singular}." if count == 1 else f"There are {NUMBERS[count]} {match[1]}."
+    match = re.fullmatch(r"Is there an? (\w+ \w+)\?", question)
+    assert match is not None
+    is_there = any(o.name == match[1] for o in objects)
+    return f"Yes, there is {_with_article(match[1])}." if is_there else f"No, there is no {match[1]}."
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+@pytest.mark.parametrize("combinations", [None, "seen", "unseen"])
+def test_a_counterfactual_differs_in_one_thing_and_swaps_the_answers(combinations: Combinations | None) -> None:
+    dataset = ShapesDataset(combinations=combinations)
+    forms: tuple[Form, Form] = ("describe", "question")
+    yes = changed_kinds = 0
+    for i in range(200):
+        kind, form = KINDS[i % 5], forms[i // 5 % 2]
+        one = draw_counterfactual(dataset, "train", i, kind, form)
+        changed_kinds += kind != one.pair.kind
+        kind = one.pair.kind
+        assert one == draw_counterfactual(dataset, "train", i, KINDS[i % 5], form)
+        assert one.scene == dataset.scene("train", i)
+        assert answers_of(one.scene, one.pair.question) == one.pair.chosen
+        assert answers_of(one.other, one.pair.question) == one.pair.rejected
+        yes += one.pair.chosen.startswith("Yes")
+        before, after = (set(scene.objects) for scene in (one.scene, one.other))
+        gone, new = before - after, after - before
+        sizes = {(0, 1), (1, 0)} if kind == "count" else {(1, 1)}
+        assert (len(gone), len(new)) in sizes
+        if kind != "count":
+            (old,), (changed,) = gone, new
+            differing = {
+                name for name in ("shape", "colour", "size", "position") if getattr(old, name) != getattr(changed, name)
+            }
+            assert differing == {kind} or (kind == "presence" and differing in ({"colour"}, {"shape"}))
+        assert all(combinations is None or is_unseen(o.colour, o.shape) == (combinations == "unseen") for o in after)
+        assert 1 <= len(after) <= 5
+        assert split_of(one.other.signature()) == "train"
+    assert changed_kinds < 10
+    assert 4 <= yes <= 16  # of 20 questions
+
+
+def test_the_difference_of_a_counterfactual_lies_on_the_changed_object() -> None:
+    for i in range(40):
+        one = draw_counterfactual(DATASET, "test", i, KINDS[i % 5], "question")
+        difference = one.difference()
+        assert difference.any()
+        around = np.zeros_like(difference)
+        for scene, others in ((one.scene, one.other.objects), (one.other, one.scene.objects)):
+            for changed in (o for o in scene.objects if o not in others):
+                y, x = np.mgrid[: DATASET.image_px, : DATASET.image_px] + 0.5
+                reach = (changed.radius * 1.2) * DATASET.image_px + 2
+                around |= np.hypot(x - changed.x * DATASET.image_px, y - changed.y * DATASET.image_px) < reach
+        assert not (difference & ~around).any()

@@ -14,18 +14,23 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pivot_hub.demo import model_bundle
 from pivot_hub.demo.launch import load_module
+from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.explain.heatmaps import colour
 from pivot_hub.mllm.load import load_mllm
+from tests.mllm.tiny_mllms import make_mllm
+from tests.mllm.tiny_processors import add_processor
 
 CHROMIUM = shutil.which("chromium")
 DESKTOP, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
@@ -452,6 +457,62 @@ def test_other_models_by_field_and_by_link(
     page.act(lambda: p.locator("#built-in").click())
     assert [h.tobytes() for h in page.heats()] == built_in
     assert "first=" not in page.linked(without="first=")
+
+
+def test_a_tower_of_native_resolution_is_shown_in_the_shape_of_the_image(
+    browser: Any, visit: Any, tmp_path: Path
+) -> None:
+    """Two MLLMs of Qwen2.5-VL's family on a wide image: maps, patches by click, token maps, figure and numbers."""
+    for name, scale in (("qwen-sft", 1.5), ("qwen-dpo", 2.0)):
+        make_mllm(tmp_path / name, "qwen2_5_vl", partial(_scale_weights, scale))
+        add_processor(tmp_path / name, "qwen2_5_vl")
+    module = load_module()
+    app = module.build_app(BundleNames(str(tmp_path / "qwen-sft"), str(tmp_path / "qwen-dpo")))
+    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
+    try:
+        page = visit(at=address)
+        p = page.page
+        assert p.locator("#comparison h2").all_inner_texts() == ["Image", "qwen-sft", "qwen-dpo", "Difference"]
+        p.get_by_role("tab", name="Your own image").click()
+        rng = np.random.default_rng(0)
+        wide = Image.fromarray(rng.integers(0, 255, (6, 12, 3), np.uint8)).resize((336, 168))
+        file = save_image(wide, tmp_path / "wide.png")
+        page.act(lambda: p.locator("#upload input[type=file]").set_input_files(file))
+        page.act(lambda: (p.get_by_label("Right answer").fill("It is red."), p.locator("#compare").click()))
+        assert [heat.shape[:2] for heat in page.heats()] == [(160, 320)] * 3
+        frame = p.locator("#comparison .frame").nth(1).bounding_box()
+        assert frame["width"] / frame["height"] == pytest.approx(2, rel=0.03)
+        p.get_by_label("Similar patches").check()
+        p.wait_for_selector("#details-panel .patch-grid[data-rows='6'][data-columns='14']")
+        box = p.locator("#details-panel .patch-grid").bounding_box()
+        p.locator("#details-panel .patch-grid").click(position={"x": box["width"] * 0.96, "y": box["height"] * 0.7})
+        p.wait_for_selector("#details-panel .patch-grid[data-row='4'][data-column='13']")
+        for heat in page.heats("#details-panel"):
+            assert heat.shape[:2] == (6 * 16, 14 * 16)
+            assert on_scale(heat, "viridis")[4 * 16 + 8, 13 * 16 + 8] == 255
+        page.linked("row=4", "column=13")
+        with p.expect_download() as download:
+            p.locator("#save-numbers").click()
+        numbers = json.loads(Path(download.value.path()).read_text())
+        assert [np.shape(model["maps"]["gradcam"]) for model in numbers["models"]] == [(6, 14)] * 2
+        with p.expect_download() as download:
+            p.locator("#save-figure").click()
+        with Image.open(download.value.path()) as figure:
+            assert figure.width > 2 * figure.height
+        p.get_by_label("Token attribution").check()
+        p.wait_for_selector("#details-panel .tokens figure")
+        token = p.locator("#details-panel .tokens .frame").first.bounding_box()
+        assert token["width"] / token["height"] == pytest.approx(2, rel=0.05)
+        p.get_by_label("Similar patches").check()  # for the screenshot
+        p.wait_for_selector("#details-panel .patch-grid")
+    finally:
+        app.close()
+
+
+def _scale_weights(scale: float, model: Any) -> None:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(scale)
 
 
 def test_visitors_do_not_disturb_each_other(visit: Any) -> None:

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.image import read_upload
@@ -31,17 +34,22 @@ from pivot_hub.demo.comparison import (
     scene_subject,
 )
 from pivot_hub.demo.comparison_figure import draw_comparison
+from pivot_hub.demo.html import Panels
+from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
 from pivot_hub.demo.packed_bundle import SHIPPED, pack_bundle, shipped_bundle
 from pivot_hub.demo.view_state import ViewState, read_view_state
 from pivot_hub.errors import CheckpointError, DataError, OutputError
 from pivot_hub.explain.gradcam import answer_batch, answer_log_probs, gradient_map
 from pivot_hub.explain.heatmaps import colour, densities, overlap, stretch, translucent
+from pivot_hub.explain.image_maps import image_family
 from pivot_hub.explain.patch_features import patch_tokens, principal_colours, similarity
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.localization.gradient_maps import score_map
 from pivot_hub.provenance import file_sha256
 from pivot_hub.publish.secret_scan import scan_for_secrets
+from tests.mllm.tiny_mllms import make_mllm
+from tests.mllm.tiny_processors import add_processor
 from tests.publish.hub_server import hub_server
 
 
@@ -153,7 +161,7 @@ def test_a_repository_of_the_hub(trained: Path, monkeypatch: pytest.MonkeyPatch)
         BundleCache(most_parameters=1000).get(BundleNames("owner/3-sft", "owner/3-dpo"))
     (trained / "other").mkdir(exist_ok=True)
     (trained / "other" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(CheckpointError, match="not an MLLM in transformers' LLaVA format"):
+    with pytest.raises(CheckpointError, match="is no MLLM that this app can explain; give one of these: LLaVA"):
         BundleCache().get(BundleNames("owner/other", "owner/3-dpo"))
     shutil.rmtree(trained / "other")
 
@@ -163,6 +171,8 @@ import sys
 from huggingface_hub import HfApi
 from pivot_hub.errors import CheckpointError
 from pivot_hub.demo.bundle_cache import BundleCache
+from pivot_hub.demo.html import Panels
+from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleNames
 runs, bundles = sys.argv[1], BundleCache()
 for stage in ("2-instruct", "3-sft", "3-dpo"):
@@ -334,11 +344,66 @@ def test_similarity_and_principal_components() -> None:
     assert not principal_colours([tokens, rng.normal(size=(4, 4, 5))])[2]
 
 
-def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle) -> None:
     wide = Image.new("RGB", (100, 40))
     assert crop_for_encoders(bundle.info, wide).size == (100, 40)
-    monkeypatch.setattr(bundle.second.processor.image_processor, "do_center_crop", True, raising=False)
-    assert crop_for_encoders(bundle.info, wide).size == (40, 40)
+    cropping: Any = SimpleNamespace(image_processor=CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64))
+    other = replace(bundle, second=replace(bundle.second, processor=cropping))
+    assert crop_for_encoders(other.info, wide).size == (40, 40)
+
+
+# ---------------------------------------------------------------------- other families
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create MLLMs of two families, one of them twice with other weights."""
+    folder = tmp_path_factory.mktemp("families")
+    for name, family, scale in (("sft", "qwen2_5_vl", 1.5), ("dpo", "qwen2_5_vl", 2.0), ("tiles", "smolvlm", 1.0)):
+        make_mllm(folder / name, family, partial(scale_weights, scale))
+        add_processor(folder / name, family)
+    return folder
+
+
+def scale_weights(scale: float, model: Any) -> None:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(scale)
+
+
+def test_families_are_compared_on_the_image_in_its_own_shape(families: Path, tmp_path: Path) -> None:
+    """Two of one family, whose maps have the image's shape, and two families, whose grids differ."""
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 180, 3), np.uint8)
+    subject = Subject(Image.fromarray(pixels), "What is it?", "It is red.", "It is green.", np.eye(90, 180, dtype=bool))
+    panels = Panels(load_module().HERE)
+    for second, grid, projected in (("dpo", (6, 12), (3, 6)), ("tiles", (4, 4), (2, 2))):
+        names = BundleNames(str(families / "sft"), str(families / second), str(families / "sft"))
+        bundle = BundleCache(names).default()
+        assert bundle.info.image_px == 8 * 2 * 14
+        assert not bundle.info.crops
+        comparison = compare(bundle, subject)
+        maps = comparison.second.maps
+        assert comparison.first.maps["gradient"].shape == (3, 6)
+        assert (maps["gradcam"].shape, maps["gradient"].shape) == (grid, projected)
+        assert 0 <= comparison.overlap("gradcam") <= 1
+        assert comparison.second.scores is not None
+        tokens, features = compare_tokens(bundle, comparison), compare_patches(bundle, subject.image, 1)
+        assert [grid.shape[:2] for grid in features] == [(6, 12), grid]
+        assert tokens[1][-1].maps["gradcam"].shape == grid
+        assert "aspect-ratio: 180 / 90" in panels.comparison(comparison, "gradcam", "viridis")
+        assert "Image in 6 by 12 patches" in panels.patches(comparison, features, (5, 11), "viridis")
+        assert "(end)" in panels.tokens(comparison, tokens, "gradcam", "viridis")
+        if second == "tiles":
+            with pytest.raises(CheckpointError, match=r"a SmolVLM has no Qwen2\.5-VL for a parent"):
+                compare(bundle, subject, "dpo")
+        else:
+            assert compare(bundle, subject, "dpo").first.value == pytest.approx(np.log(2), abs=1e-4)
+            draw_comparison(comparison, tmp_path / "figure.png")
+
+
+def test_an_mllm_without_image_tokens_is_refused(tmp_path: Path) -> None:
+    model = make_mllm(tmp_path / "mllama", "mllama")
+    with pytest.raises(CheckpointError, match=r"Llama 3\.2 Vision has no image tokens"):
+        image_family(model.config)
+    assert BundleCache(runs=tmp_path).local_names() == []
 
 
 # ---------------------------------------------------------------------- colours

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pivot_hub.data.image import open_image
 from pivot_hub.encoder import encode
-from pivot_hub.encoder.encode import encode_folder
+from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import CheckpointError, DataError, OutputError
 from pivot_hub.outputs import lock_output
@@ -53,11 +53,11 @@ def expected_tokens(parts: Path, folder: Path, report: dict[str, object]) -> tor
 
 
 def test_parquet_has_a_row_for_every_image(parts: Path, folder: Path, tmp_path: Path) -> None:
-    progress: list[tuple[int, int]] = []
+    progress: list[tuple[int, int | None]] = []
     out = tmp_path / "f.parquet"
-    report = encode_folder(parts / "vision", folder, out, batch=4, progress=lambda d, t, r: progress.append((d, t)))
+    report = encode_source(parts / "vision", folder, out, batch=4, progress=lambda d, t, r: progress.append((d, t)))
     table = pq.read_table(out)
-    assert table["file"].to_pylist() == report["files"]
+    assert table["id"].to_pylist() == report["files"]
     assert report["files"] == sorted(report["files"])
     assert report["not_read"]["files"] == {"count": 1, "first": ["notes.txt"]}
     assert json.loads((tmp_path / "f.parquet.json").read_text()) == report
@@ -73,11 +73,11 @@ def test_parquet_has_a_row_for_every_image(parts: Path, folder: Path, tmp_path: 
 
 
 def test_npy_has_all_patch_tokens(parts: Path, folder: Path, tmp_path: Path) -> None:
-    report = encode_folder(parts / "vision", folder, tmp_path / "f.npy", tokens=True, batch=5, workers=0)
+    report = encode_source(parts / "vision", folder, tmp_path / "f.npy", tokens=True, batch=5, workers=0)
     features = np.load(tmp_path / "f.npy")
     assert features.shape == (COUNT - 2, 16, 32)
     np.testing.assert_allclose(features, expected_tokens(parts, folder, report).numpy(), atol=1e-5)
-    half = encode_folder(parts / "vision", folder, tmp_path / "h.npy", dtype="float16", workers=0)
+    half = encode_source(parts / "vision", folder, tmp_path / "h.npy", dtype="float16", workers=0)
     assert half["files"] == report["files"]
     assert np.load(tmp_path / "h.npy").dtype == np.float16
 
@@ -85,20 +85,20 @@ def test_npy_has_all_patch_tokens(parts: Path, folder: Path, tmp_path: Path) -> 
 def test_a_stopped_run_resumes_and_gives_the_same_file(
     parts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "SHARD_BATCHES", 2)
+    monkeypatch.setattr(encode, "PART_IMAGES", 6)
     whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
-    encode_folder(parts / "vision", folder, whole, batch=4, workers=0)
+    encode_source(parts / "vision", folder, whole, batch=4, workers=0)
 
-    def stop(done: int, total: int, rate: float) -> None:
+    def stop(done: int, total: int | None, rate: float) -> None:
         if done > 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(parts / "vision", folder, resumed, batch=4, workers=0, progress=stop)
+        encode_source(parts / "vision", folder, resumed, batch=4, workers=0, progress=stop)
     assert not resumed.exists()
     with pytest.raises(DataError, match="holds parts of another run"):
-        encode_folder(parts / "vision", folder, resumed, batch=4, workers=0, tokens=True)
-    report = encode_folder(parts / "vision", folder, resumed, batch=4, workers=0)
+        encode_source(parts / "vision", folder, resumed, batch=4, workers=0, tokens=True)
+    report = encode_source(parts / "vision", folder, resumed, batch=4, workers=0)
     assert report["resumed_images"] == 8
     assert resumed.read_bytes() == whole.read_bytes()
 
@@ -111,64 +111,63 @@ def few_images(folder: Path, count: int = 6) -> Path:
 
 
 def stopped(encoder: Path, images: Path, out: Path) -> None:
-    """Encode images in shards of two, and stop after the second shard."""
+    """Encode images in parts of two, and stop after the second part."""
 
-    def stop(done: int, total: int, rate: float) -> None:
+    def stop(done: int, total: int | None, rate: float) -> None:
         if done > 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(encoder, images, out, batch=2, workers=0, progress=stop)
+        encode_source(encoder, images, out, batch=2, workers=0, progress=stop)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npy"])
 def test_only_added_and_replaced_images_are_encoded_again(parts: Path, tmp_path: Path, suffix: str) -> None:
     images, out, again = few_images(tmp_path / "images"), tmp_path / f"f{suffix}", tmp_path / f"again{suffix}"
-    encode_folder(parts / "vision", images, out, workers=0)
+    encode_source(parts / "vision", images, out, workers=0)
     before = (images / "3.bmp").stat()
     Image.new("RGB", (8, 8), (0, 200, 0)).save(images / "3.bmp")
     os.utime(images / "3.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (images / "3.bmp").stat().st_size == before.st_size
     Image.new("RGB", (8, 8), (0, 0, 9)).save(images / "00.bmp")
     (images / "5.bmp").unlink()
-    report = encode_folder(parts / "vision", images, out, workers=0)
+    report = encode_source(parts / "vision", images, out, workers=0)
     assert report["files"] == ["0.bmp", "00.bmp", "1.bmp", "2.bmp", "3.bmp", "4.bmp"]
     assert report["resumed_images"] == 4
-    encode_folder(parts / "vision", images, again, workers=0)
+    encode_source(parts / "vision", images, again, workers=0)
     read = np.load if suffix == ".npy" else lambda file: np.stack(pq.read_table(file)["features"].to_numpy())
     np.testing.assert_allclose(read(out), read(again), atol=1e-5)
-    assert encode_folder(parts / "vision", images, out, workers=0)["resumed_images"] == 6
+    assert encode_source(parts / "vision", images, out, workers=0)["resumed_images"] == 6
 
 
-def test_a_damaged_shard_is_encoded_again_and_another_encoders_shards_are_never_used(
+def test_a_damaged_part_is_encoded_again_and_another_encoders_parts_are_never_used(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(encode, "PART_IMAGES", 2)
     images, out = few_images(tmp_path / "images"), tmp_path / "f.npy"
     stopped(parts / "vision", images, out)
-    (tmp_path / "f.npy.partial" / "job.json").unlink()  # as a run that was killed while it cleaned up leaves it
     other = make_vision(tmp_path / "other", hidden_size=32, intermediate_size=32)
     with pytest.raises(DataError, match="holds parts of another run"):
-        encode_folder(other, images, out, workers=0)
-    shard = tmp_path / "f.npy.partial" / "000000.npy"
-    content = bytearray(shard.read_bytes())
+        encode_source(other, images, out, workers=0)
+    part, *_ = sorted((tmp_path / "f.npy.partial").glob("*.parquet"))
+    content = bytearray(part.read_bytes())
     content[-2] ^= 64
-    shard.write_bytes(bytes(content))
-    assert encode_folder(parts / "vision", images, out, batch=2, workers=0)["resumed_images"] == 2
-    encode_folder(parts / "vision", images, tmp_path / "whole.npy", batch=2, workers=0)
+    part.write_bytes(bytes(content))
+    assert encode_source(parts / "vision", images, out, batch=2, workers=0)["resumed_images"] == 4
+    encode_source(parts / "vision", images, tmp_path / "whole.npy", batch=2, workers=0)
     assert out.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_files_of_others_and_of_running_processes_are_not_touched(parts: Path, tmp_path: Path) -> None:
     images, out = few_images(tmp_path / "images", 1), tmp_path / "f.npy"
     with lock_output(out), pytest.raises(OutputError, match=f"process {os.getpid()} on .* is working on this output"):
-        encode_folder(parts / "vision", images, out, workers=0)
+        encode_source(parts / "vision", images, out, workers=0)
     for name in ("f.npy", "f.npy.json", "f.npy.partial/notes.txt"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
         with pytest.raises(OutputError, match=name.replace(".", r"\.")):
-            encode_folder(parts / "vision", images, out, workers=0)
+            encode_source(parts / "vision", images, out, workers=0)
         assert file.read_text() == "mine"
         file.unlink()
 
@@ -183,7 +182,7 @@ def test_features_that_are_not_finite_are_named_and_not_written(
         model.backbone.get_parameter("encoder.layers.0.mlp.fc2.bias").fill_(6e4)
     monkeypatch.setattr(encode, "read_encoder", lambda name, **options: (model, processor))
     with pytest.raises(DataError, match=r"features of 0\.bmp are not finite .* compute in float32 or bfloat16"):
-        encode_folder(parts / "vision", images, tmp_path / "f.npy", dtype="float16", workers=0)
+        encode_source(parts / "vision", images, tmp_path / "f.npy", dtype="float16", workers=0)
     assert not (tmp_path / "f.npy").exists()
 
 
@@ -197,7 +196,7 @@ def test_workers_that_cannot_start_end_with_an_error_message(
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", fail)
     images = few_images(tmp_path / "images", 4)
     with pytest.raises(DataError, match=r"in 2 processes \(.*Too many open files\); give fewer --workers"):
-        encode_folder(parts / "vision", images, tmp_path / "f.npy", batch=1, workers=2)
+        encode_source(parts / "vision", images, tmp_path / "f.npy", batch=1, workers=2)
 
 
 @pytest.mark.slow
@@ -219,17 +218,17 @@ def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, t
     empty = tmp_path / "empty"
     empty.mkdir()
     for source, out, dtype, message in (
-        (folder, "f.csv", "float32", "written as .parquet or .npy"),
+        (folder, "f.csv", "float32", "written as .parquet or .npy, or to a folder"),
         (folder, "f.npy", "int8", "give one of float32, float16, bfloat16"),
         (tmp_path / "absent", "f.npy", "float32", "is not a folder"),
         (empty, "f.npy", "float32", "holds no image file"),
     ):
         with pytest.raises(DataError, match=message):
-            encode_folder(parts / "vision", source, tmp_path / out, dtype=dtype)
+            encode_source(parts / "vision", source, tmp_path / out, dtype=dtype)
     wrong: list[dict[str, Any]] = [{"batch": 0}, {"workers": -1}]
     for options in wrong:
         with pytest.raises(DataError, match=r"give [01] "):
-            encode_folder(parts / "vision", folder, tmp_path / "f.npy", **options)
+            encode_source(parts / "vision", folder, tmp_path / "f.npy", **options)
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
-        encode_folder(parts / "language", folder, tmp_path / "f.npy")
+        encode_source(parts / "language", folder, tmp_path / "f.npy")
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]

@@ -5,31 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 from pivot_hub.bench.encoder import bench_encoder
 from pivot_hub.cli import app
 from pivot_hub.data.image import open_image
-from pivot_hub.encoder import PivotVisionConfig, encode
-from pivot_hub.encoder.encode import encode_folder
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel, batches, encode
+from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.export import export_encoder
-from pivot_hub.encoder.feature_parts import FeatureParts
+from pivot_hub.encoder.feature_parts import PartFolder
 from pivot_hub.encoder.image_shapes import parse_layer, require_squares
 from pivot_hub.encoder.repository import read_encoder, verify_repository
 from pivot_hub.errors import CheckpointError, DataError, PivotError
-from pivot_hub.explain.gradcam import gradient_map, token_maps
-from pivot_hub.explain.patch_features import patch_tokens, principal_colours, similarity
+from pivot_hub.explain.image_maps import captured_tokens, fold_features
+from pivot_hub.explain.patch_features import principal_colours, similarity
 from pivot_hub.mllm.build import build_mllm, read_processor
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.load import load_llava
 from pivot_hub.mllm.published_configs import part_config
 from tests.encoder.native_towers import TOWERS, WIDTH, write_tower
 
@@ -71,12 +72,12 @@ def test_tokens_of_each_image_are_its_own_map(
     model_type: str, towers: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "tokens.parquet"
-    report = encode_folder(towers[model_type], images, out, tokens=True, batch=3, workers=0)
+    report = encode_source(towers[model_type], images, out, tokens=True, batch=3, workers=0)
     assert json.loads((tmp_path / "tokens.parquet.json").read_text()) == report
     assert report["shape"] == ["height", "width", WIDTH]
     assert [entry["file"] for entry in report["corrupt"]] == ["3-corrupt.png"]
     maps = read_maps(out)
-    assert pq.read_table(out)["file"].to_pylist() == report["files"]
+    assert pq.read_table(out)["id"].to_pylist() == report["files"]
     assert report["grids"] == [list(m.shape[:2]) for m in maps]
     assert len({m.shape for m in maps}) > 3, "images of several shapes are encoded together"
     for own, outputs in zip(maps, expected(towers[model_type], images, report["files"]), strict=True):
@@ -90,7 +91,7 @@ def test_pooled_features_are_written_as_those_of_square_encoders(
     model_type: str, suffix: str, towers: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / f"pooled{suffix}"
-    report = encode_folder(towers[model_type], images, out, batch=3, workers=0)
+    report = encode_source(towers[model_type], images, out, batch=3, workers=0)
     assert report["shape"] == [WIDTH]
     assert "grids" not in report
     pooled = np.load(out) if suffix == ".npy" else np.stack(pq.read_table(out)["features"].to_numpy())
@@ -101,29 +102,28 @@ def test_pooled_features_are_written_as_those_of_square_encoders(
 def test_large_images_are_encoded_in_smaller_batches(
     towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_folder(towers["qwen3_vl_vision"], images, tmp_path / "whole.parquet", True, batch=7, workers=0)
+    encode_source(towers["qwen3_vl_vision"], images, tmp_path / "whole.parquet", True, batch=7, workers=0)
     sizes: list[int] = []
-    joined = encode._joined
+    joined = batches.join_inputs
 
     def noted(inputs: Any) -> Any:
         sizes.append(len(inputs))
         return joined(inputs)
 
-    monkeypatch.setattr(encode, "_joined", noted)
-    monkeypatch.setattr(encode, "NUMBERS", 60_000)
-    encode_folder(towers["qwen3_vl_vision"], images, tmp_path / "parts.parquet", True, batch=7, workers=0)
-    batches = [size for size in sizes if size > 1]
-    assert len(batches) > 1
-    assert max(batches) < 7
+    monkeypatch.setattr(encode, "join_inputs", noted)
+    monkeypatch.setattr(batches, "NUMBERS", 60_000)
+    encode_source(towers["qwen3_vl_vision"], images, tmp_path / "parts.parquet", True, batch=7, workers=0)
+    assert len(sizes) > 1
+    assert max(sizes) < 7
     whole, parts = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
-    assert whole["file"].equals(parts["file"])
+    assert whole["id"].equals(parts["id"])
     for one, other in zip(whole["features"].to_pylist(), parts["features"].to_pylist(), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_worker_processes_prepare_images_of_any_shape(towers: dict[str, Path], images: Path, tmp_path: Path) -> None:
     for workers in (0, 2):
-        encode_folder(towers["pixtral"], images, tmp_path / f"{workers}.parquet", True, batch=2, workers=workers)
+        encode_source(towers["pixtral"], images, tmp_path / f"{workers}.parquet", True, batch=2, workers=workers)
     assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
 
 
@@ -131,21 +131,21 @@ def test_worker_processes_prepare_images_of_any_shape(towers: dict[str, Path], i
 def test_a_stopped_run_resumes_and_gives_the_same_maps(
     model_type: str, towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(encode, "PART_IMAGES", 2)
     whole, out = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
-    encode_folder(towers[model_type], images, whole, tokens=True, batch=2, workers=0)
+    encode_source(towers[model_type], images, whole, tokens=True, batch=2, workers=0)
 
-    def stop(done: int, total: int, rate: float) -> None:
+    def stop(done: int, total: int | None, rate: float) -> None:
         if done > 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        encode_folder(towers[model_type], images, out, tokens=True, batch=2, workers=0, progress=stop)
+        encode_source(towers[model_type], images, out, tokens=True, batch=2, workers=0, progress=stop)
     assert not out.exists()
-    damaged = tmp_path / "resumed.parquet.partial" / "000001.npy"
+    damaged = sorted((tmp_path / "resumed.parquet.partial").glob("*.parquet"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-4])
-    report = encode_folder(towers[model_type], images, out, tokens=True, batch=2, workers=0)
-    assert report["resumed_images"] == 2, "the damaged shard is not used"
+    report = encode_source(towers[model_type], images, out, tokens=True, batch=2, workers=0)
+    assert report["resumed_images"] == 3, "the damaged part is not used, and the corrupt image is known"
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -157,10 +157,10 @@ def test_only_added_and_replaced_images_are_encoded_again(
     for i in range(4):
         (folder / f"{i}.png").write_bytes((images / f"{i}.png").read_bytes())
     out = tmp_path / "f.parquet"
-    encode_folder(towers["pixtral"], folder, out, tokens=True, batch=2, workers=0)
+    encode_source(towers["pixtral"], folder, out, tokens=True, batch=2, workers=0)
     (folder / "0.png").write_bytes((images / "6.png").read_bytes())
     (folder / "1b.png").write_bytes((images / "5.png").read_bytes())
-    report = encode_folder(towers["pixtral"], folder, out, tokens=True, batch=2, workers=0)
+    report = encode_source(towers["pixtral"], folder, out, tokens=True, batch=2, workers=0)
     assert report["resumed_images"] == 3
     assert report["files"] == ["0.png", "1.png", "1b.png", "2.png", "3.png"]
     outputs = expected(towers["pixtral"], folder, report["files"])
@@ -168,21 +168,21 @@ def test_only_added_and_replaced_images_are_encoded_again(
         np.testing.assert_allclose(own, one.last_hidden_state[0].numpy(), atol=1e-5)
 
 
-def test_a_shard_holds_no_more_bytes_than_a_stopped_run_may_lose(
+def test_a_part_holds_about_as_many_bytes_as_a_stopped_run_may_lose(
     towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(encode, "SHARD_BYTES", 16_000)
-    write_shard = FeatureParts.write_shard
+    monkeypatch.setattr(encode, "PART_BYTES", 16_000)
+    write_part = PartFolder.write_part
 
-    def record(self: Any, encoded: Any, features: list[np.ndarray], *rest: Any) -> None:
-        sizes.append(sum(f.nbytes for f in features))
-        write_shard(self, encoded, features, *rest)
+    def record(self: Any, name: str, number: int, tables: list[pa.Table]) -> Any:
+        sizes.append(tables[0].slice(0, len(tables[0]) - 1).nbytes)
+        return write_part(self, name, number, tables)
 
-    monkeypatch.setattr(FeatureParts, "write_shard", record)
-    encode_folder(towers["pixtral"], images, tmp_path / "f.parquet", tokens=True, batch=1, workers=0)
+    monkeypatch.setattr(PartFolder, "write_part", record)
+    encode_source(towers["pixtral"], images, tmp_path / "f.parquet", tokens=True, batch=1, workers=0)
     assert len(sizes) > 1
-    assert max(sizes) <= 16_000
+    assert max(sizes) <= 16_000, "a part ends with the image that fills it"
 
 
 def test_an_image_of_a_shape_that_the_processor_refuses_is_listed(towers: dict[str, Path], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_an_image_of_a_shape_that_the_processor_refuses_is_listed(towers: dict[s
     folder.mkdir()
     Image.new("RGB", (900, 2)).save(folder / "line.png")
     Image.new("RGB", (60, 60)).save(folder / "square.png")
-    report = encode_folder(towers["qwen3_vl_vision"], folder, tmp_path / "f.parquet", tokens=True, workers=0)
+    report = encode_source(towers["qwen3_vl_vision"], folder, tmp_path / "f.parquet", tokens=True, workers=0)
     assert report["files"] == ["square.png"]
     assert "line.png: its image processor does not take 900 x 2 px" in report["corrupt"][0]["reason"]
 
@@ -209,14 +209,14 @@ def test_features_that_are_not_finite_are_named(
     monkeypatch.setattr(model, "forward", broken)
     monkeypatch.setattr(encode, "read_encoder", lambda name, **options: (model, processor))
     with pytest.raises(DataError, match=r"the features of 1\.png are not finite"):
-        encode_folder(towers["siglip2_vision_model"], images, tmp_path / "f.parquet", tokens=True, workers=0)
+        encode_source(towers["siglip2_vision_model"], images, tmp_path / "f.parquet", tokens=True, workers=0)
 
 
 def test_tokens_in_npy_are_refused_before_anything_is_written(
     towers: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"give --out a name that ends in .parquet, or leave --tokens out"):
-        encode_folder(towers["pixtral"], images, tmp_path / "f.npy", tokens=True)
+        encode_source(towers["pixtral"], images, tmp_path / "f.npy", tokens=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,14 +235,24 @@ def test_any_feature_layer_is_written_and_recorded(
     for own, one in zip(read_maps(out, width), expected(tower, images, report["files"], layer), strict=True):
         np.testing.assert_allclose(own, one.last_hidden_state[0].numpy(), atol=1e-5)
     other = 2 if layer != 2 else 1
-    again = encode_folder(tower, images, out, tokens=True, workers=0, feature_layer=other)
+    again = encode_source(tower, images, out, tokens=True, workers=0, feature_layer=other)
     assert again["resumed_images"] == 0, "features of another layer are never used"
+
+
+def test_several_layers_are_written_in_one_pass(towers: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    tower, out = towers["qwen3_vl_vision"], tmp_path / "f.parquet"
+    report = encode_source(tower, images, out, tokens=True, workers=0, feature_layer=["last_hidden_state", 1])
+    rows = pq.read_table(out).to_pylist()
+    for name, layer in (("features_last_hidden_state", "last_hidden_state"), ("features_1", 1)):
+        for row, one in zip(rows, expected(tower, images, report["files"], layer), strict=True):
+            own = np.array(row[name], np.float32).reshape(row["height"], row["width"], WIDTH)
+            np.testing.assert_allclose(own, one.last_hidden_state[0].numpy(), atol=1e-5)
 
 
 def test_a_feature_layer_that_the_tower_lacks_is_refused(towers: dict[str, Path], images: Path, tmp_path: Path) -> None:
     for layer, message in ((9, "give -4 to 3"), ("merged", "give the number of a hidden state, or last_hidden_state")):
         with pytest.raises(CheckpointError, match=message):
-            encode_folder(towers["pixtral"], images, tmp_path / "f.parquet", feature_layer=layer)
+            encode_source(towers["pixtral"], images, tmp_path / "f.parquet", feature_layer=layer)
 
 
 def test_layers_of_the_command_line() -> None:
@@ -283,11 +293,33 @@ def pixtral_mllm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlavaF
     text = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     vision = PivotVisionConfig({"model_type": "pixtral", **TOWERS["pixtral"]}).backbone_config
     model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, vision_feature_layer=-1)
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=5,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
     )
     folder = tmp_path_factory.mktemp("mllm")
     model.save_pretrained(folder)
     return folder, model
+
+
+def test_patch_features_inside_an_mllm_are_those_of_the_tower(
+    towers: dict[str, Path], pixtral_mllm: tuple[Path, LlavaForConditionalGeneration], images: Path
+) -> None:
+    """In the shape of the image, in its MLLM as alone."""
+    _, mllm = pixtral_mllm
+    encoder = PivotVisionModel(PivotVisionConfig(mllm.config.vision_config), mllm.model.vision_tower)
+    encoder.image_processor = read_encoder(towers["pixtral"])[1]
+    inputs = encoder.prepare([open_image(images / "0.png", "0.png")])
+    with torch.no_grad(), captured_tokens(mllm) as tokens:
+        (features,) = encoder(**inputs).last_hidden_state
+        mllm.model.get_image_features(**inputs)
+    (inside,) = fold_features(mllm, tokens["features"], inputs)
+    assert inside.shape[0] != inside.shape[1]
+    assert torch.equal(inside, features)
 
 
 def test_what_needs_square_images_names_the_tower_and_the_remedy(
@@ -298,8 +330,7 @@ def test_what_needs_square_images_names_the_tower_and_the_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tower, language = str(towers["qwen3_vl_vision"]), str(parts / "language")
-    folder, mllm = pixtral_mllm
-    image, processor = Image.new("RGB", (50, 50)), cast(LlavaProcessor, None)
+    folder, _ = pixtral_mllm
 
     def no_work(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights are loaded before the refusal")
@@ -312,10 +343,7 @@ def test_what_needs_square_images_names_the_tower_and_the_remedy(
         (lambda: build_mllm(tower, language), "give one of the other backbones"),
         (lambda: read_processor(tower, language), "give one of the other backbones"),
         (lambda: part_config(tower), "give one of the other backbones"),
-        (lambda: load_mllm(folder), "give one of the other backbones"),
-        (lambda: gradient_map(mllm, processor, image, "?", "!"), "give one of the other backbones"),
-        (lambda: token_maps(mllm, processor, image, "?", "!"), "give one of the other backbones"),
-        (lambda: patch_tokens(mllm, processor, image), "give one of the other backbones"),
+        (lambda: load_llava(folder), "give one of the other backbones"),
     ]
     for use, remedy in uses:
         with pytest.raises(PivotError, match=r"is a tower of native resolution; .*" + remedy):

@@ -127,7 +127,7 @@ def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> No
 def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every Python block in order, in one namespace, on the tiny encoder, whose 3 layers need other out_indices."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Use an encoder")[1].split("\n## ")[0]
+    section = readme.split("## Use an encoder")[1].split("\n### Features of many images")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 3
     assert "quickstart/hub/pivot/shapes-dpo" in blocks[0]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from pivot_hub import PivotVisionModel, diff_towers, extract_encoder
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CheckpointError, PivotError
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.load import load_llava
 from pivot_hub.mllm.weight_files import INDEX, WeightFiles
 from pivot_hub.probes.run import probe_encoder
 from tests.mllm.tiny_mllms import TINY, make_mllm
@@ -406,7 +406,7 @@ def test_an_mllm_in_an_encoders_place_is_sent_to_extract(name: str, tmp_path: Pa
             use(tmp_path / "model")
     assert re.search(message, verify_repository(tmp_path / "model")[0])
     with pytest.raises(CheckpointError, match=f"{name} model, an MLLM, but not of LLaVA's classes.*{command}"):
-        load_mllm(tmp_path / "model")
+        load_llava(tmp_path / "model")
 
 
 def test_headers_alone_are_read_to_list_a_folder(source: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForImageTextToText
 
 from pivot_hub import PivotVisionModel, diff_towers, extract_encoder
 from pivot_hub.encoder.configuration_pivot import BACKBONES, MERGED
-from pivot_hub.encoder.encode import encode_folder
+from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CheckpointError
@@ -108,7 +108,9 @@ def test_features_equal_those_that_enter_the_projector(
     with torch.no_grad():
         features = encoder(**inputs).last_hidden_state
         expected = ENTERED[mllm.config.model_type](mllm, encoder, inputs)
-    maps = features if encoder.is_native_resolution else features.unflatten(1, encoder._grid(inputs["pixel_values"]))
+    maps = (
+        features if encoder.config.image_size is None else features.unflatten(1, encoder._grid(inputs["pixel_values"]))
+    )
     assert len(maps) == len(expected) == 3
     for own, inside in zip(maps, expected, strict=True):
         assert torch.equal(own, inside)
@@ -150,7 +152,7 @@ def test_images_of_different_shapes_give_maps_of_their_shapes(encoder: Any, inpu
     with torch.no_grad():
         outputs = encoder(**inputs)
     assert outputs.pooler_output.shape == (3, encoder.config.hidden_size)
-    if not encoder.is_native_resolution:
+    if encoder.config.image_size is not None:
         assert outputs.last_hidden_state.shape[0] == 3
         return
     heights, widths, _ = zip(*(features.shape for features in outputs.last_hidden_state), strict=True)
@@ -189,7 +191,7 @@ def test_an_image_becomes_as_many_tokens_as_the_table_says(
     counts = [len(tokens) for tokens in outputs]
     if family.tiles == "best resolution":  # the tokens of tiles are packed by a rule of their own
         counts = [mllm.model.multi_modal_projector(m.flatten(0, 1)).shape[0] for m in _llava(mllm, encoder, inputs)]
-    if encoder.is_native_resolution:
+    if encoder.config.image_size is None:
         config = encoder.config.backbone_config
         layout = LAYOUTS[BACKBONES[config.model_type].layout]  # type: ignore[index]
         grids = layout.grids(inputs, config)
@@ -285,9 +287,9 @@ def test_encode_writes_the_features_of_images_of_different_shapes(
         image.save(tmp_path / "images" / f"{i}.png")
     if name in WITHOUT_PROCESSOR:
         with pytest.raises(CheckpointError, match="has no form without torchvision"):
-            encode_folder(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
+            encode_source(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
         return
-    encode_folder(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
+    encode_source(repository, tmp_path / "images", tmp_path / "features.npy", workers=0)
     with torch.no_grad():
         expected = encoder.forward_features(images).pooler_output
     assert np.allclose(np.load(tmp_path / "features.npy"), expected.numpy(), atol=1e-5)
@@ -343,7 +345,7 @@ def _square_tokens(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> 
 
 
 def _llava(mllm: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    if encoder.is_native_resolution:
+    if encoder.config.image_size is None:
         return _flat_tokens(mllm, encoder, inputs)
     return _square_tokens(mllm, encoder, inputs)
 

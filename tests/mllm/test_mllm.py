@@ -19,7 +19,7 @@ from pivot_hub.config.recipe import load_recipe
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.build import build_mllm, read_processor
 from pivot_hub.mllm.chat_templates import GEMMA, LLAMA3, QWEN, ChatFormat
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.load import load_llava, load_mllm
 from pivot_hub.mllm.published_configs import part_config
 from pivot_hub.mllm.trainable import freeze_parts, parameter_groups, parts_of
 from pivot_hub.training.stage import run_stage
@@ -106,7 +106,7 @@ def test_groups_hold_each_trained_parameter_once_at_its_learning_rate(parts: Pat
     decayed = {n for n, p in model.named_parameters() if p.ndim > 1}
     groups = parameter_groups(model, rates, 0.1, decayed)
     grouped = [id(p) for g in groups for p in g["params"]]
-    expected = [id(p) for part in rates for m in parts_of(model)[part] for p in m.parameters() if p.requires_grad]
+    expected = [id(p) for part in rates for p in parts_of(model)[part].values() if p.requires_grad]
     assert sorted(grouped) == sorted(expected)
     assert len(set(grouped)) == len(grouped)
     assert {(g["part"], g["lr"], g["weight_decay"]) for g in groups} == {
@@ -115,14 +115,14 @@ def test_groups_hold_each_trained_parameter_once_at_its_learning_rate(parts: Pat
         ("projector", 1e-3, 0.1),
         ("projector", 1e-3, 0.0),
     }
-    assert not any(p.requires_grad for m in parts_of(model)["language"] for p in m.parameters())
+    assert not any(p.requires_grad for p in parts_of(model)["language"].values())
 
 
 def test_saved_mllm_loads_equal(parts: Path, tmp_path: Path) -> None:
     model, processor = build_mllm(str(parts / "vision"), str(parts / "language"))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded, loaded_processor = load_mllm(tmp_path)
+    loaded, loaded_processor = load_llava(tmp_path)
     state = loaded.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert loaded_processor.chat_template == processor.chat_template
@@ -151,7 +151,7 @@ def test_unknown_parts_are_named(parts: Path, tmp_path: Path) -> None:
         build_mllm(str(tmp_path / "no-such-encoder"), str(parts / "language"))
     with pytest.raises(CheckpointError, match="is not supported; give one of"):
         build_mllm(str(make_language(tmp_path / "language")), str(parts / "language"))
-    with pytest.raises(CheckpointError, match="not an MLLM"):
+    with pytest.raises(CheckpointError, match="no MLLM of the table"):
         load_mllm(parts / "vision")
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_mllm(tmp_path)
@@ -284,7 +284,7 @@ def test_mllms_are_named_where_an_encoder_or_llava_is_needed(parts: Path, tmp_pa
     (tmp_path / "gemma").mkdir()
     (tmp_path / "gemma" / "config.json").write_text('{"model_type": "gemma3"}')
     with pytest.raises(CheckpointError, match=r"holds a gemma3 model, an MLLM, but not of LLaVA's.*`pivot extract "):
-        load_mllm(tmp_path / "gemma")
+        load_llava(tmp_path / "gemma")
     for layers in ([-2, -1], -5):
         folder = _changed(tmp_path / "mllm", tmp_path / str(layers), vision_feature_layer=layers)
         with pytest.raises(CheckpointError, match=r"features of several layers|the encoder has 3 layers; give -4 to 3"):

@@ -11,7 +11,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from pivot_hub.encoder.configuration_pivot import native_config
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.build import build_mllm
-from pivot_hub.mllm.published_configs import image_tokens, meta_mllm, part_config, published_parts
+from pivot_hub.mllm.published_configs import (
+    image_tokens,
+    meta_mllm,
+    meta_model,
+    part_config,
+    published_mllms,
+    published_parts,
+    whole_config,
+)
 from tests.conftest import make_language
 from tests.encoder.originals import IMAGE_PX, ORIGINALS, make_vision
 
@@ -43,6 +51,15 @@ def test_a_published_part_has_its_published_size(name: str) -> None:
     tolerance = TOLERANCES.get(published, 0) * number(published) or last_digit(published)
     assert count_parameters(part_config(name)) == pytest.approx(number(published), abs=tolerance)
     assert published_parts()[name]["licence"]
+
+
+@pytest.mark.parametrize("name", published_mllms())
+def test_a_published_mllm_has_its_published_size(name: str) -> None:
+    """The Hub's count of parameters is of the stored weights, without lm_head where it is the embeddings."""
+    published = published_mllms()[name]["parameters"]
+    count = sum(p.numel() for p in meta_model(whole_config(name)).parameters())
+    assert count == pytest.approx(number(published), abs=last_digit(published))
+    assert published_mllms()[name]["licence"]
 
 
 def test_all_parts_of_the_paper_are_listed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ GRIDS: dict[str, Any] = {
     "temporal_patch_size": 2,
 }
 TEXT: dict[str, Any] = {
-    "vocab_size": 200,
+    "vocab_size": 320,
     "hidden_size": WIDTH,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -41,6 +42,7 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 0,
 }
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0}
+HYBRID = ["linear_attention", "full_attention"]
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 NORMALISED = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True}
 ONE_SQUARE = {**NORMALISED, "size": {"height": SIDE, "width": SIDE}}
@@ -108,7 +110,7 @@ TINY = {
         "clip_vision_model",
         "llama",
         "LlavaNextImageProcessor",
-        CROPPED,
+        {**CROPPED, "image_grid_pinpoints": PINPOINTS},
         image_grid_pinpoints=PINPOINTS,
     ),
     "llava_onevision": _llava(
@@ -116,7 +118,7 @@ TINY = {
         "siglip_vision_model",
         "qwen2",
         "LlavaOnevisionImageProcessor",
-        ONE_SQUARE,
+        {**ONE_SQUARE, "image_grid_pinpoints": PINPOINTS},
         image_grid_pinpoints=PINPOINTS,
     ),
     "paligemma": _llava(
@@ -160,7 +162,7 @@ TINY = {
     "qwen2_5_vl": _qwen("qwen2_5_vl", WITH_MROPE, window_size=2 * 2 * PATCH, fullatt_block_indexes=[1]),
     "qwen3_vl": _qwen("qwen3_vl", {**WITH_MROPE, "head_dim": 8}, **DEEPSTACK),
     "qwen3_vl_moe": _qwen("qwen3_vl_moe", {**WITH_MROPE, "head_dim": 8, **EXPERTS}, **DEEPSTACK),
-    "qwen3_5": _qwen("qwen3_5", {**TEXT, "head_dim": 8}, num_position_embeddings=16),
+    "qwen3_5": _qwen("qwen3_5", {**TEXT, "head_dim": 8, "layer_types": HYBRID}, num_position_embeddings=16),
     "qwen3_5_moe": _qwen("qwen3_5_moe", {**TEXT, "head_dim": 8, **EXPERTS}, num_position_embeddings=16),
     "glm4v": Recipe(
         "glm4v",
@@ -205,7 +207,7 @@ TINY = {
             "num_kv_shared_layers": 0,
             "layer_types": ["sliding_attention", "full_attention"],
             "hidden_size_per_layer_input": 0,
-            "vocab_size_per_layer_input": 200,
+            "vocab_size_per_layer_input": 320,
         },
         {
             "image_processor_type": "Gemma4ImageProcessor",
@@ -276,7 +278,7 @@ def make_mllm(folder: Path, name: str, change: Callable[[Any], None] = lambda mo
         name: Entry of TINY.
         change: Function that changes the model before it is saved.
     """
-    recipe = TINY[name]
+    recipe = deepcopy(TINY[name])  # configs change the dictionaries that they are made from
     vision = {**(FLAT_TOWER if recipe.vision.get("model_type") == "siglip_vision_model" else {}), **recipe.vision}
     config_class: Any = CONFIG_MAPPING[recipe.model_type]
     config = config_class(vision_config=vision, text_config=recipe.text, **recipe.further)

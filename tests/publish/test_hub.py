@@ -362,6 +362,7 @@ def test_after_a_refused_request_the_remote_is_as_before_or_complete(tmp_path: P
         assert row["after"]["tree"] == row["whole"]["tree"] or empty, number
 
 
+@pytest.mark.slow
 def test_every_fault_ends_as_the_table_says(tmp_path: Path) -> None:
     rows = try_faults(tmp_path)
     outcomes = [(r["fault"], r["tries"], r["ends"], r["remote"], r["again"]) for r in rows]

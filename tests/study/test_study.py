@@ -25,11 +25,12 @@ from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.errors import ProbeError, RecipeError, TrainingError
+from pivot_hub.probes import ranking
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
 from pivot_hub.study.design import Cell, load_study
-from pivot_hub.study.measures import _kinds_of_tokens, _kinds_of_words, word_gradients
+from pivot_hub.study.measures import _kinds_of_words, word_gradients
 from pivot_hub.study.report import write_report
 from pivot_hub.study.runner import chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
@@ -279,20 +280,20 @@ def test_a_killed_process_is_an_error_message_and_the_environment_is_restored(tm
 def test_a_run_that_fails_is_reported_and_the_others_are_run(tmp_path: Path) -> None:
     study = miniature(tmp_path, {"sft", "dpo-frozen"})
     spec = yaml.safe_load(study.read_text())
-    spec["runs"]["dpo"]["change"] += ["args.pack_tokens=64", "args.pack=false"]
+    spec["runs"]["dpo"]["change"] += ["args.precompute_ref_log_probs=true"]
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
-    with pytest.raises(TrainingError, match=r"2 of \d+ runs failed, dpo@1e-05/seed-100 first: pack_tokens counts"):
+    with pytest.raises(TrainingError, match=r"2 of \d+ runs failed, dpo@1e-05/seed-100 first: precompute_ref"):
         run_study(study, tmp_path / "out", log=lambda line: None)
     table = collect_table(load_study(study), tmp_path / "out")
     states = {(r["run"], r["seed"], r["candidate"]): (r["status"], r["reason"]) for r in table.rows}
     assert len(states) == len(load_study(study).cells())
     assert states["dpo", 100, 1e-5][0] == "failed"
-    assert "pack_tokens counts packed tokens" in states["dpo", 100, 1e-5][1]
+    assert "precompute_ref_log_probs adds columns" in states["dpo", 100, 1e-5][1]
     assert states["dpo", 0, None][0] == states["dpo-frozen", 1, None][0] == "not started"
     assert states["sft", 0, None][0] == states["sft", 1, None][0] == "done"
     text = report_of(table, study, tmp_path)
     assert "done 10, failed 2, not started because of those 4" in text
-    assert "dpo, seed 100: pack_tokens counts" in text
+    assert "dpo, seed 100: precompute_ref_log_probs adds" in text
     assert "Not run yet, or in fewer than two seeds: DPO against SFT" in text
     assert states["dpo", 100, 3e-5][0] == "failed"
 
@@ -344,10 +345,13 @@ def test_an_unknown_study_is_refused_with_the_names_of_the_shipped_ones() -> Non
         load_study("shapes/studdy")
 
 
-@pytest.mark.parametrize("name", ["shapes/study", "shapes-224/study"])
-def test_shipped_studies_are_right(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "seeds"),
+    [("shapes/study", 5), ("shapes-224/study", 5), ("shapes/study-images", 3), ("shapes/study-grpo", 3)],
+)
+def test_shipped_studies_are_right(name: str, seeds: int) -> None:
     study = load_study(name)
-    assert len(study.spec.seeds) >= 5
+    assert len(study.spec.seeds) >= seeds
     for factor in study.spec.factors:
         for pair in factor.pairs:
             # Runs that are compared were chosen from equally many candidates.
@@ -355,13 +359,16 @@ def test_shipped_studies_are_right(name: str) -> None:
             assert len(tried - {0}) <= 1
 
 
-def test_the_committed_report_is_that_of_the_committed_table(tmp_path: Path) -> None:
-    study = load_study("shapes/study")
-    table = read_table(SHAPES / "study.parquet")
+@pytest.mark.parametrize("name", ["study", "study-images", "study-grpo"])
+def test_the_committed_report_is_that_of_the_committed_table(name: str, tmp_path: Path) -> None:
+    study = load_study(f"shapes/{name}")
+    table = read_table(SHAPES / f"{name}.parquet")
     assert table.metadata["study_sha256"] == study.sha256
-    assert report_of(table, study.path, tmp_path) == (SHAPES / "STUDY.md").read_text()
-    assert {f.name for f in (tmp_path / "study").iterdir()} == {f.name for f in (SHAPES / "study").iterdir()}
-    assert sum(f.stat().st_size for f in [SHAPES / "study.parquet", *(SHAPES / "study").iterdir()]) < 3_000_000
+    report = tmp_path / f"{name.upper()}.md"
+    write_report(study, table, report)
+    assert report.read_text() == (SHAPES / report.name).read_text()
+    assert {f.name for f in (tmp_path / name).iterdir()} == {f.name for f in (SHAPES / name).iterdir()}
+    assert sum(f.stat().st_size for f in [SHAPES / f"{name}.parquet", *(SHAPES / name).iterdir()]) < 3_000_000
 
 
 def test_words_that_differ_are_told_from_the_others() -> None:
@@ -369,10 +376,6 @@ def test_words_that_differ_are_told_from_the_others() -> None:
     kinds = _kinds_of_words("Yes, there is a red star.", "No, there is no red star.", "seen")
     assert kinds[0] == "seen"
     assert kinds[-1] == "other"
-    assert (
-        _kinds_of_tokens(["It", " is", " mar", "oon", "."], ["other", "other", "seen"])
-        == ["other", "other", "seen"] + ["seen"] * 2
-    )
 
 
 def test_gradients_are_relative_to_the_mean_token() -> None:
@@ -399,6 +402,18 @@ def test_swapping_the_answers_of_pairs_swaps_the_ranking() -> None:
     reversed_ = rank_pairs(mllm.model, mllm.processor, swapped, images, conditions)
     assert original.value + reversed_.value == pytest.approx(100)
     assert original.value > 55  # the shipped MLLM prefers true answers
+
+
+def test_pairs_are_ranked_alike_one_by_one_and_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    mllm = shipped_bundle().first
+    images, pairs = probe_pairs(ShapesDataset(), "validation", 21)
+    conditions = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
+    scores = []
+    for batch in (1, 8):
+        monkeypatch.setattr(ranking, "BATCH", batch)
+        scores.append(rank_pairs(mllm.model, mllm.processor, pairs, images, conditions).example_scores)
+    assert scores[0] is not None
+    assert scores[0].tolist() == scores[1].tolist()  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
-from pivot_hub.data.row import Row
+from pivot_hub.data.row import ImageSize, Row
 from pivot_hub.data.source import Columns, example
 from pivot_hub.errors import DataError
 from pivot_hub.mllm.build import build_mllm
@@ -88,7 +88,7 @@ def test_batches_of_single_answers_are_trls_own(recipes: Path, parts: Path, stag
     rows = index_rows(load_recipe(recipes / f"{stage}.yaml", ["data.0.rows=12"]), check)
     examples = [rows.as_dataset(columns, processor.image_token)[i] for i in range(len(rows.table))]
     ours = ConversationCollator(processor, 70)(examples)
-    assert ours.pop("row").tolist() == list(range(12))
+    assert ours.pop("row") == list(range(12))
     if columns == "conversation":
         split = [(e["images"], e["messages"][:-1], e["messages"][-1:]) for e in examples]
         examples = [{"images": i, "prompt": p, "completion": c} for i, p, c in split]
@@ -115,6 +115,20 @@ def test_llava_nexts_labels_are_its_code() -> None:
         "<|im_start|>|\n|<|im_end|>\n"
         "<|im_start|>assistant\non the left\n<|im_end|>\n"
     )
+
+
+@pytest.mark.parametrize("labels", [None, "llava_next"])
+def test_rows_have_the_same_labels_and_weights_one_after_the_other_as_padded(labels: Any) -> None:
+    """The first token of a row, which nothing predicts, is not predicted from the row before it."""
+    processor = processor_of(QWEN)
+    images = [Image.new("RGB", (40, 30), "red")]
+    rows = [example(images, row_of(turns), "conversation", "") for turns in (TURNS, TURNS[:2], TURNS)]
+    padded = ConversationCollator(processor, labels=labels, weigh_rows=True)(rows)
+    one_row = ConversationCollator(processor, None, labels, lambda text: torch.arange(len(text.ids))[None], True)(rows)
+    for batch in (padded, one_row):
+        assert float(batch["label_weights"][:, 1:].sum()) == pytest.approx(3)
+    predicted = [int((batch["labels"][:, 1:] != -100).sum()) for batch in (padded, one_row)]
+    assert predicted[0] == predicted[1]
 
 
 def test_the_plain_format_is_image_then_caption() -> None:
@@ -164,7 +178,8 @@ def test_the_check_counts_the_tokens_of_the_collator() -> None:
     forms: tuple[Columns, ...] = ("plain", "conversation")
     for columns in forms:
         check = RowCheck(processor, None, columns, pairs=False)
-        for row, measured in zip(rows, check(rows), strict=True):
+        sizes = [None if row.image is None else ImageSize(30, 40) for row in rows]
+        for row, measured in zip(rows, check(rows, sizes), strict=True):
             if measured.problem:
                 assert (columns, measured.problem[0]) == ("plain", "no image")
                 continue
@@ -172,7 +187,7 @@ def test_the_check_counts_the_tokens_of_the_collator() -> None:
             images = int((batch["input_ids"] == processor.image_token_id).sum())
             assert batch["input_ids"].shape[1] - images == measured.prompt_tokens + measured.answer_tokens
             assert int((batch["labels"] >= 0).sum()) == measured.answer_tokens
-    cut = RowCheck(processor, 128, "conversation", pairs=False)(rows[:1])[0]
+    cut = RowCheck(processor, 128, "conversation", pairs=False)(rows[:1], [ImageSize(30, 40)])[0]
     assert cut.answer_cut
     assert collated(processor, rows[0], max_length=128)["input_ids"].shape[1] == 128
 
@@ -180,4 +195,31 @@ def test_the_check_counts_the_tokens_of_the_collator() -> None:
 def test_text_that_holds_the_image_token_is_refused() -> None:
     processor = processor_of(QWEN)
     row = row_of([{"from": "human", "value": "<|image_pad|>"}, TURNS[1]])
-    assert "stands for images" in RowCheck(processor, None, "conversation", pairs=False)([row])[0].problem[1]  # type: ignore[index]
+    check = RowCheck(processor, None, "conversation", pairs=False)
+    assert "stands for images" in check([row], [ImageSize(30, 40)])[0].problem[1]  # type: ignore[index]
+
+
+def test_an_image_behind_a_cut_answer_is_refused_before_training_and_in_it() -> None:
+    """Its tokens would be cut off while the model still gets its pixels."""
+    processor = processor_of(QWEN)
+    late = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a star " * 30}, *TURNS]
+    row = row_of(late)
+    assert collated(processor, row)["pixel_values"].shape[0] == 1
+    check = RowCheck(processor, 100, "conversation", pairs=False)([row], [ImageSize(30, 40)])[0]
+    assert check.problem is not None
+    assert "its image is shown behind an answer, and max_length 100 may cut it off" in check.problem[1]
+    with pytest.raises(DataError, match=r"a row's image lies behind max_length 100.*; raise max_length"):
+        collated(processor, row, max_length=100)
+
+
+def test_a_row_that_the_chat_template_refuses_is_a_bad_row() -> None:
+    """As Gemma's, whose roles must alternate. Other rows are checked all the same."""
+    processor = processor_of(QWEN)
+    refuse = "{% if messages|length > 2 %}{{ raise_exception('Roles must alternate.') }}{% endif %}"
+    assert isinstance(processor.chat_template, str)
+    processor.chat_template = refuse + processor.chat_template
+    check = RowCheck(processor, None, "conversation", pairs=False)
+    long, short = check([row_of(TURNS), row_of(TURNS[:2])], [ImageSize(30, 40)] * 2)
+    assert long.problem == ("chat template", "the MLLM's chat template does not take it: Roles must alternate.")
+    assert short.problem is None
+    assert short.prompt_tokens > 0

@@ -58,7 +58,7 @@ def start(how: str, *arguments: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     try:
-        output, errors = process.communicate(timeout=150)
+        output, errors = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher ends its workers
         raise
@@ -135,13 +135,16 @@ def test_pairs_with_and_without_images_can_be_mixed(recipes: Path, trained: Path
 
 @pytest.mark.parametrize("first", ["before", "after"])
 def test_a_blank_image_changes_nothing_but_gives_gradients(recipes: Path, first: str) -> None:
-    from pivot_hub.training.tree_layout import share_forward
+    from pivot_hub.training.tree_layout import use_trees
 
     base = recipes / "base"
     plain, _ = build_mllm(str(base / "vision"), str(base / "language"))
-    seeing, _ = build_mllm(str(base / "vision"), str(base / "language"))
-    for wrap in (encode_blank_images, share_forward) if first == "before" else (share_forward, encode_blank_images):
-        wrap(seeing)
+    seeing, processor = build_mllm(str(base / "vision"), str(base / "language"))
+    if first == "after":
+        use_trees(seeing)
+    encode_blank_images(seeing, processor)
+    if first == "before":
+        use_trees(seeing)
     ids = torch.tensor([[10, 20, 30, 40]])
     expected, actual = plain(input_ids=ids, labels=ids), seeing(input_ids=ids, labels=ids)
     assert torch.equal(actual.logits, expected.logits)
@@ -198,7 +201,7 @@ def test_a_run_stopped_on_two_processes_resumes_on_one_or_two(
     partial = tmp_path / "out.partial"
     when_logged(process, partial / "metrics.jsonl", 3)
     workers(process)["1"].send_signal(signal.SIGTERM)  # only one process gets it
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "stopped by SIGTERM after step" in errors
     (checkpoint,) = partial.glob("checkpoint-*")
@@ -242,7 +245,7 @@ def test_shards_cut_off_while_written_are_not_resumed(tmp_path: Path) -> None:
 
 def test_an_error_of_every_process_ends_them_all(recipes: Path, tmp_path: Path) -> None:
     process = start("ddp", str(recipes / "3-dpo.yaml"), "--runs", str(tmp_path / "runs"))
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "the parent has no checkpoint" in errors
     assert not (tmp_path / "runs").exists()
@@ -340,12 +343,19 @@ def test_an_8_bit_optimizer_without_its_package_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), 1e4])
+@pytest.mark.parametrize(
+    ("value", "named", "batches"), [(float("nan"), True, 1), (1e4, False, 1), (float("nan"), False, 2), (1e4, True, 2)]
+)
 def test_a_loss_that_diverges_names_its_rows(
-    recipes: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, named: bool
+    recipes: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: float,
+    named: bool,
+    batches: int,
 ) -> None:
-    """The loss of the 13th batch stops the run; a loss of 5 times the usual, in the 12th batch, does not."""
+    """A batch's loss stops the run at the end of the 13th step; a loss of 5 times the usual, in the 12th, does not."""
     from trl import SFTTrainer
 
     from pivot_hub.training.sft import PivotSFTTrainer
@@ -356,23 +366,25 @@ def test_a_loss_that_diverges_names_its_rows(
     def wild(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         assert "row" not in inputs
         calls.append(inputs)
-        factor = {12: 5.0, 13: value}.get(len(calls), 1.0)
+        step_number, earlier = divmod(len(calls) - 1, batches)
+        factor = {12: 5.0, 13: 1.0 if earlier else value}.get(step_number + 1, 1.0)
         return compute(self, model, inputs, *args, **kwargs) * factor
 
     def numbered(self: Any, model: Any, inputs: dict[str, Any], *args: Any) -> Any:
         if not named:
             self.row_ids = None
-        return step(self, model, inputs | {"row": torch.tensor([2 * len(calls), 2 * len(calls) + 1])}, *args)
+        return step(self, model, inputs | {"row": [2 * len(calls), 2 * len(calls) + 1]}, *args)
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", wild)
     monkeypatch.setattr(PivotSFTTrainer, "training_step", numbered)
-    overrides = ["data.0.rows=32", "args.per_device_train_batch_size=2", "args.save_steps=5"]
-    loaded = load_recipe(recipes / "3-sft.yaml", overrides)
-    with pytest.raises(TrainingError, match=r"out\.stopped\.json names the rows of the batch"):
+    overrides = [f"data.0.rows={32 * batches}", "args.per_device_train_batch_size=2", "args.save_steps=5"]
+    loaded = load_recipe(recipes / "3-sft.yaml", [*overrides, f"args.gradient_accumulation_steps={batches}"])
+    with pytest.raises(TrainingError, match=r"out\.stopped\.json names the rows of the step"):
         run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
     metadata = json.loads((tmp_path / "out.stopped.json").read_text())
     assert metadata["step"] == 13
-    assert metadata["rows"] == (["train/24", "train/25"] if named else [24, 25])
+    rows = range(24 * batches, 26 * batches)
+    assert metadata["rows"] == ([f"train/{row}" for row in rows] if named else [*rows])
     assert metadata["loss"] == "nan" if value != value else metadata["loss"] > 1e4
     monkeypatch.undo()
     run_stage(loaded, trained.parent, tmp_path / "out", log=quiet)
@@ -491,7 +503,7 @@ def test_the_slurm_script_queues_again_when_it_is_stopped(tmp_path: Path) -> Non
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 1
+    assert process.wait(timeout=60) == 1
     launched, *rest = log.read_text().splitlines()[-3:]
     assert "16 node1 20007 r.yaml --output out" in launched
     assert rest == ["saved", "requeue 7"]

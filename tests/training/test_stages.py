@@ -77,6 +77,23 @@ def test_a_part_without_a_learning_rate_is_frozen(recipes: Path, trained: Path, 
     assert {part(k) for k in moved(trained / "2-instruct", folder)} == {"projector", "language"}
 
 
+def test_a_loss_over_rows_does_not_depend_on_how_a_step_is_cut_into_batches(
+    recipes: Path, trained: Path, tmp_path: Path
+) -> None:
+    ended = []
+    for batch in (1, 4):
+        changes = ["loss_over=rows", "global_batch=4", f"args.per_device_train_batch_size={batch}"]
+        loaded = load_recipe(recipes / "3-sft.yaml", changes)
+        folder = run_stage(loaded, trained.parent, tmp_path / str(batch), log=quiet)
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        ended.append((weights(folder), [line["loss"] for line in log if "loss" in line]))
+    (small, small_losses), (large, large_losses) = ended
+    assert small_losses == pytest.approx(large_losses, abs=1e-4)
+    assert all(torch.allclose(small[name], large[name], atol=1e-4) for name in large)
+    over_tokens = [json.loads(line) for line in (trained / "3-sft" / "metrics.jsonl").read_text().splitlines()]
+    assert over_tokens[0]["loss"] != pytest.approx(large_losses[0], abs=1e-3)
+
+
 def test_sft_and_dpo_see_the_same_rows_and_parent(trained: Path) -> None:
     sft, dpo = (json.loads((trained / s / "provenance.json").read_text()) for s in ("3-sft", "3-dpo"))
     assert sft["data"] == dpo["data"]

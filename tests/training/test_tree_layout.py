@@ -9,6 +9,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -17,18 +18,20 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from pivot_hub.errors import DataError, TrainingError
 from pivot_hub.mllm.build import build_mllm
+from pivot_hub.training import tree_layout
 from pivot_hub.training.dpo import SPEED_OPTIONS, PivotDPOConfig, PivotDPOTrainer
-from pivot_hub.training.reference_cache import ReferenceCache
+from pivot_hub.training.pair_collator import PairCollator, image_key
+from pivot_hub.training.reference_cache import ReferenceCache, model_hash
+from pivot_hub.training.tree_layout import Tree, TreeLayout, lower_right_mask, use_trees
 from tests.conftest import make_language
 from tests.encoder.originals import IMAGE_PX, make_vision
 
 ALL_OFF = dict.fromkeys(SPEED_OPTIONS, False)
-ONE_EACH = [{**ALL_OFF, name: True} for name in SPEED_OPTIONS]
 EVERY = [
     dict(zip(SPEED_OPTIONS, on, strict=True))
     for on in itertools.product((False, True), repeat=len(SPEED_OPTIONS))
@@ -51,7 +54,7 @@ LOSSES = [
     ("sft", {}),
     ("sigmoid_norm", {}),
 ]
-Models = tuple[LlavaForConditionalGeneration, LlavaForConditionalGeneration, Any]
+Models = tuple[PreTrainedModel, PreTrainedModel, Any]
 
 
 def noise_image(seed: int) -> Image.Image:
@@ -137,7 +140,7 @@ def step(one: Any, rows: list[dict[str, Any]]) -> tuple[float, dict[str, float],
     one._metrics["train"].clear()
     loss = one.compute_loss(one.model, one._prepare_inputs(one.data_collator([deepcopy(r) for r in rows])))
     loss.backward()
-    metrics = {name: values[-1] for name, values in one._metrics["train"].items()}
+    metrics = {name: float(values[-1]) for name, values in one._metrics["train"].items()}
     metrics.pop("num_tokens")
     if any(row["chosen"] == row["rejected"] for row in rows):
         metrics.pop("rewards/accuracies")  # equal answers are a tie, which rounding decides
@@ -235,27 +238,6 @@ def test_twenty_steps_end_at_the_same_weights(
     assert any((trained[0][n] - before[n]).norm() / before[n].norm() > 0.01 for n in before)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_step_in_chunks_is_the_step_of_the_whole_batch(cached: bool, models: Models, tmp_path: Path) -> None:
-    """With chunks of different sizes, loss, metrics, evaluation and weights are those of TRL."""
-    args: Any = {"per_device_train_batch_size": 5, "max_steps": 3, "learning_rate": 1e-3}
-    ours = trainer(models, tmp_path, {"cache_reference": cached}, pack_tokens=150, **args)
-    theirs = trainer(models, tmp_path / "trl", None, **args)
-    sizes = [len(c["completion_mask"]) // 2 for c in ours.data_collator(deepcopy(ROWS))["chunks"]]
-    assert sum(sizes) == 5
-    assert len(set(sizes)) > 1
-    actual, expected = (one.evaluate(one.train_dataset) for one in (ours, theirs))
-    assert actual["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-    for one in (ours, theirs):
-        one.train()
-    for own_log, their_log in zip(ours.state.log_history, theirs.state.log_history, strict=True):
-        for name in ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected"):
-            if name in their_log:
-                assert own_log[name] == pytest.approx(their_log[name], abs=2e-4), name
-    for (name, weight), (_, other) in zip(theirs.model.named_parameters(), ours.model.named_parameters(), strict=True):
-        assert (weight - other).norm() / weight.norm() < 1e-3, name
-
-
 def test_evaluation_is_equal(models: Models, tmp_path: Path) -> None:
     ours, theirs = trainer(models, tmp_path, {}), trainer(models, tmp_path / "trl", None)
     actual, expected = (one.evaluate(one.train_dataset) for one in (ours, theirs))
@@ -285,44 +267,74 @@ def test_bfloat16_is_close(models: Models, tmp_path: Path) -> None:
 
 def test_the_check_can_fail(models: Models, trl_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Branches that attend to each other, or positions that do not restart, give other gradients."""
-    from pivot_hub.training import tree_layout
-
     ours = trainer(models, tmp_path, {})
     expected = step(trl_trainer, ROWS)
     lay_out = ours.data_collator._laid_out
 
     def without_restart(*arguments: Any) -> dict[str, Any]:
         batch: dict[str, Any] = lay_out(*arguments)
-        batch["pair_positions"] = torch.arange(batch["pair_ids"].shape[1]).expand_as(batch["pair_ids"])
+        batch["tree_positions"] = torch.arange(batch["tree_ids"].shape[1])[None]
         return batch
 
-    monkeypatch.setattr(ours.data_collator, "_laid_out", without_restart)
-    with pytest.raises(AssertionError):
-        assert_same(step(ours, ROWS), expected)
-    monkeypatch.undo()
+    def without_branches(*arguments: Any) -> dict[str, Any]:
+        batch: dict[str, Any] = lay_out(*arguments)
+        trees = [Tree(t.start, t.prefix + sum(t.branches)) for t in batch["tree_layout"].trees]
+        batch["tree_layout"] = TreeLayout.of(trees, batch["tree_layout"].image_index)
+        return batch
+
+    for wrong in (without_restart, without_branches):
+        with monkeypatch.context() as patch:
+            patch.setattr(ours.data_collator, "_laid_out", wrong)
+            with pytest.raises(AssertionError):
+                assert_same(step(ours, ROWS), expected)
     assert_same(step(ours, ROWS), expected)
-    monkeypatch.setattr(
-        tree_layout,
-        "branch_mask",
-        lambda tree, device: torch.ones(sum(tree.branches), tree.prefix + sum(tree.branches)).bool(),
-    )
-    with pytest.raises(AssertionError):
-        assert_same(step(ours, ROWS), expected)
 
 
 def test_an_image_is_encoded_once_however_many_pairs_have_it(models: Models, tmp_path: Path) -> None:
-    for enabled, images in (({**ALL_OFF, "pack": True}, 10), ({**ALL_OFF, "share_prefix": True}, 5), ({}, 3)):
+    for enabled, images in ((ALL_OFF, 10), ({}, 3)):
         ours = trainer(models, tmp_path, enabled)
         assert ours.data_collator(deepcopy(ROWS))["pixel_values"].shape == (images, 3, IMAGE_PX, IMAGE_PX)
 
 
-def test_packed_rows_hold_no_padding(models: Models, tmp_path: Path) -> None:
-    packed = trainer(models, tmp_path, {}).data_collator(deepcopy(ROWS))
-    padded = trainer(models, tmp_path, {**ALL_OFF, "share_prefix": True}).data_collator(deepcopy(ROWS))
-    assert packed["pair_ids"].shape[0] == 1
-    assert padded["pair_ids"].shape[0] == len(ROWS)
-    tokens = sum(tree.prefix + sum(tree.branches) for row in padded["pair_layout"] for tree in row)
-    assert packed["pair_ids"].numel() == tokens < padded["pair_ids"].numel()
+def test_trees_hold_no_padding_and_each_prompt_once(models: Models, tmp_path: Path) -> None:
+    batch = trainer(models, tmp_path, {}).data_collator(deepcopy(ROWS))
+    padded = trainer(models, tmp_path, ALL_OFF).data_collator(deepcopy(ROWS))
+    trees = batch["tree_layout"].trees
+    assert [tree.start for tree in trees] == [0, *(tree.end for tree in trees[:-1])]
+    assert batch["tree_ids"].shape == (1, trees[-1].end)
+    prompts = sum(tree.prefix for tree in trees)
+    assert trees[-1].end == int(padded["attention_mask"].sum()) - prompts < padded["attention_mask"].numel()
+
+
+def test_all_sequences_at_once_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel for sequences of different lengths gets queries, keys and bounds that give the same attention."""
+    layout = TreeLayout.of([Tree(0, 5, (3, 4)), Tree(12, 2, ()), Tree(14, 3, (1, 0, 2))])
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, 20, 8)
+    key, value = torch.randn(2, 1, 2, 20, 8)
+
+    def varlen(
+        q: Any, k: Any, v: Any, q_bounds: Any, k_bounds: Any, longest_q: int, longest_k: int, **args: Any
+    ) -> Any:
+        """torch's varlen_attn, which has no CPU kernel, sequence by sequence."""
+        assert args["enable_gqa"]
+        assert (longest_q, longest_k) == (int(q_bounds.diff().max()), int(k_bounds.diff().max()))
+        window = args["window_size"][0] + 1
+        outputs = []
+        for (a, b), (c, d) in zip(
+            itertools.pairwise(q_bounds.tolist()), itertools.pairwise(k_bounds.tolist()), strict=True
+        ):
+            scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(2, 1)) * 8**-0.5
+            seen = lower_right_mask(b - a, d - c, window or d - c, q.device)
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, v[c:d].repeat_interleave(2, 1)))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    for window in (None, 4):
+        expected = tree_layout._attend_one_by_one(query, key, value, layout, None, 0.0, window)
+        actual = tree_layout._attend_at_once(query, key, value, layout, torch.float32, None, window)
+        assert torch.allclose(actual, expected, atol=1e-6), window
 
 
 def test_the_model_still_answers_as_before(models: Models, tmp_path: Path) -> None:
@@ -339,7 +351,7 @@ def test_the_model_still_answers_as_before(models: Models, tmp_path: Path) -> No
         before, after = (m.generate(**batch, max_new_tokens=5, do_sample=False) for m in both)
     assert torch.equal(before, after)
     ours.save_model(str(tmp_path / "saved"))
-    assert "pivot_pairs" not in (tmp_path / "saved" / "config.json").read_text()
+    assert "pivot_trees" not in (tmp_path / "saved" / "config.json").read_text()
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -402,18 +414,8 @@ def test_a_row_that_was_never_cached_is_refused(models: Models, tmp_path: Path) 
     ("args", "enabled", "message"),
     [
         ({"sync_ref_model": True}, {}, "sync_ref_model changes the reference as it trains; set cache_reference=False"),
-        (
-            {"pack_tokens": 99, "loss_type": ["sigmoid", "sft"]},
-            {},
-            "'sft' is not a mean over pairs; set pack_tokens=None",
-        ),
-        (
-            {"precompute_ref_log_probs": True},
-            {"cache_reference": False},
-            "columns that they do not read; set encode_once",
-        ),
-        ({"pack_tokens": 99}, {"pack": False}, "set pack=True or pack_tokens=None"),
-        ({"use_liger_kernel": True}, {"cache_reference": False, "pack": False}, "set encode_once=False, share_prefix"),
+        ({"precompute_ref_log_probs": True}, {"cache_reference": False}, "do not read; set share_prefix=False"),
+        ({"use_liger_kernel": True}, {}, "set share_prefix=False, cache_reference=False"),
     ],
 )
 def test_a_conflict_names_the_option(
@@ -427,16 +429,16 @@ def test_another_attention_is_refused(models: Models, tmp_path: Path) -> None:
     policy, reference, processor = models
     eager = deepcopy(policy)
     eager.set_attn_implementation("eager")
-    with pytest.raises(TrainingError, match="these options are for sdpa attention, not eager; set encode_once=False"):
+    with pytest.raises(TrainingError, match="it is for sdpa attention, not eager; set share_prefix=False"):
         trainer((eager, reference, processor), tmp_path, {})
 
 
-def test_half_an_image_is_refused(models: Models, tmp_path: Path) -> None:
-    ours = trainer(models, tmp_path, {**ALL_OFF, "pack": True})
-    batch = ours.data_collator(deepcopy(ROWS[:1]))
-    batch["pair_ids"][batch["pair_ids"] == models[2].image_token_id] = 0
-    with pytest.raises(DataError, match="0 image tokens for 32 image features: processor and model disagree"):
-        ours.compute_loss(ours.model, batch)
+def test_a_processor_of_another_model_is_refused(models: Models, tmp_path: Path) -> None:
+    policy, reference, processor = models
+    other = deepcopy(processor)
+    other.patch_size //= 2
+    with pytest.raises(TrainingError, match=r"model and processor do not belong together .*Image features and image"):
+        trainer((policy, reference, other), tmp_path, {})
 
 
 def in_two_processes(module: str, models: Models, folder: Path) -> None:
@@ -493,7 +495,7 @@ def test_other_models_fall_back_to_trls_own_way(parts: Path, tmp_path: Path, cap
         one.train()
         losses.append([h["loss"] for h in one.state.log_history if "loss" in h])
     assert losses[0] == losses[1]
-    assert "Qwen2ForCausalLM is not a LlavaForConditionalGeneration: encode_once, share_prefix" in caplog.text
+    assert "Qwen2ForCausalLM is not an MLLM of pivot_hub's table: share_prefix, cache_reference are off" in caplog.text
 
 
 def test_the_readmes_trainer_can_be_built(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,37 +550,39 @@ LINEAR = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "remedy"),
+    ("kind", "sizes", "reason"),
     [
-        ("StableLm", {}, "a StableLmModel, computes other hidden states .*; set encode_once=False"),
-        ("Qwen3_5Text", LINEAR, "a Qwen3_5TextModel, computes other hidden states .*; set encode_once=False"),
-        ("Mistral", {"sliding_window": 50}, "set max_length to at most 50, or set encode_once=False"),
+        ("StableLm", {}, "StableLmModel computes other hidden states for two answers behind one prompt"),
+        ("Qwen3_5Text", LINEAR, "Qwen3_5TextModel computes other hidden states for two answers behind one prompt"),
     ],
 )
-def test_a_language_model_that_the_layout_changes_is_refused(
-    kind: str, sizes: dict[str, Any], remedy: str, models: Models, tmp_path: Path
+def test_a_language_model_that_trees_change_trains_as_trls(
+    kind: str, sizes: dict[str, Any], reason: str, models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the model computes decides, not its name."""
+    """What the model computes decides, not its name. The cache of the reference stays."""
     others = with_language(models, language_model(kind, models, **sizes))
-    with pytest.raises(TrainingError, match=remedy):
-        trainer(others, tmp_path, {})
-    off = step(trainer(others, tmp_path, ALL_OFF), ROWS)
-    assert_same(off, step(trainer(others, tmp_path, None), ROWS))
+    ours = trainer(others, tmp_path, {})
+    assert f"share_prefix is off: {reason}" in caplog.text
+    assert ours.ref_model is None
+    assert_same(step(ours, ROWS), step(trainer(others, tmp_path / "trl", None), ROWS))
 
 
 @pytest.mark.parametrize(
     ("kind", "sizes", "args"),
     [
         ("Mistral", {"sliding_window": 80}, {"max_length": 80}),
+        ("Mistral", {"sliding_window": 20}, {}),
         ("Mistral", {"sliding_window": None}, {}),
         ("Llama", {}, {}),
     ],
 )
-def test_a_language_model_that_the_layout_does_not_change_is_taken(
+def test_a_language_model_that_trees_do_not_change_is_taken(
     kind: str, sizes: dict[str, Any], args: dict[str, Any], models: Models, tmp_path: Path
 ) -> None:
     others = with_language(models, language_model(kind, models, **sizes))
-    ours = step(trainer(others, tmp_path, {}, **args), ROWS)
+    one = trainer(others, tmp_path, {}, **args)
+    assert isinstance(one.data_collator, PairCollator)
+    ours = step(one, ROWS)
     assert_same(ours, step(trainer(others, tmp_path / "trl", None, **args), ROWS))
 
 
@@ -655,7 +659,7 @@ def test_rows_without_an_image_column_train_as_trls(
         one.train()
         losses.append([h["loss"] for h in one.state.log_history if "loss" in h])
     assert losses[0] == losses[1]
-    assert "no column image or images: encode_once" in caplog.text
+    assert "no column image or images: share_prefix" in caplog.text
 
 
 def test_a_damaged_file_of_the_cache_is_made_again(
@@ -674,3 +678,38 @@ def test_a_damaged_file_of_the_cache_is_made_again(
     assert sum(row_counts) in (3, 4)  # a file has one or two rows
     assert torch.equal(again["ref_chosen_logps"], expected["ref_chosen_logps"])
     assert caplog.text.count("is damaged; it is deleted") == 2
+
+
+def test_a_copy_of_a_model_that_takes_trees_runs_its_own_weights(models: Models, tmp_path: Path) -> None:
+    """As a second trainer of one model does, whose reference is a copy of it."""
+    policy = deepcopy(models[0])
+    use_trees(policy)
+    use_trees(policy)  # once more changes nothing
+    batch = trainer(models, tmp_path, {"cache_reference": False}).data_collator(deepcopy(ROWS))
+    batch = {k: v for k, v in batch.items() if k not in ("completion_mask", "row")}
+    other: Any = deepcopy(policy)
+    inner: Any = policy.model
+    with torch.no_grad():
+        before = other.model(**batch).last_hidden_state
+        for weight in policy.parameters():
+            weight.zero_()
+        assert torch.equal(other.model(**batch).last_hidden_state, before)
+        assert not torch.equal(inner(**batch).last_hidden_state, before)
+
+
+def test_images_are_told_apart_by_their_palette(tmp_path: Path) -> None:
+    images = []
+    for colour in (255, 0, 0), (0, 0, 255):
+        image = Image.new("P", (4, 4))
+        image.putpalette(colour)
+        images.append(image)
+    assert image_key(images[0]) != image_key(images[1])
+    assert image_key(images[0]) == image_key(images[0].copy())
+
+
+def test_a_model_with_a_scalar_buffer_has_a_hash() -> None:
+    model = torch.nn.BatchNorm1d(2)  # which counts its batches in a buffer ()
+    model.config = SimpleNamespace(to_json_string=lambda use_diff: "{}")  # type: ignore[assignment]
+    first = model_hash(model)
+    cast(Any, model.num_batches_tracked).add_(1)
+    assert model_hash(model) != first

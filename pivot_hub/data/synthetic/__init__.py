@@ -3,10 +3,11 @@
 A scene is a pure function of `(dataset, split, index)`. Captions, questions and preference pairs need only the layout
 of a scene, so a language model can be trained on the text of scenes that are never rendered.
 
-`objects` holds the vocabulary and the object of a scene, `text` the language, `drawing` the rendering, and `scene` the
-layout of scenes and the dataset that draws them.
+`objects` holds the vocabulary and the object of a scene, `text` the language, `drawing` the rendering, `scene` the
+layout of scenes and the dataset that draws them, and `counterfactual` pairs of scenes that differ in one thing.
 """
 
+from pivot_hub.data.synthetic.counterfactual import Counterfactual, draw_counterfactual
 from pivot_hub.data.synthetic.drawing import RenderedScene
 from pivot_hub.data.synthetic.objects import COLOUR_NAMES, COLOURS, POSITIONS, SHAPES, SIZES, SceneObject
 from pivot_hub.data.synthetic.scene import SPLITS, Combinations, Scene, ShapesDataset, Split, is_unseen
@@ -39,6 +40,7 @@ __all__ = [
     "SIZES",
     "SPLITS",
     "Combinations",
+    "Counterfactual",
     "ErrorType",
     "Fact",
     "Form",
@@ -51,6 +53,7 @@ __all__ = [
     "ShapesDataset",
     "Split",
     "describe",
+    "draw_counterfactual",
     "draw_fact",
     "is_unseen",
 ]

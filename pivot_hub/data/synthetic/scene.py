@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -108,7 +109,7 @@ class ShapesDataset:
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         while True:
             scene = self._draw(rng)
-            if _split_of(scene.signature()) == split:
+            if split_of(scene.signature()) == split:
                 return scene
 
     def scene_rng(self, split: Split, index: int, purpose: int) -> np.random.Generator:
@@ -119,14 +120,15 @@ class ShapesDataset:
         count = int(rng.integers(self.things[0], self.things[1] + 1))
         objects: list[SceneObject] = []
         while len(objects) < count:
-            candidate = self._draw_object(rng)
-            if self._fits(candidate, objects):
+            candidate = self.draw_object(rng)
+            if self.fits(candidate, objects):
                 objects.append(candidate)
         objects.sort(key=lambda o: o.position)
         depth = tuple(int(i) for i in rng.permutation(count))
         return Scene(self, tuple(objects), depth, int(rng.integers(2**31)))
 
-    def _draw_object(self, rng: np.random.Generator) -> SceneObject:
+    def draw_object(self, rng: np.random.Generator) -> SceneObject:
+        """Draw an object of any shape, colour, size and position."""
         shape, colour, size = pick(SHAPES, rng), pick(COLOUR_NAMES, rng), pick(tuple(SIZES), rng)
         position = int(rng.integers(9))
         low, high = SIZES[size]
@@ -141,7 +143,7 @@ class ShapesDataset:
         angle = self.tilt * (2 * t - 1)
         return SceneObject(shape, colour, size, position, x, y, radius, angle, (red, green, blue))
 
-    def _fits(self, candidate: SceneObject, objects: list[SceneObject]) -> bool:
+    def fits(self, candidate: SceneObject, objects: Sequence[SceneObject]) -> bool:
         """Return whether a scene of these objects may also hold the candidate."""
         if any(o.position == candidate.position or o.name == candidate.name for o in objects):
             return False
@@ -166,6 +168,7 @@ def is_unseen(colour: str, shape: str) -> bool:
     return (COLOUR_NAMES.index(colour) + SHAPES.index(shape)) % 3 == 0
 
 
-def _split_of(signature: tuple[tuple[str, str, int], ...]) -> Split:
+def split_of(signature: tuple[tuple[str, str, int], ...]) -> Split:
+    """Return the only split that holds scenes of a signature, as `Scene.signature` returns it."""
     bucket = hashlib.sha256(repr(signature).encode()).digest()[0]
     return "validation" if bucket < 26 else "test" if bucket < 64 else "train"  # about 10, 15 and 75 in 100

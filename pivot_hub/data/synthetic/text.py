@@ -138,6 +138,52 @@ def ask_question(objects: Sequence[SceneObject], kind: Kind, max_objects: int, r
     return _presence_question(objects, target, rng)
 
 
+def ask_difference(
+    objects: Sequence[SceneObject],
+    others: Sequence[SceneObject],
+    before: SceneObject | None,
+    after: SceneObject | None,
+    kind: Kind,
+    rng: np.random.Generator,
+) -> tuple[str, str, str]:
+    """Ask about what differs between two scenes.
+
+    Args:
+        objects: Objects of the scene.
+        others: Objects of the other scene, which has `after` in the place of `before`.
+        before: The object that only the scene has; None where the other one has one more.
+        after: The object that only the other scene has; None where it has one less.
+        kind: What differs.
+        rng: Generator that draws the question.
+
+    Returns:
+        The question, the answer that is right for the scene, and the one that is right for the other scene.
+    """
+    if kind == "count":
+        changed = before or after
+        assert changed is not None
+        noun = ("shape", f"{changed.colour} shape", changed.shape)[int(rng.integers(3))]
+        counts = [sum(noun in ("shape", f"{o.colour} shape", o.shape) for o in each) for each in (objects, others)]
+        chosen, rejected = (f"{_there_are(count, noun)}." for count in counts)
+        return f"How many {_plural(noun)} are there?", chosen, rejected
+    assert before is not None
+    assert after is not None
+    if kind == "colour":
+        noun = _refer(objects, before, "shape")
+        return f"What colour is the {noun}?", f"It is {before.colour}.", f"It is {after.colour}."
+    if kind == "shape":
+        noun = _refer(objects, before, "colour")
+        chosen, rejected = (f"It is {_article(o.shape)} {o.shape}." for o in (before, after))
+        return f"What shape is the {noun}?", chosen, rejected
+    if kind == "position":
+        return f"Where is the {before.name}?", f"It is {before.place}.", f"It is {after.place}."
+    name = (before, after)[int(rng.integers(2))].name
+    article = _article(name)
+    answers = [f"Yes, there is {article} {name}.", f"No, there is no {name}."]
+    chosen, rejected = answers if name == before.name else reversed(answers)
+    return f"Is there {article} {name}?", chosen, rejected
+
+
 def draw_pair(
     objects: Sequence[SceneObject], kind: Kind, form: Form, max_objects: int, rng: np.random.Generator
 ) -> Pair:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pivot_hub.probes.read_ahead import read_ahead
+
 HEADS = 8
 EPOCHS, BATCH = 20, 64
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -71,16 +73,18 @@ def fit_attention(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
-        order = rng.permutation(rows)
-        for start in range(0, len(order), BATCH):
-            chosen = np.sort(order[start : start + BATCH])
-            target = torch.from_numpy(labels[chosen]).to(device)
-            loss = nn.functional.cross_entropy(model(_batch(tokens, chosen, device)), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    orders = (rng.permutation(rows) for _ in range(EPOCHS))
+    batches = (np.sort(order[start : start + BATCH]) for order in orders for start in range(0, len(order), BATCH))
+
+    def read(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+        return _batch(tokens, chosen, "cpu"), torch.from_numpy(labels[chosen])
+
+    for inputs, target in read_ahead(batches, read, device):
+        loss = nn.functional.cross_entropy(model(inputs), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 

@@ -17,10 +17,10 @@ from PIL import Image
 from pivot_hub.data.image import decode_image
 from pivot_hub.data.image_store import ARCHIVES, FileStore, open_cell
 from pivot_hub.data.row import Row
+from pivot_hub.data.tables import image_columns, is_table, load_tables
 from pivot_hub.encoder.encode import Images
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.parts import find_parts, is_hidden, part_of
-from pivot_hub.probes.tables import image_columns, is_table, load_tables
 
 Part = Literal["train", "test"]
 PARTS: tuple[Part, ...] = ("train", "test")
@@ -176,7 +176,9 @@ class ClassFolders:
 class LabelledColumns:
     """Images in a data set of the datasets library that has an image and a label column."""
 
-    def __init__(self, name: str, splits: datasets.DatasetDict, seed: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, name: str, splits: Mapping[str, datasets.Dataset], seed: int, folder: Path | None = None
+    ) -> None:
         self.name, self._folder = name.rsplit("/", 1)[-1], folder
         parts = find_parts(name, splits)
         if not parts:

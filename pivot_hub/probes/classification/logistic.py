@@ -9,12 +9,14 @@ minimises the same objective in another way:
 - Steps are preconditioned. The Hessian of a class is close to `p (1 - p) * covariance + penalty`, which is diagonal in
   the basis of the covariance's eigenvectors, so correlated features need only a few more steps than others.
 - Most steps use fast matrix products (bfloat16 or TF32, if the hardware has them), the last ones use float32.
-- The data are read in blocks: only the weights, their history and one block are in memory.
+- The data are read in blocks: only the weights, their history and one block are in memory. A GPU with memory for the
+  data holds them whole.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from torch import Tensor
 from pivot_hub.errors import ProbeError
 
 CELLS = 8_000_000  # logits in a block, so that a block nearly fits a processor's cache
+CUDA_CELLS = 128_000_000  # on a GPU, where a block is large enough for its products to take longer than their launch
 HISTORY = 20  # steps and gradient changes that L-BFGS remembers
 SLACK = 1e-6  # relative increase of the loss that the line search accepts as rounding
 QUICK = 20  # fast products are used until the expected decrease is below this many times the tolerance
@@ -132,7 +135,8 @@ class _Problem:
     """The objective over theta = (weights, bias) of centred features: (classes, D + 1), bias last."""
 
     def __init__(self, x: Rows, y: np.ndarray, classes: int, device: torch.device) -> None:
-        self.x, self.classes, self.device = _on_device(x, classes, device), classes, device
+        self.x = resident(x, device) if device.type == "cuda" else x
+        self.classes, self.device = classes, device
         self.y = torch.from_numpy(np.asarray(y, np.int64)).to(device)
         self.n, self.d = x.shape
         self.mean, covariance = _moments(x, classes, device)
@@ -140,7 +144,7 @@ class _Problem:
         self.spread = values.clamp_min(0).float()  # variances along the axes, (D,)
         self.axes = self.axes.float()
         self.counts = torch.bincount(self.y, minlength=classes)
-        rows = min(len(x), _rows(x, classes))
+        rows = min(len(x), _rows(x, classes, device))
         self._buffers = torch.empty(2, rows, classes, device=device)  # a block's logits and probabilities
 
     def lead(self, c: float) -> Iterator[float]:
@@ -357,18 +361,32 @@ def _moments(x: Rows, classes: int, device: torch.device) -> tuple[Tensor, Tenso
     return (shift.double() + off).float(), products / n - torch.outer(off, off)
 
 
-def _on_device(x: Rows, classes: int, device: torch.device) -> Rows:
-    """Move features to the GPU if they take less than half of its free memory; else each step copies them again."""
-    if device.type != "cuda" or 4 * math.prod(x.shape) > torch.cuda.mem_get_info(device)[0] // 2:
+def resident(x: Rows, device: torch.device) -> Rows:
+    """Read features onto the device if they take less than half of its free memory; else return them as they are.
+
+    Args:
+        x: (N, D) features.
+        device: The device that computes.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    if 4 * math.prod(x.shape) > free // 2:
         return x
-    return cast(Rows, torch.cat(list(_blocks(x, classes, device))))
+    features = torch.empty(tuple(x.shape), device=device)
+    start = 0
+    for block in _blocks(x, 1, device):
+        features[start : start + len(block)] = block
+        start += len(block)
+    return cast(Rows, features)
 
 
 def _blocks(x: Rows, classes: int, device: str | torch.device = "cpu") -> Iterator[Tensor]:
-    rows = _rows(x, classes)
+    rows = _rows(x, classes, torch.device(device))
     for start in range(0, len(x), rows):
         yield torch.as_tensor(x[start : start + rows], dtype=torch.float32, device=device)
 
 
-def _rows(x: Rows, classes: int) -> int:
-    return max(256, CELLS // max(classes, x.shape[1]))
+def _rows(x: Rows, classes: int, device: torch.device) -> int:
+    return max(256, (CUDA_CELLS if device.type == "cuda" else CELLS) // max(classes, x.shape[1]))

@@ -22,9 +22,10 @@ from pivot_hub.probes.classification.attention_pooling import (
     predict_attention,
 )
 from pivot_hub.probes.classification.labelled_images import PARTS, ClassData, Part, count_copies, data_sha256
-from pivot_hub.probes.classification.logistic import Logistic, fit_logistic
+from pivot_hub.probes.classification.logistic import Logistic, Rows, fit_logistic, resident
 from pivot_hub.probes.features import (
     BLOCK,
+    CUDA_BLOCK,
     EncodingOptions,
     Features,
     Pooled,
@@ -326,17 +327,21 @@ def _choose_c(train: Features, pools: Pools, rows: np.ndarray, classes: int, dev
 def _knn(train: Features, pools: Pools, classes: int, device: torch.device) -> Classifier:
     started = time.monotonic()
 
-    def votes(bank: np.ndarray, neighbours: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    def bank_of(rows: np.ndarray) -> tuple[Rows, torch.Tensor]:
+        """Return the features and labels that may vote, the features normalised once where memory holds them."""
+        return resident(Pooled(train.values, rows), device), torch.from_numpy(train.labels[rows]).to(device)
+
+    def votes(bank: tuple[Rows, torch.Tensor], neighbours: Sequence[int], x: torch.Tensor) -> torch.Tensor:
         """Find the class with the most votes, for each number of neighbours: (B, D) -> (len(neighbours), B)."""
-        most = min(max(neighbours), len(bank))
+        known, known_labels = bank
+        most = min(max(neighbours), len(known))
         near, labels = torch.full((len(x), 0), 0.0), torch.zeros(len(x), 0, dtype=torch.long)
         near, labels = near.to(device), labels.to(device)
-        known = Pooled(train.values, bank)
-        for start in range(0, len(bank), BLOCK):
-            block = slice(start, start + BLOCK)
-            near = torch.cat([near, x @ torch.from_numpy(known[block]).to(device).T], 1)
-            own = torch.from_numpy(train.labels[bank[block]]).to(device)
-            labels = torch.cat([labels, own.expand(len(x), -1)], 1)
+        rows = CUDA_BLOCK if device.type == "cuda" else BLOCK
+        for start in range(0, len(known), rows):
+            block = slice(start, start + rows)
+            near = torch.cat([near, x @ torch.as_tensor(known[block], device=device).T], 1)
+            labels = torch.cat([labels, known_labels[block].expand(len(x), -1)], 1)
             near, where = near.topk(min(most, near.shape[1]), dim=1)
             labels = labels.gather(1, where)
         weights = (near / 0.07).exp()
@@ -347,14 +352,16 @@ def _knn(train: Features, pools: Pools, classes: int, device: torch.device) -> C
         return torch.stack(winners)
 
     held_out = Pooled(train.values, pools.held_out)
-    predicted = _choose_each(held_out, lambda x: votes(pools.rest, NEIGHBOURS, x), device)
+    rest = bank_of(pools.rest)
+    predicted = _choose_each(held_out, lambda x: votes(rest, NEIGHBOURS, x), device)
     accuracy = (predicted == train.labels[pools.held_out]).mean(1)
     best = NEIGHBOURS[int(accuracy.argmax())]
     number = described(best, best == NEIGHBOURS[-1] < len(pools.rest))
     protocol = f"mean-pooled, L2; votes of the {number} nearest of train, chosen on held-out train"
 
     def predict(features: Features) -> np.ndarray:
-        return _choose_each(_whole(features), lambda x: votes(pools.all, [best], x), device)[0]
+        everything = bank_of(pools.all)
+        return _choose_each(_whole(features), lambda x: votes(everything, [best], x), device)[0]
 
     return Classifier(protocol, predict, time.monotonic() - started)
 

@@ -9,32 +9,38 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.boxes_and_masks import AnnotatedImage, read_annotated_images
 from pivot_hub.data.image import open_image
 from pivot_hub.data.synthetic import Pair, RenderedScene
+from pivot_hub.encoder.device import compute_device
 from pivot_hub.errors import ProbeError
-from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, enlarge, gradient_map, seen_mask
+from pivot_hub.explain.gradcam import EXPLAINS, METHODS, AnsweredImage, Explain, enlarge, gradient_maps
+from pivot_hub.explain.image_maps import seen_mask
 from pivot_hub.metrics.energy_inside.energy_inside import energy_inside
 from pivot_hub.metrics.pointing_accuracy.pointing_accuracy import points_at
 from pivot_hub.mllm.build import randomise_vision
+from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.provenance import state_sha256
 
 THRESHOLDS = np.round(np.arange(0.05, 1.0, 0.05), 2)
+BATCH = 8  # images in a forward and backward pass
 FEWEST_IMAGES = 4  # one to choose the threshold on, three to test
 
 
 @dataclass(frozen=True)
 class Target:
-    """A preference pair about one object whose mask (image_px, image_px) is known, and the rendered image.
+    """A preference pair about one object whose mask (height, width) is known, and the rendered image.
 
     Args:
         pair: The preference pair.
@@ -76,10 +82,10 @@ def score_map(grid: np.ndarray, mask: np.ndarray, threshold: float = 0.5) -> Map
 
     Args:
         grid: (H, W) map without negative values.
-        mask: (px, px) bool mask of the target.
+        mask: (height, width) bool mask of the target.
         threshold: Share of the map's peak, from THRESHOLDS, above which a cell counts for the IoU.
     """
-    heat = enlarge(grid, len(mask))
+    heat = enlarge(grid, mask.shape)
     return MapScores(
         peak_inside=bool(points_at(heat, mask)),
         energy_inside=float(energy_inside(heat, mask)),
@@ -111,9 +117,9 @@ class Wording:
 
 
 def localize(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    reference: LlavaForConditionalGeneration | None,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    reference: PreTrainedModel | None,
     targets: Mapping[str, Iterable[Target]],
     conditions: dict[str, Any],
     seed: int = 0,
@@ -145,9 +151,10 @@ def localize(
     kinds = [(explain, method) for explain in explains for method in METHODS]
     scores = _ScoredTargets()
     for split, split_targets in targets.items():
-        for target in split_targets:
-            rows = [row for e in explains for row in _scores(model, processor, reference, target, e)]
-            scores.add(split, target, np.array(rows))
+        remaining = iter(split_targets)
+        while batch := list(islice(remaining, BATCH)):
+            for target, rows in zip(batch, _scores(model, processor, reference, batch, explains), strict=True):
+                scores.add(split, target, rows)
     for split in ("validation", "test"):
         if not scores.rows.get(split):
             raise ProbeError(f"{task}: there is no {split} target to localise; give more images.")
@@ -272,18 +279,22 @@ def localize_folder(
     drawn = [images[i] for i in order]
     model, processor = load_mllm(checkpoint)
     parent = None if reference is None else load_mllm(reference)[0].eval()
+    family = family_of(model.config)
     if random_vision:
-        randomise_vision(model, seed)
+        randomise_vision(model, seed)  # on the CPU, whose random numbers are the same on every machine
+    for each in (model, parent):
+        if each is not None:
+            cast(torch.nn.Module, each).to(compute_device())
     conditions = {
-        "feature_layer": model.config.vision_feature_layer,
+        "feature_layer": family.feature_layer(model.config),
         "encoder": name or checkpoint.absolute().name,
-        "encoder_sha256": state_sha256(model.model.vision_tower),
+        "encoder_sha256": state_sha256(getattr(model.model, family.tower)),
         "partner": "/".join(checkpoint.absolute().parts[-2:]),
     }
     quarter = len(drawn) // 4
     targets = {
-        "validation": image_targets(drawn[:quarter], processor, wording, left_out),
-        "test": image_targets(drawn[quarter:], processor, wording, left_out),
+        "validation": image_targets(drawn[:quarter], model.config, processor, wording, left_out),
+        "test": image_targets(drawn[quarter:], model.config, processor, wording, left_out),
     }
     about = f"{'masks' if labels.masks else 'boxes'}, {wording.question!r}, {quarter} images for validation"
     task = folder.absolute().name
@@ -292,12 +303,17 @@ def localize_folder(
 
 
 def image_targets(
-    images: Sequence[AnnotatedImage], processor: LlavaProcessor, wording: Wording, left_out: list[str]
+    images: Sequence[AnnotatedImage],
+    config: PreTrainedConfig,
+    processor: ProcessorMixin,
+    wording: Wording,
+    left_out: list[str],
 ) -> Iterator[Target]:
     """Yield a target for each class of each image, with its mask as the encoder sees it.
 
     Args:
         images: Labelled images; each is read when it is reached.
+        config: Config of the MLLM.
         processor: Processor of the MLLM.
         wording: Templates of the question and the answers.
         left_out: List that receives an error message for each target that is cropped away, or smaller than a pixel of
@@ -307,7 +323,7 @@ def image_targets(
         image = open_image(labelled.file, labelled.name)
         digest = hashlib.sha256(labelled.file.read_bytes()).hexdigest()
         for name, region in sorted(labelled.regions.items()):
-            mask = seen_mask(processor, region())
+            mask = seen_mask(config, processor, region())
             if not mask.any():
                 left_out.append(
                     f"{labelled.name}: {name} is smaller than a pixel of what the encoder sees, or outside."
@@ -330,19 +346,25 @@ def overlaps(heat: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _scores(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    reference: LlavaForConditionalGeneration | None,
-    target: Target,
-    explain: Explain,
-) -> list[list[float]]:
-    """Score the map of each method: pointing, energy, and IoU at each threshold."""
-    pair, mask = target.pair, target.mask
-    explanation = gradient_map(
-        model, processor, target.rendered.image, pair.question, pair.chosen, explain, pair.rejected, reference
-    )
-    heats = [enlarge(explanation.maps[method], len(mask)) for method in METHODS]
-    return [[points_at(h, mask), energy_inside(h, mask), *overlaps(h, mask)] for h in heats]
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    reference: PreTrainedModel | None,
+    targets: Sequence[Target],
+    explains: Sequence[Explain],
+) -> np.ndarray:
+    """Score the maps of targets: (targets, explained x method, 2 + thresholds) pointing, energy, IoU by threshold."""
+    answered = [
+        AnsweredImage(target.rendered.image, target.pair.question, target.pair.chosen, target.pair.rejected)
+        for target in targets
+    ]
+    scores: list[list[list[float]]] = [[] for _ in targets]
+    for explain in explains:
+        explanations = gradient_maps(model, processor, answered, explain, reference)
+        for rows, target, explanation in zip(scores, targets, explanations, strict=True):
+            mask = target.mask
+            heats = [enlarge(explanation.maps[method], mask.shape) for method in METHODS]
+            rows += [[points_at(h, mask), energy_inside(h, mask), *overlaps(h, mask)] for h in heats]
+    return np.array(scores)
 
 
 def _by_image(scores: np.ndarray, images: Sequence[str]) -> np.ndarray:

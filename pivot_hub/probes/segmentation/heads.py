@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pivot_hub.errors import ProbeError
+from pivot_hub.probes.read_ahead import read_ahead
 
 KINDS = ("linear", "mlp")
 LEARNING_RATES = (3e-4, 3e-3, 3e-2)
@@ -154,15 +155,14 @@ def fit_heads(
     heads = [Head(s.kind, scale, ids, seed).to(device) for s in settings]
     steps = steps or max(MIN_STEPS, EPOCHS * math.ceil(len(rows) / BATCH))
     optimizer, schedule = _optimizer(heads, settings, steps)
-    rng, queue = np.random.default_rng(seed), np.zeros(0, np.int64)
-    started = logged = time.monotonic()
-    for step in range(1, steps + 1):
-        while len(queue) < min(BATCH, len(rows)):
-            queue = np.concatenate([queue, rng.permutation(np.asarray(rows))])
-        batch, queue = np.sort(queue[:BATCH]), queue[BATCH:]  # sorted, because disks read in order
-        inputs = torch.from_numpy(np.ascontiguousarray(tokens[batch])).to(device)
+
+    def read(batch: np.ndarray) -> tuple[Tensor, Tensor]:
         batch_labels = np.asarray(labels[batch])
-        truth = torch.from_numpy(np.where(batch_labels < 0, -1, index[batch_labels])).to(device)
+        truth = torch.from_numpy(np.where(batch_labels < 0, -1, index[batch_labels]))
+        return torch.from_numpy(np.ascontiguousarray(tokens[batch])), truth
+
+    started = logged = time.monotonic()
+    for step, (inputs, truth) in enumerate(read_ahead(_draw_batches(rows, steps, seed), read, device), start=1):
         counted = (truth >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         for head in heads:
@@ -175,6 +175,16 @@ def fit_heads(
             steps_per_s = step / (logged - started)
             log(f"heads: step {step}/{steps}, {steps_per_s:.1f} steps/s, {(steps - step) / steps_per_s:.0f} s left")
     return [head.eval() for head in heads]
+
+
+def _draw_batches(rows: Sequence[int], steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Draw the images of each step: all of them in one random order after another."""
+    rng, queue = np.random.default_rng(seed), np.zeros(0, np.int64)
+    for _ in range(steps):
+        while len(queue) < min(BATCH, len(rows)):
+            queue = np.concatenate([queue, rng.permutation(np.asarray(rows))])
+        yield np.sort(queue[:BATCH])  # sorted, because disks read in order
+        queue = queue[BATCH:]
 
 
 def _optimizer(

@@ -20,9 +20,9 @@ from pivot_hub.data.image import IMAGE_SUFFIXES, decode_image, open_stored
 from pivot_hub.data.image_store import ARCHIVES, archive_members, open_cell, read_member
 from pivot_hub.data.row import Span
 from pivot_hub.data.synthetic import Split
+from pivot_hub.data.tables import image_columns, is_table, load_tables
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes.parts import Part, find_parts, is_hidden, part_of
-from pivot_hub.probes.tables import image_columns, is_table, load_tables
 
 MASKS = ("masks", "annotations", "labels")
 COLUMNS = ("mask", "masks", "annotation", "annotations", "label", "labels", "segmentation", "semantic_segmentation")

@@ -45,6 +45,7 @@ from pivot_hub.probes.segmentation.labelled_masks import MaskData, MaskedImage, 
 
 METRICS = ("mean_iou", "pixel_accuracy", "mean_recall")
 ENCODE_BATCH = 16  # images per forward pass
+ROUNDING = 0.01  # share of a channel's spread by which float16 may round tokens on disk
 NATIVE_SIDE = 32  # patches a side of an image for a tower of native resolution, which has no size of its own
 Encode = Callable[[Sequence[MaskedImage], int], Rows]  # images and their size in px -> tokens (N, H*W, D)
 Log = Callable[[str], None]
@@ -290,7 +291,9 @@ def encode_masked(
     folder: str | Path,
     log: Log = lambda line: None,
 ) -> np.ndarray:
-    """Compute the patch tokens of images at a size, see `at_size`: (N, H*W, D) float32, memory-mapped from a file.
+    """Compute the patch tokens of images at a size, see `at_size`: (N, H*W, D), memory-mapped from a file.
+
+    They are stored as `token_dtype` says of the first batch.
 
     Args:
         model: The encoder.
@@ -317,14 +320,16 @@ def encode_masked(
                 "it in float32."
             )
         if not start:
-            needed = tokens[0].nbytes * len(images)
+            dtype = token_dtype(tokens)
+            needed = tokens[0].size * dtype.itemsize * len(images)
             if needed > shutil.disk_usage(folder).free:
                 raise ProbeError(
                     f"features of {len(images)} images at {image_px} px take {needed / 1e9:.1f} GB, more than is free "
                     "in the temporary folder; set TMPDIR to a larger disk."
                 )
-            features = np.lib.format.open_memmap(file, "w+", np.float32, (len(images), *tokens.shape[1:]))
-        features[start : start + len(batch)] = tokens
+            features = np.lib.format.open_memmap(file, "w+", dtype, (len(images), *tokens.shape[1:]))
+        largest = np.finfo(features.dtype).max  # no number becomes infinite
+        features[start : start + len(batch)] = tokens.clip(-largest, largest)
         if time.monotonic() - logged > 10:
             logged = time.monotonic()
             done = start + len(batch)
@@ -332,6 +337,21 @@ def encode_masked(
             left = (len(images) - done) / per_s
             log(f"features at {image_px} px: {done}/{len(images)} images, {per_s:.1f}/s, {left:.0f} s left")
     return features
+
+
+def token_dtype(tokens: np.ndarray) -> np.dtype[Any]:
+    """Return float16 where it rounds tokens by at most ROUNDING of the spread of each channel, else float32.
+
+    Heads are fitted on channels that are divided by their spread, so a channel that varies little around a large mean
+    needs float32.
+
+    Args:
+        tokens: (N, H*W, D) float32 tokens of some images.
+    """
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    with np.errstate(over="ignore"):
+        error = np.abs(flat.astype(np.float16) - flat).mean(0)
+    return np.dtype(np.float16 if (error <= ROUNDING * flat.std(0)).all() else np.float32)
 
 
 def cached_encode(

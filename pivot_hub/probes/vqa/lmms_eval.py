@@ -24,6 +24,7 @@ from pivot_hub import __version__
 from pivot_hub.encoder.encode import DTYPES
 from pivot_hub.errors import ProbeError
 from pivot_hub.files import write_json
+from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.load import mllm_config
 from pivot_hub.outputs import OutputKind, whole_folder
 from pivot_hub.probes.result import ProbeResult, measure, write_results
@@ -204,19 +205,19 @@ def lmms_versions(python: Path) -> dict[str, str]:
 
 def tower_metadata(mllm: Path) -> dict[str, Any]:
     """Describe the encoder inside an MLLM by its feature layer and the hash of its weights' names and contents."""
-    digest = hashlib.sha256()
+    config = mllm_config(mllm)
+    family, digest = family_of(config), hashlib.sha256()
     tensors: dict[str, tuple[Path, str]] = {}
     for file in mllm.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            keys = (key for key in weights.keys() if "vision_tower." in key)  # noqa: SIM118
-            tensors |= {key.partition("vision_tower.")[2]: (file, key) for key in keys}
+            keys = (key for key in weights.keys() if f"{family.tower}." in key)  # noqa: SIM118
+            tensors |= {key.partition(f"{family.tower}.")[2]: (file, key) for key in keys}
     for name, (file, key) in sorted(tensors.items()):
         with safe_open(file, framework="pt") as weights:
             tensor = weights.get_tensor(key).contiguous().view(-1).view(torch.uint8)  # numpy has no bfloat16
             digest.update(name.encode() + tensor.numpy().tobytes())
-    layer = mllm_config(mllm).vision_feature_layer
-    name = f"{mllm.resolve().name}/vision_tower"
-    return {"feature_layer": layer, "encoder": name, "encoder_sha256": digest.hexdigest()}
+    name = f"{mllm.resolve().name}/{family.tower}"
+    return {"feature_layer": family.feature_layer(config), "encoder": name, "encoder_sha256": digest.hexdigest()}
 
 
 def read_task(folder: Path, name: str, metadata: Mapping[str, Any]) -> list[ProbeResult]:

@@ -46,6 +46,7 @@ import_torchvision()
 from lmms_eval.api.model import lmms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from pivot_hub.encoder.device import compute_device  # noqa: E402
 from pivot_hub.encoder.encode import DTYPES  # noqa: E402
 from pivot_hub.mllm.load import load_mllm  # noqa: E402
 from pivot_hub.probes.vqa.lmms_eval import WATCHED  # noqa: E402
@@ -77,7 +78,7 @@ class PivotMllm(lmms):
         self.batch_size = int(batch_size)
         model, self.processor = load_mllm(pretrained)
         module: Any = model  # transformers types `to` as for one argument
-        self.model = module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[dtype])
+        self.model = module.to(device or compute_device(), DTYPES[dtype])
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Answer requests in their order; those with the same length limit and stops share forward passes."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from pivot_hub.probes.choices import chosen_letter, lettered
+from pivot_hub.data.choices import chosen_letter, lettered
 from pivot_hub.probes.vqa.benchmarks import repetitions
 
 _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+)")

@@ -9,17 +9,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from pivot_hub.data.synthetic import KINDS, Question
 from pivot_hub.mllm.chat_templates import chat_prompt
+from pivot_hub.mllm.inputs import ProcessedText, left_padded, process
 from pivot_hub.probes.result import ProbeResult, measure
 
 
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
-    processor: LlavaProcessor | PreTrainedTokenizerBase,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
     questions: Sequence[str],
     images: Sequence[Image.Image | Sequence[Image.Image]] | None = None,
     max_new_tokens: int = 16,
@@ -41,16 +42,11 @@ def generate_answers(
     for start in range(0, len(questions), batch):
         part = slice(start, start + batch)
         batch_items = zip(questions[part], image_lists[part], strict=True)
-        batch_images = [i for own in image_lists[part] for i in own]
-        inputs = processor(
-            text=[chat_prompt(processor, question, len(own)) for question, own in batch_items],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-            **({"images": batch_images} if batch_images else {}),
-        ).to(model.device)
-        if batch_images:
+        texts = [
+            _processed(processor, chat_prompt(processor, question, len(own)), own) for question, own in batch_items
+        ]
+        inputs = {name: value.to(model.device) for name, value in left_padded(processor, texts).items()}
+        if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         generated = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = generated[:, inputs["input_ids"].shape[1] :]
@@ -58,9 +54,19 @@ def generate_answers(
     return [a.strip() for a in answers]
 
 
+def _processed(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, text: str, images: Sequence[Image.Image]
+) -> ProcessedText:
+    """Prepare one text and its images; a text without images needs a tokenizer only."""
+    if images:
+        return process(cast(ProcessorMixin, processor), text, images)
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    return ProcessedText(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def answer_questions(
     model: PreTrainedModel,
-    processor: LlavaProcessor | PreTrainedTokenizerBase,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
     questions: Sequence[Question],
     subjects: Sequence[Image.Image] | Sequence[str],
     conditions: dict[str, Any],
@@ -86,17 +92,28 @@ def answer_questions(
         images = cast(Sequence[Image.Image], subjects)
         answers = generate_answers(model, processor, [q.text for q in questions], images)
     right = np.array([float(a.casefold() == q.answer.casefold()) for a, q in zip(answers, questions, strict=True)])
-    duration = time.monotonic() - started
+    return measure_by_kind(
+        "exact_match",
+        right,
+        questions,
+        protocol="greedy answer equals the true one",
+        split=split,
+        seed=seed,
+        duration_s=time.monotonic() - started,
+        **conditions,
+    )
+
+
+def measure_by_kind(metric: str, scores: np.ndarray, questions: Sequence[Question], **fields: Any) -> list[ProbeResult]:
+    """Return the mean score over all questions, and of each kind of question.
+
+    Args:
+        metric: Name of the metric.
+        scores: Score of each question, from 0 to 1, (N,).
+        questions: The N questions.
+        fields: Further fields of the results, as `measure` takes them.
+    """
     return [
-        measure(
-            f"shapes/vqa/{kind}",
-            "exact_match",
-            right[[kind in ("all", q.kind) for q in questions]],
-            protocol="greedy answer equals the true one",
-            split=split,
-            seed=seed,
-            duration_s=duration,
-            **conditions,
-        )
+        measure(f"shapes/vqa/{kind}", metric, scores[[kind in ("all", q.kind) for q in questions]], **fields)
         for kind in ("all", *KINDS)
     ]

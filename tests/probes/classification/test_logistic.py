@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,16 @@ def test_blocks_and_files_change_nothing(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (parts,) = fit_logistic(np.load(tmp_path / "x.npy", mmap_mode="c"), y, [0.1], tolerance=1e-7)
     assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
     assert torch.allclose(parts.weight, whole.weight, atol=2e-3)
+
+
+def test_features_are_held_where_half_of_the_free_memory_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = make_features("random", 700, 16, 5)
+    monkeypatch.setattr(logistic, "CELLS", 1)  # read in blocks of 256 rows
+    held = logistic.resident(x, torch.device("cpu"))
+    assert isinstance(held, torch.Tensor)
+    assert torch.equal(held, torch.from_numpy(x))
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if "PAGES" in name else 2 * x.nbytes - 2)
+    assert logistic.resident(x, torch.device("cpu")) is x
 
 
 def test_a_chain_of_cs_ends_where_each_alone_does() -> None:
@@ -87,7 +98,10 @@ def test_the_benchmark_compares_both_on_the_same_features() -> None:
     lines: list[str] = []
     report = bench_probe(600, 12, 6, cs=(0.1, 1.0), kinds=("correlated",), log=lines.append)
     measured = report["features"]["correlated"]
-    assert measured["times_faster"] == pytest.approx(measured["sklearn_s"] / measured["pivot_s"], rel=0.2)
+    rounding = 0.005  # of the seconds, which are short here
+    slowest, fastest = measured["sklearn_s"] + rounding, measured["sklearn_s"] - rounding
+    assert fastest / (measured["pivot_s"] + rounding) - 0.01 <= measured["times_faster"]
+    assert measured["times_faster"] <= slowest / max(measured["pivot_s"] - rounding, 1e-9) + 0.01
     assert set(measured["cs"]) == {"0.1", "1"}
     for both in measured["cs"].values():
         assert both["loss_above_ours"] > -1e-4

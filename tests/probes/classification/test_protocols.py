@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+import torch
 from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
@@ -23,6 +24,7 @@ from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.probes import features
 from pivot_hub.probes.classification import protocols as classify
 from pivot_hub.probes.classification.labelled_images import Labelled, Part, open_classes
+from pivot_hub.probes.classification.logistic import resident
 from pivot_hub.probes.classification.protocols import PROTOCOLS, Pools, classify_images
 from pivot_hub.probes.features import EncodingOptions, cached_features
 from pivot_hub.probes.grid import choose
@@ -85,6 +87,36 @@ def run(encoder: tuple[Any, Any], data: Any, cache: Path, **options: Any) -> dic
     encoding = EncodingOptions(cache=cache, workers=0)
     results, _ = classify_images(*encoder, data, METADATA, encoding=encoding, **options)
     return {r.task.split("/")[-1]: r for r in results if r.metric == "accuracy"}
+
+
+def test_neighbours_vote_alike_from_memory_and_from_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features that vote are read and normalised once where memory holds them, else for each block of questions."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(3000) % 7
+    means = rng.normal(size=(7, 12))
+    train, test = (
+        features.Features((means[y] + rng.normal(size=(len(y), 12))).astype(np.float32), y, [])
+        for y in (labels, labels[:2500])
+    )
+    read: list[int] = []
+    inner = features.Pooled.__getitem__
+
+    def count(self: features.Pooled, selection: slice) -> np.ndarray:
+        rows = inner(self, selection)
+        read.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(features.Pooled, "__getitem__", count)
+    predicted, rows = [], []
+    for held in (resident, lambda x, device: x):
+        monkeypatch.setattr(classify, "resident", held)
+        fitted = classify.FITTERS["knn"](train, Pools.draw(labels, 0), 7, torch.device("cpu"))
+        read.clear()
+        predicted.append(fitted.predict(test))
+        rows.append(sum(read))
+    assert (predicted[0] == predicted[1]).all()
+    assert (predicted[0] == test.labels).mean() > 0.5
+    assert rows == [3000 + 2500, 3 * 3000 + 2500]  # 2500 questions come in three blocks
 
 
 def test_every_protocol_tells_classes_apart(parts: Path, tmp_path: Path) -> None:
@@ -433,7 +465,7 @@ def test_bad_data_is_named(parts: Path, tmp_path: Path) -> None:
         open_classes(str(few))
     with pytest.raises(ProbeError, match=r"is no folder, \.zip, \.tar or Hub data set"):
         open_classes("imagenet")
-    with pytest.raises(ProbeError, match=r"'nobody/nothing' cannot be loaded .* give a folder"):
+    with pytest.raises(DataError, match=r"'nobody/nothing' cannot be loaded .* give a folder"):
         open_classes("nobody/nothing")
     (tmp_path / "cut.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match="not a whole archive"):

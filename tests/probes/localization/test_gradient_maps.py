@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from pivot_hub.cli import app
 from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.errors import DataError, ProbeError
-from pivot_hub.explain.gradcam import seen_image, seen_mask
+from pivot_hub.explain.image_maps import seen_image, seen_mask
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import paired_difference
 from pivot_hub.mllm.build import randomise_vision
-from pivot_hub.mllm.load import load_mllm
+from pivot_hub.mllm.load import load_mllm, mllm_config
 from pivot_hub.probes.localization.gradient_maps import (
     LabelFiles,
     Target,
@@ -31,6 +31,8 @@ from pivot_hub.probes.localization.gradient_maps import (
 )
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from tests.encoder.originals import IMAGE_PX
+from tests.mllm.tiny_mllms import make_mllm
+from tests.mllm.tiny_processors import add_processor
 
 LABELS = {"a": "0 0.25 0.5 0.5 1.0\n", "b": "1 0.5 0.5 0.2 0.2\n0 0.9 0.1 0.2 0.2\n", "c": "1 0 0 1 0 0 1\n"}
 
@@ -270,20 +272,21 @@ def test_a_mask_is_processed_like_its_image(trained: Path) -> None:
     white = np.zeros((20, 60), bool)
     white[5:15, 10:35] = True
     image = Image.fromarray(white).convert("RGB")
-    _, processor = load_mllm(trained / "3-sft")
+    model, processor = load_mllm(trained / "3-sft")
     for used, share in ((processor, white.mean()), (_Cropping(), white[:, 20:40].mean())):
-        mask = seen_mask(used, white)  # type: ignore[arg-type]
-        seen = np.asarray(seen_image(used, image))[..., 0]  # type: ignore[arg-type]
+        mask = seen_mask(model.config, used, white)  # type: ignore[arg-type]
+        seen = np.asarray(seen_image(model.config, used, image))[..., 0]  # type: ignore[arg-type]
         assert mask.shape == (IMAGE_PX, IMAGE_PX)
         assert np.array_equal(mask, seen >= 128)
         assert mask.mean() == pytest.approx(share, abs=0.06)
 
 
-def test_targets_that_the_crop_cuts_off_are_left_out_with_a_message(tmp_path: Path) -> None:
+def test_targets_that_the_crop_cuts_off_are_left_out_with_a_message(trained: Path, tmp_path: Path) -> None:
     folder = yolo_folder(tmp_path, 1)
     (folder / "labels" / "train" / "a0.txt").write_text("0 0.05 0.5 0.1 1.0\n1 0.5 0.5 0.5 1.0\n")
     images, left_out = read_annotated_images(folder)
-    targets = list(image_targets(images[:1], _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
+    config = mllm_config(trained / "3-sft")
+    targets = list(image_targets(images[:1], config, _Cropping(), Wording(), left_out))  # type: ignore[arg-type]
     assert [t.pair.question for t in targets] == ["Is there a cup?"]
     assert left_out == ["train/a0.png: apple is smaller than a pixel of what the encoder sees, or outside."]
 
@@ -418,3 +421,23 @@ def _p_value(first: ProbeResult, second: ProbeResult) -> float:
     assert first.example_scores is not None
     assert second.example_scores is not None
     return paired_difference(first.example_scores, second.example_scores, statistic_of(first.metric), seed=0).p_value
+
+
+def test_towers_of_native_resolution_and_tiles_are_scored_in_the_shape_that_they_see(tmp_path: Path) -> None:
+    """Random weights of the tower change the maps, and the merger, which belongs to the projector, stays."""
+    folder = yolo_folder(tmp_path / "data")
+    for name in ("qwen2_5_vl", "llava_onevision"):
+        make_mllm(tmp_path / name, name)
+        add_processor(tmp_path / name, name)
+        results, left_out = localize_folder(tmp_path / name, folder, explains=["answer"])
+        assert left_out == []
+        assert {r.metric for r in results} == {"pointing_accuracy", "energy_inside", "iou"}
+        assert all(0 <= r.value <= 100 for r in results)
+        random, _ = localize_folder(tmp_path / name, folder, explains=["answer"], random_vision=True)
+        assert random[0].encoder_sha256 != results[0].encoder_sha256
+    model, _ = load_mllm(tmp_path / "qwen2_5_vl")
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    randomise_vision(model, seed=1)
+    changed = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+    assert "model.visual.blocks.0.attn.qkv.weight" in changed
+    assert not any("merger" in key or "language_model" in key for key in changed)

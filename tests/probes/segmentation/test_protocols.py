@@ -39,6 +39,7 @@ from pivot_hub.probes.segmentation.protocols import (
     per_class,
     segment_folder,
     segment_masks,
+    token_dtype,
 )
 
 CONDITIONS: dict[str, Any] = {"feature_layer": -2, "encoder": "test", "encoder_sha256": "0"}
@@ -237,6 +238,29 @@ def test_prediction_is_that_of_all_logits_upsampled_at_once() -> None:
     with torch.no_grad():
         logits = functional.interpolate(head(torch.from_numpy(tokens)), size=(21, 13), mode="bilinear")
     assert np.array_equal(head.predict(tokens, (21, 13)), ids[logits.argmax(1).numpy()])
+
+
+def test_tokens_take_half_the_disk_where_rounding_is_small_against_their_spread() -> None:
+    """float16 has 11 bits: enough for a channel around zero, too few for one that varies little around a large mean."""
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(4, 16, 8)).astype(np.float32)
+    assert token_dtype(tokens) == np.float16
+    assert token_dtype(tokens + 10) == np.float16
+    assert token_dtype(1e-9 * tokens) == np.float32  # below float16's smallest number
+    for mean in (100, 1e5):  # rounded to 1/16, and beyond float16's largest number
+        shifted = tokens.copy()
+        shifted[..., 3] += mean
+        assert token_dtype(shifted) == np.float32
+    sums = [head_logits(tokens.astype(dtype)) for dtype in (np.float16, np.float32)]
+    assert np.abs(sums[0] - sums[1]).max() < 0.01 * sums[1].std()
+
+
+def head_logits(tokens: np.ndarray) -> np.ndarray:
+    head = Head("mlp", scale_of(tokens, range(len(tokens))), np.arange(3), seed=0)
+    torch.nn.init.normal_(list(head.parameters())[-2], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits: np.ndarray = head(torch.from_numpy(tokens)).numpy()
+    return logits
 
 
 def test_heads_fitted_from_disk_are_those_fitted_from_memory(tmp_path: Path) -> None:
@@ -798,4 +822,5 @@ def test_tokens_on_disk_equal_computed_ones_and_are_computed_once(encoder: tuple
     again = run()
     assert len(batches) == count  # nothing was encoded again
     values = [[r.value for r in results.values()] for results in (plain, first, again)]
-    assert values[0] == values[1] == values[2]
+    assert values[1] == values[2]
+    assert values[0] == pytest.approx(values[1], abs=0.3)  # in percent; those without a cache are in float16

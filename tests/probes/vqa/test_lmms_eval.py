@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pivot_hub import __version__
+from pivot_hub.data.choices import chosen_letter, options_in, same_choice
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import CheckpointError, OutputError, ProbeError
 from pivot_hub.mllm.load import load_mllm
-from pivot_hub.probes.choices import chosen_letter, options_in, same_choice
 from pivot_hub.probes.result import ProbeResult, read_results
 from pivot_hub.probes.vqa import lmms_eval as lmms
 from pivot_hub.probes.vqa.benchmarks import BENCHMARKS, GROUPS
@@ -241,7 +241,7 @@ def test_bad_input_is_refused(
     (tmp_path / "images" / "mme").mkdir(parents=True)
     with pytest.raises(ProbeError, match="mme exists and is no result of this command; choose another --output"):
         evaluate_vqa(mllm, tmp_path / "images", python=program, log=silent)
-    with pytest.raises(CheckpointError, match="not an MLLM; give a LLaVA checkpoint"):
+    with pytest.raises(CheckpointError, match="is no MLLM of the table"):
         evaluate_vqa(parts / "language", out, python=program)
     shutil.copytree(mllm, tmp_path / "a,b")
     with pytest.raises(ProbeError, match="commas and equals signs; rename the folder"):

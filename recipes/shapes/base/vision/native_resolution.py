@@ -17,11 +17,16 @@ class Layout:
         inputs: Names of the image processor's outputs that describe the shapes.
         arguments: Names of the tower's arguments for them.
         grids: Function that returns the patches (height, width) of each image, from these outputs and the config.
+        rows: Function that brings the patches of one image (height * width, D), in the tower's order, into rows
+            (height, width, D); it takes the tokens, height, width, config and the patches a side that are merged.
+        tiles: Whether the tower pads an image to tiles (images, 1, tiles, 1 + N, D), of which each begins with a CLS.
     """
 
     inputs: tuple[str, ...]
     arguments: tuple[str, ...]
     grids: Callable[..., list[tuple[int, int]]]
+    rows: Callable[..., torch.Tensor] = lambda tokens, height, width, *_: tokens.unflatten(0, (height, width))
+    tiles: bool = False
 
 
 def _grids_of_thw(inputs, config):
@@ -47,8 +52,30 @@ def _grids_of_tiles(inputs, config):
     return [(rows * side, columns * side) for rows, columns in tiles]
 
 
+def _rows_of_blocks(tokens, height, width, config, merge):
+    """Sort patches that lie together with those that they will be merged with."""
+    blocks = tokens.unflatten(0, (height // merge, width // merge, merge, merge))
+    return blocks.transpose(1, 2).flatten(0, 1).flatten(1, 2)
+
+
+def _rows_of_windows(tokens, height, width, config, merge):
+    """Sort blocks of patches that lie together with those of their window of attention."""
+    side = config.window_size // config.patch_size // merge
+    order = _window_order(height // merge, width // merge, side)
+    blocks = tokens.unflatten(0, (len(order), merge * merge))[order.argsort().to(tokens.device)]
+    return _rows_of_blocks(blocks.flatten(0, 1), height, width, config, merge)
+
+
+def _window_order(rows, columns, side):
+    """Return the blocks of a grid in the order of its windows of `side` x `side` blocks."""
+    blocks = torch.arange(rows * columns).unflatten(0, (rows, columns))
+    return torch.cat([part.flatten() for strip in blocks.split(side) for part in strip.split(side, dim=1)])
+
+
 LAYOUTS = {
     "grid_thw": Layout(("image_grid_thw",), ("grid_thw",), _grids_of_thw),
+    "grid_thw in blocks": Layout(("image_grid_thw",), ("grid_thw",), _grids_of_thw, _rows_of_blocks),
+    "grid_thw in windows": Layout(("image_grid_thw",), ("grid_thw",), _grids_of_thw, _rows_of_windows),
     "image_sizes": Layout(("image_sizes",), ("image_sizes",), _grids_of_sizes),
     "spatial_shapes": Layout(
         ("pixel_attention_mask", "spatial_shapes"),
@@ -57,7 +84,10 @@ LAYOUTS = {
     ),
     "position_ids": Layout(("image_position_ids",), ("pixel_position_ids",), _grids_of_positions),
     "tiles": Layout(
-        ("aspect_ratio_ids", "aspect_ratio_mask"), ("aspect_ratio_ids", "aspect_ratio_mask"), _grids_of_tiles
+        ("aspect_ratio_ids", "aspect_ratio_mask"),
+        ("aspect_ratio_ids", "aspect_ratio_mask"),
+        _grids_of_tiles,
+        tiles=True,
     ),
 }
 
@@ -73,13 +103,14 @@ def merge_side(config, merge):
     return side if isinstance(side, int) else side[0]
 
 
-def to_maps(hidden, grids, config, merge=1):
+def to_maps(hidden, grids, layout, config, merge=1):
     """Fold the tokens of a batch of images into one map for each image.
 
     Args:
         hidden: Tokens of all images one after the other (..., N, D) without padding, or padded to the longest image
             (B, N, D); tokens are patches, or were merged from `merge` x `merge` patches.
         grids: Patches (height, width) of each image.
+        layout: Name of the tower's layout in LAYOUTS.
         config: Native config of the tower.
         merge: Patches a side that the tower joins to one token.
 
@@ -89,7 +120,7 @@ def to_maps(hidden, grids, config, merge=1):
     Raises:
         ValueError: The number of tokens is not that of the grids.
     """
-    if config.model_type == "mllama_vision_model":
+    if LAYOUTS[layout].tiles:
         return _maps_of_tiles(hidden, grids, config)
     lengths = [height * width for height, width in grids]
     if hidden.dim() == 3 and hidden.shape[0] == len(grids):
@@ -97,31 +128,13 @@ def to_maps(hidden, grids, config, merge=1):
     tokens = hidden.flatten(0, -2)
     if len(tokens) == sum(lengths):
         parts = tokens.split(lengths)
-        return [_raster(part, *grid, config, merge) for part, grid in zip(parts, grids, strict=True)]
+        rows = LAYOUTS[layout].rows
+        return [rows(part, *grid, config, merge) for part, grid in zip(parts, grids, strict=True)]
     grids = [(height // merge, width // merge) for height, width in grids]
     lengths = [height * width for height, width in grids]
     if len(tokens) != sum(lengths):
         raise ValueError(f"{len(tokens)} tokens do not fill the grids {grids}.")
     return [part.unflatten(0, grid) for part, grid in zip(tokens.split(lengths), grids, strict=True)]
-
-
-def _raster(tokens, height, width, config, merge):
-    """Bring the patches of one image into rows: (height * width, D) to (height, width, D)."""
-    if merge == 1 or not hasattr(config, "spatial_merge_size"):
-        return tokens.unflatten(0, (height, width))
-    # The patches that will be merged lie together; Qwen2.5-VL sorts these blocks by windows of attention besides.
-    rows, columns = height // merge, width // merge
-    blocks = tokens.unflatten(0, (rows * columns, merge, merge))
-    if hasattr(config, "window_size"):
-        side = config.window_size // config.patch_size // merge
-        blocks = blocks[_window_order(rows, columns, side).argsort().to(blocks.device)]
-    return blocks.unflatten(0, (rows, columns)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
-
-
-def _window_order(rows, columns, side):
-    """Return the blocks of a grid in the order of its windows of `side` x `side` blocks."""
-    blocks = torch.arange(rows * columns).unflatten(0, (rows, columns))
-    return torch.cat([part.flatten() for strip in blocks.split(side) for part in strip.split(side, dim=1)])
 
 
 def _maps_of_tiles(hidden, grids, config):
