@@ -105,7 +105,8 @@ def bar(unit: str) -> Iterator[Callable[[int, int | None, float], None]]:
         nonlocal last_line
         if time.monotonic() - last_line > 10:
             last_line = time.monotonic()
-            left = "" if total is None else f", {(total - done) / speed:.0f} s left"
+            # A run that resumes has no speed until it has done something new.
+            left = "" if total is None or not speed else f", {(total - done) / speed:.0f} s left"
             log(f"{done}{'' if total is None else f' of {total}'} {unit}, {speed:.1f}/s{left}")
 
     yield advance

@@ -220,6 +220,10 @@ def encode(
     shard: Annotated[
         str | None, typer.Option(help="Encode one of n shares, as in 1/8; torchrun and accelerate need no option.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Encode on a Ray cluster: auto, host:port, or local to start one here."),
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Join folders that encode wrote, into a folder or a file.")
     ] = False,
@@ -266,6 +270,7 @@ def encode(
                 store,
                 share,
                 options,
+                ray,
             )
     _show_features(out_path, report)
     # The missing blocks of one share are another's work; where the shares are joined, they are missing.

@@ -1,13 +1,13 @@
 """Batches of images: decoded and prepared in worker processes, and encoded by one model.
 
-`Preparer` and `BatchEncoder` are the two halves of the computation, which any engine may call: the first needs no
-model, the second holds it.
+`Decoder` and `RowEncoder` are the two halves of the computation, which any engine calls: the first needs no model, the
+second holds it. `Processes` is the engine of one process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol, cast
@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pivot_hub.encoder.configuration_pivot import check_feature_layer
+from pivot_hub.encoder.feature_table import FeatureTable, StoredRow
 from pivot_hub.encoder.image_shapes import token_shape
 from pivot_hub.errors import CheckpointError, DataError
 
@@ -60,6 +61,7 @@ class Prepared:
         sha256: Hash of its file; empty if it cannot be read.
         inputs: Inputs (1, ...) of the encoder; None if the hash is the known one, or there is a problem.
         problem: Why the image cannot be used.
+        numbers: Number of values in its pixels, 0 without inputs.
     """
 
     block: int
@@ -67,6 +69,7 @@ class Prepared:
     sha256: str
     inputs: Inputs | None = None
     problem: str | None = None
+    numbers: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,13 @@ def _on_cpu(features: torch.Tensor) -> np.ndarray:
     return features.float().cpu().numpy()
 
 
-class _Decoded(Dataset[Prepared]):
-    """Prepared images, indexed by items."""
+class Decoder(Dataset[Prepared]):
+    """Reads and prepares images, indexed by items.
+
+    Args:
+        loader: Reader of the images.
+        prepare: Preparer of the images.
+    """
 
     def __init__(self, loader: Loader, prepare: Preparer) -> None:
         self.loader, self.prepare = loader, prepare
@@ -186,39 +194,91 @@ class _Decoded(Dataset[Prepared]):
             inputs = None if image is None else self.prepare(item.name, image)
         except DataError as error:
             return Prepared(item.block, item.name, sha256, problem=str(error))
-        return Prepared(item.block, item.name, sha256, inputs)
+        return Prepared(item.block, item.name, sha256, inputs, numbers=inputs["pixel_values"].size if inputs else 0)
+
+    def at_once(self, batch: int) -> int:
+        """Return the number of images that are decoded in one piece of work: those of their own shapes may be large."""
+        return batch if len(self.prepare.names) == 1 else 1
 
 
-def prepared_batches(
-    items: Iterator[Item], loader: Loader, prepare: Preparer, batch: int, workers: int | None
-) -> Iterator[list[Prepared]]:
-    """Read images and prepare them in batches, each of one block, in order.
-
-    Items are taken when workers are free to read them, so that memory does not grow with their number.
+@dataclass(frozen=True)
+class RowEncoder:
+    """Computes the rows of batches.
 
     Args:
-        items: The images.
-        loader: Reader of the images.
-        prepare: Preparer of the images.
-        batch: Number of images in a batch; those of their own shapes hold NUMBERS numbers at most.
-        workers: Number of processes; by default one for each core, 0 for none.
-
-    Raises:
-        DataError: The processes cannot be started, or one of them ended.
+        encoder: Holder of the encoder.
+        table: Columns of the features.
     """
-    at_once = batch if len(prepare.names) == 1 else 1  # images of their own shapes may be large
+
+    encoder: BatchEncoder
+    table: FeatureTable
+
+    def __call__(self, names: Sequence[str], inputs: Sequence[Inputs]) -> list[StoredRow]:
+        """Encode images.
+
+        Args:
+            names: Their names.
+            inputs: Inputs (1, ...) of each.
+
+        Raises:
+            NotFiniteError: Features of an image are not finite.
+        """
+        features = self.encoder(join_inputs(inputs)) if inputs else []
+        return [self.table.row(name, layers) for name, layers in zip(names, features, strict=True)]
+
+
+# An image that was read, and its row; None for one without inputs.
+Encoded = tuple[Prepared, StoredRow | None]
+# Encodes images in batches of a number of images, each of one block, in order. Items are taken when there is room for
+# them, so that memory does not grow with their number.
+Engine = Callable[[Iterator[Item], Decoder, int], Iterator[list[Encoded]]]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The engine of one process, which holds the encoder, with worker processes that decode.
+
+    Args:
+        rows: Holder of the encoder.
+        workers: Number of worker processes; by default one for each core, 0 for none.
+    """
+
+    rows: RowEncoder
+    workers: int | None
+
+    def __call__(self, items: Iterator[Item], decoder: Decoder, batch: int) -> Iterator[list[Encoded]]:
+        """Encode images, see `Engine`.
+
+        Raises:
+            DataError: The worker processes cannot be started, or one of them ended.
+        """
+        for images in _prepared_batches(items, decoder, batch, self.workers):
+            inputs = [image.inputs for image in images if image.inputs is not None]
+            yield encoded(images, self.rows([image.name for image in images if image.numbers], inputs))
+
+
+def encoded(images: Sequence[Prepared], rows: Sequence[StoredRow]) -> list[Encoded]:
+    """Join images with the rows of those that have inputs."""
+    remaining = iter(rows)
+    return [(image, next(remaining) if image.numbers else None) for image in images]
+
+
+def _prepared_batches(
+    items: Iterator[Item], decoder: Decoder, batch: int, workers: int | None
+) -> Iterator[list[Prepared]]:
+    at_once = decoder.at_once(batch)
     count = min(os.cpu_count() or 1, 16) if workers is None else workers
-    lists = _lists(items, at_once)
+    lists = item_lists(items, at_once)
     first = list(islice(lists, count * batch // at_once))
     count = min(count, sum(map(len, first)) // batch)
     loading: Iterable[list[Prepared]] = DataLoader(
-        _Decoded(loader, prepare),
+        decoder,
         batch_sampler=cast(Any, _Lists(chain(first, lists))),
         num_workers=count,
         collate_fn=list,
     )
     try:
-        yield from loading if at_once == batch else _grouped(loading, batch)
+        yield from loading if at_once == batch else grouped((image for (image,) in loading), batch)
     except (OSError, RuntimeError) as error:
         if count == 0 and not isinstance(error, OSError):
             raise
@@ -239,7 +299,7 @@ class _Lists:
         return self.lists
 
 
-def _lists(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+def item_lists(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
     """Group items to lists of one size; the last one of each block may be shorter."""
     group: list[Item] = []
     for item in items:
@@ -254,18 +314,17 @@ def _lists(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-def _grouped(singles: Iterable[list[Prepared]], batch: int) -> Iterator[list[Prepared]]:
-    """Group single images to batches of a block that hold NUMBERS numbers at most, unless one image holds more."""
+def grouped(images: Iterable[Prepared], batch: int) -> Iterator[list[Prepared]]:
+    """Group images to batches of a block that hold NUMBERS numbers at most, unless one image holds more."""
     group: list[Prepared] = []
     numbers = 0
-    for (image,) in singles:
-        size = image.inputs["pixel_values"].size if image.inputs else 0
-        full = len(group) == batch or (numbers > 0 and numbers + size > NUMBERS)
+    for image in images:
+        full = len(group) == batch or (numbers > 0 and numbers + image.numbers > NUMBERS)
         if group and (full or image.block != group[0].block):
             yield group
             group, numbers = [], 0
         group.append(image)
-        numbers += size
+        numbers += image.numbers
     if group:
         yield group
 

@@ -20,7 +20,17 @@ from torch import nn
 from pivot_hub.data.image import DECODING
 from pivot_hub.data.image_blocks import Block, ImageSource, SourceImage, SourceOptions
 from pivot_hub.data.image_source import open_source
-from pivot_hub.encoder.batches import BatchEncoder, Item, Loader, Prepared, Preparer, join_inputs, prepared_batches
+from pivot_hub.encoder.batches import (
+    BatchEncoder,
+    Decoder,
+    Engine,
+    Item,
+    Loader,
+    Prepared,
+    Preparer,
+    Processes,
+    RowEncoder,
+)
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.feature_file import (
     SUFFIXES,
@@ -45,7 +55,7 @@ from pivot_hub.encoder.feature_table import STORES, FeatureTable, StoredRow
 from pivot_hub.encoder.modeling_pivot import input_names
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.encoder.share import Share
-from pivot_hub.errors import DataError, OutputError, shown_text
+from pivot_hub.errors import CheckpointError, DataError, OutputError, shown_text
 from pivot_hub.outputs import lock_output
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,9 +102,16 @@ class EncodeOptions:
         if self.workers is not None and self.workers < 0:
             raise DataError(f"workers {self.workers}: give 0 or more processes.")
 
-    def stored(self) -> str:
-        """Return the type of the stored features."""
-        return self.store or ("float16" if self.dtype == "float16" else "float32")
+    def row_encoder(self, model: Any, further_layers: Sequence[int] = ()) -> RowEncoder:
+        """Return the holder of an encoder that is on its device in the precision of the options.
+
+        Args:
+            model: The encoder.
+            further_layers: Numbers of hidden states besides the model's own feature layer.
+        """
+        encoder = BatchEncoder(model, self.tokens, further_layers)
+        store = self.store or ("float16" if self.dtype == "float16" else "float32")
+        return RowEncoder(encoder, FeatureTable(encoder.shapes(), store, self.dtype))
 
 
 def encode_source(
@@ -110,6 +127,7 @@ def encode_source(
     store: str | None = None,
     share: Share = Share(),
     source_options: SourceOptions = SourceOptions(),
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Encode every image of a source; a stopped run resumes when it is called again.
 
@@ -130,6 +148,8 @@ def encode_source(
         store: Type of the stored features, see `EncodeOptions`.
         share: Which of several processes this is. They write to a folder.
         source_options: How tables are read.
+        ray: Address of a Ray cluster that decodes and encodes the images, see `pivot_hub.encoder.ray_cluster`; by
+            default this process does.
 
     Returns:
         Of a file, the report, which is also written beside it as `<output>.json`: encoder, shape of an image's
@@ -139,7 +159,7 @@ def encode_source(
     Raises:
         CheckpointError: The encoder cannot be loaded, or gives other features than it was published with.
         DataError: There is no image, the output has an unknown suffix or one that the features do not fit, the parts
-            of another run are in its place, or features are not finite.
+            of another run are in its place, features are not finite, or Ray cannot be used.
         OutputError: The output was not written by this function, or another process is writing it.
     """
     target = Path(output)
@@ -154,17 +174,55 @@ def encode_source(
     if opened.once and share.count > 1:
         raise DataError("stdin reaches one process only; write the paths to a .txt file for several.")
     (check_target if is_file else check_part_folder)(target)
-    first, *further = feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]
-    model, processor = read_encoder(encoder, dtype=DTYPES[options.dtype], feature_layer=first)
-    cast(nn.Module, model).to(compute_device())
-    run = _Run(model, processor, _Sources(), options, cast(Sequence[int], further), progress)
-    job = run.job(encoder_metadata(encoder))
+    layers: Sequence[Any] = feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]
+    model, processor = read_encoder(encoder, dtype=DTYPES[options.dtype], feature_layer=layers[0])
+    metadata = encoder_metadata(encoder)
+    rows = options.row_encoder(model, layers[1:])
+    if ray is None:
+        cast(nn.Module, model).to(compute_device())
+        engine: Engine = Processes(rows, workers)
+    else:
+        from pivot_hub.encoder.ray_cluster import RayCluster
+
+        place = Path(encoder).absolute() if Path(encoder).exists() else encoder
+        engine = RayCluster(ray, EncoderLoader(place, metadata["encoder_sha256"], layers, options), workers)
+    run = _Run(rows, processor, _Sources(), options, progress, engine)
+    job = run.job(metadata)
     if is_file:
         check_fits(target, run.table)
         with lock_output(target):
             check_target(target)
             return run.to_file(opened, target, job, reuse=True)
     return run.to_folder(opened, target, {**job, "source": opened.name, **vars(source_options)}, share)
+
+
+@dataclass(frozen=True)
+class EncoderLoader:
+    """Loads the encoder of a run in another process.
+
+    Args:
+        encoder: Folder or Hub name of the encoder.
+        sha256: Hash of its weights.
+        layers: Hidden state that the model returns, None for that of its config, and the numbers of further ones.
+        options: How images are encoded.
+    """
+
+    encoder: str | Path
+    sha256: str
+    layers: Sequence[Any]
+    options: EncodeOptions
+
+    def __call__(self) -> RowEncoder:
+        """Load the encoder onto this process's device.
+
+        Raises:
+            CheckpointError: It cannot be loaded here, or has other weights here.
+        """
+        model, _ = read_encoder(self.encoder, dtype=DTYPES[self.options.dtype], feature_layer=self.layers[0])
+        if encoder_metadata(self.encoder)["encoder_sha256"] != self.sha256:
+            raise CheckpointError(f"{self.encoder} has other weights on another machine; give all the same ones.")
+        cast(nn.Module, model).to(compute_device())
+        return self.options.row_encoder(model, self.layers[1:])
 
 
 class Images(Protocol):
@@ -205,7 +263,8 @@ def encode_images(
     Raises:
         DataError: The features do not fit the output, are not finite, or the processes that decode images cannot run.
     """
-    run = _Run(model, processor, _NamedImages(images), options, (), progress)
+    rows = options.row_encoder(model)
+    run = _Run(rows, processor, _NamedImages(images), options, progress, Processes(rows, options.workers))
     check_fits(target, run.table)
     with lock_output(target, wait=True):
         return run.to_file(_named_source(images), target, run.job(metadata), reuse=False)
@@ -316,27 +375,26 @@ class _Run:
     """Encodes the blocks of sources with one encoder.
 
     Args:
-        model: The encoder, on its device.
+        rows: Holder of the encoder.
         processor: Its image processor.
         loader: Reader of the images.
         options: How images are encoded.
-        further_layers: Numbers of hidden states besides the model's own feature layer.
         progress: Function that is called after every batch.
+        engine: What decodes and encodes.
     """
 
     def __init__(
         self,
-        model: Any,
+        rows: RowEncoder,
         processor: Any,
         loader: Loader,
         options: EncodeOptions,
-        further_layers: Sequence[int],
         progress: Progress,
+        engine: Engine,
     ) -> None:
-        self.encoder = BatchEncoder(model, options.tokens, further_layers)
-        self.prepare = Preparer(processor, input_names(model.config))
-        self.loader, self.options, self.progress = loader, options, progress
-        self.table = FeatureTable(self.encoder.shapes(), options.stored(), options.dtype)
+        self.encoder, self.table = rows.encoder, rows.table
+        self.decoder = Decoder(loader, Preparer(processor, input_names(self.encoder.model.config)))
+        self.options, self.progress, self.engine = options, progress, engine
         self.done = self.resumed = 0
         self.seen: list[str] = []  # names of the blocks of all processes
         self.busy: list[str] = []  # names of the blocks that other processes work on
@@ -354,7 +412,7 @@ class _Run:
             "shapes": self.table.shapes,
             "dtype": self.options.dtype,
             "store": self.table.store,
-            "processor": self.prepare.processor.to_dict(),
+            "processor": self.decoder.prepare.processor.to_dict(),
             "decoding": DECODING,
         }
 
@@ -434,11 +492,10 @@ class _Run:
     ) -> None:
         """Encode the blocks of a share that are not on disk yet."""
         items = self._items(source, share, parts, finished, known_corrupt)
-        options = self.options
         try:
-            for batch in prepared_batches(items, self.loader, self.prepare, options.batch, options.workers):
-                job = next(job for job in self._jobs if job.number == batch[0].block)
-                for image, row in zip(batch, self._rows(batch), strict=True):
+            for batch in self.engine(items, self.decoder, self.options.batch):
+                job = next(job for job in self._jobs if job.number == batch[0][0].block)
+                for image, row in batch:
                     job.add(image, row)
                     self.done += 1
                     self.resumed += row is None and image.problem is None
@@ -451,12 +508,6 @@ class _Run:
         finally:
             for job in self._jobs:
                 job.locked.close()
-
-    def _rows(self, batch: Sequence[Prepared]) -> list[StoredRow | None]:
-        """Encode those images of a batch that have inputs."""
-        inputs = [image.inputs for image in batch if image.inputs is not None]
-        features = iter(self.encoder(join_inputs(inputs)) if inputs else [])
-        return [None if image.inputs is None else self.table.row(image.name, next(features)) for image in batch]
 
     def _items(
         self,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pivot_hub.cli.app import bar
 from pivot_hub.data.image import open_image
 from pivot_hub.encoder import encode
 from pivot_hub.encoder.encode import encode_source
@@ -232,3 +234,16 @@ def test_bad_input_is_refused_with_an_error_message(parts: Path, folder: Path, t
     with pytest.raises(CheckpointError, match="no encoder can be loaded"):
         encode_source(parts / "language", folder, tmp_path / "f.npy")
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_run_that_resumes_slowly_is_shown_without_a_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    with bar("images") as advance:
+        for done, speed in ((8, 0.0), (60, 4.0)):
+            now_s += 11
+            advance(done, 100, speed)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["8 of 100 images, 0.0/s", "60 of 100 images, 4.0/s, 10 s left"]
