@@ -52,11 +52,15 @@ def probe(
     """Measure a frozen encoder on the synthetic Shapes dataset, or on classes of images.
 
     Example: `pivot probe hub/pivot/shapes-dpo --data imagenet --json results.json`
+
+    On 8 GPUs, which divide the images: `torchrun --nproc-per-node 8 -m pivot_hub probe ENCODER --data imagenet`
     """
     from pivot_hub.encoder.image_shapes import parse_layer
+    from pivot_hub.encoder.share import find_share
     from pivot_hub.probes.features import EncodingOptions
     from pivot_hub.probes.run import probe_encoder
 
+    share = find_share(None)
     with bar("images") as advance:
         results, skipped = probe_encoder(
             encoder,
@@ -65,10 +69,12 @@ def probe(
             on_bad_row,
             protocols=tuple(protocols.split(",")),
             revision=revision,
-            encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance),
+            encoding=EncodingOptions(dtype, cache, workers=workers, progress=advance, share=share),
             warn=warn,
             feature_layer=parse_layer(feature_layer),
         )
+    if share.number > 1:
+        return
     for reason in skipped:
         log(f"left out: {reason}")
     show(results, json_path)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from pivot_hub.data.image import DECODING
-from pivot_hub.data.image_blocks import Block, ImageSource, SourceImage, SourceOptions
+from pivot_hub.data.image_blocks import BLOCK, Block, ImageSource, SourceImage, SourceOptions
 from pivot_hub.data.image_source import open_source
 from pivot_hub.encoder.batches import (
     BatchEncoder,
@@ -263,11 +263,49 @@ def encode_images(
     Raises:
         DataError: The features do not fit the output, are not finite, or the processes that decode images cannot run.
     """
-    rows = options.row_encoder(model)
-    run = _Run(rows, processor, _NamedImages(images), options, progress, Processes(rows, options.workers))
-    check_fits(target, run.table)
+    run = _named_run(model, processor, images, target, options, progress)
     with lock_output(target, wait=True):
         return run.to_file(_named_source(images), target, run.job(metadata), reuse=False)
+
+
+def encode_share(
+    model: Any,
+    processor: Any,
+    images: Images,
+    target: Path,
+    metadata: dict[str, Any],
+    share: Share,
+    options: EncodeOptions = EncodeOptions(),
+    progress: Progress = lambda done, total, speed: None,
+) -> None:
+    """Encode one process's share of named images, before one process writes them all by `encode_images`.
+
+    Args:
+        model: The encoder, on its device in the precision of the options.
+        processor: Image processor of the encoder.
+        images: Images to encode, in order.
+        target: File that `encode_images` is to write.
+        metadata: Identity of the encoder and of the images.
+        share: Which of the processes this is.
+        options: How images are encoded.
+        progress: Function that is called after every batch.
+
+    Raises:
+        DataError: As in `encode_images`.
+    """
+    run = _named_run(model, processor, images, target, options, progress)
+    parts = PartFolder(partial_folder(target), run.job(metadata), run.table)
+    with lock_output(target, wait=True):
+        parts.open()
+    run.encode(_named_source(images), share, parts)
+
+
+def _named_run(
+    model: Any, processor: Any, images: Images, target: Path, options: EncodeOptions, progress: Progress
+) -> _Run:
+    rows = options.row_encoder(model)
+    check_fits(target, rows.table)
+    return _Run(rows, processor, _NamedImages(images), options, progress, Processes(rows, options.workers))
 
 
 @dataclass(frozen=True)
@@ -282,10 +320,10 @@ def _named_source(images: Images) -> ImageSource:
     count = len(images.names)
 
     def block(start: int) -> Block:
-        indices = range(start, min(start + PART_IMAGES, count))
+        indices = range(start, min(start + BLOCK, count))
         return Block(f"{start:012}", lambda: (_Index(images.names[i], i) for i in indices), lambda: "")
 
-    return ImageSource("", lambda: map(block, range(0, count, PART_IMAGES)), count)
+    return ImageSource("", lambda: map(block, range(0, count, BLOCK)), count)
 
 
 @dataclass(frozen=True)
@@ -432,7 +470,7 @@ class _Run:
         if report is not None and report.get("job_sha256") == parts.job_sha256:
             finished = EarlierRows([unpacked(target, report, self.table, parts.work)])
             known_corrupt = {entry["file"]: entry for entry in report["corrupt"]}
-        self._encode(source, Share(), parts, finished, known_corrupt)
+        self.encode(source, Share(), parts, finished, known_corrupt)
         records = parts.records()
         ordered = [records[name] for name in self.seen if name in records and records[name].complete]
         images = sum(record.images for record in ordered)
@@ -466,7 +504,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_output(folder, wait=True):
             parts.open()
-        self._encode(source, share, parts, None, {})
+        self.encode(source, share, parts)
         duration = time.monotonic() - self._started
         with lock_output(folder, wait=True):
             records = parts.records()
@@ -482,15 +520,23 @@ class _Run:
             "images_per_s": round((self.done - self.resumed) / duration, 2),
         }
 
-    def _encode(
+    def encode(
         self,
         source: ImageSource,
         share: Share,
         parts: PartFolder,
-        finished: EarlierRows | None,
-        known_corrupt: Mapping[str, dict[str, str]],
+        finished: EarlierRows | None = None,
+        known_corrupt: Mapping[str, dict[str, str]] = {},
     ) -> None:
-        """Encode the blocks of a share that are not on disk yet."""
+        """Encode the blocks of a share that are not on disk yet.
+
+        Args:
+            source: The images.
+            share: Which of several processes this is.
+            parts: Folder of the features, which is open.
+            finished: Further rows of known images.
+            known_corrupt: Records of images that could not be used.
+        """
         items = self._items(source, share, parts, finished, known_corrupt)
         try:
             for batch in self.engine(items, self.decoder, self.options.batch):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from pivot_hub.errors import DataError
 
@@ -50,3 +53,11 @@ def find_share(text: str | None) -> Share:
     if processes > 1:
         raise DataError("--shard cannot be used under a launcher, which divides the images already; leave it out.")
     return Share(int(match[1]), int(match[2]))
+
+
+def wait_for_all() -> None:
+    """Wait until all processes of the launcher are here."""
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.1)  # gloo's threads need the interpreter's lock to end, see training.stage.leave_processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.image import DECODING
-from pivot_hub.encoder.encode import EncodeOptions, Progress, encode_images
+from pivot_hub.encoder.encode import EncodeOptions, Progress, encode_images, encode_share
 from pivot_hub.encoder.feature_file import finished_report
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.feature_table import NotFiniteError
 from pivot_hub.encoder.modeling_pivot import prepare_images
+from pivot_hub.encoder.share import Share
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.files import write_json
 from pivot_hub.outputs import lock_output
@@ -79,6 +80,7 @@ class EncodingOptions:
         batch: Number of images in one forward pass.
         workers: Number of processes that decode images; one for each core by default.
         progress: Function that is called after every batch.
+        share: Which of several processes this is, which have the cache in common.
     """
 
     dtype: str = "float32"
@@ -86,9 +88,13 @@ class EncodingOptions:
     batch: int = 32
     workers: int | None = None
     progress: Progress = lambda done, total, rate: None
+    share: Share = field(default_factory=Share)
 
     def cache_folder(self) -> Path:
         return self.cache or Path(HF_HOME) / "pivot_hub" / "features"
+
+    def encode_options(self, tokens: bool) -> EncodeOptions:
+        return EncodeOptions(tokens, self.batch, self.dtype, workers=self.workers)
 
 
 def cached_features(
@@ -149,6 +155,51 @@ def cached_values(
     Raises:
         ProbeError: A feature is not finite.
     """
+    file, job = _cached_file(model, image_processor, images, metadata, tokens, options)
+    report = finished_report(file)
+    if report is None:
+        encoded = options.encode_options(tokens)
+        try:
+            report = encode_images(model, image_processor, images, file, job, encoded, options.progress)
+        except NotFiniteError as error:
+            raise ProbeError(str(error)) from error
+    values = np.load(file, mmap_mode="c")  # pages that are never written to stay on disk
+    _check_finite(values, report["files"])
+    return values, report["files"], [image["reason"] for image in report["corrupt"]]
+
+
+def cache_share(
+    model: Any,
+    image_processor: Any,
+    images: ProbeImages,
+    metadata: dict[str, Any],
+    tokens: bool = False,
+    options: EncodingOptions = EncodingOptions(),
+) -> None:
+    """Compute the share of this process of what `cached_values` then returns, see there.
+
+    Raises:
+        ProbeError: A feature is not finite.
+    """
+    file, job = _cached_file(model, image_processor, images, metadata, tokens, options)
+    if finished_report(file) is not None:
+        return
+    encoded = options.encode_options(tokens)
+    try:
+        encode_share(model, image_processor, images, file, job, options.share, encoded, options.progress)
+    except NotFiniteError as error:
+        raise ProbeError(str(error)) from error
+
+
+def _cached_file(
+    model: Any,
+    image_processor: Any,
+    images: ProbeImages,
+    metadata: dict[str, Any],
+    tokens: bool,
+    options: EncodingOptions,
+) -> tuple[Path, dict[str, Any]]:
+    """Return the file that features are cached in, and what distinguishes them from others."""
     job = {
         **metadata,
         "layer": model.config.pivot["feature_layer"],
@@ -160,24 +211,7 @@ def cached_values(
         "decoding": DECODING,
     }
     key = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()
-    file = options.cache_folder() / f"{key}.npy"
-    report = finished_report(file)
-    if report is None:
-        try:
-            report = encode_images(
-                model,
-                image_processor,
-                images,
-                file,
-                {**metadata, "key": key},
-                EncodeOptions(tokens, options.batch, options.dtype, workers=options.workers),
-                options.progress,
-            )
-        except NotFiniteError as error:
-            raise ProbeError(str(error)) from error
-    values = np.load(file, mmap_mode="c")  # pages that are never written to stay on disk
-    _check_finite(values, report["files"])
-    return values, report["files"], [image["reason"] for image in report["corrupt"]]
+    return options.cache_folder() / f"{key}.npy", {**metadata, "key": key}
 
 
 def cached_digests(images: ProbeImages, options: EncodingOptions = EncodingOptions()) -> np.ndarray:

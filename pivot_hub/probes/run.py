@@ -31,10 +31,11 @@ from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.encode import DTYPES, Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
+from pivot_hub.encoder.share import wait_for_all
 from pivot_hub.errors import CheckpointError, ProbeError
 from pivot_hub.mllm.families import family_of
 from pivot_hub.probes.classification.labelled_images import open_classes
-from pivot_hub.probes.classification.protocols import PROTOCOLS, classify_images, classify_shapes
+from pivot_hub.probes.classification.protocols import PROTOCOLS, cache_shares, classify_images, classify_shapes
 from pivot_hub.probes.features import EncodingOptions, patch_features, pooled
 from pivot_hub.probes.fixed_grid import FixedGrid, scene_px
 from pivot_hub.probes.localization.gradient_maps import Target, localize
@@ -264,7 +265,8 @@ def probe_encoder(
         feature_layer: Hidden state to probe, see `PivotVisionModel.from_pretrained`; the repository's own by default.
 
     Returns:
-        The results, and one error message for each image that was skipped.
+        The results, and one error message for each image that was skipped. Of several processes, the first one fits the
+        probes; the others return nothing once the images are encoded.
 
     Raises:
         CheckpointError: The encoder cannot be loaded, or gives other features than it was published with.
@@ -275,11 +277,18 @@ def probe_encoder(
     if encoding.dtype not in DTYPES:
         raise ProbeError(f"dtype {encoding.dtype!r} is not known; give one of {', '.join(DTYPES)}.")
     classes = None if data == "shapes" else open_classes(data, revision, seed)
+    if classes is None and encoding.share.count > 1:
+        raise ProbeError("several processes divide labelled images; run the probes of shapes in one process.")
     model, image_processor = read_encoder(encoder, feature_layer=feature_layer)
     model.to(compute_device(), DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)
     if classes is None:
         return probe_shapes(model, image_processor, metadata["encoder"], metadata["encoder_sha256"], sizes, seed), []
+    if encoding.share.count > 1:
+        cache_shares(model, image_processor, classes, metadata, protocols, encoding)
+        wait_for_all()
+        if encoding.share.number > 1:
+            return [], []
     return classify_images(model, image_processor, classes, metadata, protocols, seed, on_bad_row, encoding, warn)
 
 

@@ -110,7 +110,7 @@ def test_large_images_are_encoded_in_smaller_batches(
         sizes.append(len(inputs))
         return joined(inputs)
 
-    monkeypatch.setattr(encode, "join_inputs", noted)
+    monkeypatch.setattr(batches, "join_inputs", noted)
     monkeypatch.setattr(batches, "NUMBERS", 60_000)
     encode_source(towers["qwen3_vl_vision"], images, tmp_path / "parts.parquet", True, batch=7, workers=0)
     assert len(sizes) > 1

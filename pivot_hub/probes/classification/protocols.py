@@ -29,6 +29,7 @@ from pivot_hub.probes.features import (
     EncodingOptions,
     Features,
     Pooled,
+    cache_share,
     cached_digests,
     cached_features,
     standardised,
@@ -170,13 +171,7 @@ def classify_images(
         ProbeError: A protocol is unknown or does not fit the encoder, or the data cannot be probed.
         DataError: An image cannot be decoded and `on_bad_row` is STOP.
     """
-    if unknown := set(protocols) - set(PROTOCOLS):
-        raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
-    if "attention" in protocols and model.config.image_size is None:
-        raise ProbeError(
-            f"{metadata['encoder']}: attention pooling needs the same number of patch tokens for each image, and this "
-            "is a tower of native resolution; leave attention out of the protocols."
-        )
+    check_protocols(protocols, model, metadata["encoder"])
     skipped: list[str] = []
 
     def read(part: Part, tokens: bool) -> Features:
@@ -224,6 +219,53 @@ def classify_images(
             for metric, scores, described_chance in metrics
         ]
     return results, list(dict.fromkeys(skipped))
+
+
+def check_protocols(protocols: Sequence[str], model: Any, encoder: str) -> None:
+    """Refuse protocols that are unknown or do not fit the encoder.
+
+    Args:
+        protocols: Names of protocols.
+        model: The encoder.
+        encoder: Its name.
+
+    Raises:
+        ProbeError: The message names the protocol.
+    """
+    if unknown := set(protocols) - set(PROTOCOLS):
+        raise ProbeError(f"there is no protocol {min(unknown)!r}; give some of {', '.join(PROTOCOLS)}.")
+    if "attention" in protocols and model.config.image_size is None:
+        raise ProbeError(
+            f"{encoder}: attention pooling needs the same number of patch tokens for each image, and this is a tower "
+            "of native resolution; leave attention out of the protocols."
+        )
+
+
+def cache_shares(
+    model: Any,
+    image_processor: Any,
+    data: ClassData,
+    metadata: dict[str, Any],
+    protocols: Sequence[str],
+    encoding: EncodingOptions,
+) -> None:
+    """Compute this process's share of the features that `classify_images` then reads from the cache.
+
+    Args:
+        model: The encoder.
+        image_processor: Image processor of the encoder.
+        data: The labelled images.
+        metadata: Fields of the results: encoder and encoder_sha256.
+        protocols: Names from PROTOCOLS.
+        encoding: How images are encoded.
+
+    Raises:
+        ProbeError: A protocol is unknown or does not fit the encoder, or a feature is not finite.
+    """
+    check_protocols(protocols, model, metadata["encoder"])
+    for part in PARTS:
+        for tokens in sorted({protocol == "attention" for protocol in protocols}):
+            cache_share(model, image_processor, data.part(part).images, metadata, tokens, encoding)
 
 
 def _fit_classifiers(
