@@ -9,7 +9,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "
 PROCESSES ?= 2
 IN_PROCESSES := -n $(PROCESSES) --dist loadfile
 
-.PHONY: setup quickstart test slow browser conformance lint format space clean
+.PHONY: setup quickstart test slow nightly browser conformance lint format space clean
 
 setup: $(VENV)/.done
 
@@ -28,6 +28,9 @@ test: setup  ## the default suite
 
 slow: setup  ## the long tests that the default suite leaves out
 	$(PY) -m pytest $(IN_PROCESSES) -m slow
+
+nightly: setup  ## the longest tests, which CI leaves out; run them before a release
+	$(PY) -m pytest $(IN_PROCESSES) -m nightly
 
 browser: setup  ## clicks through the Space in Chromium; the default suite does so too where Chromium is installed
 	PIVOT_BROWSER=required $(PY) -m pytest -m "browser and (slow or not slow)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,10 +28,10 @@ from tests.encoder.originals import IMAGE_PX, make_vision  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "slow" not in str(config.option.markexpr):
+    for marker in {"slow", "nightly"} - set(re.findall(r"\w+", str(config.option.markexpr))):
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="long, and covered in part by others: make slow"))
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"long, and covered in part by others: make {marker}"))
 
 
 def pytest_sessionfinish() -> None:

@@ -235,7 +235,7 @@ def test_first_lines_say_where_hours_and_expected_values_are_from(path: Path) ->
         "siglip2-base/1-align",
         pytest.param("mae-large/3-sft", marks=pytest.mark.slow),
         *(
-            pytest.param(f"{p.parent.name}/{p.stem}", marks=pytest.mark.slow)
+            pytest.param(f"{p.parent.name}/{p.stem}", marks=pytest.mark.nightly)
             for p in (*MLLM_RECIPES, *WITH_REWARDS, *OF_TWO_IMAGES)
         ),
     ],

@@ -308,7 +308,7 @@ def test_damaged_input_ends_with_a_message_and_loses_nothing(
     assert sorted(KNOWN - wrong.keys()) == [], "these are fixed: delete them from KNOWN"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_damaged_input_at_length(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = throw_all(range(300, 1300), inputs, tmp_path, monkeypatch)
     assert [line for case, line in wrong.items() if case not in KNOWN_AT_LENGTH] == []

@@ -33,7 +33,7 @@ from tests.publish.publishable import PROSE, make_publishable
 
 ROOT = Path(__file__).parents[1]
 KILLS = 30
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 class Commands:

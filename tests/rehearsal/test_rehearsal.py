@@ -294,7 +294,7 @@ def test_an_mllm_that_cannot_be_rehearsed_is_refused_with_the_reason(family: str
         write_narrow_mllm(whole_config(str(tmp_path / "mllm")), tmp_path / "narrow")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_step_at_the_size_of_the_paper_takes_one_attention_call_a_layer() -> None:
     """Qwen2.5-1.5B has 28 layers, each of which runs again in the backward pass."""
     _skip_without_compiler()

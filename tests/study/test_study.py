@@ -447,7 +447,7 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"})], ids=["shapes", "224"])
 def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
     """All of the study on CPU; of the study for a GPU the primary comparison, with its base parts."""
