@@ -28,6 +28,7 @@ from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.merge import merge_features
 from pivot_hub.encoder.share import Share
 from pivot_hub.errors import DataError
+from tests.encoder.test_launched import launch
 
 COUNT = 60
 Features = dict[str, np.ndarray]
@@ -36,10 +37,13 @@ Features = dict[str, np.ndarray]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create small images of several sizes in two folders."""
-    images = tmp_path_factory.mktemp("sources") / "images"
+    return write_images(tmp_path_factory.mktemp("sources") / "images", COUNT)
+
+
+def write_images(images: Path, count: int) -> Path:
     (images / "b").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for i in range(COUNT):
+    for i in range(count):
         image = Image.fromarray(rng.integers(0, 255, (8 + i % 5, 10, 3), np.uint8))
         image.save(images / ("b" if i % 2 else "") / f"{i:02}.png")
     return images
@@ -171,6 +175,31 @@ def test_every_source_gives_the_same_ids_and_features(
         (folder / "a.parquet").unlink(missing_ok=True)
     assert (report["images"], report["complete"], report["problems"]) == (COUNT, True, [])
     assert_same(read(tmp_path / "out"), expected)
+
+
+@pytest.mark.nightly
+def test_every_path_gives_the_same_2000_images(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_blocks, "BLOCK", 128)
+    images = write_images(tmp_path / "images", 2000)
+    encoder: Any = parts / "vision"
+    encode_source(encoder, images, tmp_path / "f.parquet")
+    expected = read(tmp_path / "f.parquet")
+    assert len(expected) == 2000
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        source = make_source(kind, images, tmp_path / kind, monkeypatch)
+        encode_source(encoder, source, tmp_path / kind / "out")
+        assert_same(read(tmp_path / kind / "out"), expected)
+        (images / "a.parquet").unlink(missing_ok=True)
+    merge_features(split(images, encoder, tmp_path, 4), tmp_path / "merged")
+    assert_same(read(tmp_path / "merged"), expected)
+    encode_source(encoder, images, tmp_path / "ray", ray="local")
+    assert_same(read(tmp_path / "ray"), expected)
+    launch(tmp_path / "counts", "encode", images, "--encoder", encoder, "--out", tmp_path / "torchrun")
+    assert_same(read(tmp_path / "torchrun"), expected)
+    shards = write_shards(images, tmp_path / "shards", 20)
+    encode_source(encoder, str(shards[0].parent / "shards-{000..019}.tar"), tmp_path / "keys")
+    assert_same(read(tmp_path / "keys"), {name.removesuffix(".png"): f for name, f in expected.items()})
 
 
 @pytest.mark.parametrize("place", ["glob", "braces", "folder", "memory"])
