@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,24 @@ def test_memory_does_not_grow_with_a_list(tmp_path: Path, monkeypatch: pytest.Mo
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 2 * peaks[0], peaks
+
+
+@pytest.mark.nightly
+def test_memory_does_not_grow_to_a_million_rows(parts: Path, tmp_path: Path) -> None:
+    peaks_mb = []
+    for count in (50_000, 1_000_000):
+        listing = tmp_path / f"{count}.txt"
+        with listing.open("w") as file:
+            file.writelines(f"photos/{i:09}.jpg\n" for i in range(count))
+        command: list[str | Path] = [sys.executable, "-m", "tests.encoder.many_rows"]
+        command += [parts / "vision", listing, tmp_path / str(count)]
+        printed = subprocess.run(
+            command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True
+        ).stdout
+        images, peak_mb = map(int, printed.splitlines()[-1].split())
+        assert images == count
+        peaks_mb.append(peak_mb)
+    assert peaks_mb[1] < peaks_mb[0] + 100, peaks_mb
 
 
 def read_as_in_readme(tool: str, names: dict[str, Any]) -> dict[str, Any]:
