@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +77,18 @@ def test_a_cluster_writes_the_parts_of_one_process_though_an_actor_and_a_worker_
     folder: Path, parts: Path, local: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)  # a relative path is one of this process
-    killed: list[int] = []
+    killed: set[str] = set()
 
     def kill(done: int, total: int | None, speed: float) -> None:
-        if done >= 2 * BATCH and len(killed) < 2:
-            others = (psutil.NoSuchProcess, psutil.AccessDenied)
-            for name in ("_Encoder", "IDLE") if not killed else ("_decode",):
-                for process in workers_of_ray(name):
-                    try:
-                        process.kill()
-                        killed.append(process.pid)
-                    except others:
-                        continue
+        # A worker that decodes is idle between two lists of images.
+        for name, kind in (("_Encoder", "actor"), ("IDLE", "worker"), ("_decode", "worker")):
+            for process in workers_of_ray(name) if done >= 2 * BATCH and kind not in killed else ():
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+                    killed.add(kind)
 
     report = encode_source(parts / "vision", folder.name, tmp_path / "f", batch=BATCH, progress=kill, ray="local")
-    assert killed
+    assert killed == {"actor", "worker"}
     assert report["images"] == COUNT
     assert parts_of(tmp_path / "f") == local
     assert not ray.is_initialized()
