@@ -132,16 +132,16 @@ class Comparison:
             places = "partly different places"
         else:
             places = "different places"
-        text = f"The two encoders look at {places} ({percent}% of their maps overlap)"
+        text = f"The two models look at {places} ({percent}% of their maps overlap)"
         if self.first.scores is None or self.second.scores is None:
             return f"{text}."
         pointing = [result.name for result in self.results if result.scores and result.scores[method].peak_inside]
         if len(pointing) == 2:
-            return f"{text}, and both maps peak on the object of the question."
+            return f"{text}, and both maps are brightest on the object of the question."
         if not pointing:
-            return f"{text}, and neither map peaks on the object of the question."
+            return f"{text}, and neither map is brightest on the object of the question."
         missing = self.second.name if pointing == [self.first.name] else self.first.name
-        return f"{text}. The map of {pointing[0]} peaks on the object of the question, that of {missing} does not."
+        return f"{text}. The map of {pointing[0]} is brightest on the object of the question, that of {missing} is not."
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, maps as nested lists."""

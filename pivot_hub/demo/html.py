@@ -15,6 +15,7 @@ from PIL import Image
 
 from pivot_hub.data.image import data_uri
 from pivot_hub.demo.comparison import Comparison, ModelResult, Subject
+from pivot_hub.demo.view_state import ViewState
 from pivot_hub.explain.gradcam import Explain, Method, TokenMap
 from pivot_hub.explain.heatmaps import (
     DIVERGING,
@@ -30,6 +31,7 @@ from pivot_hub.explain.heatmaps import (
 from pivot_hub.explain.patch_features import principal_colours, similarity
 
 TOKEN_MAP_PX = 96
+THUMBNAIL_PX = 192  # longer side of an example
 PATCH_PX = 16  # side of a patch in a similarity map
 METHOD_NAMES: dict[Method, str] = {"gradcam": "Grad-CAM", "gradient": "Gradient map"}
 EXPLAIN_NAMES: dict[Explain, str] = {"answer": "the answer", "sft": "the SFT loss", "dpo": "the DPO loss"}
@@ -160,22 +162,22 @@ class Panels:
         }
         return str(self._macros.tokens(values | _image_values(comparison.subject.image)))
 
-    def gallery(self, scenes: Sequence[tuple[Subject, str]]) -> str:
+    def gallery(self, examples: Sequence[tuple[Subject, ViewState]]) -> str:
         """Render the examples as buttons.
 
         Args:
-            scenes: Subject of each example, and the beginning of its link.
+            examples: Subject of each example, and its view state.
         """
-        examples = [
+        values = [
             {
-                "uri": data_uri(subject.image),
+                "uri": _thumbnail_uri(subject.image),
                 "question": subject.question,
-                "alt": f"Scene of shapes: {subject.question}",
-                "query": query,
+                "alt": f"{f'Photograph ({state.photo})' if state.photo else 'Scene of shapes'}: {subject.question}",
+                "query": state.query(),
             }
-            for subject, query in scenes
+            for subject, state in examples
         ]
-        return str(self._macros.gallery(examples))
+        return str(self._macros.gallery(values))
 
     def message(self, text: str, kind: str = "problem") -> str:
         """Render a message to the visitor.
@@ -258,10 +260,10 @@ def _describe_scores(result: ModelResult, method: Method, map_name: str) -> str:
     if result.maps[method].max() <= 0:
         return "The map is empty here."
     scores = result.scores[method]
-    peak = "on the object" if scores.peak_inside else "elsewhere"
+    brightest = "on the object" if scores.peak_inside else "elsewhere"
     return (
-        f"Peak {peak}; {100 * scores.energy_inside:.0f}% of the map on the object "
-        f"(uniform map: {100 * scores.area:.0f}%); IoU {100 * scores.iou:.0f}%"
+        f"Brightest {brightest}. {100 * scores.energy_inside:.0f}% of the map is on the object, which covers "
+        f"{100 * scores.area:.0f}% of the picture."
     )
 
 
@@ -310,6 +312,15 @@ def _image_values(image: Image.Image) -> dict[str, Any]:
         "image": {"uri": uri, "small": small},
         "ratio": Markup(f"aspect-ratio: {image.width} / {image.height}"),
     }
+
+
+def _thumbnail_uri(image: Image.Image) -> str:
+    """Return an image as it is if it is small, and otherwise reduced."""
+    if max(image.size) <= THUMBNAIL_PX:
+        return data_uri(image)
+    reduced = image.copy()
+    reduced.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    return data_uri(reduced, "WEBP")
 
 
 def _enlarged_uri(image: Image.Image) -> str:

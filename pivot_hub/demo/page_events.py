@@ -36,8 +36,12 @@ SHOW_LINK = """(query) => {
   const parameters = [query, theme && `__theme=${theme}`].filter(Boolean).join("&");
   const url = location.origin + location.pathname + (parameters ? `?${parameters}` : "");
   history.replaceState(null, "", url);
-  for (const example of document.querySelectorAll("#examples button"))
-    example.setAttribute("aria-pressed", query.startsWith(`${example.dataset.query}&`) && !query.includes("image="));
+  const shown = new URLSearchParams(query);
+  for (const example of document.querySelectorAll("#examples button")) {
+    const own = new URLSearchParams(example.dataset.query);
+    const same = ["scene", "kind", "photo"].every((name) => shown.get(name) === own.get(name));
+    example.setAttribute("aria-pressed", same && !shown.has("image"));
+  }
   return url;
 }"""
 # What the visitor typed while the comparison was running stays.
@@ -150,7 +154,7 @@ class PageEvents:
         """Compare on an example of the gallery."""
         example = self.examples[int(event.index) % len(self.examples)]
         chosen = self._read_controls(state, values, scene=example.scene, kind=example.kind)
-        return self._show_scene(chosen, values)
+        return self._show_scene(chosen, values, example)
 
     @in_turn("compare")
     def show_upload(self, state: ViewState, upload: Any, *values: Any) -> Updates:
@@ -285,8 +289,11 @@ class PageEvents:
             choices["layer"] = 0  # the last layer is each encoder's own
         return replace(state, **choices)
 
-    def _show_scene(self, state: ViewState, values: Sequence[Any]) -> Updates:
-        return {self.page.images.upload: None, **self._compare(_without_texts(state), None, values)}
+    def _show_scene(self, state: ViewState, values: Sequence[Any], example: ViewState = ViewState()) -> Updates:
+        texts = {
+            name: getattr(example, name) for name in ("question", "right_answer", "wrong_answer", "photo", "image")
+        }
+        return {self.page.images.upload: None, **self._compare(replace(state, **texts), None, values)}
 
     def _compare(self, state: ViewState, upload: Any, values: Sequence[Any] | None = None) -> Updates:
         """Run the comparison, and display it with the texts it used.
@@ -437,5 +444,5 @@ def _without_former_answers(state: ViewState, chosen: ViewState) -> tuple[ViewSt
 
 
 def _without_texts(state: ViewState) -> ViewState:
-    """The view state without the visitor's image, question and answers."""
-    return replace(state, question="", right_answer="", wrong_answer="", image="")
+    """The view state without an image, question and answers."""
+    return replace(state, question="", right_answer="", wrong_answer="", image="", photo="")

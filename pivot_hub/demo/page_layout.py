@@ -11,15 +11,17 @@ from pivot_hub.data.synthetic import KINDS
 from pivot_hub.demo.view_state import DETAILS, ViewState
 from pivot_hub.explain.heatmaps import COLOURS
 
-INTRO = """# What did DPO change?
-Two vision encoders from one parent: one trained further by **SFT**, one by **DPO**. Both get the same image and the
-same question. Bright colours show where each one looks for the answer."""
+TITLE = "Where does each model look?"
+INTRO = f"""# {TITLE}
+Two AI models answer the same question about one picture. **Bright places** counted most for the answer. Both models
+come from one parent: **SFT** trained one on right answers, **DPO** the other to prefer right answers to wrong ones."""
 ABOUT = """**Grad-CAM** weights each feature of the encoder by how much it raises the answer, and keeps the places that
 support it. The **gradient map** of [the paper](https://arxiv.org/abs/2510.16333) is the size of the gradient at the
 tokens that enter the language model. Both have the resolution of the encoder's patch grid and are enlarged. The
 built-in models are small: they were trained on synthetic scenes in minutes on two CPU cores, so they know nothing about
-photographs. A comparison on one image is an example, not a result: measured over many scenes, the built-in models show
-no difference between SFT and DPO."""
+photographs. A comparison on one image is an example, not a result: the examples were chosen for maps that can be read,
+and measured over many scenes, the built-in models show no difference between SFT and DPO. The photographs are in the
+public domain or CC0, from the [sample data of scikit-image](https://scikit-image.org/docs/stable/api/skimage.data.html)."""
 DETAILS_LABELS = ("Swipe", "Similar patches", "Patch colours", "Token attribution")
 
 

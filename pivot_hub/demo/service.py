@@ -121,6 +121,13 @@ class DemoService:
         """Describe the bundle that a view state names; see `load`."""
         return self.load(state.bundle_names)
 
+    def subject(self, example: ViewState) -> Subject:
+        """Return image and question of an example, for the bundle that the app starts with."""
+        image = example.load_image()
+        if image is None:
+            return _scene_subject(self.default_bundle.info, example)
+        return Subject(image, example.question, example.right_answer, example.wrong_answer)
+
     def compare(self, state: ViewState, upload: str | Path | None = None) -> ComparisonView:
         """Compare both MLLMs as a view state says.
 
@@ -147,7 +154,7 @@ class DemoService:
             subject = Subject(image, state.question, state.right_answer, state.wrong_answer)
             if upload:
                 state = state.with_image(image)
-            else:
+            elif state.image:
                 notes.append(FROM_A_LINK)
             if state.bundle_names == self.bundles.names == BundleNames():
                 notes.append(ON_PHOTOGRAPHS)
@@ -198,7 +205,8 @@ class DemoService:
             **values,
             "origins": dict(zip(roles, map(asdict, view.info.origins), strict=False)),
             "notes": list(view.notes),
-            "scene": None if state.image else state.scene,
+            "scene": None if state.image or state.photo else state.scene,
+            "photo": state.photo or None,
             "method": state.method,
             "link": f"?{state.query()}",
             "sentence": view.comparison.summary(state.method),

@@ -7,6 +7,7 @@ import binascii
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -19,6 +20,8 @@ from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method
 from pivot_hub.explain.heatmaps import COLOURS
 
+PHOTOS = ("cat", "coffee", "astronaut", "rocket")
+PHOTO_FOLDER = Path(__file__).parent / "photos"
 DETAILS = ("swipe", "patches", "colours", "tokens")
 CHOICES: dict[str, tuple[str, ...]] = {
     "kind": KINDS,
@@ -26,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "colours": COLOURS,
     "details": DETAILS,
+    "photo": ("", *PHOTOS),
 }
 TYPE_NAMES = {int: "a whole number", str: "a text"}
 LARGEST = 999_999_999
@@ -39,7 +43,7 @@ class ViewState:
     """The choices of one visitor. The fields are the parameters of the link and of the endpoints.
 
     Args:
-        scene: Number of the scene of the synthetic Shapes dataset; it counts only without an image.
+        scene: Number of the scene of the synthetic Shapes dataset; it counts only without an image or a photograph.
         kind: Kind of question about the scene.
         question: Question to both models; empty for the scene's own question.
         right_answer: Answer that is explained; empty if it is unknown or the scene's own.
@@ -55,11 +59,12 @@ class ViewState:
         first: Name of the first MLLM; empty for the bundle that the app was started with.
         second: Name of the second MLLM.
         parent: Name of the parent of both; empty if there is none.
-        image: The visitor's own image, reduced, as base64; empty for a scene.
+        image: The visitor's own image, reduced, as base64; empty for a scene or a photograph.
+        photo: Name of a photograph of the gallery, one of PHOTOS; empty for a scene.
     """
 
-    scene: int = 27
-    kind: Kind = "colour"
+    scene: int = 1
+    kind: Kind = "position"
     question: str = ""
     right_answer: str = ""
     wrong_answer: str = ""
@@ -75,6 +80,7 @@ class ViewState:
     second: str = ""
     parent: str = ""
     image: str = ""
+    photo: str = ""
 
     def __post_init__(self) -> None:
         """Validate the values, which also come from links and programs.
@@ -114,16 +120,16 @@ class ViewState:
             reduced.save(file, "WEBP", quality=70)
             if len(file.getvalue()) <= MOST_LINK_BYTES:
                 break
-        return replace(self, image=base64.urlsafe_b64encode(file.getvalue()).decode())
+        return replace(self, image=base64.urlsafe_b64encode(file.getvalue()).decode(), photo="")
 
     def load_image(self) -> Image.Image | None:
-        """Decode the image of the link; None if the link holds none.
+        """Decode the image of the link, or open the photograph that it names; None if it holds neither.
 
         Raises:
             DataError: The content is not an image.
         """
         if not self.image:
-            return None
+            return Image.open(PHOTO_FOLDER / f"{self.photo}.webp").convert("RGB") if self.photo else None
         try:
             content = base64.urlsafe_b64decode(self.image)
         except (binascii.Error, ValueError):

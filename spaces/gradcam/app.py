@@ -24,15 +24,13 @@ else:
 
 import gradio as gr  # noqa: E402
 
-from pivot_hub.data.synthetic import ShapesDataset  # noqa: E402
 from pivot_hub.demo.bundle_cache import BundleCache  # noqa: E402
-from pivot_hub.demo.comparison import scene_subject  # noqa: E402
 from pivot_hub.demo.endpoints import add_endpoints  # noqa: E402
 from pivot_hub.demo.gradio_calls import MOST_THREADS, name_bad_inputs  # noqa: E402
 from pivot_hub.demo.html import Panels  # noqa: E402
 from pivot_hub.demo.model_bundle import BundleNames  # noqa: E402
 from pivot_hub.demo.page_events import connect_events  # noqa: E402
-from pivot_hub.demo.page_layout import build_page  # noqa: E402
+from pivot_hub.demo.page_layout import TITLE, build_page  # noqa: E402
 from pivot_hub.demo.service import DemoService  # noqa: E402
 from pivot_hub.demo.view_state import ViewState  # noqa: E402
 from pivot_hub.demo.worker import WorkerLimits, WorkerPool  # noqa: E402
@@ -81,12 +79,11 @@ def build_app(
     """
     service = DemoService(BundleCache(names, runs), Panels(HERE), on_gpu, WorkerPool(limits, runs))
     examples = [ViewState(**choices) for choices in json.loads((HERE / "examples.json").read_text())]
-    dataset = ShapesDataset(image_px=service.default_bundle.image_px)
-    scenes = [(scene_subject(dataset, example.scene, example.kind), example.query()) for example in examples]
+    shown = [(service.subject(example), example) for example in examples]
     script = (HERE / "panels.js").read_text()
-    with gr.Blocks(title="What did DPO change?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         page = build_page(
-            service.panels.gallery(scenes), script, service.default_bundle.layers, service.bundles.local_names()
+            service.panels.gallery(shown), script, service.default_bundle.layers, service.bundles.local_names()
         )
         connect_events(app, page, service, examples)
         add_endpoints(service)

@@ -282,12 +282,12 @@ def test_the_summary_describes_the_maps(bundle: ModelBundle, scene: Subject) -> 
         )
         return replace(comparison, first=first, second=second).summary("gradcam")
 
-    same = "The two encoders look at the same places (100% of their maps overlap), "
-    assert summary(on, on) == same + "and both maps peak on the object of the question."
+    same = "The two models look at the same places (100% of their maps overlap), "
+    assert summary(on, on) == same + "and both maps are brightest on the object of the question."
     assert "different places (0%" in summary(on, off)
-    assert "The map of SFT peaks on the object of the question, that of DPO does not" in summary(on, off)
-    assert "The map of DPO peaks on the object of the question, that of SFT does not" in summary(off, on)
-    assert "neither map peaks on the object" in summary(off, off)
+    assert "The map of SFT is brightest on the object of the question, that of DPO is not" in summary(on, off)
+    assert "The map of DPO is brightest on the object of the question, that of SFT is not" in summary(off, on)
+    assert "neither map is brightest on the object" in summary(off, off)
     assert summary(empty, on).startswith("The map of SFT is empty")
     assert summary(empty, empty).startswith("Both maps are empty")
 
@@ -439,7 +439,7 @@ def test_the_figure_shows_both_on_one_scale(bundle: ModelBundle, scene: Subject,
 
 # ---------------------------------------------------------------------- view states
 def test_a_link_restores_its_view_state() -> None:
-    assert ViewState().query() == "scene=27&kind=colour"
+    assert ViewState().query() == "scene=1&kind=position"
     state = ViewState(scene=5, kind="count", question="a & b?", explain="sft", layer=2, colours="magma")
     state = replace(state, first="a/b", second="c/d")
     query = dict(parse_qsl(state.query()))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qsl
 
 import gradio as gr
 import numpy as np
@@ -26,10 +27,16 @@ from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.demo.page_events import CLEARED, PageEvents
 from pivot_hub.demo.page_layout import build_page
 from pivot_hub.demo.service import FROM_A_LINK, ON_PHOTOGRAPHS, DemoService
-from pivot_hub.demo.view_state import ViewState
+from pivot_hub.demo.view_state import PHOTO_FOLDER, PHOTOS, ViewState, read_view_state
 from pivot_hub.errors import CheckpointError, DataError
 
 QUESTION = "What is at the top?"
+
+EXAMPLES = [
+    ViewState(scene=27, kind="colour"),
+    ViewState(scene=17, kind="position"),
+    ViewState(photo="cat", question="What animal is it?", right_answer="cat", wrong_answer="dog"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +45,31 @@ def events() -> PageEvents:
     service = DemoService(BundleCache(), module.Panels(module.HERE))
     with gr.Blocks():
         page = build_page("", "", service.default_bundle.layers, [])
-    return PageEvents(page, service, [ViewState(scene=27), ViewState(scene=17, kind="position")])
+    return PageEvents(page, service, EXAMPLES)
+
+
+def test_a_photograph_of_the_gallery_is_compared_with_its_own_question(events: PageEvents) -> None:
+    page = events.page
+    updates = events.show_example(SimpleNamespace(index=2), ViewState(), None, *controls(events, ViewState()))
+    state = updates[page.state]
+    assert (state.photo, state.question, state.right_answer, state.image) == ("cat", "What animal is it?", "cat", "")
+    assert "know nothing but synthetic scenes" in updates[page.results.comparison]
+    assert "photo=cat" in updates[page.query]
+    assert read_view_state(dict(parse_qsl(updates[page.query]))) == state
+    numbers = events.service.numbers(updates[page.view])
+    assert (numbers["photo"], numbers["scene"]) == ("cat", None)
+    back = events.show_another_scene(state, None, *controls(events, state))[page.state]
+    assert (back.photo, back.right_answer == "cat") == ("", False)
+    own = events.show_upload(state, photograph((90, 60)), *controls(events, state))[page.state]
+    assert own.photo == ""
+    assert own.image
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_the_photographs_are_there_with_their_sources(photo: str) -> None:
+    assert min(ViewState(photo=photo).load_image().size) >= 224  # type: ignore[union-attr]
+    assert f"`{photo}.webp`" in (PHOTO_FOLDER / "README.md").read_text()
+    assert sum(file.stat().st_size for file in PHOTO_FOLDER.iterdir()) < 1_000_000
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from pivot_hub.demo.comparison import compare, scene_subject
 from pivot_hub.demo.launch import load_module, names_of_runs
 from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.demo.packed_bundle import shipped_bundle
+from pivot_hub.demo.page_layout import TITLE
 from pivot_hub.demo.view_state import ViewState
 from pivot_hub.errors import CheckpointError
 
@@ -81,7 +82,7 @@ def test_patch_features_and_token_attribution(client: Any, tmp_path: Path) -> No
     assert grid.shape == (8, 8)
     assert grid[2, 6] == pytest.approx(1, abs=1e-3)
     assert np.array(patches["models"][1]["rgb"]).shape == (8, 8, 3)
-    attribution = client.predict(scene=27, method="gradient", api_name="/token_attribution")
+    attribution = client.predict(scene=27, kind="colour", method="gradient", api_name="/token_attribution")
     assert "".join(t["text"] for t in attribution["models"][0]["tokens"]).startswith("It is teal.")
     assert np.array(attribution["models"][1]["tokens"][0]["map"]).shape == (8, 8)
     figure, numbers = client.predict(image=file, question="What is it?", api_name="/compare")
@@ -187,7 +188,9 @@ def test_mcp_offers_the_same_endpoints(url: str) -> None:
             ClientSession(reader, writer) as session,
         ):
             await session.initialize()
-            return await session.list_tools(), await session.call_tool("token_attribution", {"scene": 27})
+            return await session.list_tools(), await session.call_tool(
+                "token_attribution", {"scene": 27, "kind": "colour"}
+            )
 
     tools, attribution = asyncio.run(call_tools())
     by_name = {t.name: t for t in tools.tools}
@@ -258,7 +261,7 @@ def test_the_command_serves_the_app() -> None:
             for _ in range(240):
                 try:
                     with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5) as page:
-                        assert "What did DPO change?" in page.read().decode()
+                        assert TITLE in page.read().decode()
                         break
                 except OSError:
                     assert process.poll() is None
