@@ -42,7 +42,7 @@ SHOW_LINK = """(query) => {
     const same = ["scene", "kind", "photo"].every((name) => shown.get(name) === own.get(name));
     example.setAttribute("aria-pressed", same && !shown.has("image"));
   }
-  return url;
+  return [url, url && `<iframe src="${url.replaceAll("&", "&amp;")}" width="100%" height="1200"></iframe>`];
 }"""
 # What the visitor typed while the comparison was running stays.
 KEEP_TYPED = """(text, ...current) => {
@@ -273,6 +273,13 @@ class PageEvents:
         return "" if view is None else data_uri(self.service.figure(view))
 
     @as_gradio_error
+    def animation_uri(self, view: ComparisonView | None) -> str:
+        """Return the swipe between both maps, animated, as a data URI."""
+        if view is None:
+            return ""
+        return f"data:image/webp;base64,{base64.b64encode(self.service.animation(view)).decode()}"
+
+    @as_gradio_error
     def numbers_uri(self, view: ComparisonView | None) -> str:
         """Return the numbers as a data URI."""
         if view is None:
@@ -410,13 +417,14 @@ def _connect_browser(page: Page) -> None:
     editable = list(page.editable.values())
     page.used_values.change(None, [page.used_values, *editable], editable, js=KEEP_TYPED)
     gr.on([texts.compare.click, page.images.another.click], None, js=SHOW_MAPS)
-    page.query.change(None, page.query, page.results.link, js=SHOW_LINK)
+    page.query.change(None, page.query, [page.results.link, page.results.embed], js=SHOW_LINK)
 
 
 def _connect_downloads(page: Page, events: PageEvents) -> None:
     """Connect the buttons that save the figure and the numbers."""
     for button, make_uri, name in (
         (page.results.save_figure, events.figure_uri, "pivot-maps.png"),
+        (page.results.save_animation, events.animation_uri, "pivot-maps.webp"),
         (page.results.save_numbers, events.numbers_uri, "pivot-maps.json"),
     ):
         saved = button.click(make_uri, page.view, page.file_uri, **PRIVATE)

@@ -77,7 +77,9 @@ class Results:
     details: Any
     details_panel: Any
     link: Any
+    embed: Any
     save_figure: Any
+    save_animation: Any
     save_numbers: Any
 
 
@@ -311,5 +313,14 @@ def _results(script: str) -> Results:
         )
         with gr.Column(scale=1, min_width=220):
             save_figure = gr.Button("Save figure (PNG)", size="sm", elem_id="save-figure")
+            save_animation = gr.Button("Save swipe (animated WebP)", size="sm", elem_id="save-animation")
             save_numbers = gr.Button("Save numbers (JSON)", size="sm", elem_id="save-numbers")
-    return Results(comparison, details, details_panel, link, save_figure, save_numbers)
+    embed = gr.Textbox(
+        label="Embed",
+        info="These lines show the view inside another page.",
+        interactive=False,
+        buttons=["copy"],
+        elem_id="embed",
+        max_lines=1,
+    )
+    return Results(comparison, details, details_panel, link, embed, save_figure, save_animation, save_numbers)

@@ -25,6 +25,7 @@ from pivot_hub.demo.comparison import (
 )
 from pivot_hub.demo.html import Panels, same_place
 from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, Progress
+from pivot_hub.demo.swipe_animation import draw_swipe
 from pivot_hub.demo.view_state import ViewState
 from pivot_hub.demo.worker import WorkerPool
 from pivot_hub.errors import DataError
@@ -195,6 +196,10 @@ class DemoService:
         file = io.BytesIO()
         draw_comparison(view.comparison, file, view.state.method, view.state.colours)
         return Image.open(file)
+
+    def animation(self, view: ComparisonView) -> bytes:
+        """Draw the swipe between both maps as an animated WebP."""
+        return draw_swipe(view.comparison, view.state.method, view.state.colours)
 
     def numbers(self, view: ComparisonView) -> dict[str, Any]:
         """Return the content of the page as numbers."""

@@ -7,6 +7,7 @@ An error on the console, or a request to any other host, fails the test that cau
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import os
@@ -378,6 +379,13 @@ def test_sharing(visit: Any, size: dict[str, int], tmp_path: Path) -> None:
     saved.value.save_as(tmp_path / "maps.png")
     with Image.open(tmp_path / "maps.png") as figure:
         assert figure.width > 2 * figure.height > 400
+    with p.expect_download() as saved:
+        p.locator("#save-animation").click()
+    with Image.open(saved.value.path()) as swipe:
+        assert (swipe.format, getattr(swipe, "n_frames", 1) > 1) == ("WEBP", True)
+    embed = p.locator("#embed textarea, #embed input").input_value()
+    assert embed.startswith("<iframe src=")
+    assert html.unescape(embed.split('"')[1]) == p.url
     with p.expect_download() as saved:
         p.locator("#save-numbers").click()
     saved.value.save_as(tmp_path / "maps.json")

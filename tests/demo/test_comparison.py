@@ -38,6 +38,7 @@ from pivot_hub.demo.html import Panels
 from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
 from pivot_hub.demo.packed_bundle import SHIPPED, pack_bundle, shipped_bundle
+from pivot_hub.demo.swipe_animation import draw_swipe
 from pivot_hub.demo.view_state import ViewState, read_view_state
 from pivot_hub.errors import CheckpointError, DataError, OutputError
 from pivot_hub.explain.gradcam import answer_batch, answer_log_probs, gradient_map
@@ -435,6 +436,28 @@ def test_the_figure_shows_both_on_one_scale(bundle: ModelBundle, scene: Subject,
     for name in ("a.png", "b.png"):
         with Image.open(tmp_path / name) as figure:
             assert figure.width > 1000
+
+
+def test_the_swipe_moves_from_one_map_to_the_other(bundle: ModelBundle, scene: Subject) -> None:
+    comparison = compare(bundle, scene)
+    opened: Any = Image.open(io.BytesIO(draw_swipe(comparison)))
+    with opened as swipe:
+        assert swipe.n_frames > 20
+        assert swipe.info["loop"] == 0
+        frames = []
+        for number in (0, swipe.n_frames // 2):
+            swipe.seek(number)
+            frames.append(np.asarray(swipe.convert("RGB"), float))
+    # First the second map everywhere, in the middle the first one.
+    grids = densities([result.maps["gradcam"] for result in comparison.results])
+    highest = max(float(grid.max()) for grid in grids)
+    for frame, grid in zip(frames, reversed(grids), strict=True):
+        heat = translucent(stretch(grid, (320, 320)), "viridis", 0, highest, 0)
+        heat.putalpha(heat.getchannel("A").point(lambda alpha: round(alpha * 0.85)))
+        plain = Image.alpha_composite(scene.image.convert("L").resize((320, 320)).convert("RGBA"), heat)
+        outside = stretch(np.asarray(scene.mask, float), (320, 320)) == 0
+        difference = np.abs(frame[:320] - np.asarray(plain.convert("RGB"), float)).mean(axis=2)
+        assert difference[outside].mean() < 6
 
 
 # ---------------------------------------------------------------------- view states
