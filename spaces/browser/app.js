@@ -2,7 +2,7 @@
 
 import { drawPanel, patchAt, patchBox, scaleColour, SCALE_CSS } from "./draw.js";
 import { similarity } from "./features.js";
-import { BUILT_IN, describe, download, downloadWeights, explain, PageError } from "./models.js";
+import { BUILT_IN, describe, download, downloadWeights, explain, FOR_PHOTOS, PageError } from "./models.js";
 import { inputSide, prepare, seenPart } from "./preprocess.js";
 
 const SIDES = ["left", "right"];
@@ -182,6 +182,7 @@ function choosePicture(number, file, spot) {
     views = {};
     state.picture = number;
     state.spot = spot ?? PICTURES[number - 1]?.spot ?? { x: 0.5, y: 0.5 };
+    $("panels").classList.toggle("wide", picture.width > 1.5 * picture.height);
     for (const side of SIDES) {
       $(side).width = picture.shown.width;
       $(side).height = picture.shown.height;
@@ -205,7 +206,6 @@ function showChoices() {
   [...$("pictures").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i + 1 === state.picture)));
   const drawings = SIDES.filter((side) => Object.hasOwn(BUILT_IN, state.names[side]));
   $("hint").hidden = state.picture !== 0 || drawings.length === 0;
-  $("hint").textContent = "The models of this page know simple drawings only. For a photo, choose other models below.";
   writeAddress();
 }
 
@@ -310,7 +310,7 @@ PICTURES.forEach(({ file, text }, i) => {
   button.addEventListener("click", () => choosePicture(i + 1));
   $("pictures").append(button);
 });
-for (const name of Object.keys(BUILT_IN)) $("names").append(new Option(name, name));
+for (const name of [...Object.keys(BUILT_IN), ...Object.values(FOR_PHOTOS)]) $("names").append(new Option(name, name));
 
 const useFile = (file) => file && choosePicture(0, file);
 $("file").addEventListener("change", () => {
@@ -334,11 +334,18 @@ $("show").addEventListener("change", (event) => {
   work(update);
 });
 $("strength").addEventListener("input", draw);
-$("models").addEventListener("submit", (event) => {
-  event.preventDefault();
-  for (const side of SIDES) state.names[side] = $(`name-${side}`).value.trim();
+function chooseModels(names) {
+  state.names = names;
   showChoices();
   work(update);
+}
+$("models").addEventListener("submit", (event) => {
+  event.preventDefault();
+  chooseModels(Object.fromEntries(SIDES.map((side) => [side, $(`name-${side}`).value.trim()])));
+});
+$("for-photos").addEventListener("click", () => {
+  chooseModels({ ...FOR_PHOTOS });
+  $("left").focus(); // the button is gone
 });
 
 await choosePicture(state.picture, undefined, state.spot);

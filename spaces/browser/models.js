@@ -6,6 +6,11 @@ export const BUILT_IN = {
   "shapes-sft": { title: "SFT", about: "learned by copying good answers" },
   "shapes-dpo": { title: "DPO", about: "learned by choosing between two answers" },
 };
+// Small encoders of photos that others exported and published: DINOv2 and DINOv3, 90 MB each.
+export const FOR_PHOTOS = {
+  left: "onnx-community/dinov2-small",
+  right: "onnx-community/dinov3-vits16-pretrain-lvd1689m-ONNX",
+};
 const HUB_NAME = /^\w[\w.-]*\/\w[\w.-]*$/;
 const MOST_BYTES = 1.9e9; // of a model: a browser's buffers end at 2 GB
 

@@ -509,6 +509,20 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return encoders
 
 
+def test_a_visitor_with_a_photo_is_offered_models_for_photos(
+    visit: Any, published: dict[str, Path], tmp_path: Path
+) -> None:
+    names = ["onnx-community/dinov2-small", "onnx-community/dinov3-vits16-pretrain-lvd1689m-ONNX"]
+    opened = visit(size=PHONE).hub({names[0]: published["me/clip"], names[1]: published["me/external"]}).open()
+    assert not opened.page.is_visible("#hint")
+    (tmp_path / "mine.jpg").write_bytes(encoded(noise(300, 400), "JPEG"))
+    opened.act(lambda: opened.page.set_input_files("#file", tmp_path / "mine.jpg"))
+    opened.act(lambda: opened.page.click("#for-photos"))
+    assert [opened.text("title-left"), opened.text("title-right")] == names
+    assert not opened.page.is_visible("#error")
+    assert not opened.page.is_visible("#hint")
+
+
 def test_encoders_of_the_hub_are_named_in_the_link(visit: Any, published: dict[str, Path], tmp_path: Path) -> None:
     """CLS and registers are dropped, and each encoder of another width has colours of its own."""
     opened = visit("?left=me/clip&right=me/registers").hub(published).open()
