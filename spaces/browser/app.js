@@ -102,6 +102,7 @@ async function fetchAndStart(side, model) {
   const { steps, bytes } = await download(name, settings.hub, progress, aborter.signal);
   const values = { side, address: runtime, px: inputSide(steps), bytes };
   let answer;
+  if (!aborter.signal.aborted) $("says").textContent = `Starting ${describe(name).title} …`;
   try {
     answer = await ask("load", values);
   } catch (error) {
@@ -262,6 +263,7 @@ function sayAlike(maps, chosen) {
   const mean = gaps.reduce((a, b) => a + b, 0) / gaps.length;
   const worst = Math.max(...gaps);
   const at = gaps.indexOf(worst);
+  if (worst < 0.005) return `${place} The models agree.`;
   const verdict = mean < 0.05 ? "The models hardly differ" : mean < 0.15 ? "The models differ a little" : "The models differ";
   return (
     `${place} ${verdict}: by ${mean.toFixed(2)} on average, by ${worst.toFixed(2)} at most ` +

@@ -13,7 +13,8 @@ async function loadRuntime(address) {
   const name = adapter ? "ort.webgpu.bundle.min.mjs" : "ort.wasm.bundle.min.mjs"; // the latter is half the size
   const ort = await import(new URL(name, address).href);
   ort.env.wasm.wasmPaths = address;
-  ort.env.wasm.numThreads = 1; // more need headers that not every host of a static page sends
+  // More threads need headers that not every host of a static page sends.
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 4) : 1;
   ort.env.logLevel = "error";
   return { ort, devices: adapter ? ["webgpu", "wasm"] : ["wasm"] };
 }

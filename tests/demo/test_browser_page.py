@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from urllib.parse import parse_qs, urlparse
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub import SpaceCard
 from PIL import Image
 
 from pivot_hub.data.image import to_rgb
@@ -134,6 +136,7 @@ class Visit:
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
         self.context.on("request", lambda r: self.requests.append((r.method, r.url)))
         self.address = url
+        self.hosts: tuple[str, ...] = (url, HUB, "data:", "blob:")
         self.query = query
 
     def open(self) -> Visit:
@@ -200,8 +203,11 @@ def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest
     """Make pages; at the end take a screenshot of each, and check its width, its requests and its errors."""
     visits: list[Visit] = []
 
-    def make(query: str = "", size: Any = None, scheme: str = "light", at: str = url, by: Any = browser) -> Visit:
-        visits.append(Visit(by, at, query, size, scheme))
+    def make(
+        query: str = "", size: Any = None, scheme: str = "light", at: str = url, others: tuple[str, ...] = ()
+    ) -> Visit:
+        visits.append(Visit(browser, at, query, size, scheme))
+        visits[-1].hosts += others
         return visits[-1]
 
     yield make
@@ -214,7 +220,7 @@ def visit(browser: Any, url: str, tmp_path: Path, request: pytest.FixtureRequest
         opened.context.close()
         assert not too_wide, "the page is wider than the screen"
         assert [m for m, _ in opened.requests if m != "GET"] == [], "the page sent something"
-        other = [u for _, u in opened.requests if not u.startswith((opened.address, HUB, "data:", "blob:"))]
+        other = [u for _, u in opened.requests if not u.startswith(opened.hosts)]
         assert other == []
         # Chromium itself reports the answers 401, 403 and 404 that a test causes.
         assert [e for e in opened.errors if "Failed to load resource" not in e] == []
@@ -509,6 +515,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return encoders
 
 
+@pytest.mark.slow
 def test_a_visitor_with_a_photo_is_offered_models_for_photos(
     visit: Any, published: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -604,6 +611,24 @@ def test_a_host_that_does_not_answer_is_one_sentence(visit: Any, page_folder: Pa
     offline.context.route(f"{url}runtime/**", lambda route: route.abort())
     offline.open()
     assert "The part that runs models could not be loaded" in offline.text("error")
+
+
+@pytest.mark.slow
+def test_threads_and_a_runtime_of_another_host(visit: Any, page_folder: Path, tmp_path: Path) -> None:
+    """As on the Hub: its headers allow threads, and ONNX Runtime Web comes from a host of its own."""
+    headers = SpaceCard.load(PAGE / "README.md").data["custom_headers"]
+    shutil.copytree(PAGE, tmp_path / "page")
+    settings = json.loads((PAGE / "settings.json").read_text())
+    with (
+        serve(page_folder, {"Access-Control-Allow-Origin": "*"}) as other,
+        serve(tmp_path / "page", headers) as home,
+    ):
+        other = other.replace("127.0.0.1", "localhost")
+        (tmp_path / "page" / "settings.json").write_text(json.dumps(settings | {"runtime": f"{other}runtime/"}))
+        opened = visit(at=home, others=(other,)).open()
+        assert opened.page.evaluate("crossOriginIsolated")
+        assert opened.text("says").startswith("Row 3, column 4 of 8. The models differ")
+        assert any(u.startswith(other) for _, u in opened.requests)
 
 
 @pytest.mark.parametrize(
