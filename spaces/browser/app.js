@@ -219,7 +219,7 @@ function writeAddress() {
   const queryString = new URLSearchParams(values).toString().replaceAll("%2F", "/").replaceAll("%2C", ",");
   history.replaceState(null, "", `?${queryString}`);
   // On the Hub, the page is a frame of the page that has the address.
-  if (window.parent !== window) window.parent.postMessage({ queryString, hash: "" }, "https://huggingface.co");
+  if (window.parent !== window) window.parent.postMessage({ queryString, hash: "" }, new URL(settings.hub).origin);
 }
 
 /** Draw both panels and say in words what they show. */
