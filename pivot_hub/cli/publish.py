@@ -129,6 +129,13 @@ def push(
     space: Annotated[
         bool, typer.Option("--space", help="Publish the app; with two or more MLLMs it starts with them.")
     ] = False,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="With --space: publish the page without a server, over two encoders pushed with --also onnx.",
+        ),
+    ] = False,
     collection: Annotated[
         str | None, typer.Option(help="Title of a collection for the SFT, the DPO and the base encoder.")
     ] = None,
@@ -137,18 +144,24 @@ def push(
     """Publish an encoder with its card: show what will change, ask, and make one commit with the version's tag.
 
     Example: `pivot push hub/pivot/shapes-dpo me/shapes-dpo --also onnx --private`; the app over published encoders:
-    `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`
+    `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`; the page without a server:
+    `pivot push me/shapes-sft me/shapes-dpo me/page --space --static`
     """
     from pivot_hub.publish.extracted_card import choose_prose
     from pivot_hub.publish.push import add_to_collection, plan_push
     from pivot_hub.publish.push import push as carry_out
-    from pivot_hub.publish.remote import find_mllms
-    from pivot_hub.publish.staging import stage_encoder, stage_space
+    from pivot_hub.publish.remote import check_exports, find_mllms
+    from pivot_hub.publish.staging import stage_encoder, stage_space, stage_static_space
 
     if len(targets) < 2 or (len(targets) > 2 and not space):
         raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
+    if static and not (space and len(targets) == 3):
+        raise PublishError("push --static takes LEFT RIGHT SPACE with --space.", exit_code=2)
     repo = targets[-1]
-    if space:
+    if static:
+        left, right = targets[:-1]
+        staged = stage_static_space(repo, left, right, check_exports([left, right]))
+    elif space:
         staged = stage_space(repo, targets[:-1], find_mllms(targets[:-1]))
     else:
         card_prose = choose_prose(targets[0], prose, repo)

@@ -270,7 +270,7 @@ def _same_content(file: Path, there: RemoteFile) -> bool:
 
 def _create(api: HfApi, plan: PushPlan, retry_policy: RetryPolicy, log: Callable[[str], None]) -> Remote:
     pub = plan.publication
-    options = {"space_sdk": "gradio"} if pub.type == "space" else {}
+    options = {"space_sdk": pub.sdk} if pub.type == "space" else {}
     private = plan.private or None  # None leaves it to the owner's setting
 
     def create() -> object:

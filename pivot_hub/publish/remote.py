@@ -14,10 +14,12 @@ from huggingface_hub import HfApi, get_session, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers
 
+from pivot_hub.errors import PublishError
 from pivot_hub.publish.retry import RetryPolicy, explain_hub_errors
 from pivot_hub.publish.staging import Publication
 
 HUB_OWN_FILE = ".gitattributes"  # the Hub adds it to every repository
+EXPORTED = ("onnx/model.onnx", "preprocessor_config.json")  # what the page without a server reads
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,30 @@ def has_xet(api: HfApi, pub: Publication) -> bool:
 def repository_url(api: HfApi, pub: Publication) -> str:
     """Address of a repository's page."""
     return f"{api.endpoint}/{'spaces/' if pub.type == 'space' else ''}{pub.repo}"
+
+
+def check_exports(names: Sequence[str], retry_policy: RetryPolicy = RetryPolicy()) -> str:
+    """Check that visitors' browsers can download encoders from the Hub, before a page refers to them.
+
+    Args:
+        names: Names of the repositories on the Hub.
+        retry_policy: How long a Hub that does not answer is tried again.
+
+    Returns:
+        Address of the Hub.
+
+    Raises:
+        PublishError: A repository does not exist, is not public, or has no export to ONNX.
+    """
+    api = HfApi()
+    for name in names:
+        with explain_hub_errors(name):
+            info = repository_info(api, name, "model", retry_policy)
+        if info.private or info.gated:
+            raise PublishError(f"{name} is not public: visitors' browsers could not download it; publish it first.")
+        if missing := [file for file in EXPORTED if file not in remote_files(info)]:
+            raise PublishError(f"{name} has no {missing[0]}: push it with `pivot push FOLDER {name} --also onnx`.")
+    return api.endpoint
 
 
 def find_mllms(names: Sequence[str], retry_policy: RetryPolicy = RetryPolicy()) -> list[str]:

@@ -41,6 +41,7 @@ class Publication:
         stage: Stage of the encoder; None for a Space.
         base: Hub name of the encoder that it was trained from.
         branches: Hub names of the SFT and the DPO encoder by stage.
+        sdk: SDK of a Space, gradio or static; None for an encoder.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Publication:
     stage: str | None = None
     base: str | None = None
     branches: Mapping[str, str] | None = None
+    sdk: str | None = None
 
 
 def write_card(
@@ -160,19 +162,44 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
     Raises:
         PublishError: The secret scan has findings.
     """
+    pair = dict(zip(("first", "second", "parent"), mllms, strict=False)) if len(mllms) >= 2 else None
+    with _stage_copy(repo, "gradcam", encoders, {"pair.json": pair} if pair else {}) as folder:
+        yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}", sdk="gradio")
+
+
+@contextmanager
+def stage_static_space(repo: str, left: str, right: str, hub: str) -> Iterator[Publication]:
+    """Stage the page without a server, which starts with two exported encoders of the Hub.
+
+    Args:
+        repo: Name of the Space on the Hub.
+        left: Hub name of the encoder on the left.
+        right: Hub name of the encoder on the right.
+        hub: Address of the Hub, from which the visitor's browser downloads the encoders.
+
+    Raises:
+        PublishError: The secret scan has findings.
+    """
+    shipped = json.loads((shipped_folder("spaces") / "browser" / "settings.json").read_text())
+    settings = {**shipped, "left": left, "right": right, "hub": hub}
+    with _stage_copy(repo, "browser", [left, right], {"settings.json": settings}) as folder:
+        yield Publication(folder, repo, "space", f"The page over {left} and {right}", sdk="static")
+
+
+@contextmanager
+def _stage_copy(repo: str, name: str, encoders: Sequence[str], settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Copy a shipped Space, and add the encoders that it shows to its card and settings, by file, beside its files."""
     with scratch_folder("pivot-push") as temporary:
         folder = temporary / "space"
-        shutil.copytree(
-            shipped_folder("spaces") / "gradcam", folder, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
+        shutil.copytree(shipped_folder("spaces") / name, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         card = SpaceCard.load(folder / "README.md")
-        card.data["models"] = list(encoders)
+        card.data["models"] = list(dict.fromkeys(encoders))
         card.save(folder / "README.md")
-        if len(mllms) >= 2:
-            write_json(folder / "pair.json", dict(zip(("first", "second", "parent"), mllms, strict=False)))
+        for file, values in settings.items():
+            write_json(folder / file, values)
         write_manifest(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
         _refuse_secrets(folder, repo)
-        yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}")
+        yield folder
 
 
 def _add_exports(source: Path, folder: Path, also: Sequence[str], log: Callable[[str], None]) -> None:

@@ -16,10 +16,11 @@ import pytest
 import yaml
 from huggingface_hub import SpaceCard
 
-from pivot_hub.demo.launch import load_module
+from pivot_hub.demo.launch import SPACES, load_module
+from pivot_hub.errors import PublishError
 from pivot_hub.provenance import file_sha256
 from pivot_hub.publish import remote
-from pivot_hub.publish.staging import stage_space
+from pivot_hub.publish.staging import stage_space, stage_static_space
 from tests.publish.hub_faults import PAGE, SCENARIOS, insert_table, refuse_from_each_request, render, try_faults
 from tests.publish.hub_server import ROOT, HubServer, hub_server, state
 from tests.publish.publishable import PROSE, make_publishable
@@ -266,11 +267,12 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     sft = ["push", str(encoder), "pivot/tiny-sft", "--yes", "--prose", "0.1.0.yaml"]
     missing = ["push", "pivot/none", "pivot/app", "--space", "--yes"]
     space = ["push", "pivot/tiny-sft", "pivot/tiny-dpo", "pivot/app", "--space", "--yes"]
+    page = ["push", "pivot/tiny-dpo", "pivot/tiny-dpo", "pivot/page", "--space", "--static", "--yes"]
     answers = commands(
-        server, work, sft, [*push, "--also", "onnx", "--collection", "PIVOT tiny"], missing, space, space
+        server, work, sft, [*push, "--also", "onnx", "--collection", "PIVOT tiny"], missing, space, space, page, page
     )
     codes = [a["code"] for a in answers]
-    assert codes == [0, 0, 1, 0, 0], [a["err"] for a in answers]
+    assert codes == [0, 0, 1, 0, 0, 0, 0], [a["err"] for a in answers]
     repo = server.repo("pivot/tiny-dpo")
     assert repo is not None
     tree = repo.commit_at("v0.1.0").tree
@@ -293,6 +295,53 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     assert header.data.get("sdk") == "gradio"
     assert "pair.json" not in app.commit_at("main").tree  # without MLLMs, the app starts with the bundle that it ships
     assert "nothing to change" in answers[4]["out"]
+    static = server.repo("pivot/page", "space")
+    assert static is not None
+    assert static.sdk == "static"
+    tree = static.commit_at("main").tree
+    assert SpaceCard(server.store.path(static, tree["README.md"]).read_text()).data.get("sdk") == "static"
+    assert {"index.html", "app.js", "worker.js", "models/shapes-sft/onnx/model.onnx"} <= tree.keys()
+    settings = json.loads(server.store.path(static, tree["settings.json"]).read_text())
+    assert (settings["left"], settings["right"], settings["hub"]) == (
+        "pivot/tiny-dpo",
+        "pivot/tiny-dpo",
+        server.address,
+    )
+    assert "nothing to change" in answers[6]["out"]
+
+
+def test_the_page_without_a_server_starts_with_the_encoders_it_is_pushed_for() -> None:
+    with stage_static_space("me/page", "me/sft", "me/dpo", "https://hub.example") as publication:
+        assert (publication.type, publication.sdk) == ("space", "static")
+        staged = {str(f.relative_to(publication.folder)) for f in publication.folder.rglob("*") if f.is_file()}
+        shipped = {str(f.relative_to(SPACES / "browser")) for f in (SPACES / "browser").rglob("*") if f.is_file()}
+        assert staged == shipped | {"provenance.json"}
+        settings = json.loads((publication.folder / "settings.json").read_text())
+        assert settings == json.loads((SPACES / "browser" / "settings.json").read_text()) | {
+            "left": "me/sft",
+            "right": "me/dpo",
+            "hub": "https://hub.example",
+        }
+        assert SpaceCard.load(publication.folder / "README.md").data["models"] == ["me/sft", "me/dpo"]
+
+
+@pytest.mark.parametrize(
+    ("files", "state", "message"),
+    [
+        (["onnx/model.onnx", "preprocessor_config.json"], {"private": True, "gated": False}, "me/sft is not public"),
+        (["onnx/model.onnx", "preprocessor_config.json"], {"private": False, "gated": "auto"}, "me/sft is not public"),
+        (["preprocessor_config.json"], {"private": False, "gated": False}, "me/sft has no onnx/model.onnx: push it"),
+    ],
+    ids=["private", "gated", "not exported"],
+)
+def test_an_encoder_that_browsers_cannot_download_is_refused(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], state: dict[str, Any], message: str
+) -> None:
+    siblings = [SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="0") for name in files]
+    info = SimpleNamespace(sha="0", siblings=siblings, **state)
+    monkeypatch.setattr(remote, "repository_info", lambda api, name, *rest: info)
+    with pytest.raises(PublishError, match=message):
+        remote.check_exports(["me/sft", "me/dpo"])
 
 
 def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +379,8 @@ def test_bad_input_is_one_line(server: HubServer, encoder: Path, work: Path) -> 
     expected = [
         (["push", "nowhere"], 2, "push takes ENCODER REPO"),
         (["push", "a", "b", "c"], 2, "push takes ENCODER REPO"),
+        (["push", "ada/sft", "ada/page", "--space", "--static"], 2, "push --static takes LEFT RIGHT SPACE"),
+        (["push", "ada/none", "ada/none", "ada/page", "--space", "--static"], 1, "no such repository"),
         (["push", "nowhere", "ada/x", *prose], 1, "there is no such folder"),
         (["push", mine, "ada/x/y", *prose], 1, "is not a valid repository name"),
         (["push", mine, "ada/x", *prose, "--also", "tflite"], 1, "give any of onnx, int8"),
