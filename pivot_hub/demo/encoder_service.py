@@ -102,7 +102,7 @@ class EncoderService:
         Args:
             encoders: Cache of the encoders.
             workers: Processes for the encoders that visitors name by Hub name.
-            on_gpu: Decorator of the function that runs encoders; ZeroGPU's lends a GPU for the time of a call.
+            on_gpu: Decorator of the functions that run encoders; ZeroGPU's lends a GPU for the time of a call.
         """
         self.encoders, self.workers = encoders, workers
 
@@ -111,7 +111,11 @@ class EncoderService:
         def maps_by_name(names: EncoderNames, request: MapRequest) -> tuple[EncoderMap, ...]:
             return encoders.get(names).maps(request)
 
-        self._maps_in_this_process = maps_by_name
+        @on_gpu
+        def info_by_name(names: EncoderNames) -> EncoderSetInfo:
+            return encoders.get(names).info
+
+        self._maps_in_this_process, self._info_in_this_process = maps_by_name, info_by_name
 
     def load(self, names: EncoderNames, progress: Progress | None = None) -> EncoderSetInfo:
         """Load the encoders of these names unless they are loaded, and describe them.
@@ -126,7 +130,10 @@ class EncoderService:
         if names.names:
             self.encoders.check_names(names)
         if self.encoders.are_local(names):
-            return self.encoders.get(names, progress).info
+            encoders = self.encoders.get(names, progress)
+            if encoders.described is None:  # ZeroGPU's process does not keep it
+                encoders.described = self._info_in_this_process(names)
+            return encoders.described
         info: EncoderSetInfo = self.workers.info(names, progress)
         return info
 

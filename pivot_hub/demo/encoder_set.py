@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -157,7 +156,11 @@ class NamedEncoder:
 
 
 class EncoderSet:
-    """Encoders in evaluation mode, with the images that they encoded last."""
+    """Encoders in evaluation mode, with the images that they encoded last.
+
+    Attributes:
+        described: The description that `info` returns; None until it is known.
+    """
 
     def __init__(self, names: EncoderNames, encoders: Sequence[NamedEncoder]) -> None:
         """Store the encoders.
@@ -167,16 +170,19 @@ class EncoderSet:
             encoders: The encoders in the order of their columns.
         """
         self.names, self.encoders = names, tuple(encoders)
+        self.described: EncoderSetInfo | None = None
         self._encoded: OrderedDict[tuple[int, str], tuple[EncodedImage, tuple[np.ndarray, ...]]] = OrderedDict()
         self._lock = threading.RLock()
 
-    @cached_property
+    @property
     def info(self) -> EncoderSetInfo:
         """What the page has to know; each encoder encodes one image for it.
 
         Raises:
             CheckpointError: An encoder cannot encode an image; the message names it.
         """
+        if self.described is not None:
+            return self.described
         infos = []
         for number, (name, model, origin) in enumerate((e.name, e.model, e.origin) for e in self.encoders):
             px = scene_px(model.config)
@@ -184,7 +190,8 @@ class EncoderSet:
             infos.append(
                 EncoderInfo(name, origin, encoded.labels, encoded.own, has_cls(model), _crops(model), image_px=px)
             )
-        return EncoderSetInfo(tuple(infos))
+        self.described = EncoderSetInfo(tuple(infos))
+        return self.described
 
     def maps(self, request: MapRequest) -> tuple[EncoderMap, ...]:
         """Compute the map of each encoder.

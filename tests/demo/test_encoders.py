@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,22 @@ def test_an_encoder_that_does_not_exist_is_named(service: EncoderService) -> Non
     with pytest.raises(CheckpointError, match="no-such-owner/nothing: it could not be fetched") as raised:
         service.encoders.get(EncoderNames(("no-such-owner/nothing", "siglip")))
     assert len(str(raised.value)) < 200
+
+
+def test_encoders_run_where_zero_gpu_lends_a_gpu(runs: Path) -> None:
+    calls: list[str] = []
+
+    def gpu(function: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            calls.append(function.__name__)
+            return pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(arguments)))))
+
+        return wrapped
+
+    service = EncoderService(EncoderCache(BundleCache(runs=runs)), WorkerPool(runs=runs), gpu)
+    for _ in range(2):
+        service.view(EncoderState(encoders="siglip,clip"))
+    assert calls == ["info_by_name", "maps_by_name", "maps_by_name"]
 
 
 @pytest.mark.slow
