@@ -209,7 +209,7 @@ class EncoderSet:
             layers = request.layers or (None,) * len(encoded)
             if len(layers) != len(encoded):
                 raise DataError(f"{len(layers)} layers are given for {len(encoded)} encoders; give one for each.")
-            indices = [image.index(layer) for (image, _), layer in zip(encoded, layers, strict=True)]
+            indices = [self._index(number, image, layers[number]) for number, (image, _) in enumerate(encoded)]
             shown = [image.maps[index] for (image, _), index in zip(encoded, indices, strict=True)]
             finest = max(shown, key=lambda features: features.shape[0] * features.shape[1])
             position = _position(request, finest)
@@ -227,6 +227,17 @@ class EncoderSet:
                 indices, shown, positions, encoded, values, strict=True
             )
         )
+
+    def _index(self, number: int, image: EncodedImage, layer: int | None) -> int:
+        """Return the index of a layer of one encoder.
+
+        Raises:
+            DataError: There is no such layer; the message names encoder and range.
+        """
+        try:
+            return image.index(layer)
+        except DataError as error:
+            raise DataError(f"{self.encoders[number].name}: {error}") from error
 
     def _values(
         self,

@@ -148,7 +148,7 @@ def test_an_encoder_that_crops_sees_the_whole_square(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": "9,1"}, "layer is 9: it must be between -4 and 3 in this encoder"),
+        ({"layers": "1,9"}, "clip: layer is 9: it must be between -4 and 3 in this encoder"),
         ({"layers": "1"}, "1 layers are given for 2 encoders; give one for each"),
         ({"layers": "one,2"}, "layers is 'one,2': give a whole number for each encoder"),
         ({"row": 4}, "row is 4: it must be between 0 and 3 in these encoders"),

@@ -156,7 +156,7 @@ def test_a_process_gives_the_maps_of_encoders_in_classes_that_the_app_accepts() 
     wrong, right = MapRequest("drift", image, layers=(9, 9)), MapRequest("matching", image, image, row=2, column=5)
     messages = served(("load encoders", ((),)), ("maps", (wrong,)), ("maps", (right,)))
     assert [kind for kind, _ in messages] == ["result", "data", "result"]
-    assert messages[1][1] == "layer is 9: it must be between -7 and 6 in this encoder."
+    assert messages[1][1] == "SFT: layer is 9: it must be between -7 and 6 in this encoder."
     for message in (messages[0], messages[2]):
         kind, value = _load_reply(pickle.dumps(message))
         assert kind == "result"
