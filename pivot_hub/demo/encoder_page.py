@@ -144,7 +144,7 @@ def build_encoder_page(script: str, local_names: list[str]) -> EncoderPage:
                 with gr.Row():
                     load = gr.Button("Load", variant="primary", elem_id="load-encoders", min_width=80)
                     built_in = gr.Button("Built-in", elem_id="built-in-encoders", min_width=80)
-            status = gr.HTML(elem_id="encoder-status", min_height=40)
+            status = gr.HTML(elem_id="encoder-status")
             scene, upload = _image_inputs("", EncoderState.scene)
             with gr.Accordion("Second image, for matches", open=False):
                 other_scene, other_upload = _image_inputs("second ", EncoderState.other_scene)
