@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -106,13 +107,8 @@ class BundleCache:
         """
         if not names.first or not names.second:
             raise CheckpointError("Two MLLMs are compared: give both names, or neither for the built-in models.")
-        local_names = self.local_names()
-        for name in astuple(names):
-            if name and name not in local_names and (not HUB_NAME.fullmatch(name) or ".." in name):
-                also = f", or one of {', '.join(local_names[:9])}" if local_names else ""
-                raise CheckpointError(
-                    f"{name[:80]!r} names no MLLM: give a Hub repository as owner/name or owner/name@revision{also}."
-                )
+        for name in filter(None, astuple(names)):
+            require_name(name, self.local_names(), "MLLM")
 
     def are_local(self, names: BundleNames) -> bool:
         """Return whether no name is that of a Hub repository, whose content is a stranger's."""
@@ -129,21 +125,13 @@ class BundleCache:
         if self.runs is not None and name in self.local_names():
             return self.runs / name
         repo, _, revision = name.partition("@")
-        try:
+
+        def fetch() -> Path:
             config = Path(hf_hub_download(repo, "config.json", revision=revision or None))
             self._check_config(name, config)
             return Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
-        except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError):
-            raise CheckpointError(
-                f"{name}: the Hub has no such public repository and revision; check the spelling."
-            ) from None
-        except (CheckpointError, MemoryError):
-            raise
-        except Exception as error:  # no network, a proxy, a full disk: the library has a class for each
-            raise CheckpointError(
-                f"{name}: it could not be fetched; the Hub is out of reach or has no such repository. Check the "
-                "spelling, or try again later."
-            ) from error
+
+        return fetched(name, fetch)
 
     def _check_config(self, name: str, config_file: Path) -> None:
         if not _is_mllm(config_file):
@@ -163,6 +151,49 @@ class BundleCache:
                 f"{name}: {parameters / 1e9:.1f} billion parameters are more than the "
                 f"{self.most_parameters / 1e9:g} billion that this app accepts; run it yourself on a larger machine."
             )
+
+
+def require_name(name: str, local_names: Sequence[str], kind: str) -> None:
+    """Check the form of a name that a visitor gave.
+
+    Args:
+        name: Name of a model.
+        local_names: Names of the checkpoints that visitors may give without the Hub.
+        kind: Kind of the model, for the error message.
+
+    Raises:
+        CheckpointError: The name is neither one of these nor a Hub name.
+    """
+    if name not in local_names and (not HUB_NAME.fullmatch(name) or ".." in name):
+        also = f", or one of {', '.join(local_names[:9])}" if local_names else ""
+        raise CheckpointError(
+            f"{name[:80]!r} names no {kind}: give a Hub repository as owner/name or owner/name@revision{also}."
+        )
+
+
+def fetched(name: str, fetch: Callable[[], Path]) -> Path:
+    """Fetch files from the Hub.
+
+    Args:
+        name: Name that a visitor gave, for the error message.
+        fetch: Function that fetches them.
+
+    Raises:
+        CheckpointError: There is no such repository, or the Hub cannot be reached.
+    """
+    try:
+        return fetch()
+    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError):
+        raise CheckpointError(
+            f"{name}: the Hub has no such public repository and revision; check the spelling."
+        ) from None
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # no network, a proxy, a full disk: the library has a class for each
+        raise CheckpointError(
+            f"{name}: it could not be fetched; the Hub is out of reach or has no such repository. Check the "
+            "spelling, or try again later."
+        ) from error
 
 
 def _no_progress(share: float, step: str) -> None:

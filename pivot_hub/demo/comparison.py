@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from pivot_hub.data.synthetic import Kind, ShapesDataset
-from pivot_hub.demo.model_bundle import BundleInfo, Mllm, ModelBundle
+from pivot_hub.demo.model_bundle import Mllm, ModelBundle
 from pivot_hub.errors import DataError
 from pivot_hub.explain.gradcam import (
     Explain,
@@ -174,7 +174,14 @@ def scene_subject(dataset: ShapesDataset, number: int, kind: Kind) -> Subject:
     return Subject(rendered.image, preference.question, preference.chosen, preference.rejected, mask)
 
 
-def crop_for_encoders(info: BundleInfo, image: Image.Image) -> Image.Image:
+class Cropping(Protocol):
+    """What is known of models that may crop an image to its middle square."""
+
+    @property
+    def crops(self) -> bool: ...
+
+
+def crop_for_encoders(info: Cropping, image: Image.Image) -> Image.Image:
     """Crop an image to its middle square if one of the encoders does so itself; otherwise return it whole."""
     if not info.crops:
         return image

@@ -101,7 +101,7 @@ class Panels:
             "middle": f"{(1 + lowest) / 2:.2f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.patches(values | _image_values(comparison.subject.image)))
+        return str(self._macros.patches(values | image_values(comparison.subject.image)))
 
     def colours(self, comparison: Comparison, features: tuple[np.ndarray, np.ndarray]) -> str:
         """Render the first three principal components of both encoders' patch features as colours.
@@ -120,7 +120,7 @@ class Panels:
             for result, pixels in zip(comparison.results, images, strict=True)
         ]
         values = {"models": models, "percent": round(100 * variance_share), "joint": joint}
-        return str(self._macros.colours(values | _image_values(comparison.subject.image)))
+        return str(self._macros.colours(values | image_values(comparison.subject.image)))
 
     def tokens(
         self,
@@ -160,7 +160,7 @@ class Panels:
             "middle": f"{highest / 2:.1f}",
             "bar": data_uri(scale_bar(colours)),
         }
-        return str(self._macros.tokens(values | _image_values(comparison.subject.image)))
+        return str(self._macros.tokens(values | image_values(comparison.subject.image)))
 
     def gallery(self, examples: Sequence[tuple[Subject, ViewState]]) -> str:
         """Render the examples as buttons.
@@ -232,7 +232,7 @@ def _comparison_values(comparison: Comparison, method: Method, colours: str) -> 
         "highest": f"{highest:.1f}",
         "middle": f"{highest / 2:.1f}",
         "reach": f"{reach:.1f}",
-        **_image_values(subject.image),
+        **image_values(subject.image),
     }
 
 
@@ -301,7 +301,7 @@ def _describe_peak(grid: np.ndarray) -> str:
     return f"it is strongest at the {row} {column}"
 
 
-def _image_values(image: Image.Image) -> dict[str, Any]:
+def image_values(image: Image.Image) -> dict[str, Any]:
     """Return the image, which keeps its pixels if it is small, and the aspect ratio of the frames around it."""
     small = max(image.size) <= 128
     if not small:

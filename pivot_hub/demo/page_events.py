@@ -35,7 +35,7 @@ SHOW_LINK = """(query) => {
   const theme = new URLSearchParams(location.search).get("__theme");
   const parameters = [query, theme && `__theme=${theme}`].filter(Boolean).join("&");
   const url = location.origin + location.pathname + (parameters ? `?${parameters}` : "");
-  history.replaceState(null, "", url);
+  if (!location.search.includes("mode=encoders")) history.replaceState(null, "", url);
   const shown = new URLSearchParams(query);
   for (const example of document.querySelectorAll("#examples button")) {
     const own = new URLSearchParams(example.dataset.query);
@@ -246,7 +246,8 @@ class PageEvents:
         """Restore the view of the link; an invalid link shows a message above the default view."""
         page, problem = self.page, ""
         try:
-            state = read_view_state(dict(request.query_params))
+            is_ours = request.query_params.get("mode") != "encoders"  # otherwise its parameters are the other mode's
+            state = read_view_state(dict(request.query_params) if is_ours else {})
             updates = self._compare(state, None)
         except Exception as error:
             problem, state = error_message(error), ViewState()

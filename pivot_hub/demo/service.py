@@ -36,7 +36,7 @@ from pivot_hub.explain.patch_features import principal_colours, similarity
 UPLOAD_SIDE_PX = 2 * SIDE_PX  # longer side to which an upload is reduced, as the panels show it
 ON_PHOTOGRAPHS = (
     "The built-in models know nothing but synthetic scenes of shapes: on another image, their answers and maps mean "
-    "little. Load other models for photographs."
+    "little. Load other models for photographs, or compare encoders in the other tab."
 )
 FROM_A_LINK = "This image is the reduced copy inside a link: answers and maps may differ from those of the original."
 
@@ -146,7 +146,7 @@ class DemoService:
         info = self.info(state)
         if state.layer > info.layers:
             raise DataError(f"layer is {state.layer}: it must be between 0 and {info.layers}, the last layer of both.")
-        image = _reduced(read_upload(Path(upload), side_px=3 * UPLOAD_SIDE_PX)) if upload else state.load_image()
+        image = read_reduced(upload) if upload else state.load_image()
         notes = []
         if image is None:
             subject = _scene_subject(info, state)
@@ -262,8 +262,13 @@ class DemoService:
         return tokens
 
 
-def _reduced(image: Image.Image) -> Image.Image:
-    """Reduce a photograph to what the panels show: models and panels need no more, and megapixels cost seconds."""
+def read_reduced(upload: str | Path) -> Image.Image:
+    """Decode an upload, reduced to what the panels show: models need no more, and megapixels cost seconds.
+
+    Raises:
+        DataError: The file is not an image, not whole, or too large.
+    """
+    image = read_upload(Path(upload), side_px=3 * UPLOAD_SIDE_PX)
     if max(image.size) > UPLOAD_SIDE_PX:
         image.thumbnail((UPLOAD_SIDE_PX, UPLOAD_SIDE_PX), reducing_gap=3.0)
     return image

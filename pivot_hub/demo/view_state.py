@@ -113,14 +113,7 @@ class ViewState:
 
     def with_image(self, image: Image.Image) -> ViewState:
         """Store an image in the view state, at the largest of LINK_SIDES_PX at which it fits into the link."""
-        for side in LINK_SIDES_PX:
-            reduced = image.copy()
-            reduced.thumbnail((side, side))
-            file = io.BytesIO()
-            reduced.save(file, "WEBP", quality=70)
-            if len(file.getvalue()) <= MOST_LINK_BYTES:
-                break
-        return replace(self, image=base64.urlsafe_b64encode(file.getvalue()).decode(), photo="")
+        return replace(self, image=encode_for_link(image), photo="")
 
     def load_image(self) -> Image.Image | None:
         """Decode the image of the link, or open the photograph that it names; None if it holds neither.
@@ -128,13 +121,41 @@ class ViewState:
         Raises:
             DataError: The content is not an image.
         """
-        if not self.image:
-            return Image.open(PHOTO_FOLDER / f"{self.photo}.webp").convert("RGB") if self.photo else None
-        try:
-            content = base64.urlsafe_b64decode(self.image)
-        except (binascii.Error, ValueError):
-            raise DataError("The image inside this link is damaged; copy the whole link again.") from None
-        return read_upload(io.BytesIO(content))
+        if self.photo and not self.image:
+            return Image.open(PHOTO_FOLDER / f"{self.photo}.webp").convert("RGB")
+        return decode_from_link(self.image)
+
+
+def encode_for_link(image: Image.Image, most_bytes: int = MOST_LINK_BYTES) -> str:
+    """Reduce an image to the largest of LINK_SIDES_PX at which it fits into a link, as base64.
+
+    Args:
+        image: RGB image.
+        most_bytes: Largest size of the reduced image; the smallest side is taken even if it is larger.
+    """
+    for side in LINK_SIDES_PX:
+        reduced = image.copy()
+        reduced.thumbnail((side, side))
+        file = io.BytesIO()
+        reduced.save(file, "WEBP", quality=70)
+        if len(file.getvalue()) <= most_bytes:
+            break
+    return base64.urlsafe_b64encode(file.getvalue()).decode()
+
+
+def decode_from_link(text: str) -> Image.Image | None:
+    """Decode the image of a link; None if the link holds none.
+
+    Raises:
+        DataError: The content is not an image.
+    """
+    if not text:
+        return None
+    try:
+        content = base64.urlsafe_b64decode(text)
+    except (binascii.Error, ValueError):
+        raise DataError("The image inside this link is damaged; copy the whole link again.") from None
+    return read_upload(io.BytesIO(content))
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -30,9 +30,12 @@ from typing import Any
 import pivot_hub
 from pivot_hub.demo.bundle_cache import MOST_PARAMETERS, BundleCache
 from pivot_hub.demo.comparison import Comparison, ModelResult, Subject, compare, compare_patches, compare_tokens
+from pivot_hub.demo.encoder_cache import EncoderCache
+from pivot_hub.demo.encoder_set import EncoderInfo, EncoderMap, EncoderNames, EncoderSet, EncoderSetInfo
 from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, ModelBundle, Origin, Progress, describe_failure
 from pivot_hub.errors import CheckpointError, DataError, PivotError
 from pivot_hub.explain.gradcam import TokenMap
+from pivot_hub.explain.patch_views import Match
 from pivot_hub.probes.localization.gradient_maps import MapScores
 
 GIB = 1 << 30
@@ -40,8 +43,13 @@ MOST_IMAGE_PX = 2048  # input side of an encoder, at which scenes are rendered
 MOST_FILE_BYTES = 4 * MOST_PARAMETERS + GIB  # of a downloaded file
 NICENESS = 10  # so that the built-in models are served first
 GRACE_S = 5  # after which a process ends itself if the app did not end it
-RESULT_CLASSES = (Comparison, ModelResult, MapScores, TokenMap, BundleInfo, Origin)
+RESULT_CLASSES = (
+    *(Comparison, ModelResult, MapScores, TokenMap, BundleInfo, Origin),
+    *(EncoderSetInfo, EncoderInfo, EncoderMap, Match),
+)
 NUMPY_NAMES = frozenset({"_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"})
+ModelNames = BundleNames | EncoderNames
+ModelInfo = BundleInfo | EncoderSetInfo
 
 
 def default_memory_bytes() -> int:
@@ -158,7 +166,7 @@ class _Slot:
     users: int = 0
     last_use: float = 0.0
     worker: ModelWorker | None = None
-    info: BundleInfo | None = None
+    info: ModelInfo | None = None
 
 
 class WorkerPool:
@@ -177,19 +185,22 @@ class WorkerPool:
         self.limits = limits or WorkerLimits()
         settings = {"memory_bytes": self.limits.memory_bytes, "runs": None if runs is None else str(runs)}
         self._command = command or [sys.executable, "-P", "-m", "pivot_hub.demo.worker", json.dumps(settings)]
-        self._slots: dict[BundleNames, _Slot] = {}
+        self._slots: dict[ModelNames, _Slot] = {}
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def info(self, names: BundleNames, progress: Progress | None = None) -> BundleInfo:
-        """Load a bundle unless it is loaded, and describe it.
+    def info(self, names: ModelNames, progress: Progress | None = None) -> Any:
+        """Load a bundle or a set of encoders unless it is loaded, and describe it.
 
         Args:
             names: Names that a visitor gave.
             progress: Callback that takes the finished share, from 0 to 1, and the next step.
 
+        Returns:
+            The `BundleInfo` of a bundle, or the `EncoderSetInfo` of encoders.
+
         Raises:
-            CheckpointError: The bundle cannot be loaded, exceeds a limit, or others are using all processes.
+            CheckpointError: The models cannot be loaded, exceed a limit, or others are using all processes.
         """
         known = self._slots.get(names)
         if known is not None and known.info is not None and progress is None:
@@ -198,13 +209,13 @@ class WorkerPool:
             assert slot.info is not None
             return slot.info
 
-    def run(self, names: BundleNames, function: str, *arguments: Any) -> Any:
-        """Run a function on a bundle, which is loaded if necessary.
+    def run(self, names: ModelNames, function: str, *arguments: Any) -> Any:
+        """Run a function on a bundle or a set of encoders, which is loaded if necessary.
 
         Args:
             names: Names that a visitor gave.
             function: A key of FUNCTIONS.
-            *arguments: Arguments of the function after the bundle.
+            *arguments: Arguments of the function after the models.
 
         Raises:
             DataError: An argument cannot be used.
@@ -228,7 +239,7 @@ class WorkerPool:
                 self._end(names)
 
     @contextmanager
-    def _loaded(self, names: BundleNames, progress: Progress | None = None) -> Iterator[_Slot]:
+    def _loaded(self, names: ModelNames, progress: Progress | None = None) -> Iterator[_Slot]:
         """Hold the slot of a bundle, with its process running and its models loaded."""
         slot = self._reserve(names)
         try:
@@ -237,9 +248,10 @@ class WorkerPool:
             try:
                 if slot.worker is None or not slot.worker.alive:
                     slot.info = None
-                    slot.worker = ModelWorker(self._command, " and ".join(astuple(names)[:2]), self.limits)
+                    slot.worker = ModelWorker(self._command, _label(names), self.limits)
                 if slot.info is None:
-                    slot.info = slot.worker.call("load", astuple(names), self.limits.load_s, progress)
+                    load = "load" if isinstance(names, BundleNames) else "load encoders"
+                    slot.info = slot.worker.call(load, astuple(names), self.limits.load_s, progress)
                 yield slot
             finally:
                 slot.lock.release()
@@ -251,7 +263,7 @@ class WorkerPool:
             reaper.daemon = True
             reaper.start()
 
-    def _reserve(self, names: BundleNames) -> _Slot:
+    def _reserve(self, names: ModelNames) -> _Slot:
         """Count the caller as a user of a bundle's slot; another bundle without users makes room for it."""
         with self._lock:
             slot = self._slots.get(names)
@@ -267,13 +279,18 @@ class WorkerPool:
             slot.users += 1
             return slot
 
-    def _end(self, names: BundleNames) -> None:
+    def _end(self, names: ModelNames) -> None:
         worker = self._slots.pop(names).worker
         if worker is not None and worker.alive:
             worker.close()
 
 
 BUSY = "The models that visitors named are busy; try again in a minute, or use the built-in models, which are free."
+
+
+def _label(names: ModelNames) -> str:
+    """Return the names of the models that are compared, for error messages."""
+    return " and ".join((names.first, names.second) if isinstance(names, BundleNames) else names.names)
 
 
 def _environment() -> dict[str, str]:
@@ -316,17 +333,22 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "compare": _compare,
     "tokens": compare_tokens,
     "patches": compare_patches,
+    "maps": EncoderSet.maps,
 }
 
 
 def serve(connection: Connection, bundles: BundleCache) -> None:
-    """Load one bundle and run functions on it, until the app closes the pipe.
+    """Load one bundle or one set of encoders and run functions on it, until the app closes the pipe.
 
     Args:
         connection: End of the pipe.
         bundles: Cache that finds and loads the models.
     """
-    names = BundleNames()
+    names: ModelNames = BundleNames()
+    encoders = EncoderCache(bundles, capacity=1)
+
+    def load(progress: Progress | None = None) -> Any:
+        return bundles.get(names, progress) if isinstance(names, BundleNames) else encoders.get(names, progress)
 
     def send(kind: str, value: Any) -> None:
         connection.send_bytes(pickle.dumps((kind, value)))
@@ -338,14 +360,14 @@ def serve(connection: Connection, bundles: BundleCache) -> None:
             return
         signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process, for the case that the app is gone
         try:
-            if function == "load":
-                names = BundleNames(*arguments)
-                info = bundles.get(names, lambda share, step: send("progress", (share, step))).info
+            if function in ("load", "load encoders"):
+                names = BundleNames(*arguments) if function == "load" else EncoderNames(*arguments)
+                info = load(lambda share, step: send("progress", (share, step))).info
                 if info.image_px > MOST_IMAGE_PX:
                     raise CheckpointError(f"An encoder takes images of {info.image_px} px; at most {MOST_IMAGE_PX}.")
                 send("result", info)
             else:
-                send("result", FUNCTIONS[function](bundles.get(names), *arguments))
+                send("result", FUNCTIONS[function](load(), *arguments))
         except MemoryError:
             return  # the app names the limit; the memory is free again when the process has ended
         except PivotError as error:
@@ -353,7 +375,7 @@ def serve(connection: Connection, bundles: BundleCache) -> None:
         except Exception as error:
             if "can't allocate memory" in str(error) or "out of memory" in str(error):
                 return
-            send("checkpoint", f"{names.first} and {names.second}: their {describe_failure(error)}.")
+            send("checkpoint", f"{_label(names)}: their {describe_failure(error)}.")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 

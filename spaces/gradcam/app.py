@@ -25,6 +25,12 @@ else:
 import gradio as gr  # noqa: E402
 
 from pivot_hub.demo.bundle_cache import BundleCache  # noqa: E402
+from pivot_hub.demo.encoder_cache import EncoderCache  # noqa: E402
+from pivot_hub.demo.encoder_endpoints import add_encoder_endpoint  # noqa: E402
+from pivot_hub.demo.encoder_html import EncoderPanels  # noqa: E402
+from pivot_hub.demo.encoder_page import Tabs, build_encoder_page, connect_encoder_events  # noqa: E402
+from pivot_hub.demo.encoder_service import EncoderService  # noqa: E402
+from pivot_hub.demo.encoder_state import MODE  # noqa: E402
 from pivot_hub.demo.endpoints import add_endpoints  # noqa: E402
 from pivot_hub.demo.gradio_calls import MOST_THREADS, name_bad_inputs  # noqa: E402
 from pivot_hub.demo.html import Panels  # noqa: E402
@@ -78,15 +84,25 @@ def build_app(
         CheckpointError: The models cannot be loaded.
     """
     service = DemoService(BundleCache(names, runs), Panels(HERE), on_gpu, WorkerPool(limits, runs))
+    encoder_service = EncoderService(EncoderCache(service.bundles), service.workers, on_gpu)
     examples = [ViewState(**choices) for choices in json.loads((HERE / "examples.json").read_text())]
     shown = [(service.subject(example), example) for example in examples]
     script = (HERE / "panels.js").read_text()
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        page = build_page(
-            service.panels.gallery(shown), script, service.default_bundle.layers, service.bundles.local_names()
-        )
+        with gr.Tabs(elem_id="modes") as modes:
+            with gr.Tab("SFT vs DPO", id="mllms") as mllms_tab:
+                page = build_page(
+                    service.panels.gallery(shown), script, service.default_bundle.layers, service.bundles.local_names()
+                )
+            with gr.Tab("Any two encoders", id=MODE) as encoders_tab:
+                encoder_page = build_encoder_page(
+                    (HERE / "encoders.js").read_text(), encoder_service.encoders.local_names()
+                )
         connect_events(app, page, service, examples)
+        tabs = Tabs(modes, mllms_tab, encoders_tab, page.results.link)
+        connect_encoder_events(app, encoder_page, encoder_service, EncoderPanels(HERE), service.panels, tabs)
         add_endpoints(service)
+        add_encoder_endpoint(encoder_service)
     name_bad_inputs(app)
     return app.queue(max_size=MOST_WAITING)
 

@@ -31,6 +31,8 @@ from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.demo.page_layout import TITLE
 from pivot_hub.explain.heatmaps import colour
 from pivot_hub.mllm.load import load_mllm
+from tests.encoder.native_towers import write_tower
+from tests.encoder.originals import make_vision
 from tests.mllm.tiny_mllms import make_mllm
 from tests.mllm.tiny_processors import add_processor
 
@@ -105,6 +107,9 @@ class Visit:
             self.other_hosts.append(url)
 
     def wait(self) -> None:
+        if "mode=encoders" in self.page.url:
+            self.page.wait_for_selector("#encoder-panel section", timeout=60_000)
+            return
         self.page.wait_for_selector("#comparison img.heat", timeout=60_000)
         self.page.wait_for_function("document.querySelector('#link textarea, #link input').value.length > 0")
 
@@ -530,6 +535,129 @@ def _scale_weights(scale: float, model: Any) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(scale)
+
+
+@pytest.fixture
+def url_with_encoders(tmp_path: Path) -> Iterator[str]:
+    """Address of an app whose visitors may name tiny encoders of other kinds."""
+    for kind in ("clip", "dinov2"):
+        make_vision(tmp_path / "runs" / kind, kind)
+    write_tower("pixtral", tmp_path / "runs")
+    module = load_module()
+    app = module.build_app(runs=tmp_path / "runs")
+    _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **module.LAUNCH)
+    yield address
+    app.close()
+
+
+def shown(page: Visit, action: Any) -> None:
+    """Run an action in the mode for any two encoders, and wait until its panel has changed."""
+    before = (
+        page.page.inner_html("#encoder-panel section") if page.page.locator("#encoder-panel section").count() else ""
+    )
+    action()
+    changed = "before => (document.querySelector('#encoder-panel section')?.innerHTML ?? '') !== before"
+    page.page.wait_for_function(changed, arg=before, timeout=60_000)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_two_encoders(visit: Any, size: dict[str, int]) -> None:
+    """A patch by click and by key, a layer by slider and by thumbnail, every view, and the link of each mode."""
+    page = visit(size)
+    p = page.page
+    compared = p.url
+    shown(page, lambda: p.get_by_role("tab", name="Any two encoders").click())
+    p.wait_for_function("location.search === '?mode=encoders&row=6&column=1'")
+    assert p.locator("#encoder-panel h2").all_inner_texts() == ["Image", "SFT", "DPO"]
+    grid = p.locator("#encoder-panel .patch-grid").nth(1)
+    grid.scroll_into_view_if_needed()
+    box = grid.bounding_box()
+    shown(page, lambda: grid.click(position={"x": box["width"] * 0.8, "y": box["height"] * 0.3}))
+    p.wait_for_function("location.search.includes('row=2&column=6')")
+    for heat in page.heats("#encoder-panel"):
+        side = heat.shape[0] // 8
+        assert on_scale(heat, "viridis")[2 * side, 6 * side] == 255, "the chosen patch has not the highest similarity"
+    image = p.locator("#encoder-panel .patch-grid").first
+    shown(page, lambda: (image.focus(), p.keyboard.press("ArrowDown")))
+    shown(page, lambda: p.keyboard.press("ArrowLeft"))
+    p.wait_for_function("location.search.includes('column=5')")
+    slider = p.get_by_role("slider", name="Layer of SFT")
+    shown(page, lambda: (slider.focus(), slider.press("ArrowLeft")))
+    p.wait_for_function("location.search.includes('layers=4,4')")
+    p.wait_for_function("document.activeElement.matches('.layer-slider')")
+    p.get_by_label("Move the layers together").uncheck()
+    shown(page, lambda: p.get_by_role("button", name="Layer 1 of DPO").click())
+    p.wait_for_function("location.search.includes('layers=4,1')")
+    for label, text in (
+        ("Colours (PCA)", "of the variance"),
+        ("Regions", "regions of similar features"),
+        ("CLS attention", "This tower has no CLS token"),
+        ("Drift", "linear CKA"),
+    ):
+        shown(page, lambda label=label: p.get_by_label(label).check())
+        assert text in page.text("#encoder-panel")
+    link = p.locator("#encoder-link textarea, #encoder-link input").input_value()
+    assert link == p.url
+    assert "view=drift" in link
+    p.get_by_role("tab", name="SFT vs DPO").click()
+    p.wait_for_function("url => location.href === url", arg=compared)
+    p.get_by_role("tab", name="Any two encoders").click()
+    p.wait_for_function("url => location.href === url", arg=link)
+    with p.expect_download() as saved:
+        p.locator("#save-encoder-numbers").click()
+    numbers = json.loads(Path(saved.value.path()).read_text())
+    assert [e["layer"] for e in numbers["encoders"]] == ["4", "1"]
+
+
+def test_matches_in_a_second_image_by_encoders_of_other_kinds(
+    visit: Any, url_with_encoders: str, tmp_path: Path
+) -> None:
+    """A link opens three encoders, one of native resolution; an uploaded image is matched in itself."""
+    page = visit(query="?mode=encoders&encoders=clip,pixtral", at=url_with_encoders)
+    p = page.page
+    p.wait_for_selector("#encoder-panel .patch-grid")
+    assert p.locator("#encoder-panel h2").all_inner_texts() == ["Image", "clip", "pixtral"]
+    names = p.locator("#encoder-names textarea")
+    assert names.input_value() == "clip\npixtral"
+    names.fill("clip\ndinov2\npixtral")
+    shown(page, lambda: p.locator("#load-encoders").click())
+    p.wait_for_function(
+        "document.querySelector('#encoder-status').innerText.includes('Loaded: clip, dinov2, pixtral.')"
+    )
+    file = save_image(noise_image().resize((224, 224)), tmp_path / "mine.png")
+    p.get_by_role("tab", name="Your own image").filter(visible=True).click()
+    shown(page, lambda: p.locator("#first-upload input[type=file]").set_input_files(file))
+    page.open("Second image, for matches")
+    p.get_by_role("tab", name="Your own image").filter(visible=True).last.click()
+    shown(page, lambda: p.locator("#second-upload input[type=file]").set_input_files(file))
+    p.wait_for_selector("#encoder-panel .cell.match")
+    assert p.get_by_label("Matches").is_checked()
+    shown(page, lambda: p.locator("#encoder-panel .patch-grid").first.click(position={"x": 5, "y": 5}))
+    assert p.locator("#encoder-panel .foot").all_inner_texts() == ["Best match: similarity 1.00."] * 3
+    for style in p.eval_on_selector_all(
+        ".marked", "all => all.map(m => m.querySelector('.match').getAttribute('style'))"
+    ):
+        assert style.startswith("left:0.000%;top:0.000%;"), "the best match is not the patch itself"
+    shown(page, lambda: p.get_by_label("CLS attention").check())
+    assert p.locator("#encoder-panel .frame.empty").count() == 1
+    names.fill("clip\nno-such-owner")
+    p.locator("#load-encoders").click()
+    p.wait_for_function("document.querySelector('#encoder-status').innerText.includes('names no encoder')")
+    assert "The current encoders stay." in page.text("#encoder-status")
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_any_two_encoders_in_the_dark(visit: Any, size: dict[str, int]) -> None:
+    page = visit(size, "dark", "?mode=encoders&view=matching&layers=2,6")
+    p = page.page
+    p.wait_for_selector("#encoder-panel .cell.match")
+    chosen = p.eval_on_selector_all("#encoder-panel [aria-pressed=true]", "all => all.map(b => b.dataset.layer)")
+    assert chosen == ["2", "6"]
+    front = p.evaluate("getComputedStyle(document.querySelector('#encoder-panel .summary')).color")
+    assert min(int(v) for v in re.findall(r"\d+", front)[:3]) > 180
+    assert p.locator(".toast-body").count() == 0, "a call of the page failed"
+    images = "#encoder-panel .patch-grid img.image, #encoder-panel .marked img.image"
+    assert p.eval_on_selector_all(images, "all => all.filter(i => !i.alt).length") == 0
 
 
 def test_visitors_do_not_disturb_each_other(visit: Any) -> None:

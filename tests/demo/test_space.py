@@ -49,7 +49,7 @@ def client(url: str) -> Any:
 
 def test_endpoints_are_typed_and_documented(client: Any) -> None:
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/compare", "/patch_features", "/token_attribution"}
+    assert set(endpoints) == {"/compare", "/patch_features", "/token_attribution", "/encoders"}
     for name, endpoint in endpoints.items():
         assert endpoint["description"], name
         for parameter in endpoint["parameters"]:
@@ -89,6 +89,22 @@ def test_patch_features_and_token_attribution(client: Any, tmp_path: Path) -> No
     assert numbers["models"][0]["explained"] == numbers["models"][0]["answer"]
     with Image.open(figure) as drawn:
         assert drawn.width > 1000
+
+
+def test_encoders_are_compared(client: Any, tmp_path: Path) -> None:
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    Image.effect_noise((80, 60), 80).convert("RGB").save(tmp_path / "mine.png")
+    file = handle_file(tmp_path / "mine.png")
+    options = {"view": "matching", "layers": "2,-1", "row": 2, "column": 6, "api_name": "/encoders"}
+    figure, numbers = client.predict(image=file, other_image=file, **options)
+    assert [e["layer"] for e in numbers["encoders"]] == ["2", "6"]
+    assert numbers["encoders"][1]["matches"][0] == {"row": 2, "column": 6, "similarity": pytest.approx(1, abs=1e-3)}
+    with Image.open(figure) as drawn:
+        assert drawn.width > 1000
+    with pytest.raises(AppError, match="layer is 40: it must be between -7 and 6"):
+        client.predict(layers="40,1", api_name="/encoders")
 
 
 def test_bad_input_gets_a_message_and_the_app_keeps_running(client: Any, tmp_path: Path) -> None:
@@ -194,7 +210,7 @@ def test_mcp_offers_the_same_endpoints(url: str) -> None:
 
     tools, attribution = asyncio.run(call_tools())
     by_name = {t.name: t for t in tools.tools}
-    assert {"compare", "patch_features", "token_attribution"} <= set(by_name)
+    assert {"compare", "patch_features", "token_attribution", "encoders"} <= set(by_name)
     assert "SFT" in by_name["compare"].description
     assert "viridis, cividis or magma" in json.dumps(by_name["compare"].inputSchema)
     assert not attribution.isError

@@ -17,11 +17,12 @@ import pytest
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.bundle_cache import BundleCache
 from pivot_hub.demo.comparison import Comparison, compare, scene_subject
+from pivot_hub.demo.encoder_set import EncoderSetInfo, MapRequest
 from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, Origin
 from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.demo.turns import Turns
-from pivot_hub.demo.worker import WorkerLimits, WorkerPool, serve
+from pivot_hub.demo.worker import WorkerLimits, WorkerPool, _load_reply, serve
 from pivot_hub.errors import CheckpointError, DataError
 
 NAMES = BundleNames("a/b", "c/d")
@@ -148,6 +149,21 @@ def test_a_process_gives_the_results_of_the_package() -> None:
     comparison: Comparison = messages[2][1]
     assert comparison.first.answer == compare(shipped_bundle(), subject).first.answer
     assert messages[3][1] == "a/b and c/d: their files or settings lead to an error (KeyError: 'nothing')."
+
+
+def test_a_process_gives_the_maps_of_encoders_in_classes_that_the_app_accepts() -> None:
+    image = scene_subject(ShapesDataset(image_px=64), 27, "colour").image
+    wrong, right = MapRequest("drift", image, layers=(9, 9)), MapRequest("matching", image, image, row=2, column=5)
+    messages = served(("load encoders", ((),)), ("maps", (wrong,)), ("maps", (right,)))
+    assert [kind for kind, _ in messages] == ["result", "data", "result"]
+    assert messages[1][1] == "SFT: layer is 9: it must be between -7 and 6 in this encoder."
+    for message in (messages[0], messages[2]):
+        kind, value = _load_reply(pickle.dumps(message))
+        assert kind == "result"
+    assert isinstance(messages[0][1], EncoderSetInfo)
+    for shown in value:
+        best = shown.matches[0]
+        assert (best.row, best.column) == shown.position == (2, 5)
 
 
 def test_a_process_without_memory_ends_and_a_broken_repository_is_named() -> None:
