@@ -63,6 +63,8 @@ LAUNCH: dict[str, Any] = {
     "theme": THEME,
     "css_paths": HERE / "style.css",
     "footer_links": ["api", "settings"],
+    # On a narrow screen Gradio leaves its API button out, but not the separator behind it.
+    "head": "<style>@media (max-width: 640px) { footer > .divider { display: none !important } }</style>",
     "max_file_size": "20mb",
     "ssr_mode": False,
     "max_threads": MOST_THREADS,

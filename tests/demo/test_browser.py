@@ -207,6 +207,8 @@ def test_the_first_view_shows_both_maps_on_one_scale(visit: Any, size: dict[str,
     ):
         assert part in text
     assert page.page.evaluate("document.documentElement.scrollWidth") <= size["width"], "the page scrolls sideways"
+    separators = page.page.locator("footer > .divider:visible").count()
+    assert separators == page.page.locator("footer > button:visible").count() - 1
     thumb = page.page.locator("#examples button").nth(1).bounding_box()
     assert thumb["width"] > 70, "the examples are too small"
     images = "#comparison img.image, #examples img"
