@@ -28,26 +28,30 @@ from pivot_hub.provenance import machine, versions
 START_TIMEOUT_S = 120.0
 
 
-def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None] = print) -> dict[str, Any]:
+def bench_space(
+    visitors: int = 20, clicks: int = 20, looks: int = 0, log: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Measure the shipped app.
 
     Args:
         visitors: Number of clients that request a comparison at the same time.
         clicks: Number of scenes that one client requests one after the other.
+        looks: Number of further scenes after which the app's memory is measured; 0 leaves it out.
         log: Callback that takes a line for each measurement.
 
     Returns:
         `ready_s`, the time until the app answers, and `ready_cpu_s`, its CPU time, which does not depend on other
         programs; `click_s` and `browser_click_s` (None without a browser), each as median and all values; under
         `visitors` the latencies in order of arrival, the errors, and `overtakings`: the share of pairs of visitors
-        that were served in another order than they arrived.
+        that were served in another order than they arrived; `memory_mb`, the resident memory of the app before and
+        after the looks.
 
     Raises:
         PivotError: Gradio is not installed, or the app does not start.
     """
     if find_spec("gradio_client") is None:
         raise PivotError("the Space needs gradio: pip install 'pivot-hub[space]'.")
-    with _served() as (url, ready_s, cpu_s):
+    with _served() as (url, ready_s, cpu_s, app):
         log(f"ready {ready_s:.1f} s after its start, with {cpu_s:.1f} s of CPU time")
         click_seconds = _clicks(url, clicks)
         log(f"comparison by a program, with figure: median {statistics.median(click_seconds):.2f} s of {clicks}")
@@ -62,6 +66,11 @@ def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None]
             f"last {max(crowd['seconds'], default=0):.1f} s, "
             f"{100 * crowd['overtakings']:.0f}% of pairs of visitors out of order"
         )
+        memory_mb = [_memory_mb(app)]
+        if looks:
+            _clicks(url, looks)
+            memory_mb.append(_memory_mb(app))
+            log(f"memory {memory_mb[0]} MB, {memory_mb[1]} MB after {looks} further looks")
     return {
         "benchmark": "space",
         "ready_s": round(ready_s, 2),
@@ -69,14 +78,16 @@ def bench_space(visitors: int = 20, clicks: int = 20, log: Callable[[str], None]
         "click_s": _summary(click_seconds),
         "browser_click_s": None if browser_seconds is None else _summary(browser_seconds),
         "visitors": crowd,
+        "looks": looks,
+        "memory_mb": memory_mb,
         "machine": machine(),
         "versions": versions(),
     }
 
 
 @contextmanager
-def _served() -> Iterator[tuple[str, float, float]]:
-    """Start `pivot space` on a free port; yield its address, the seconds until it answered, and its CPU seconds."""
+def _served() -> Iterator[tuple[str, float, float, psutil.Process]]:
+    """Start `pivot space` on a free port; yield its address, the seconds until it answered, its CPU seconds, and it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -93,11 +104,16 @@ def _served() -> Iterator[tuple[str, float, float]]:
                 raise PivotError(f"the app did not answer within {START_TIMEOUT_S:.0f} s.")
             time.sleep(0.05)
         ready = time.perf_counter() - started
-        used = psutil.Process(process.pid).cpu_times()
-        yield url, ready, used.user + used.system
+        app = psutil.Process(process.pid)
+        used = app.cpu_times()
+        yield url, ready, used.user + used.system, app
     finally:
         process.terminate()
         process.communicate(timeout=30)
+
+
+def _memory_mb(app: psutil.Process) -> int:
+    return int(app.memory_info().rss // 1_000_000)
 
 
 def _answers(url: str) -> bool:

@@ -109,6 +109,7 @@ def bench_encode(
 def bench_space(
     visitors: Annotated[int, typer.Option(help="Number of simultaneous visitors.")] = 20,
     clicks: Annotated[int, typer.Option(help="Scenes that one client requests, one after the other.")] = 20,
+    looks: Annotated[int, typer.Option(help="Further scenes, after which memory is measured again; 0 for none.")] = 0,
     json_path: JsonPath = None,
 ) -> None:
     """Measure the app: seconds until it is ready, from a click to its image, and with many simultaneous visitors.
@@ -117,7 +118,7 @@ def bench_space(
     """
     from pivot_hub.bench.space import bench_space
 
-    write(json_path, bench_space(visitors, clicks, log=log))
+    write(json_path, bench_space(visitors, clicks, looks, log=log))
 
 
 @bench.command("dpo-step")

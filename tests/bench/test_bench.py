@@ -322,11 +322,13 @@ def test_features_that_differ_are_not_compared(parts: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_space_serves_its_visitors() -> None:
-    report = bench_space(visitors=4, clicks=2, log=lambda line: None)
+    report = bench_space(visitors=4, clicks=2, looks=3, log=lambda line: None)
     assert 0 < report["ready_cpu_s"] <= report["ready_s"] + 0.1
     assert len(report["click_s"]["all"]) == 2
     assert report["visitors"]["errors"] == []
     assert len(report["visitors"]["seconds"]) == 4
+    assert report["looks"] == 3
+    assert 300 < report["memory_mb"][0] <= report["memory_mb"][1] + 100
 
 
 def test_the_readmes_figures_of_the_space_are_those_of_the_record() -> None:
