@@ -26,7 +26,8 @@ def launch(folder: Path, *arguments: str | Path) -> list[int]:
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "tests.encoder.launched_command", str(folder), *map(str, arguments)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [int((folder / f"{rank}.txt").read_text()) for rank in range(2)]
 
 
