@@ -169,7 +169,7 @@ def _divide() -> tuple[int, int, int]:
     if cpus < needed:
         purpose = "one to decode" if gpus else "one to decode, one to encode"
         raise DataError(
-            f"the Ray cluster has {cpus} free CPUs of {int(owned.get('CPU', 0))}, and encoding needs {needed} "
+            f"{cpus} of the Ray cluster's {int(owned.get('CPU', 0))} CPUs are free, and encoding needs {needed} "
             f"({purpose}); start Ray with more (`ray start --head --num-cpus {needed}`), or wait for other work."
         )
     return actors, gpus, cpus if gpus else cpus - actors

@@ -13,7 +13,7 @@ import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
-from pivot_hub.encoder.encode import Progress
+from pivot_hub.encoder.encoding_run import Progress
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.any_tower import AnyTower, dtype_name, read_tower, same_model
 from pivot_hub.mllm.similarity import FeatureSimilarity, check_images, compare_features

@@ -16,7 +16,7 @@ from pivot_hub.data.image import list_folder, open_image
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import LAST, backbone_of
 from pivot_hub.encoder.device import compute_device
-from pivot_hub.encoder.encode import Progress
+from pivot_hub.encoder.encoding_run import Progress
 from pivot_hub.encoder.modeling_pivot import select_features
 from pivot_hub.errors import CheckpointError, DataError
 

@@ -17,7 +17,8 @@ from PIL import Image
 
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.image import DECODING
-from pivot_hub.encoder.encode import EncodeOptions, Progress, encode_images, encode_share
+from pivot_hub.encoder.encode import EncodeOptions, encode_images, encode_share
+from pivot_hub.encoder.encoding_run import Progress
 from pivot_hub.encoder.feature_file import finished_report
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.feature_table import NotFiniteError

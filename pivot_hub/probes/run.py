@@ -28,7 +28,8 @@ from pivot_hub.data.synthetic import (
 )
 from pivot_hub.encoder import PivotVisionConfig
 from pivot_hub.encoder.device import compute_device
-from pivot_hub.encoder.encode import DTYPES, Progress
+from pivot_hub.encoder.encode import DTYPES
+from pivot_hub.encoder.encoding_run import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.encoder.share import wait_for_all

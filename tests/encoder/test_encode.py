@@ -19,7 +19,7 @@ from PIL import Image
 
 from pivot_hub.cli.app import bar
 from pivot_hub.data.image import open_image
-from pivot_hub.encoder import encode
+from pivot_hub.encoder import encode, encoding_run
 from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.repository import read_encoder
 from pivot_hub.errors import CheckpointError, DataError, OutputError
@@ -87,7 +87,7 @@ def test_npy_has_all_patch_tokens(parts: Path, folder: Path, tmp_path: Path) -> 
 def test_a_stopped_run_resumes_and_gives_the_same_file(
     parts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "PART_IMAGES", 6)
+    monkeypatch.setattr(encoding_run, "PART_IMAGES", 6)
     whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
     encode_source(parts / "vision", folder, whole, batch=4, workers=0)
 
@@ -145,7 +145,7 @@ def test_only_added_and_replaced_images_are_encoded_again(parts: Path, tmp_path:
 def test_a_damaged_part_is_encoded_again_and_another_encoders_parts_are_never_used(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "PART_IMAGES", 2)
+    monkeypatch.setattr(encoding_run, "PART_IMAGES", 2)
     images, out = few_images(tmp_path / "images"), tmp_path / "f.npy"
     stopped(parts / "vision", images, out)
     other = make_vision(tmp_path / "other", hidden_size=32, intermediate_size=32)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from pivot_hub.bench.encoder import bench_encoder
 from pivot_hub.cli import app
 from pivot_hub.data.image import open_image
-from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel, batches, encode
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel, batches, encode, encoding_run
 from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.export import export_encoder
 from pivot_hub.encoder.feature_parts import PartFolder
@@ -131,7 +131,7 @@ def test_worker_processes_prepare_images_of_any_shape(towers: dict[str, Path], i
 def test_a_stopped_run_resumes_and_gives_the_same_maps(
     model_type: str, towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "PART_IMAGES", 2)
+    monkeypatch.setattr(encoding_run, "PART_IMAGES", 2)
     whole, out = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
     encode_source(towers[model_type], images, whole, tokens=True, batch=2, workers=0)
 
@@ -172,7 +172,7 @@ def test_a_part_holds_about_as_many_bytes_as_a_stopped_run_may_lose(
     towers: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(encode, "PART_BYTES", 16_000)
+    monkeypatch.setattr(encoding_run, "PART_BYTES", 16_000)
     write_part = PartFolder.write_part
 
     def record(self: Any, name: str, number: int, tables: list[pa.Table]) -> Any:

@@ -23,7 +23,7 @@ from pivot_hub.cli import app
 from pivot_hub.data import image_blocks
 from pivot_hub.data.image_blocks import SourceOptions
 from pivot_hub.data.image_source import open_source
-from pivot_hub.encoder import encode
+from pivot_hub.encoder import encoding_run
 from pivot_hub.encoder.encode import encode_source
 from pivot_hub.encoder.merge import merge_features
 from pivot_hub.encoder.share import Share
@@ -295,7 +295,7 @@ def test_processes_of_a_launcher_take_over_what_another_left(
 def test_a_stopped_shard_resumes_at_its_last_part(
     folder: Path, expected: Features, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "PART_IMAGES", 8)
+    monkeypatch.setattr(encoding_run, "PART_IMAGES", 8)
     source = str(write_tar(tmp_path / "a.tar", contents(folder)).with_name("a*.tar"))
 
     def stop(done: int, total: int | None, speed: float) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from pivot_hub.config.data_section import OnBadRow
 from pivot_hub.data.synthetic import Split
 from pivot_hub.encoder.configuration_pivot import backbone_of
-from pivot_hub.encoder.encode import Progress
+from pivot_hub.encoder.encoding_run import Progress
 from pivot_hub.encoder.feature_model import FeatureModel
 from pivot_hub.errors import DataError, ProbeError
 from pivot_hub.metrics.mean_iou.mean_iou import mean_iou
