@@ -258,12 +258,12 @@ def test_hostile_visitors_beside_honest_ones(trained: Path, tmp_path: Path, monk
 
         try:
             with ThreadPoolExecutor(40) as threads:
-                alone = list(threads.map(lambda _: visit(scene=27), range(20)))
+                alone = list(threads.map(lambda _: visit(scene=27, kind="colour"), range(20)))
                 hostile = [
                     threads.submit(visit, first=f"pivot/{name}", second="pivot/honest") for name in ("loop", "large")
                 ]
                 time.sleep(5)
-                honest = list(threads.map(lambda _: visit(scene=27), range(20)))
+                honest = list(threads.map(lambda _: visit(scene=27, kind="colour"), range(20)))
                 assert not hostile[0].done(), f"the honest visitors waited: {honest}, {hostile[0].result()}"
                 messages = [future.result()[0] for future in hostile]
             again, _ = visit(first="pivot/honest", second="pivot/honest", scene=27)
