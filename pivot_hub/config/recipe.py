@@ -411,6 +411,12 @@ def _check_sources(recipe: Recipe, where: Where, stage: Stage) -> None:
             raise RecipeError(
                 f"{where('data', i, 'counterfactual')}: `counterfactual` is for content: pairs, without slip."
             )
+        if isinstance(source, ShapesData) and source.forms and source.content not in ("instruct", "pairs"):
+            raise RecipeError(f"{where('data', i, 'forms')}: `forms` is for content: instruct or pairs.")
+        if isinstance(source, ShapesData) and source.wrong_images and (source.counterfactual or source.rows < 2):
+            raise RecipeError(
+                f"{where('data', i, 'wrong_images')}: `wrong_images` needs two rows or more, without counterfactual."
+            )
         if isinstance(source, ShapesData) and source.kinds and source.content != "questions":
             raise RecipeError(f"{where('data', i, 'kinds')}: `kinds` is for content: questions.")
         if isinstance(source, FileData) and source.answer_words and source.format != "vqa":

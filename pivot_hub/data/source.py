@@ -46,7 +46,7 @@ PARSERS: dict[str, Callable[[str, dict[str, Any]], Row | DataError]] = {
 IMAGE_KEYS = {"vlfeedback": "img_path"}  # key that a format reads its image from; "image" by default
 # Keys that other data sets hold their images under.
 OTHER_IMAGE_KEYS = re.compile(r"(image|img|picture|photo)s?(_(path|file|name|bytes)s?)?", re.IGNORECASE)
-OTHER = "other"  # part of the name of a counterfactual scene, behind that of its scene
+SCENE, OTHER = "scene", "other"  # of a counterfactual, behind the name of its row: the scene, and the other one
 ANSWER_WORDS = 5  # of an answer of format vqa, by default
 Columns = Literal["plain", "conversation", "preference", "image_preference", "verifiable"]
 
@@ -106,39 +106,44 @@ class ShapesSource:
     def rows(self) -> Iterator[Row | DataError]:
         dataset, spec = self.dataset, self.spec
         for i in range(spec.start, spec.start + spec.rows):
-            name = f"{spec.split}/{i}"
+            name = image = f"{spec.split}/{i}"
+            if spec.wrong_images:  # the next row's image; the last row has the first one's
+                image = f"{spec.split}/{spec.start + (i - spec.start + 1) % spec.rows}"
             if spec.counterfactual:
                 pair = self._counterfactual(i).pair
-                yield Row(name, name, pair.question, pair.chosen, pair.rejected, rejected_image=f"{name}/{OTHER}")
+                chosen, rejected = f"{name}/{SCENE}", f"{name}/{OTHER}"
+                yield Row(name, chosen, pair.question, pair.chosen, pair.rejected, rejected_image=rejected)
                 continue
             scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
-            kind, form = _kind_and_form(i)
+            kind, form = self._kind_and_form(i)
             if spec.content == "questions":
                 kinds: Sequence[QuestionKind] = spec.kinds or KINDS
-                yield _verifiable(scene, name, kinds[i % len(kinds)], rng)
+                yield _verifiable(scene, name, image, kinds[i % len(kinds)], rng)
             elif spec.content == "captions":
-                yield Row(name, name, DESCRIBE, scene.caption())
+                yield Row(name, image, DESCRIBE, scene.caption())
             elif spec.content == "pairs":
                 if spec.slip:
                     fact_rng = dataset.scene_rng(spec.split, i, 6)
                     pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)
                 else:
                     pair = scene.pair(kind, form, rng)
-                yield Row(name, name, pair.question, pair.chosen, pair.rejected)
+                yield Row(name, image, pair.question, pair.chosen, pair.rejected)
             elif form == "describe":
-                yield Row(name, name, DESCRIBE, scene.caption())
+                yield Row(name, image, DESCRIBE, scene.caption())
             else:
                 question = scene.question(kind, rng)
-                yield Row(name, name, question.text, question.answer)
+                yield Row(name, image, question.text, question.answer)
 
     def locate(self, row: Row) -> Row:
         return row
 
     def open_image(self, row: Row) -> Image.Image:
         assert row.image is not None
-        split, index, *other = row.image.split("/")
-        scene = self._counterfactual(int(index)).other if other else self.dataset.scene(split, int(index))  # type: ignore[arg-type]
-        return scene.render().image
+        split, index, *role = row.image.split("/")
+        if not role:
+            return self.dataset.scene(split, int(index)).render().image  # type: ignore[arg-type]
+        counterfactual = self._counterfactual(int(index))
+        return (counterfactual.other if role == [OTHER] else counterfactual.scene).render().image
 
     def measure_image(self, row: Row) -> tuple[ImageSize, str | None]:
         return ImageSize(self.spec.world.image_px, self.spec.world.image_px), None
@@ -150,25 +155,24 @@ class ShapesSource:
         return {}
 
     def _counterfactual(self, index: int) -> Counterfactual:
-        return draw_counterfactual(self.dataset, self.spec.split, index, *_kind_and_form(index))
+        return draw_counterfactual(self.dataset, self.spec.split, index, *self._kind_and_form(index))
+
+    def _kind_and_form(self, index: int) -> tuple[Kind, Form]:
+        """Return kind and form of a row: by default any ten consecutive rows hold each combination once."""
+        forms: Sequence[Form] = self.spec.forms or ("describe", "question")
+        return KINDS[index % 5], forms[index // 5 % len(forms)]
 
 
-def _kind_and_form(index: int) -> tuple[Kind, Form]:
-    """Return kind and form of a row: any ten consecutive rows hold each combination once."""
-    forms: tuple[Form, Form] = ("describe", "question")
-    return KINDS[index % 5], forms[index // 5 % 2]
-
-
-def _verifiable(scene: Scene, name: str, kind: QuestionKind, rng: np.random.Generator) -> Row:
+def _verifiable(scene: Scene, name: str, image: str, kind: QuestionKind, rng: np.random.Generator) -> Row:
     """Ask a question about a scene whose answer rewards can verify."""
     if kind == "describe":
-        return Row(name, name, DESCRIBE, scene.caption(), kind=kind)
+        return Row(name, image, DESCRIBE, scene.caption(), kind=kind)
     if kind == "box":
         target = int(rng.integers(len(scene.objects)))
         x1, y1, x2, y2 = scene.render().boxes[target].tolist()
-        return _box_row(name, name, scene.objects[target].name, (x1, y1, x2, y2))
+        return _box_row(name, image, scene.objects[target].name, (x1, y1, x2, y2))
     question = scene.question(kind, rng)
-    return Row(name, name, question.text, question.answer, kind=kind)
+    return Row(name, image, question.text, question.answer, kind=kind)
 
 
 def _box_row(name: str, image: str, label: str, box: Box) -> Row:

@@ -20,7 +20,7 @@ from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import RecipeError
 from pivot_hub.probes.run import Sizes
 
-Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients"]
+Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients", "counterfactuals", "blind"]
 
 
 class RunSpec(Strict):
@@ -38,7 +38,9 @@ class RunSpec(Strict):
         rate_of: Run whose learning rate this one shares.
         measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers, the
             probability of true ones, and ranked pairs), `harder` (probes and answers on the harder datasets too),
-            `distance` (from the parent), `gradients` (of words and of pairs).
+            `distance` (of the weights, and of each layer's features, from the parent), `gradients` (of words and of
+            pairs), `counterfactuals` (features and ranked answers of two scenes that differ in one thing), `blind`
+            (answers given a grey image).
     """
 
     label: str
@@ -61,6 +63,21 @@ class Curve(Strict):
     lines: dict[str, dict[float, str]]
 
 
+class Frontier(Strict):
+    """Methods in the plane of two measures, each a line through its runs: what it gains against how far it moved.
+
+    Args:
+        x, y: Names of measures.
+        baseline: Run whose `y` is subtracted, seed by seed.
+        lines: Runs of each line, in the order in which they are joined.
+    """
+
+    x: str
+    y: str
+    baseline: str
+    lines: dict[str, list[str]]
+
+
 class Levels(Strict):
     """Runs whose means over seeds are listed, and the measures that are listed."""
 
@@ -77,6 +94,7 @@ class FactorSpec(Strict):
         pairs: Pairs [first, other] of runs; a difference is `other` minus `first`.
         measures: Names of entries of `StudySpec.measures`.
         curve: Curve that is drawn besides the differences.
+        frontier: Plane of two measures that is drawn besides the differences.
         levels: Means that are listed besides the differences.
         note: Note that a reader of the section needs.
     """
@@ -86,6 +104,7 @@ class FactorSpec(Strict):
     pairs: list[tuple[str, str]] = Field(min_length=1)
     measures: list[str] = Field(min_length=1)
     curve: Curve | None = None
+    frontier: Frontier | None = None
     levels: Levels | None = None
     note: str = ""
 
@@ -104,6 +123,7 @@ class StudySpec(Strict):
         harder: Settings of further Shapes datasets, by name, on which the same probes and questions are tested.
         sizes: Sizes of the probes.
         measures: Task and metric of each measure, by name, as in `Shape: shapes/shape balanced_accuracy`.
+        composites: Further measures, each the mean of some of `measures`.
         runs: Runs by name; each comes after those it needs.
         factors: Sections of the report; the first is the primary comparison.
         remarks: Remarks written after the runs; they are not part of the plan and its hash.
@@ -120,6 +140,7 @@ class StudySpec(Strict):
     harder: dict[str, ShapesSettings] = Field({})
     sizes: dict[str, Annotated[int, Field(ge=1)]] = Field({})
     measures: dict[str, str]
+    composites: dict[str, Annotated[list[str], Field(min_length=1)]] = Field({})
     runs: dict[str, RunSpec]
     factors: list[FactorSpec] = Field(min_length=1)
     remarks: list[str] = Field([])
@@ -162,6 +183,12 @@ class Study:
     def sha256(self) -> str:
         """Hash of the plan: everything in the file except the remarks."""
         plan = self.spec.model_dump(mode="json", exclude={"remarks"})
+        # Keys that came later are left out where they are not used, so that older plans keep their hashes.
+        if not plan["composites"]:
+            del plan["composites"]
+        for factor in plan["factors"]:
+            if factor["frontier"] is None:
+                del factor["frontier"]
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -298,15 +325,24 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
         if run.rate_of and not spec.runs[run.rate_of].rates:
             yield f"`runs.{name}.rate_of` {run.rate_of!r} has no `rates`."
+    for name, parts in spec.composites.items():
+        if name in spec.measures:
+            yield f"`composites.{name}` has the name of a measure."
+        for part in parts:
+            if part not in spec.measures:
+                yield f"`composites.{name}` names {part!r}, which is not a measure{nearest(part, spec.measures)}."
+    measures = [*spec.measures, *spec.composites]
     for i, factor in enumerate(spec.factors):
         curve = [run for line in (factor.curve.lines.values() if factor.curve else ()) for run in line.values()]
+        frontier = factor.frontier or Frontier(x=measures[0], y=measures[0], baseline=known[0], lines={})
+        curve += [frontier.baseline, *(run for line in frontier.lines.values() for run in line)]
         levels = factor.levels or Levels(runs=[], measures=[])
         for name in (*(n for pair in factor.pairs for n in pair), *curve, *levels.runs):
             if name not in known:
                 yield f"`factors.{i}` names {name!r}, which is not a run{nearest(name, known)}."
-        for measure in (*factor.measures, *levels.measures):
-            if measure not in spec.measures:
-                hint = nearest(measure, spec.measures)
+        for measure in (*factor.measures, *levels.measures, frontier.x, frontier.y):
+            if measure not in measures:
+                hint = nearest(measure, measures)
                 yield f"`factors.{i}.measures` names {measure!r}, which is not a measure{hint}."
     for cell in study.cells():
         if spec.runs[cell.run].recipe is not None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from pivot_hub.data.synthetic import ERROR_TYPES, KINDS, ErrorType, ShapesDataset, draw_fact
+from pivot_hub.data.synthetic import (
+    ERROR_TYPES,
+    KINDS,
+    Counterfactual,
+    ErrorType,
+    Form,
+    ShapesDataset,
+    Split,
+    draw_counterfactual,
+    draw_fact,
+)
+from pivot_hub.encoder.configuration_pivot import prefix_tokens
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
 from pivot_hub.explain.gradcam import gradient_map, token_maps
@@ -35,6 +48,7 @@ from pivot_hub.probes.run import (
 from pivot_hub.probes.vqa.synthetic import answer_questions
 from pivot_hub.study.design import Measure
 
+BATCH = 64  # images in a forward pass
 WORD_KINDS = ("seen", "known", "other")  # words that only the image tells, words of a fact, and all others
 
 
@@ -85,8 +99,19 @@ def measure_run(
         results += localize(mllm, processor, None, targets, conditions, explains=("answer",))
     if "answers" in measures:
         results += _measure_answers(mllm, processor, dataset, harder, sizes, conditions)
+    if "blind" in measures:
+        images, questions = probe_questions(dataset, "test", sizes.questions)
+        blind = answer_questions(mllm, processor, questions, [_grey(image) for image in images], conditions)
+        results += [replace(r, task=r.task.replace("shapes/vqa", "shapes/vqa of a grey image")) for r in blind]
+    if "counterfactuals" in measures:
+        counterfactuals = probe_counterfactuals(dataset, "test", sizes.pairs)
+        results += sensitivity(mllm, processor, counterfactuals, conditions)
+        results += rank_counterfactuals(mllm, processor, counterfactuals, conditions)
     if "distance" in measures and parent is not None:
-        results += distances(mllm.cpu(), load_llava(parent)[0], conditions)
+        parent_mllm = load_llava(parent)[0]
+        results += distances(mllm.cpu(), parent_mllm, conditions)
+        images = [rendered.image for rendered in probe_scenes(dataset, "test", sizes.pairs).rendered]
+        results += feature_drift(mllm, parent_mllm, processor, images, conditions)
         mllm.to(compute_device())  # type: ignore[arg-type]
     if "gradients" in measures:
         results += word_gradients(mllm, processor, dataset, sizes.targets_validation, conditions)
@@ -135,6 +160,139 @@ def distances(model: PreTrainedModel, parent: PreTrainedModel, conditions: dict[
             )
         )
     return results
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Image.Image]) -> list[np.ndarray]:
+    """Compute the patch tokens of every hidden state of an MLLM's encoder, from the embeddings on.
+
+    Returns:
+        For each hidden state (N, H*W, D) float32.
+    """
+    encoder: Any = cast(Any, model).get_submodule("model.vision_tower")
+    image_processor: Any = cast(Any, processor).image_processor
+    prefix = prefix_tokens(encoder.config)
+    batches = []
+    for start in range(0, len(images), BATCH):
+        pixels = image_processor(images=list(images[start : start + BATCH]), return_tensors="pt")["pixel_values"]
+        output = encoder(pixels.to(model.device), output_hidden_states=True)
+        batches.append([state[:, prefix:].float().cpu().numpy() for state in output.hidden_states])
+    return [np.concatenate(states) for states in zip(*batches, strict=True)]
+
+
+def feature_drift(
+    model: PreTrainedModel,
+    parent: PreTrainedModel,
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    conditions: dict[str, Any],
+) -> list[ProbeResult]:
+    """Measure how far training moved the features of each layer: norm of the change over the parent's norm, in percent.
+
+    Args:
+        model: MLLM that is measured.
+        parent: MLLM that it was trained from.
+        processor: Processor of both.
+        images: Images of test scenes.
+        conditions: Values of encoder, encoder_sha256, feature_layer and partner in the results.
+    """
+    states = zip(hidden_states(model, processor, images), hidden_states(parent, processor, images), strict=True)
+    return [
+        measure(
+            f"shapes/drift/layer {layer}",
+            "relative_distance",
+            np.stack([np.linalg.norm(after - before, axis=(1, 2)), np.linalg.norm(before, axis=(1, 2))], axis=1),
+            protocol="norm of the change of an image's patch tokens over their norm in the parent, summed over images",
+            seed=0,
+            duration_s=0,
+            **conditions,
+        )
+        for layer, (after, before) in enumerate(states)
+    ]
+
+
+def probe_counterfactuals(dataset: ShapesDataset, split: Split, count: int) -> list[Counterfactual]:
+    """Draw one pair of scenes that differ in one thing for each probe scene, taking the kinds and forms in turn."""
+    forms: tuple[Form, ...] = ("describe", "question")
+    return [
+        draw_counterfactual(dataset, split, FIRST_SCENE + i, KINDS[i % len(KINDS)], forms[i // len(KINDS) % len(forms)])
+        for i in range(count)
+    ]
+
+
+def sensitivity(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    counterfactuals: Sequence[Counterfactual],
+    conditions: dict[str, Any],
+) -> list[ProbeResult]:
+    """Measure how the features at the feature layer change where two scenes differ, and elsewhere.
+
+    The change of a patch is the distance of its two tokens over the root mean square distance of a token from the mean
+    token, in percent. `object` is the mean over the patches in which a pixel differs, and `elsewhere` over the others.
+    `object share` is the share of the squared change that lies on the patches in which a pixel differs.
+
+    Args:
+        model: MLLM that is measured.
+        processor: Processor of the MLLM.
+        counterfactuals: Pairs of scenes that differ in one thing.
+        conditions: Values of encoder, encoder_sha256, feature_layer and partner in the results.
+    """
+    layer = cast(Any, model.config).vision_feature_layer
+    first, second = (
+        hidden_states(model, processor, [scene.render().image for scene in scenes])[layer]
+        for scenes in ([c.scene for c in counterfactuals], [c.other for c in counterfactuals])
+    )
+    side = math.isqrt(first.shape[1])
+    differs = np.stack([_patches(c.difference(), side) for c in counterfactuals])  # (N, H*W)
+    spread = float(np.sqrt(((first - first.mean((0, 1))) ** 2).sum(2).mean()))
+    change = np.linalg.norm(first - second, axis=2) / spread  # (N, H*W)
+    scores = {
+        "object": np.stack([(change * differs).sum(1), differs.sum(1)], axis=1),
+        "elsewhere": np.stack([(change * ~differs).sum(1), (~differs).sum(1)], axis=1),
+        "object share": np.stack([(change**2 * differs).sum(1), (change**2).sum(1)], axis=1),
+    }
+    return [
+        measure(
+            f"shapes/sensitivity/{where}",
+            "relative_change",
+            example_scores,
+            protocol="two scenes that differ in one thing; change of a patch token over the spread of tokens",
+            seed=0,
+            duration_s=0,
+            **conditions,
+        )
+        for where, example_scores in scores.items()
+    ]
+
+
+def _patches(difference: np.ndarray, side: int) -> np.ndarray:
+    """Whether any pixel of each patch differs: (H*W,) bool, from (height, width) bool."""
+    patch = len(difference) // side
+    return difference.reshape(side, patch, side, patch).any(axis=(1, 3)).ravel()
+
+
+def rank_counterfactuals(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    counterfactuals: Sequence[Counterfactual],
+    conditions: dict[str, Any],
+) -> list[ProbeResult]:
+    """Rank the answers of pairs of scenes that differ in one thing, given the image and given a grey one.
+
+    Either answer is right for one of the two scenes, so that a grey image leaves chance, 50%.
+    """
+    pairs = [c.pair for c in counterfactuals]
+    images = [c.scene.render().image for c in counterfactuals]
+    return [
+        replace(rank_pairs(model, processor, pairs, shown, conditions), task=f"shapes/counterfactuals/{name}")
+        for name, shown in (("image", images), ("grey image", [_grey(image) for image in images]))
+    ]
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """An image of the same size that shows nothing."""
+    return Image.new("RGB", image.size, (128, 128, 128))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import scipy.stats
 
 from pivot_hub.files import write_whole
 from pivot_hub.probes.significance import LEVEL, holm, seed_difference
-from pivot_hub.study.design import Curve, FactorSpec, Levels, Study
+from pivot_hub.study.design import Curve, FactorSpec, Frontier, Levels, Study
 from pivot_hub.study.learning_rate import METRIC, best_learning_rate
 from pivot_hub.study.table import DRAWS, StudyTable
 
@@ -71,6 +72,13 @@ def write_report(study: Study, table: StudyTable, path: Path) -> None:
             draw_forest(study, factor, rows[i], folder / f"{_slug(factor)}.png")
         if factor.curve and (points := curve_points(table, study, factor, factor.curve)):
             draw_curves(factor.curve, points, folder / f"{_slug(factor)}-curve.png")
+        if factor.frontier and (lines := frontier_points(table, study, factor.frontier)):
+            draw_frontier(
+                factor.frontier,
+                lines,
+                {name: run.label for name, run in study.spec.runs.items()},
+                folder / f"{_slug(factor)}-frontier.png",
+            )
     write_whole(path, report_text(study, table, rows, study.path.stem))
 
 
@@ -81,8 +89,7 @@ def factor_rows(study: Study, table: StudyTable, factor: FactorSpec) -> list[Row
     """
     rows = []
     for (first, other), measure in ((pair, m) for m in factor.measures for pair in factor.pairs):
-        task, metric = _task(study, measure)
-        a, b = (_by_seed(study, table.values(run, task, metric)) for run in (first, other))
+        a, b = (values_by_seed(study, table, run, measure) for run in (first, other))
         shared = [seed for seed in study.spec.seeds if seed in a and seed in b]
         if len(shared) < 2:
             continue
@@ -151,6 +158,8 @@ def _section(
         lines += [_summary(rows, labels), "", f"![{factor.title}: differences]({figure}.png)", ""]
         if factor.curve and curve_points(table, study, factor, factor.curve):
             lines += [f"![{factor.title}: along {factor.curve.axis}]({figure}-curve.png)", ""]
+        if factor.frontier and frontier_points(table, study, factor.frontier):
+            lines += [f"![{factor.title}: gain against distance]({figure}-frontier.png)", ""]
         lines += _table(rows, labels)
     if factor.levels:
         lines += _levels(study, table, factor.levels, labels)
@@ -262,8 +271,7 @@ def _levels(study: Study, table: StudyTable, levels: Levels, labels: Labels) -> 
     """Means over seeds with 95% t-intervals; a single value for a run that all seeds share."""
     lines = [f"| mean over seeds [95%] | {' | '.join(levels.measures)} |", "|---|" + "---|" * len(levels.measures)]
     for run in levels.runs:
-        values = [table.values(run, *_task(study, measure)).values() for measure in levels.measures]
-        cells = [_level([value for value, _ in by_seed]) for by_seed in values]
+        cells = [_level(_scores(study, table, run, measure)) for measure in levels.measures]
         lines.append(f"| {labels[run]} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -305,11 +313,9 @@ def curve_points(table: StudyTable, study: Study, factor: FactorSpec, curve: Cur
     """Compute the means over seeds, with 95% t-intervals, of each measure along each line of a curve."""
     points: Points = {}
     for measure in factor.measures:
-        task, metric = _task(study, measure)
         for line, runs in curve.lines.items():
             for position, run in sorted(runs.items()):
-                values = _by_seed(study, table.values(run, task, metric))
-                scores = [values[seed][0] for seed in study.spec.seeds if seed in values]
+                scores = _scores(study, table, run, measure)
                 if len(scores) < 2:
                     continue
                 points.setdefault(measure, {}).setdefault(line, []).append((position, *_mean(scores)))
@@ -337,6 +343,58 @@ def draw_curves(curve: Curve, points: Points, path: Path) -> None:
     for ax in panels[len(points) :]:
         ax.set_visible(False)
     figure.axes[0].legend(fontsize=7, frameon=False)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One run of a frontier.
+
+    Args:
+        run: Name of the run.
+        x: Mean of the distance over seeds.
+        y: Mean of the gain over seeds.
+        half: Half of the gain's 95% t-interval.
+    """
+
+    run: str
+    x: float
+    y: float
+    half: float
+
+
+def frontier_points(table: StudyTable, study: Study, frontier: Frontier) -> dict[str, list[FrontierPoint]]:
+    """Compute the points of each line of a frontier, of runs that at least two seeds share with the baseline."""
+    baseline = values_by_seed(study, table, frontier.baseline, frontier.y)
+    lines: dict[str, list[FrontierPoint]] = {}
+    for line, runs in frontier.lines.items():
+        for run in runs:
+            moved, seen = (values_by_seed(study, table, run, measure) for measure in (frontier.x, frontier.y))
+            seeds = [seed for seed in seen if seed in moved and seed in baseline]
+            if len(seeds) < 2:
+                continue
+            x = float(np.mean([moved[seed][0] for seed in seeds]))
+            gains = [seen[seed][0] - baseline[seed][0] for seed in seeds]
+            lines.setdefault(line, []).append(FrontierPoint(run, x, *_mean(gains)))
+    return lines
+
+
+def draw_frontier(frontier: Frontier, lines: Mapping[str, Sequence[FrontierPoint]], labels: Labels, path: Path) -> None:
+    """Draw the gain of every run against how far it moved, a line for each method and bands of 95% over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.6))
+    ax = figure.subplots()
+    ax.axhline(0, color="#888888", linewidth=0.8)
+    for (line, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+        x, y, half = np.array([(point.x, point.y, point.half) for point in points]).T
+        ax.fill_between(x, y - half, y + half, color=colour, alpha=0.12, linewidth=0)
+        ax.errorbar(x, y, half, color=colour, label=line, marker="o", markersize=4, linewidth=1.3, capsize=2)
+    ax.set_xscale("log")
+    ax.set_xlabel(f"{frontier.x}, percent", fontsize=8)
+    ax.set_ylabel(f"{frontier.y}: points above {labels[frontier.baseline]}", fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 
@@ -405,17 +463,28 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})  # matplotlib's version would change the bytes
 
 
-def _by_seed(study: Study, values: dict[int | None, tuple[float, np.ndarray]]) -> dict[int, tuple[float, np.ndarray]]:
-    """Values by seed; the value of a run that all seeds share applies to every seed."""
-    if None in values:
-        return dict.fromkeys(study.spec.seeds, values[None])
-    return {seed: value for seed, value in values.items() if seed is not None}
+def values_by_seed(study: Study, table: StudyTable, run: str, measure: str) -> dict[int, tuple[float, np.ndarray]]:
+    """Values of a measure by seed, each with its values on resamples; what all seeds share applies to every seed.
+
+    A composite is the mean of its measures, also on each resample of the test items, which they share.
+    """
+    parts = []
+    for name in study.spec.composites.get(measure, [measure]):
+        task, _, metric = study.spec.measures[name].rpartition(" ")
+        values = table.values(run, task, metric)
+        shared = values.get(None)
+        parts.append({s: v for s in study.spec.seeds if (v := values.get(s, shared)) is not None})
+    return {
+        seed: (float(np.mean([part[seed][0] for part in parts])), np.mean([part[seed][1] for part in parts], axis=0))
+        for seed in study.spec.seeds
+        if all(seed in part for part in parts)
+    }
 
 
-def _task(study: Study, measure: str) -> tuple[str, str]:
-    """Task and metric of a measure."""
-    task, _, metric = study.spec.measures[measure].rpartition(" ")
-    return task, metric
+def _scores(study: Study, table: StudyTable, run: str, measure: str) -> list[float]:
+    """The values of a measure by seed; a single one for a run that all seeds share."""
+    scores = [value for value, _ in values_by_seed(study, table, run, measure).values()]
+    return scores[:1] if study.shared_by_seeds(run) else scores
 
 
 def _slug(factor: FactorSpec) -> str:

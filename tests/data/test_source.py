@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pivot_hub.config.data_section import OnBadRow
+from pivot_hub.config.data_section import OnBadRow, ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, load_recipe
 from pivot_hub.data.boxes_and_masks import read_annotated_images
 from pivot_hub.data.image import open_image
@@ -18,8 +19,9 @@ from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import ImageSize, Row
-from pivot_hub.data.source import example
-from pivot_hub.errors import DataError
+from pivot_hub.data.source import ShapesSource, example
+from pivot_hub.data.synthetic import DESCRIBE, KINDS, draw_counterfactual
+from pivot_hub.errors import DataError, RecipeError
 
 
 class Unchecked:
@@ -278,3 +280,51 @@ def test_a_wrong_meta_file_is_refused(changes: dict[str, Any], message: str, own
     meta = _meta(own_recipes, {"one": 2}, **changes)
     with pytest.raises(DataError, match=message):
         index_rows(_meta_recipe(own_recipes, meta), Unchecked())
+
+
+def shapes(**keys: Any) -> list[Row]:
+    source = ShapesSource(ShapesData(format="shapes", **keys))
+    return [row for row in source.rows() if isinstance(row, Row)]
+
+
+def test_forms_are_those_that_the_source_names() -> None:
+    both = shapes(content="pairs", rows=10)
+    for form, is_description in (("describe", True), ("question", False)):
+        rows = shapes(content="pairs", rows=10, forms=[form])
+        assert {row.prompt == DESCRIBE for row in rows} == {is_description}
+    assert len([row for row in both if row.prompt == DESCRIBE]) == 5
+
+
+@pytest.mark.parametrize("content", ["captions", "instruct", "pairs", "questions"])
+def test_wrong_images_are_those_of_other_rows(content: str) -> None:
+    right, wrong = (shapes(content=content, rows=4, start=7, wrong_images=w) for w in (None, True))
+    assert [row.image for row in right] == ["train/7", "train/8", "train/9", "train/10"]
+    assert [row.image for row in wrong] == ["train/8", "train/9", "train/10", "train/7"]
+    assert [replace(row, image=None) for row in right] == [replace(row, image=None) for row in wrong]
+
+
+def test_a_counterfactual_row_shows_the_scene_that_its_chosen_answer_is_right_for() -> None:
+    source = ShapesSource(ShapesData(format="shapes", content="pairs", rows=10, counterfactual=True))
+    for i, row in enumerate(source.rows()):
+        assert isinstance(row, Row)
+        one = draw_counterfactual(source.dataset, "train", i, KINDS[i % 5], "question" if i // 5 % 2 else "describe")
+        assert source.open_image(row).tobytes() == one.scene.render().image.tobytes()
+        assert source.open_image(replace(row, image=row.rejected_image)).tobytes() == one.other.render().image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("content: pairs, counterfactual: true, wrong_images: true, rows: 4", "`wrong_images` needs two rows or more"),
+        ("content: pairs, wrong_images: true, rows: 1", "`wrong_images` needs two rows or more"),
+    ],
+)
+def test_sources_that_cannot_have_wrong_images_are_refused(data: str, message: str, recipes: Path) -> None:
+    file = recipes / "3-dpo.yaml"
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(file, [f"data=[{{format: shapes, {data}}}]"])
+
+
+def test_forms_of_captions_are_refused(recipes: Path) -> None:
+    with pytest.raises(RecipeError, match="`forms` is for content: instruct or pairs"):
+        load_recipe(recipes / "1-align.yaml", ["data.0.forms=[describe]"])

@@ -9,6 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 
 from pivot_hub.data.synthetic import (
     COLOUR_NAMES,
@@ -302,14 +304,15 @@ def _with_article(name: str) -> str:
 def test_a_counterfactual_differs_in_one_thing_and_swaps_the_answers(combinations: Combinations | None) -> None:
     dataset = ShapesDataset(combinations=combinations)
     forms: tuple[Form, Form] = ("describe", "question")
-    yes = changed_kinds = 0
+    yes = changed_kinds = drawn_first = 0
     for i in range(200):
         kind, form = KINDS[i % 5], forms[i // 5 % 2]
         one = draw_counterfactual(dataset, "train", i, kind, form)
         changed_kinds += kind != one.pair.kind
         kind = one.pair.kind
         assert one == draw_counterfactual(dataset, "train", i, KINDS[i % 5], form)
-        assert one.scene == dataset.scene("train", i)
+        assert dataset.scene("train", i) in (one.scene, one.other)
+        drawn_first += one.scene == dataset.scene("train", i)
         assert answers_of(one.scene, one.pair.question) == one.pair.chosen
         assert answers_of(one.other, one.pair.question) == one.pair.rejected
         yes += one.pair.chosen.startswith("Yes")
@@ -328,6 +331,26 @@ def test_a_counterfactual_differs_in_one_thing_and_swaps_the_answers(combination
         assert split_of(one.other.signature()) == "train"
     assert changed_kinds < 10
     assert 4 <= yes <= 16  # of 20 questions
+    assert 80 <= drawn_first <= 120  # a coin decides which of the two scenes is shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_image_the_answers_of_counterfactuals_are_ranked_at_chance(kind: Kind) -> None:
+    """By length, by the alphabet, and by a model that has read the words of as many other pairs."""
+    forms: tuple[Form, Form] = ("describe", "question")
+    pairs = [draw_counterfactual(DATASET, "train", i, kind, forms[i % 2]).pair for i in range(4000)]
+    chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
+    words = CountVectorizer(ngram_range=(1, 3)).fit([*chosen, *rejected])
+    difference = words.transform(chosen) - words.transform(rejected)
+    signs = np.where(np.arange(2000) % 2, 1, -1)
+    model = LogisticRegression(C=0.1, max_iter=200).fit(difference[:2000].multiply(signs[:, None]).tocsr(), signs)
+    right = {
+        "words": (model.decision_function(difference[2000:]) > 0).astype(float),
+        "length": 0.5 + 0.5 * np.sign([len(c) - len(r) for c, r in zip(chosen, rejected, strict=True)]),
+        "alphabet": np.array([c < r for c, r in zip(chosen, rejected, strict=True)], float),
+    }
+    assert {name: 47 <= 100 * scores.mean() <= 53 for name, scores in right.items()} == dict.fromkeys(right, True)
 
 
 def test_the_difference_of_a_counterfactual_lies_on_the_changed_object() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -12,10 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -24,14 +26,23 @@ from pivot_hub.cli import app
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.packed_bundle import shipped_bundle
+from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.errors import ProbeError, RecipeError, TrainingError
 from pivot_hub.probes import ranking
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
-from pivot_hub.study.design import Cell, load_study
-from pivot_hub.study.measures import _kinds_of_words, word_gradients
-from pivot_hub.study.report import write_report
+from pivot_hub.study.design import Cell, Study, load_study
+from pivot_hub.study.measures import (
+    _kinds_of_words,
+    feature_drift,
+    hidden_states,
+    probe_counterfactuals,
+    rank_counterfactuals,
+    sensitivity,
+    word_gradients,
+)
+from pivot_hub.study.report import factor_rows, frontier_points, write_report
 from pivot_hub.study.runner import chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
 
@@ -414,6 +425,121 @@ def test_pairs_are_ranked_alike_one_by_one_and_in_batches(monkeypatch: pytest.Mo
         scores.append(rank_pairs(mllm.model, mllm.processor, pairs, images, conditions).example_scores)
     assert scores[0] is not None
     assert scores[0].tolist() == scores[1].tolist()  # type: ignore[union-attr]
+
+
+CONDITIONS = {"feature_layer": -2, "encoder": "e", "encoder_sha256": "0", "partner": "p"}
+
+
+def test_hidden_states_are_those_that_the_encoder_gives() -> None:
+    mllm = shipped_bundle().first
+    images, _ = probe_pairs(ShapesDataset(), "test", 3)
+    encoder = PivotVisionModel.from_mllm(mllm.model)
+    features = encoder(mllm.processor.image_processor(images=images, return_tensors="pt")["pixel_values"])
+    states = hidden_states(mllm.model, mllm.processor, images)
+    assert len(states) == 7  # the embeddings and six layers
+    assert np.array_equal(states[-2], features.last_hidden_state.detach().numpy())
+
+
+def test_drift_is_zero_below_the_layer_that_changed() -> None:
+    mllm = shipped_bundle().first
+    images, _ = probe_pairs(ShapesDataset(), "test", 4)
+    changed = copy.deepcopy(mllm.model)
+    with torch.no_grad():
+        cast(Any, changed).model.vision_tower.get_submodule("encoder.layers.3").mlp.fc2.bias += 0.1
+    drift = [r.value for r in feature_drift(changed, mllm.model, mllm.processor, images, CONDITIONS)]
+    assert drift[:4] == [0, 0, 0, 0]
+    assert min(drift[4:]) > 0.1
+    assert [r.value for r in feature_drift(mllm.model, mllm.model, mllm.processor, images, CONDITIONS)] == [0] * 7
+
+
+def test_features_change_more_where_two_scenes_differ() -> None:
+    mllm = shipped_bundle().first
+    counterfactuals = probe_counterfactuals(ShapesDataset(), "test", 20)
+    values = {r.task: r for r in sensitivity(mllm.model, mllm.processor, counterfactuals, CONDITIONS)}
+    assert values["shapes/sensitivity/object"].value > 2 * values["shapes/sensitivity/elsewhere"].value
+    assert 50 < values["shapes/sensitivity/object share"].value < 100
+
+
+def test_counterfactuals_are_ranked_by_the_image_and_not_by_the_text() -> None:
+    mllm = shipped_bundle().first
+    image, grey = rank_counterfactuals(
+        mllm.model, mllm.processor, probe_counterfactuals(ShapesDataset(), "test", 100), CONDITIONS
+    )
+    assert (image.task, grey.task) == ("shapes/counterfactuals/image", "shapes/counterfactuals/grey image")
+    assert image.value > grey.value
+    assert abs(grey.value - 50) < 15  # three standard errors
+
+
+def compared(folder: Path, **keys: Any) -> tuple[Study, StudyTable]:
+    """A study of three runs with written values: colour 50 + 2 for each rate, shape 70 for all, moved 1, 10 and 100."""
+    spec = yaml.safe_load((SHAPES / "study.yaml").read_text())
+    measure = ["encoder", "distance"]
+    rates = {"none": 0, "low": 1, "high": 2}
+    spec |= {
+        "runs": {name: {"label": name, "encoder": "base/vision", "measure": measure} for name in rates},
+        "factors": [{"title": "T", "question": "Q?", "pairs": [["none", "high"]], "measures": ["seeing"], **keys}],
+        "composites": {"seeing": ["colour", "shape"]},
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(spec))
+    rows = [
+        {"run": run, "seed": seed, "candidate": None, "task": task, "metric": metric, "value": value}
+        | {"draws": [round(value / STEP)] * 200, "status": "done", "duration_s": 1.0}
+        for run, rate in rates.items()
+        for seed in spec["seeds"]
+        for task, metric, value in (
+            ("shapes/colour", "balanced_accuracy", 50.0 + 2 * rate + 0.1 * seed * rate),
+            ("shapes/shape", "balanced_accuracy", 70.0),
+            ("shapes/distance/vision", "relative_distance", 10.0**rate),
+        )
+    ]
+    return load_study(folder / "study.yaml"), StudyTable(rows, {})
+
+
+def test_a_composite_is_the_mean_of_its_measures(tmp_path: Path) -> None:
+    study, table = compared(tmp_path)
+    (row,) = factor_rows(study, table, study.spec.factors[0])
+    assert row.first_value == pytest.approx(60)
+    assert row.difference == pytest.approx(np.mean([(4 + 0.2 * seed) / 2 for seed in study.spec.seeds]))
+    assert row.verdict == "shown"
+
+
+def test_a_frontier_has_the_gain_over_the_baseline_at_each_distance(tmp_path: Path) -> None:
+    frontier = {"x": "vision moved", "y": "seeing", "baseline": "none", "lines": {"DPO": ["low", "high"]}}
+    study, table = compared(tmp_path, frontier=frontier)
+    plane = study.spec.factors[0].frontier
+    assert plane is not None
+    low, high = frontier_points(table, study, plane)["DPO"]
+    assert (low.x, high.x) == (pytest.approx(10), pytest.approx(100))
+    assert low.y == pytest.approx(np.mean([(2 + 0.1 * seed) / 2 for seed in study.spec.seeds]))
+    assert 0 < low.half < high.half
+    table = StudyTable(
+        table.rows,
+        {"versions": dict.fromkeys(("torch", "transformers", "trl")), "machine": None, "study_sha256": study.sha256},
+    )
+    write_report(study, table, tmp_path / "REPORT.md")
+    assert "t-frontier.png" in (tmp_path / "REPORT.md").read_text()
+    assert (tmp_path / "study" / "t-frontier.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"composites": {"seeing": ["color"]}}, "names 'color', which is not a measure"),
+        ({"composites": {"colour": ["shape"]}}, "has the name of a measure"),
+    ],
+)
+def test_a_mistake_in_a_composite_is_named(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    compared(tmp_path)
+    spec = yaml.safe_load((tmp_path / "study.yaml").read_text()) | keys
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec))
+    with pytest.raises(RecipeError, match=message):
+        load_study(tmp_path / "study.yaml")
+
+
+def test_a_mistake_in_a_frontier_is_named(tmp_path: Path) -> None:
+    frontier = {"x": "vision moved", "y": "seeing", "baseline": "none", "lines": {"DPO": ["lo"]}}
+    with pytest.raises(RecipeError, match="names 'lo', which is not a run.*low"):
+        compared(tmp_path, frontier=frontier)
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ def draw_counterfactual(
 ) -> Counterfactual:
     """Draw the counterfactual of a scene, which depends on dataset, split, index, kind and form alone.
 
-    Both scenes belong to the split, and both hold only combinations of colour and shape that the dataset has.
+    Both scenes belong to the split, and both hold only combinations of colour and shape that the dataset has. A coin
+    decides which of the two the scene is, so that either answer is as often the chosen one: without the image, every
+    way to rank the two answers is right for half of the pairs.
 
     Args:
         dataset: The dataset.
@@ -55,6 +57,11 @@ def draw_counterfactual(
         kind = text.KINDS[(text.KINDS.index(kind) + 1) % len(text.KINDS)]
     target, changed, other = found
     before = None if target is None else scene.objects[target]
+    swapped = bool(rng.integers(2))
+    if swapped:
+        scene, other = other, scene
+        before, changed = changed, before
+        target = None if before is None else scene.objects.index(before)
     if form == "describe":
         pair = text.Pair(kind, form, text.DESCRIBE, scene.caption(), other.caption(), target)
     else:
