@@ -45,10 +45,8 @@ def list_command(
         log(f"{mllm}: {fit.tower}")
         out.print(table)
         if any(each.verdict != "no" for each in fit.encoders):
-            log(
-                "drop-in: the weights load into the MLLM's vision tower, and the projector keeps its shape; it was trained"
-            )
-            log("with other features, so measure, or train it again. new projector: train a stage `align` for it.")
+            log("drop-in: the weights load into the MLLM's vision tower, and the projector keeps its shape; it was")
+            log("trained with other features: measure, or train it again. new projector: train a stage `align` for it.")
         if all(each.verdict == "no" for each in fit.encoders):
             log(
                 f"no: take the MLLM's own tower out with `pivot extract {mllm} encoder`, or train it: recipes `*-vl-*`."

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pivot_hub.config.encoder_names import base_encoder, is_short_name
+from pivot_hub.config.encoder_names import base_encoder, is_short_name, resolve_encoder
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.feature_table import STORES
 from pivot_hub.encoder.image_shapes import token_shape
@@ -147,7 +147,9 @@ def plan_encoding(
         raise DataError(f"images {images}: give a whole number.")
     if hfu > 1:
         raise DataError(f"hfu {hfu}: give a share from 0 to 1.")
-    config = PivotVisionConfig(part_config(base_encoder(encoder) if is_short_name(encoder) else encoder))
+    config = PivotVisionConfig(
+        part_config(base_encoder(encoder) if is_short_name(encoder) else resolve_encoder(encoder))
+    )
     side = cast(int, config.image_size)  # `part_config` refuses towers of native resolution
     with torch.device("meta"):
         model = PivotVisionModel(config).eval()

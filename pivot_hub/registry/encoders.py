@@ -206,9 +206,9 @@ def describe_encoder(entry: EncoderEntry) -> str:
         + (f", with {entry.language_model}" if entry.language_model else ""),
         f"  licence        {entry.licence}",
         f"  cost           {entry.parameters / 1e6:,.1f} M parameters, {entry.gmacs:,.2f} GMACs an image",
-        f"  memory         weights {entry.weights_mb(4):,.0f} MB in float32, {entry.weights_mb(2):,.0f} MB in bfloat16,",
-        f"                 and about {entry.activation_mb:,.1f} MB in float32 for each image of a batch, half of it in",
-        "                 bfloat16: an estimate on fake tensors, without gradients",
+        f"  memory         weights {entry.weights_mb(4):,.0f} MB in float32, {entry.weights_mb(2):,.0f} in bfloat16;",
+        f"                 about {entry.activation_mb:,.1f} MB in float32 for each image of a batch, half of it in bfloat16:",
+        "                 an estimate on fake tensors, without gradients",
     ]
     for speed in entry.speeds:
         weights = "" if speed.weights != "random" else ", random weights of this architecture"

@@ -43,9 +43,13 @@ BEGIN, END = "<!-- encoders: python -m pivot_hub.registry.tables -->", "<!-- end
 def render_tables() -> dict[str, str]:
     """Render every table of `results/` by the name of its file."""
     names = [*TRAINED, *(name for name in short_names() if name not in TRAINED)]
-    results = [result for name in TRAINED for result in _results(name)]
-    tables: dict[str, list[Any]] = {ENCODERS: [_shape(name) for name in names]}
-    for result in results:
+    return {ENCODERS: _csv([encoder_shape(name) for name in names])} | render_measured()
+
+
+def render_measured() -> dict[str, str]:
+    """Render the tables of results and of speeds by the name of their files."""
+    tables: dict[str, list[Any]] = {}
+    for result in [result for name in TRAINED for result in _results(name)]:
         tables.setdefault(MEASUREMENTS.replace("*", result.task.partition("/")[0]), []).append(result)
     for device, speed in _speeds():
         tables.setdefault(BENCHMARKS.replace("*", device), []).append(speed)
@@ -91,7 +95,7 @@ def encoder_table(entries: Sequence[EncoderEntry] | None = None) -> str:
     return "\n".join(lines)
 
 
-def _shape(name: str) -> EncoderShape:
+def encoder_shape(name: str) -> EncoderShape:
     """Read an encoder's metadata from its card and its recipe, and count the cost of its config without weights."""
     prose = read_prose(name)
     if name in TRAINED:
