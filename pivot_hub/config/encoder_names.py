@@ -118,7 +118,7 @@ def _require_published(name: str, repository: str, hub_options: dict[str, Any]) 
     Raises:
         CheckpointError: It is in neither.
     """
-    from transformers.utils import cached_file  # seconds, which lists of names need not wait for
+    from transformers.utils.hub import cached_file  # seconds, which lists of names need not wait for
 
     try:
         cached_file(repository, "config.json", **hub_options)

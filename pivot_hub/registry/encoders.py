@@ -207,8 +207,8 @@ def describe_encoder(entry: EncoderEntry) -> str:
         f"  licence        {entry.licence}",
         f"  cost           {entry.parameters / 1e6:,.1f} M parameters, {entry.gmacs:,.2f} GMACs an image",
         f"  memory         weights {entry.weights_mb(4):,.0f} MB in float32, {entry.weights_mb(2):,.0f} in bfloat16;",
-        f"                 about {entry.activation_mb:,.1f} MB in float32 for each image of a batch, half of it in bfloat16:",
-        "                 an estimate on fake tensors, without gradients",
+        f"                 about {entry.activation_mb:,.1f} MB in float32 for each image of a batch, half of it",
+        "                 in bfloat16: an estimate on fake tensors, without gradients",
     ]
     for speed in entry.speeds:
         weights = "" if speed.weights != "random" else ", random weights of this architecture"

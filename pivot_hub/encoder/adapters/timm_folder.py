@@ -62,7 +62,8 @@ def write_timm(name: str | Path, output: str | Path, **options: Any) -> Path:
 
     Pushed to the Hub, the folder loads as `hf-hub:OWNER/NAME`. The model ends at the feature layer: `forward_features`
     gives its tokens, prefix tokens included, and the model itself the mean of the patch tokens. Blocks above the
-    feature layer and the final norm behind them are left out. `timm.data.create_transform` gives the image processor's pixels.
+    feature layer and the final norm behind them are left out. `timm.data.create_transform` gives the image processor's
+    pixels.
 
     Args:
         name: Folder, Hub name or short name of the encoder.
