@@ -26,6 +26,7 @@ _MODULES = {
     "PivotGRPOTrainer": "pivot_hub.training.grpo",
     "PivotRLOOConfig": "pivot_hub.training.grpo",
     "PivotRLOOTrainer": "pivot_hub.training.grpo",
+    "list_encoders": "pivot_hub.registry.encoders",
     "load_recipe": "pivot_hub.config.recipe",
     "run_stage": "pivot_hub.training.stage",
     "gradient_map": "pivot_hub.explain.gradcam",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from pivot_hub.mllm.diff import diff_towers as diff_towers
     from pivot_hub.mllm.extract import extract_encoder as extract_encoder
     from pivot_hub.mllm.load import load_mllm as load_mllm
+    from pivot_hub.registry.encoders import list_encoders as list_encoders
     from pivot_hub.training.dpo import PivotDPOConfig as PivotDPOConfig
     from pivot_hub.training.dpo import PivotDPOTrainer as PivotDPOTrainer
     from pivot_hub.training.grpo import PivotGRPOConfig as PivotGRPOConfig

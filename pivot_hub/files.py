@@ -19,7 +19,7 @@ FULL_DISK_TEXTS = (
 
 
 def shipped_folder(name: str) -> Path:
-    """Return `recipes`, `model_cards` or `spaces`: inside the package in a wheel, beside it in a checkout."""
+    """Return a folder of data, such as `recipes`: inside the package in a wheel, beside it in a checkout."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
 

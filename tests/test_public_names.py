@@ -27,6 +27,7 @@ NAMES = [
     "export_encoder",
     "extract_encoder",
     "gradient_map",
+    "list_encoders",
     "load_mllm",
     "load_recipe",
     "read_encoder",

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pivot_hub.bench.encoder import SIZES, random_repository
 from pivot_hub.bench.loader import noise_jpeg
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.data.image import list_folder, open_image
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.encode import encode_source
@@ -46,8 +47,8 @@ def bench_encode(
     model is not counted.
 
     Args:
-        encoder: Folder or Hub name of an encoder, or the name of an entry of `bench.encoder.SIZES`, which gets random
-            weights.
+        encoder: Folder, Hub name or short name of an encoder, or the name of an entry of `bench.encoder.SIZES`, which
+            gets random weights.
         photos: Folder of photographs; by default noise with a photograph's size and detail.
         images: Number of files, of which there must be as many in the folder.
         batch: Images of one pass.
@@ -65,6 +66,7 @@ def bench_encode(
     if min(images, batch, workers, rounds) < 1:
         raise DataError("give 1 or more for images, batch, workers and rounds.")
     if encoder not in SIZES:
+        encoder = resolve_encoder(encoder)
         refuse_native(encoder, "the benchmark of encoding", "run pivot encode, which shows images a second")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoModel, SiglipImageProcessorPil, SiglipVisionConfig
 
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.encoder import PivotVisionConfig
 from pivot_hub.encoder.image_shapes import refuse_native
 from pivot_hub.encoder.repository import read_encoder
@@ -57,7 +58,8 @@ def bench_encoder(
     class compiled, in bfloat16, and exported. ONNX runs on the CPU.
 
     Args:
-        encoder: Folder or Hub name of an encoder, or the name of an entry of `SIZES`, which gets random weights.
+        encoder: Folder, Hub name or short name of an encoder, or the name of an entry of `SIZES`, which gets random
+            weights.
         batch: Images of one pass.
         rounds: Timed passes of each form, after one pass of warm-up.
         forms: Forms out of `FORMS`; native is always added.
@@ -74,6 +76,7 @@ def bench_encoder(
     if unknown := set(forms) - set(FORMS):
         raise ProbeError(f"there is no form {min(unknown)!r}; give some of {', '.join(FORMS)}.")
     if encoder not in SIZES:
+        encoder = resolve_encoder(encoder)
         refuse_native(encoder, "the benchmark of encoders", "time PivotVisionModel.forward_features on images of yours")
     forms = tuple(form for form in FORMS if form in {*forms, "native"})
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,12 +6,12 @@ same command resumes; 130 a second Ctrl-C, or the first outside of training.
 
 import sys
 
-from pivot_hub.cli import train, plan, data, study, publish, measure, bench, explain  # isort: skip  (the order of the help)
+from pivot_hub.cli import registry, train, plan, data, study, publish, measure, bench, explain  # isort: skip  (the order of the help)
 from pivot_hub.cli.app import app, is_first, out
 from pivot_hub.errors import PivotError, TrainingError
 from pivot_hub.files import disk_is_full
 
-__all__ = ["app", "bench", "data", "explain", "main", "measure", "out", "plan", "publish", "study", "train"]
+__all__ = ["app", "bench", "data", "explain", "main", "measure", "out", "plan", "publish", "registry", "study", "train"]
 
 CTRL_C = 130
 

@@ -29,7 +29,7 @@ from pivot_hub.config.data_section import OnBadRow
 
 @app.command()
 def probe(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    encoder: Annotated[str, typer.Argument(help="Folder, Hub name or short name (`pivot list`) of an encoder.")],
     data: Annotated[
         str, typer.Option(help="`shapes`; a folder, .zip or .tar of class folders; Parquet; a Hub data set.")
     ] = "shapes",
@@ -208,7 +208,7 @@ def localize(
 
 @app.command()
 def segment(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    encoder: Annotated[str, typer.Argument(help="Folder, Hub name or short name (`pivot list`) of an encoder.")],
     data: Annotated[str, typer.Option(help="Images with masks: a folder, a .zip or .tar, or a Hub data set.")],
     masks: Annotated[Path | None, typer.Option(help="The masks, if --data contains only the images.")] = None,
     ignore: Annotated[
@@ -240,6 +240,7 @@ def segment(
     """
     import torch
 
+    from pivot_hub.config.encoder_names import resolve_encoder
     from pivot_hub.encoder.device import compute_device
     from pivot_hub.encoder.image_shapes import parse_layer
     from pivot_hub.encoder.repository import encoder_metadata, read_encoder
@@ -251,6 +252,7 @@ def segment(
     sizes = None if image_px is None else numbers("--image-px", image_px, int)
     given_names = None if names is None else read_names(names)
     opened = open_masks(data, masks, seed, on_bad_row)
+    encoder = resolve_encoder(encoder)
     model, image_processor = read_encoder(encoder, feature_layer=parse_layer(feature_layer))
     cast(torch.nn.Module, model).to(compute_device())
     metadata = encoder_metadata(encoder)

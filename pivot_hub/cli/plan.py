@@ -64,7 +64,7 @@ def plan(
 
 @app.command("plan-encode")
 def plan_encode(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    encoder: Annotated[str, typer.Argument(help="Folder, Hub name or short name (`pivot list`) of an encoder.")],
     images: Annotated[float, typer.Option(help="Number of images, as in 1e8.")],
     tokens: Annotated[bool, typer.Option("--tokens", help="All patch tokens are written, not their mean.")] = False,
     dtype: Annotated[str, typer.Option(help="Type to compute in: float32, float16 or bfloat16.")] = "bfloat16",

@@ -47,22 +47,24 @@ def extract(
 
 @app.command()
 def verify(
-    encoder: Annotated[str, typer.Argument(help="Folder of an encoder repository, or its name on the Hub.")],
+    encoder: Annotated[str, typer.Argument(help="Folder of an encoder repository, its Hub name or its short name.")],
     json_path: JsonPath = None,
 ) -> None:
     """Check a repository: hashes, keys, golden vectors, no foreign code, no unexpected file, and the card's numbers.
 
     Example: `pivot verify hub/pivot/shapes-dpo`
     """
+    from pivot_hub.config.encoder_names import resolve_encoder
     from pivot_hub.encoder.repository import bystanders
     from pivot_hub.publish.pull import fetch, published_problems, repository_problems
 
-    folder = Path(encoder)
-    if folder.exists() or "/" not in encoder:
+    name = resolve_encoder(encoder)
+    folder = Path(name)
+    if folder.exists():
         with_card = (folder / "README.md").is_file()  # an encoder has no card before `pivot card`
         problems = published_problems(folder) if with_card else repository_problems(folder)
     else:
-        folder = fetch(encoder, log=log)
+        folder = fetch(name, log=log)
         problems = published_problems(folder)
     for problem in problems:
         log(problem)
@@ -184,7 +186,7 @@ def push(
 
 @app.command()
 def pull(
-    repo: Annotated[str, typer.Argument(help="Name on the Hub.")],
+    repo: Annotated[str, typer.Argument(help="Name on the Hub, or short name.")],
     output: Annotated[Path | None, typer.Argument(help="Folder of the repository; hub/REPO by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="A tag, branch or commit; the newest by default.")] = None,
 ) -> None:
@@ -208,7 +210,9 @@ def encode(
             "or - for stdin. With --merge, folders that encode wrote.",
         ),
     ],
-    encoder: Annotated[str | None, typer.Option(help="Folder or Hub name of an encoder.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder, Hub name or short name (`pivot list`) of an encoder.")
+    ] = None,
     out_path: Annotated[
         Path, typer.Option("--out", help="File of the features, .parquet or .npy, or a folder of Parquet parts.")
     ] = Path("features.parquet"),
@@ -319,7 +323,7 @@ def _show_features(out_path: Path, report: dict[str, Any]) -> None:
 
 @app.command()
 def export(
-    encoder: Annotated[str, typer.Argument(help="Folder or Hub name of an encoder.")],
+    encoder: Annotated[str, typer.Argument(help="Folder, Hub name or short name (`pivot list`) of an encoder.")],
     output: Annotated[Path, typer.Argument(help="Folder of the export; an earlier one is replaced.")],
     fp16: Annotated[bool, typer.Option("--fp16", help="Export float16 too.")] = False,
     int8: Annotated[

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.data.image_blocks import BLOCK, Block, ImageSource, SourceImage, SourceOptions
 from pivot_hub.data.image_source import open_source
 from pivot_hub.encoder.batches import (
@@ -109,7 +110,7 @@ def encode_source(
     If images were added to a source or replaced since a finished run, only those are encoded.
 
     Args:
-        encoder: Folder or Hub name of the encoder.
+        encoder: Folder, Hub name or short name of the encoder.
         source: Images, see `pivot_hub.data.image_source.open_source`.
         output: File to write, `.parquet` with the columns `id`, `sha256` and `features`, or `.npy`, for which the
             report lists the file of each row; or a folder of such Parquet parts with a `manifest.json`.
@@ -150,6 +151,7 @@ def encode_source(
         raise DataError("stdin reaches one process only; write the paths to a .txt file for several.")
     (check_target if is_file else check_part_folder)(target)
     layers: Sequence[Any] = feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]
+    encoder = resolve_encoder(encoder)
     model, processor = read_encoder(encoder, dtype=DTYPES[options.dtype], feature_layer=layers[0])
     metadata = encoder_metadata(encoder)
     rows = options.row_encoder(model, layers[1:])
@@ -176,7 +178,7 @@ class EncoderLoader:
     """Loads the encoder of a run in another process.
 
     Args:
-        encoder: Folder or Hub name of the encoder.
+        encoder: Folder, Hub name or short name of the encoder.
         sha256: Hash of its weights.
         layers: Hidden state that the model returns, None for that of its config, and the numbers of further ones.
         options: How images are encoded.

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.feature_model import FeatureModel
@@ -51,7 +52,7 @@ def export_encoder(
     the patch tokens at the feature layer, and pooler_output (batch, D), their mean, as `PivotVisionModel` does.
 
     Args:
-        encoder: Folder or Hub name of the encoder.
+        encoder: Folder, Hub name or short name of the encoder.
         output: Folder that the export is written to; an earlier export is replaced.
         fp16: Whether to write `onnx/model_fp16.onnx` too, which has float32 inputs and outputs.
         int8: Whether to write `onnx/model_quantized.onnx` (ONNX Runtime's dynamic quantisation) and `quanto/` (int8
@@ -71,6 +72,7 @@ def export_encoder(
         OutputError: The output holds anything but an export, or another process is writing it.
     """
     _require_packages("onnx", "onnxscript", "onnxruntime", *(["optimum.quanto"] if int8 else []))
+    encoder = resolve_encoder(encoder)
     # Their rotary positions and windows are computed from the grids of the batch, which torch.export cannot trace.
     refuse_native(encoder, "an export to ONNX or quanto", "run it in torch, by PivotVisionModel or `pivot encode`")
     check_replaceable(Path(output), EXPORT)  # before the work, and again after it

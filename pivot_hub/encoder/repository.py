@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pivot_hub import __version__
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.data.image import image_files
 from pivot_hub.encoder import PivotVisionModel
 from pivot_hub.encoder.golden import (
@@ -143,7 +144,7 @@ def read_encoder(name: str | Path, check: bool = True, **options: Any) -> tuple[
     """Load the encoder of a native repository with its image processor, and replay its golden vectors if it has any.
 
     Args:
-        name: Folder or Hub name.
+        name: Folder, Hub name or short name.
         check: Whether to replay the golden vectors, so that altered weights are never used.
         **options: Options of `PivotVisionModel.from_pretrained`; `dtype` is float32 by default.
 
@@ -152,6 +153,7 @@ def read_encoder(name: str | Path, check: bool = True, **options: Any) -> tuple[
             with; the message names the remedy.
     """
     dtype = options.pop("dtype", torch.float32)
+    name = resolve_encoder(name, revision=options.get("revision"))
     try:
         is_ours = check and golden_file(name, options.get("revision")) is not None
         loaded_dtype = torch.float32 if is_ours else dtype  # golden vectors are those of float32

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.modeling_pivot import read_image_processor, refuse_config
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
@@ -95,8 +96,9 @@ def read_tower(
         CheckpointError: There is no such model, it has no vision tower that is supported, or its weights are
             incomplete, quantised or damaged.
     """
+    name = resolve_encoder(name, revision=revision)
     try:
-        values, _ = PreTrainedConfig.get_config_dict(str(name), revision=revision)
+        values, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     except LOADING_ERRORS:
         values = {}
     if not values and not Path(name).exists() and _is_path(str(name)):

@@ -40,7 +40,7 @@ def build_mllm(
     """Join a vision encoder and a causal language model with a new projector.
 
     Args:
-        vision: Folder or Hub name of the encoder. A two-tower model contributes its vision tower.
+        vision: Folder, Hub name or short name of the encoder. A two-tower model contributes its vision tower.
         language: Folder or Hub name of the causal language model.
         feature_layer: Hidden state that enters the projector, -2 in the paper.
         vision_revision: Hub revision of the encoder.
@@ -101,7 +101,7 @@ def read_processor(
     """Build the processor that `build_mllm` returns, without loading any weights.
 
     Args:
-        vision: Folder or Hub name of the encoder.
+        vision: Folder, Hub name or short name of the encoder.
         language: Folder or Hub name of the causal language model.
         vision_revision: Hub revision of the encoder.
         language_revision: Hub revision of the language model.

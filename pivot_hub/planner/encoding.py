@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pivot_hub.config.encoder_names import base_encoder, is_short_name, resolve_encoder
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.feature_table import STORES
 from pivot_hub.encoder.image_shapes import token_shape
@@ -47,7 +48,7 @@ class EncodePlan:
     """What encoding takes; no weight is loaded and nothing is run.
 
     Args:
-        encoder: Folder or Hub name of the encoder.
+        encoder: Folder, Hub name or short name of the encoder.
         images: Number of images.
         parameters: Parameters of the encoder.
         flops_per_image: FLOPs of a forward pass for one image.
@@ -120,7 +121,8 @@ def plan_encoding(
     """Plan the encoding of images by an encoder of square images, from its config alone.
 
     Args:
-        encoder: Folder or Hub name of the encoder; published ones are known without the Hub.
+        encoder: Folder, Hub name or short name of the encoder; published ones are known without the Hub. A short name's
+            encoder has the shape of its base, so it need not be trained yet.
         images: Number of images, a whole one.
         tokens: Whether all patch tokens are written, and not their mean.
         dtype: Precision that the encoder computes in: float32, float16 or bfloat16.
@@ -145,7 +147,9 @@ def plan_encoding(
         raise DataError(f"images {images}: give a whole number.")
     if hfu > 1:
         raise DataError(f"hfu {hfu}: give a share from 0 to 1.")
-    config = PivotVisionConfig(part_config(encoder))
+    config = PivotVisionConfig(
+        part_config(base_encoder(encoder) if is_short_name(encoder) else resolve_encoder(encoder))
+    )
     side = cast(int, config.image_size)  # `part_config` refuses towers of native resolution
     with torch.device("meta"):
         model = PivotVisionModel(config).eval()

@@ -288,6 +288,24 @@ def profile_step(
     return StepProfile(flops, activations_alone=ledger.activations_alone, **peak)
 
 
+def profile_forward(model: nn.Module, *inputs: tuple[int, ...]) -> tuple[int, int]:
+    """Run a model's forward pass without gradients on fake tensors.
+
+    Args:
+        model: A new model on the meta device.
+        *inputs: Shapes of its arguments, in float32.
+
+    Returns:
+        FLOPs, and the most bytes of inputs, activations and outputs that are held at once.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), _RealIntegers(), torch.no_grad():
+        model._apply(lambda t: torch.zeros(t.shape, dtype=t.dtype))
+        ledger = _Ledger({_key(t) for t in (*model.parameters(), *model.buffers())})
+        with ledger:
+            model.eval()(*(torch.zeros(shape) for shape in inputs))
+    return ledger.flops.total(), ledger.activations_alone
+
+
 def _count_gradient(ledger: _Ledger, weight: torch.Tensor) -> None:
     assert weight.grad is not None
     ledger.count_as_gradient(weight.grad)

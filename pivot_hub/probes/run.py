@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ProcessorMixin
 
 from pivot_hub.config.data_section import OnBadRow
+from pivot_hub.config.encoder_names import resolve_encoder
 from pivot_hub.data.synthetic import (
     KINDS,
     SCAN_SIDE,
@@ -254,7 +255,7 @@ def probe_encoder(
     """Probe an encoder by name, on the synthetic Shapes dataset or on labelled images.
 
     Args:
-        encoder: Folder or Hub name of the encoder; if it contains golden vectors, they are replayed first.
+        encoder: Folder, Hub name or short name of the encoder; if it contains golden vectors, they are replayed first.
         data: `shapes`, or labelled images as `open_classes` takes them.
         seed: Seed of splits, samples and bootstrap.
         on_bad_row: Whether an image that cannot be decoded raises an error, or is skipped and reported.
@@ -280,6 +281,7 @@ def probe_encoder(
     classes = None if data == "shapes" else open_classes(data, revision, seed)
     if classes is None and encoding.share.count > 1:
         raise ProbeError("several processes divide labelled images; run the probes of shapes in one process.")
+    encoder = resolve_encoder(encoder)
     model, image_processor = read_encoder(encoder, feature_layer=feature_layer)
     model.to(compute_device(), DTYPES[encoding.dtype])  # type: ignore[arg-type]
     metadata = encoder_metadata(encoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pivot_hub.config.recipe import RECIPES
+from pivot_hub.config.encoder_names import shipped_encoder
 from pivot_hub.errors import CardError
 from pivot_hub.files import PACKAGE, write_whole
 from pivot_hub.outputs import ENCODER, whole_folder
@@ -60,10 +60,10 @@ def recorded_metadata(name: str) -> EncoderMetadata:
 
     The base encoder's own files ship with the recipes; its results are recorded with those of the DPO encoder.
     """
-    if name != "shapes-base":
+    if (shipped := shipped_encoder(name)) is None:
         return read_metadata(RECORDED / name)
     results = [r for r in read_metadata(RECORDED / "shapes-dpo").results if r.encoder == "base"]
-    return read_metadata(RECIPES / "shapes" / "base" / "vision").with_results(results)
+    return read_metadata(shipped).with_results(results)
 
 
 def _record_metadata(quickstart: Path) -> None:

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
+from pivot_hub.config.encoder_names import CARDS
 from pivot_hub.config.yaml_loader import Strict, check_keys, read_yaml
 from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.errors import CardError, ProbeError
-from pivot_hub.files import shipped_folder
 from pivot_hub.probes.result import ProbeResult, read_results
 
-CARDS = shipped_folder("model_cards")
 # Endings of tasks whose saliency maps explain a training loss and not an answer; cards leave these results out.
 LOSS_MAPS = (" of sft", " of dpo")
 
@@ -37,6 +36,7 @@ class Prose(Strict):
         repository: Name of the encoder's repository on the Hub.
         version: Version of the published encoder, which is also the tag of its commit.
         recipe: Recipe that trains the encoder; None for one that was taken out of somebody else's MLLM.
+        shipped: Folder below `recipes` that holds the encoder, where it ships with this package.
         about: Description of the encoder in a few sentences.
         intended_uses: Uses that the encoder is meant for; a general sentence is printed where the list is empty.
         license: Licence of the weights, by the Hub's identifier; license_name and license_link go with `other`.
@@ -53,6 +53,7 @@ class Prose(Strict):
     repository: str
     version: str
     recipe: str | None = None
+    shipped: str | None = None
     about: str
     intended_uses: list[str] = Field([])
     license: str

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
+from pivot_hub.config.encoder_names import hub_repository
 from pivot_hub.errors import PublishError
 from pivot_hub.outputs import ENCODER, check_replaceable, whole_folder
 from pivot_hub.publish.card_check import card_problems
@@ -29,7 +30,7 @@ def pull(
     A download that was stopped resumes from the Hub's cache.
 
     Args:
-        repo: Name of the repository on the Hub.
+        repo: Name of the repository on the Hub, or the short name of an encoder.
         output: Folder that the repository is written to. An encoder repository that is there is replaced.
         revision: Tag, branch or commit; the newest commit of `main` by default.
         retry_policy: How long a Hub that does not answer is tried again.
@@ -69,7 +70,7 @@ def fetch(
     """Download a repository into the Hub's cache.
 
     Args:
-        repo: Name of the repository on the Hub.
+        repo: Name of the repository on the Hub, or the short name of an encoder.
         revision: Tag, branch or commit; the newest commit of `main` by default.
         retry_policy: How long a Hub that does not answer is tried again.
         log: Callback that receives progress messages.
@@ -81,6 +82,7 @@ def fetch(
     Raises:
         PublishError: The repository does not exist, or cannot be downloaded.
     """
+    repo = hub_repository(repo)
     # Not snapshot_download: some of its requests have no time-out and wait indefinitely for a silent hub.
     with explain_hub_errors(repo):
         info = repository_info(HfApi(), repo, "model", retry_policy, revision)
