@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 import typing
@@ -17,6 +18,7 @@ from typer.main import get_command
 from docs.generate.links import ROOT
 from pivot_hub.cli import app
 from pivot_hub.config import data_section, recipe
+from pivot_hub.data.synthetic import ShapesDataset
 
 RECIPE_SECTIONS: tuple[type[BaseModel], ...] = (
     recipe.Recipe,
@@ -75,13 +77,19 @@ def _documented(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
     Raises:
         KeyError: A field is not documented.
     """
-    parsed = griffe.Docstring(typing.cast(str, section.__doc__)).parse("google")
+    parsed = _parsed(section)
     texts = [str(part.value) for part in parsed if part.kind.value == "text"]
     meanings = {argument.name: argument.description for part in parsed if part.kind.value == "parameters" for argument in part.value}
+    if section is data_section.ShapesSettings:  # keys and meanings are those of the dataset's class
+        meanings = {a.name: a.description for part in _parsed(ShapesDataset) if part.kind.value == "parameters" for a in part.value}
     missing = section.model_fields.keys() - meanings.keys()
     if missing:
         raise KeyError(f"{section.__name__} does not document {', '.join(sorted(missing))}")
     return "\n\n".join(texts), meanings
+
+
+def _parsed(documented: type) -> list[Any]:
+    return griffe.Docstring(inspect.cleandoc(typing.cast(str, documented.__doc__))).parse("google", warn_missing_types=False, warn_unknown_params=False)
 
 
 def _default(value: Any) -> str:
