@@ -45,7 +45,7 @@ lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 docs: setup  ## the documentation site, into site/; fails on a broken link or anchor, needs no network
-	$(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 format: setup
 	$(VENV)/bin/ruff check --fix .

@@ -1,8 +1,8 @@
 """Hooks of mkdocs, which build the site from `docs/` and from pages that stay where they are in the repository.
 
-README.md is the front page. A link from a page to a file outside of `docs/` works in the repository, and on the site too,
-because the file is added to the site under `repository/`. Comments `<!-- generated: NAME -->` are replaced by what
-`reference.py` makes of the code.
+README.md is the front page. A link from a page to a file outside of `docs/` works in the repository, and on the site
+too, because the file is added to the site under `repository/`. Comments `<!-- generated: NAME -->` are replaced by
+what `reference.py` makes of the code.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what is generated, and rewrite links to where the files are on the site."""
     source = page.file.src_uri
+    if source == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would hold this page alone
     path = repository_path(source)
 
     def on_site(target: str) -> str:

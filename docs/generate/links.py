@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-_CODE = re.compile(r"^(?P<fence> *(?:```+|~~~+)).*?^(?P=fence)[ \t]*$|(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`)|<!--.*?-->", re.S | re.M)
+_CODE = re.compile(
+    r"^(?P<fence> *(?:```+|~~~+)).*?^(?P=fence)[ \t]*$|(?P<tick>`+)(?!`).+?(?<!`)(?P=tick)(?!`)|<!--.*?-->", re.S | re.M
+)
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\[\]]*\](?:\([^()]*\))?)*\]\((?P<target>[^()\s]+)\)")
 _IMAGE_IN_LINK = re.compile(r"!\[[^\[\]]*\]\((?P<target>[^()\s]+)\)")
 

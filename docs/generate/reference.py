@@ -79,9 +79,19 @@ def _documented(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
     """
     parsed = _parsed(section)
     texts = [str(part.value) for part in parsed if part.kind.value == "text"]
-    meanings = {argument.name: argument.description for part in parsed if part.kind.value == "parameters" for argument in part.value}
+    meanings = {
+        argument.name: argument.description
+        for part in parsed
+        if part.kind.value == "parameters"
+        for argument in part.value
+    }
     if section is data_section.ShapesSettings:  # keys and meanings are those of the dataset's class
-        meanings = {a.name: a.description for part in _parsed(ShapesDataset) if part.kind.value == "parameters" for a in part.value}
+        meanings = {
+            a.name: a.description
+            for part in _parsed(ShapesDataset)
+            if part.kind.value == "parameters"
+            for a in part.value
+        }
     missing = section.model_fields.keys() - meanings.keys()
     if missing:
         raise KeyError(f"{section.__name__} does not document {', '.join(sorted(missing))}")
@@ -89,7 +99,9 @@ def _documented(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
 
 
 def _parsed(documented: type) -> list[Any]:
-    return griffe.Docstring(inspect.cleandoc(typing.cast(str, documented.__doc__))).parse("google", warn_missing_types=False, warn_unknown_params=False)
+    return griffe.Docstring(inspect.cleandoc(typing.cast(str, documented.__doc__))).parse(
+        "google", warn_missing_types=False, warn_unknown_params=False
+    )
 
 
 def _default(value: Any) -> str:
@@ -144,7 +156,11 @@ def commands() -> str:
             name = " / ".join([*parameter.opts, *parameter.secondary_opts]) if is_option else _usage(parameter)
             help_text = " ".join((parameter.help or "").split()).replace("|", "\\|")
             default = parameter.default if not parameter.required else "required"
-            default = "" if default is None or default is False or callable(default) or "Sentinel" in repr(default) else default
+            default = (
+                ""
+                if default is None or default is False or callable(default) or "Sentinel" in repr(default)
+                else default
+            )
             default = getattr(default, "value", default)
             lines.append(f"| `{name}` | {help_text} | {f'`{default}`' if default != '' else ''} |")
         blocks.append("\n".join(lines))
