@@ -1,4 +1,4 @@
-"""The blocks of code that pages do not excuse are run, in order, page by page, in a folder with what a quickstart leaves.
+"""Blocks of code without a reason not to be run are run, page by page, in a folder with what a quickstart leaves.
 
 The models are those that ship with the package, so that nothing is trained first: shapes and results are those of the
 pages.
@@ -29,7 +29,9 @@ from tests.command_lines import pivot_arguments
 from tests.data.test_pairs import coco, draw_photos
 from tests.docs.blocks import RUN_PAGES, Block, run_blocks
 
-SLOW = {"docs/tutorials/preference-data.md", "docs/tutorials/grpo.md", "docs/how-to/plan.md", "docs/tutorials/cluster.md"}
+SLOW = {
+    f"docs/{page}.md" for page in ("tutorials/preference-data", "tutorials/grpo", "tutorials/cluster", "how-to/plan")
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def _write_pairs(folder: Path) -> None:
 
 
 def run(block: Block, names: dict[str, Any]) -> None:
-    """Run a block: Python in the page's namespace, each `pivot` command, both sides of a diff; write a file it names."""
+    """Run Python in the page's namespace, each `pivot` command, both sides of a diff; write the file a block names."""
     first = block.text.partition("\n")[0]
     if first.startswith("# ") and first.endswith((".yaml", ".py")):
         Path(first[2:]).parent.mkdir(exist_ok=True)
