@@ -29,8 +29,10 @@ from tests.command_lines import pivot_arguments
 from tests.data.test_pairs import coco, draw_photos
 from tests.docs.blocks import RUN_PAGES, Block, run_blocks
 
-SLOW = {
-    f"docs/{page}.md" for page in ("tutorials/preference-data", "tutorials/grpo", "tutorials/cluster", "how-to/plan")
+LONG = {
+    "docs/tutorials/preference-data.md": pytest.mark.slow,
+    "docs/tutorials/grpo.md": pytest.mark.slow,
+    "docs/how-to/plan.md": pytest.mark.nightly,
 }
 
 
@@ -139,9 +141,7 @@ def check_reward(names: dict[str, Any]) -> None:
 CHECKS = {"docs/how-to/use-an-encoder.md": check_use, "README.md": check_readme, "docs/tutorials/grpo.md": check_reward}
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in RUN_PAGES]
-)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=LONG.get(page, ())) for page in RUN_PAGES])
 def test_a_pages_blocks_run(page: str, here: Path) -> None:
     names: dict[str, Any] = {}
     if page == "README.md":  # the diff there is of code that has an image already
@@ -153,5 +153,5 @@ def test_a_pages_blocks_run(page: str, here: Path) -> None:
 
 
 def test_the_pages_with_checks_are_run() -> None:
-    assert set(CHECKS) | SLOW <= set(RUN_PAGES)
+    assert set(CHECKS) | set(LONG) <= set(RUN_PAGES)
     assert len(RUN_PAGES) >= 12
