@@ -9,7 +9,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "
 PROCESSES ?= 2
 IN_PROCESSES := -n $(PROCESSES) --dist loadfile
 
-.PHONY: setup quickstart test slow nightly browser conformance lint format space clean
+.PHONY: setup quickstart test slow nightly browser conformance lint docs format space clean
 
 setup: $(VENV)/.done
 
@@ -44,6 +44,9 @@ lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 
+docs: setup  ## the documentation site, into site/; fails on a broken link or anchor, needs no network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -52,4 +55,4 @@ space: setup  ## the app on the shipped models
 	$(VENV)/bin/pivot space
 
 clean:
-	rm -rf $(VENV) .conformance quickstart runs hub dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .conformance quickstart runs hub dist site .pytest_cache .mypy_cache .ruff_cache

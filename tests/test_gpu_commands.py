@@ -6,13 +6,12 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from pivot_hub.cli import app
+from tests.command_lines import parse
 
 ROOT = Path(__file__).parents[1]
 ITEM = re.compile(r"^\d+\. `(?P<command>[^`]+)`.*?On a CPU: `(?P<check>[^`]+)`", re.MULTILINE | re.DOTALL)
@@ -27,16 +26,6 @@ def _arguments(command: str) -> list[str]:
     return arguments
 
 
-def _parse(arguments: list[str]) -> None:
-    """Parse a command's arguments without running it."""
-    command: Any = get_command(app)
-    context = command.make_context("pivot", list(arguments), resilient_parsing=True)
-    while hasattr(command, "resolve_command"):
-        name, command, arguments = command.resolve_command(context, arguments)
-        if not hasattr(command, "resolve_command"):
-            command.make_context(name, list(arguments))
-
-
 def test_every_command_has_minutes_and_a_check() -> None:
     items = re.split(r"^\d+\. ", (ROOT / "GPU.md").read_text().partition("## ")[0], flags=re.MULTILINE)[1:]
     assert len(WAITING) == len(items) == 9
@@ -45,7 +34,7 @@ def test_every_command_has_minutes_and_a_check() -> None:
 
 @pytest.mark.parametrize("command", [command for command, _ in WAITING])
 def test_a_waiting_command_takes_its_arguments(command: str) -> None:
-    _parse(_arguments(command))
+    parse(_arguments(command))
 
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check.startswith("tests/")])

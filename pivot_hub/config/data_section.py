@@ -101,7 +101,7 @@ class Expected(Strict):
 
 
 class FileData(Strict):
-    """Annotation files with their images; `pivot_hub/data/README.md` lists the columns of each format.
+    """Annotation files with their images; `docs/reference/data.md` lists the columns of each format.
 
     Args:
         format: Format of the annotation files.

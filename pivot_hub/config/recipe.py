@@ -58,7 +58,15 @@ RESERVED_ARGS = {
 
 
 class ModelSpec(Strict):
-    """The parts that an align stage joins to an MLLM: each a folder beside the recipe, or a Hub repository."""
+    """The parts that an align stage joins to an MLLM: each a folder beside the recipe, or a Hub repository.
+
+    Args:
+        vision: Folder or Hub name of the encoder, of any backbone.
+        language: Folder or Hub name of the language model.
+        feature_layer: Hidden state of the encoder that the projector reads.
+        vision_revision: Commit or branch of a Hub encoder.
+        language_revision: Commit or branch of a Hub language model.
+    """
 
     vision: str
     language: str
@@ -68,7 +76,12 @@ class ModelSpec(Strict):
 
 
 class MllmSpec(Strict):
-    """An MLLM that training starts from: a folder beside the recipe, or a Hub repository."""
+    """An MLLM that training starts from: a folder beside the recipe, or a Hub repository.
+
+    Args:
+        mllm: Folder or Hub name of the MLLM.
+        revision: Commit or branch of a Hub MLLM.
+    """
 
     mllm: str
     revision: str | None = None
@@ -106,7 +119,13 @@ LearningRate = Annotated[float, AfterValidator(_positive)]
 
 
 class LearningRates(Strict):
-    """Peak learning rate of each part; a part without one is frozen."""
+    """Peak learning rate of each part; a part without one is frozen.
+
+    Args:
+        vision: Peak learning rate of the encoder.
+        projector: Peak learning rate of the projector.
+        language: Peak learning rate of the language model.
+    """
 
     vision: LearningRate | None = None
     projector: LearningRate | None = None
@@ -132,7 +151,13 @@ def _without_default(loss_over: Any) -> Any:
 
 
 class LoraSpec(Strict):
-    """Low-rank adapters that train in place of the language model's own weights; needs peft."""
+    """Low-rank adapters that train in place of the language model's own weights; needs peft.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Scale of the adapters, which is divided by the rank.
+        dropout: Dropout before the adapters.
+    """
 
     rank: int = Field(64, ge=1)
     alpha: int = Field(128, ge=1)

@@ -34,6 +34,7 @@ from tests.mllm.tiny_mllms import make_mllm
 from tests.mllm.tiny_processors import add_processor
 
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 
 
 @pytest.mark.slow
@@ -62,22 +63,22 @@ def test_an_unknown_form_is_refused(parts: Path) -> None:
         bench_encoder(str(parts / "vision"), forms=("tpu",))
 
 
-def test_the_readmes_speeds_are_those_of_the_records() -> None:
+def test_the_pages_speeds_are_those_of_the_records() -> None:
     names = ("base-patch16-224", "so400m-patch14-384")
     records = [json.loads((ROOT / "recipes" / "bench" / f"encoder-siglip-{name}.json").read_text()) for name in names]
-    readme = (ROOT / "README.md").read_text()
+    page = BENCHMARKS.read_text()
     keys = ("images_per_s", "ratio_to_native", "peak_memory_mb")
     for form in FORMS:
         row = [form, *(str(record["forms"][form][key]) for record in records for key in keys)]
-        assert f"| {' | '.join(row)} |" in readme
+        assert f"| {' | '.join(row)} |" in page
     assert all(record["forms"]["pivot"]["ratio_to_native"] < 1.02 for record in records)
 
 
-def test_the_readmes_cost_of_int8_is_that_of_the_record() -> None:
+def test_the_pages_cost_of_int8_is_that_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "export-shapes-base.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    page = BENCHMARKS.read_text()
     for form, results in record["probe"].items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {form} | "))
+        row = next(line for line in page.splitlines() if line.startswith(f"| {form} | "))
         values = [r["value"] for r in results if r["metric"] in ("balanced_accuracy", "accuracy", "mean_iou")]
         assert row.endswith(" | ".join(["", *(f"{value:.1f}" for value in values)]) + " |"), row
 
@@ -208,25 +209,25 @@ def test_utilisation_is_a_share_of_a_known_gpus_peak(monkeypatch: pytest.MonkeyP
     assert utilisation(989.5e12, 4) == 0.25
 
 
-def test_the_readmes_dpo_speeds_are_those_of_the_record() -> None:
+def test_the_pages_dpo_speeds_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "dpo-step-tiny.json").read_text())["variants"]
-    readme = (ROOT / "README.md").read_text()
+    page = BENCHMARKS.read_text()
     keys = ("speedup_over_trl", "saved_bytes_over_trl")
     for name in ("trl", *SPEED_OPTIONS, "all"):
         cells = [str(record[lengths][name][key]) for lengths in record for key in keys]
-        assert f"| {name} | {' | '.join(cells)} |" in readme
+        assert f"| {name} | {' | '.join(cells)} |" in page
     assert record["equal"]["all"]["speedup_over_trl"] >= 2.3
     assert record["lognormal"]["all"]["speedup_over_trl"] >= 3
     assert record["equal"]["all"]["saved_bytes_over_trl"] <= 0.65
     record = json.loads((ROOT / "recipes" / "bench" / "dpo-step-tiny-qwen2.5-vl.json").read_text())["variants"]
     speedups = [record[lengths]["all"]["speedup_over_trl"] for lengths in ("equal", "lognormal")]
-    assert f"both options make {speedups[0]} and {speedups[1]} times TRL's speed" in readme
+    assert f"both options make {speedups[0]} and {speedups[1]} times TRL's speed" in page
     assert min(speedups) >= 2.5
 
 
-def test_the_readmes_grpo_speed_is_that_of_the_record() -> None:
+def test_the_pages_grpo_speed_is_that_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "grpo-step-tiny.json").read_text())
-    assert f"{record['speedup_over_trl']} times TRL's speed with eight answers" in (ROOT / "README.md").read_text()
+    assert f"{record['speedup_over_trl']} times TRL's speed with eight answers" in BENCHMARKS.read_text()
     assert record["speedup_over_trl"] >= 2
     assert record["generations"] == 8
     losses = [variant["loss"] for variant in record["variants"].values()]
@@ -271,9 +272,9 @@ def test_the_speed_of_reading_is_compared_with_what_gpus_need(recipes: Path) -> 
         assert gpu["cores"] == pytest.approx(gpu["rows_per_s"] / slowest, rel=0.01, abs=0.01)
 
 
-def test_the_readmes_loader_speed_is_that_of_the_record() -> None:
+def test_the_pages_loader_speed_is_that_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "loader.json").read_text())
-    page = (ROOT / "recipes" / "README.md").read_text()
+    page = BENCHMARKS.read_text()
     speeds = record["rows_per_s_per_core"]
     assert f"{speeds['zip']:.0f} rows/s from a zip archive and {speeds['parquet']:.0f} from Parquet" in page
     assert f"an H200 needs {record['gpus']['H200 141GB']['rows_per_s']:.0f}" in page
@@ -295,16 +296,14 @@ def test_encoding_is_timed_against_bare_passes_and_a_plain_loop(parts: Path, tmp
         bench_encode(str(parts / "vision"), images=0)
 
 
-def test_the_readmes_speed_of_encoding_is_that_of_the_record() -> None:
+def test_the_pages_speed_of_encoding_is_that_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "encode-siglip-base-patch16-224.json").read_text())
-    readme, ways = " ".join((ROOT / "README.md").read_text().split()), record["ways"]
+    page, ways = " ".join(BENCHMARKS.read_text().split()), record["ways"]
     low, *_, high = (round(100 * ratio) for ratio in sorted(ways["pivot"]["ratios"]))
     assert ways["pivot"]["ratio_to_bare"] >= 0.9
-    assert (
-        f"reaches {100 * ways['pivot']['ratio_to_bare']:.0f}% of the images a second of bare forward passes" in readme
-    )
-    assert f"({low} to {high}% in three rounds), and a plain loop over a DataLoader" in readme
-    assert f"DataLoader {100 * ways['loop']['ratio_to_bare']:.0f}% (" in readme
+    assert f"reaches {100 * ways['pivot']['ratio_to_bare']:.0f}% of the images a second of bare forward passes" in page
+    assert f"({low} to {high}% in three rounds), and a plain loop over a DataLoader" in page
+    assert f"DataLoader {100 * ways['loop']['ratio_to_bare']:.0f}% (" in page
 
 
 def test_features_that_differ_are_not_compared(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,12 +330,12 @@ def test_space_serves_its_visitors() -> None:
     assert 300 < report["memory_mb"][0] <= report["memory_mb"][1] + 100
 
 
-def test_the_readmes_figures_of_the_space_are_those_of_the_record() -> None:
+def test_the_pages_figures_of_the_space_are_those_of_the_record() -> None:
     record = json.loads((ROOT / "recipes" / "bench" / "space.json").read_text())
-    crowd, readme = record["visitors"], " ".join((ROOT / "README.md").read_text().split())
+    crowd, page = record["visitors"], " ".join(BENCHMARKS.read_text().split())
     assert record["ready_s"] <= 10
     assert record["browser_click_s"]["median"] <= 1
     assert (crowd["count"], crowd["errors"], len(record["browser_click_s"]["all"])) == (20, [], 20)
-    assert f"ready in {record['ready_s']:.1f} s, of which {record['ready_cpu_s']:.1f} s computing" in readme
-    assert f"{record['browser_click_s']['median']:.2f} s from a click" in readme
-    assert f"the last after {max(crowd['seconds']):.1f} s" in readme
+    assert f"ready in {record['ready_s']:.1f} s, of which {record['ready_cpu_s']:.1f} s computing" in page
+    assert f"{record['browser_click_s']['median']:.2f} s from a click" in page
+    assert f"the last after {max(crowd['seconds']):.1f} s" in page

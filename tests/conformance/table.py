@@ -1,7 +1,7 @@
-"""The README's table of every backbone and every loading path, rendered from the suite's recorded results.
+"""The documentation's table of every backbone and every loading path, rendered from the suite's recorded results.
 
-`python -m tests.conformance.table` writes the table into the README. A test of the default suite checks that the
-README's table is that of the results.
+`python -m tests.conformance.table` writes the table into the page of backbones. A test of the default suite
+checks that the page's table is that of the results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.conformance.environment import ROOT
 from tests.encoder.originals import ORIGINALS
 
 RESULTS = Path(__file__).with_name("results.json")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "reference" / "backbones.md"
 BEGIN, END = "<!-- loading paths: python -m tests.conformance.table -->", "<!-- end of loading paths -->"
 LOADING_PATHS = {"native": "AutoModel", "remote": "remote code", "package": "package", "llava": "LLaVA"}
 
@@ -74,11 +74,11 @@ def _cell(outcomes: list[dict[str, Any] | None]) -> str:
     return "yes" if loaded == len(tried) else f"{loaded} of {len(tried)}"
 
 
-def replace_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
-    """Return the README's text with the table between its markers."""
-    before, rest = readme.split(begin)
+def replace_table(page: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return the page's text with the table between its markers."""
+    before, rest = page.split(begin)
     return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":
-    write_whole(README, replace_table(README.read_text(), render(json.loads(RESULTS.read_text()))))
+    write_whole(PAGE, replace_table(PAGE.read_text(), render(json.loads(RESULTS.read_text()))))

@@ -29,8 +29,8 @@ from tests.test_real_files import REAL
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SCRIPTED = "tests.conformance.vqa_tasks"
-# The task file that the README shows as an example.
-TASK = (ROOT / "README.md").read_text().split("```yaml\ntask: signs\n")[1].split("```")[0]
+# The task file that the documentation shows as an example.
+TASK = (ROOT / "docs" / "how-to" / "vqa.md").read_text().split("```yaml\ntask: signs\n")[1].split("```")[0]
 
 
 @pytest.fixture(autouse=True)

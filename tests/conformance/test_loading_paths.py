@@ -19,7 +19,7 @@ from transformers import AutoModel
 from pivot_hub.encoder.export import export_encoder
 from pivot_hub.encoder.repository import read_encoder
 from tests.conformance.environment import ROOT, TORCHVISION, make_environment, make_node, run
-from tests.conformance.table import README, RESULTS, render, replace_table
+from tests.conformance.table import PAGE, RESULTS, render, replace_table
 from tests.encoder.originals import IMAGE_PX, ORIGINALS
 
 DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -175,6 +175,6 @@ def test_node_reads_the_export(originals: Path, record: dict[str, Any], tmp_path
     record["transformers.js"] = {"versions": {"transformers.js": version}, "results": results}
 
 
-def test_the_readmes_table_is_that_of_the_results() -> None:
-    readme = README.read_text()
-    assert replace_table(readme, render(json.loads(RESULTS.read_text()))) == readme
+def test_the_pages_table_is_that_of_the_results() -> None:
+    page = PAGE.read_text()
+    assert replace_table(page, render(json.loads(RESULTS.read_text()))) == page

@@ -18,7 +18,7 @@ from pivot_hub.encoder.modeling_pivot import select_features
 from pivot_hub.encoder.native_resolution import LAYOUTS
 from pivot_hub.mllm.families import FAMILIES
 from tests.conformance.environment import ROOT, make_environment, run
-from tests.conformance.table import README, replace_table
+from tests.conformance.table import PAGE, replace_table
 from tests.conformance.test_loading_paths import TRANSFORMERS, WITH_PACKAGE
 from tests.conformance.towers_table import RESULTS, render_towers
 from tests.mllm.tiny_mllms import TINY, make_mllm
@@ -99,6 +99,6 @@ def test_timms_own_architectures_give_the_same_features(towers: Path, overlay: P
         assert outcome["difference"] < 1e-5 * outcome["scale"], name
 
 
-def test_the_readmes_table_of_families_is_that_of_the_results() -> None:
-    readme = README.read_text()
-    assert replace_table(readme, *render_towers(json.loads(RESULTS.read_text()))) == readme
+def test_the_pages_table_of_families_is_that_of_the_results() -> None:
+    page = PAGE.read_text()
+    assert replace_table(page, *render_towers(json.loads(RESULTS.read_text()))) == page

@@ -1,6 +1,6 @@
-"""The README's table of the MLLM families, rendered from the table in `mllm/families.py` and the recorded results.
+"""The documentation's table of the MLLM families, from the table in `mllm/families.py` and the recorded results.
 
-`python -m tests.conformance.towers_table` writes it into the README.
+`python -m tests.conformance.towers_table` writes it into the page of backbones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from pivot_hub.encoder.configuration_pivot import BACKBONES, LAST
 from pivot_hub.files import write_whole
 from pivot_hub.mllm.families import FAMILIES
-from tests.conformance.table import README, replace_table
+from tests.conformance.table import PAGE, replace_table
 from tests.mllm.tiny_mllms import TINY
 
 RESULTS = Path(__file__).with_name("towers.json")
@@ -70,4 +70,4 @@ def _where(name: str, loading_path: str, reports: dict[str, Any], versions: list
 
 
 if __name__ == "__main__":
-    write_whole(README, replace_table(README.read_text(), *render_towers(json.loads(RESULTS.read_text()))))
+    write_whole(PAGE, replace_table(PAGE.read_text(), *render_towers(json.loads(RESULTS.read_text()))))

@@ -286,23 +286,23 @@ def test_memory_does_not_grow_to_a_million_rows(parts: Path, tmp_path: Path) -> 
     assert peaks_mb[1] < peaks_mb[0] + 100, peaks_mb
 
 
-def read_as_in_readme(tool: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run the lines of the README that read a folder of features with a tool."""
-    blocks = (Path(__file__).parents[2] / "README.md").read_text().split("```python\n")
+def read_as_documented(tool: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run the lines of the documentation that read a folder of features with a tool."""
+    blocks = (Path(__file__).parents[2] / "docs" / "tutorials" / "million-images.md").read_text().split("```python\n")
     (lines,) = [text for block in blocks if (text := block.partition("```")[0]).startswith(f"import {tool}")]
     exec(lines.replace("duckdb.sql", "found = duckdb.sql"), names)
     return names
 
 
 @pytest.mark.parametrize("tool", ["datasets", "duckdb", "faiss"])
-def test_tools_read_a_folder_of_features_by_the_lines_of_the_readme(
+def test_tools_read_a_folder_of_features_by_the_lines_of_the_documentation(
     tool: str, parts: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip(tool, reason=f"{tool} is not installed")
     monkeypatch.chdir(tmp_path)
     encode_source(parts / "vision", folder, "features", workers=0)
     own = rows_of(tmp_path / "features")
-    names = read_as_in_readme(tool, {})
+    names = read_as_documented(tool, {})
     if tool == "datasets":
         np.testing.assert_array_equal(names["features"], [own[name]["features"] for name in names["rows"]["id"]])
     elif tool == "duckdb":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,26 +121,6 @@ def test_an_encoder_without_image_processor_is_not_written(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="has no image processor; set its image_processor to a Siglip"):
         write_repository(tmp_path / "out", PivotVisionModel(PivotVisionConfig(native.config), native))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_readmes_drop_in_section_runs(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run every Python block in order, in one namespace, on the tiny encoder, whose 3 layers need other out_indices."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Use an encoder")[1].split("\n### Features of many images")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
-    assert "quickstart/hub/pivot/shapes-dpo" in blocks[0]
-    monkeypatch.chdir(tmp_path)
-    Image.effect_noise((60, 40), 80).save("cat.jpg")
-    code = "\n".join(blocks).replace("quickstart/hub/pivot/shapes-dpo", str(repository))
-    names: dict[str, Any] = {}
-    exec(code.replace("[1, 2, 3, 4]", "[0, 1, 2, 3]"), names)
-    assert type(names["native"]).__name__ == "SiglipVisionModel"
-    assert type(names["encoder"]).__name__ == type(names["remote"]).__name__ == "PivotVisionModel"
-    assert names["features"].last_hidden_state.shape == (1, 16, 32)
-    assert names["mllm"].vision_config.model_type == "siglip_vision_model"
-    assert names["segmenter"].eval()(names["pixels"]).logits.shape == (1, 150, IMAGE_PX, IMAGE_PX)
-    assert PivotVisionModel.from_pretrained("my-encoder").config.pivot == names["encoder"].config.pivot
 
 
 def _flip_bit(path: Path, offset: int) -> None:

@@ -498,9 +498,11 @@ def test_other_models_fall_back_to_trls_own_way(parts: Path, tmp_path: Path, cap
     assert "Qwen2ForCausalLM is not an MLLM of pivot_hub's table: share_prefix, cache_reference are off" in caplog.text
 
 
-def test_the_readmes_trainer_can_be_built(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "PivotDPOTrainer(" in block)
+def test_the_fast_trainers_example_can_be_built(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "fast-trainer.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "PivotDPOTrainer(" in block)
     assert "per_device_train_batch_size=4)" in code
     monkeypatch.chdir(tmp_path)
     code = code.replace("size=4)", "size=4, bf16=False, report_to='none', reference_cache='cache')")
