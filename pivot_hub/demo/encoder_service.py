@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.demo.comparison import crop_for_encoders
+from pivot_hub.demo.cropping import crop_for_encoders
 from pivot_hub.demo.encoder_cache import EncoderCache
 from pivot_hub.demo.encoder_set import EncoderInfo, EncoderMap, EncoderNames, EncoderSetInfo, MapRequest
 from pivot_hub.demo.encoder_state import EncoderState

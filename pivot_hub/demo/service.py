@@ -20,9 +20,9 @@ from pivot_hub.demo.comparison import (
     compare,
     compare_patches,
     compare_tokens,
-    crop_for_encoders,
     scene_subject,
 )
+from pivot_hub.demo.cropping import crop_for_encoders
 from pivot_hub.demo.html import Panels, same_place
 from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, Progress
 from pivot_hub.demo.swipe_animation import draw_swipe
