@@ -6,6 +6,7 @@ the page's own protocol. If Chromium and Playwright are installed, clicks are al
 
 from __future__ import annotations
 
+import math
 import shutil
 import socket
 import statistics
@@ -42,9 +43,10 @@ def bench_space(
     Returns:
         `ready_s`, the time until the app answers, and `ready_cpu_s`, its CPU time, which does not depend on other
         programs; `click_s` and `browser_click_s` (None without a browser), each as median and all values; under
-        `visitors` the latencies in order of arrival, the errors, and `overtakings`: the share of pairs of visitors
-        that were served in another order than they arrived; `memory_mb`, the resident memory of the app before and
-        after the looks.
+        `visitors` for the endpoint `/compare`, and under `encoder_visitors` for `/encoders`, the latencies in order of
+        arrival, their median and 95th percentile, the errors, and `overtakings`: the share of pairs of visitors that
+        were served in another order than they arrived; `memory_mb`, the resident memory of the app before and after
+        the looks.
 
     Raises:
         PivotError: Gradio is not installed, or the app does not start.
@@ -60,12 +62,15 @@ def bench_space(
             log("no Chromium or no Playwright: clicks in a browser are not measured")
         else:
             log(f"click to new maps in a browser: median {statistics.median(browser_seconds):.2f} s of {clicks}")
-        crowd = _crowd(url, visitors)
-        log(
-            f"{visitors} visitors at once: {len(crowd['errors'])} errors, median {crowd['median_s']:.1f} s, "
-            f"last {max(crowd['seconds'], default=0):.1f} s, "
-            f"{100 * crowd['overtakings']:.0f}% of pairs of visitors out of order"
-        )
+        crowds = {}
+        for name in ("/compare", "/encoders"):
+            crowds[name] = crowd = _crowd(url, visitors, name)
+            log(
+                f"{visitors} visitors of {name} at once: {len(crowd['errors'])} errors, "
+                f"median {crowd['median_s']:.1f} s, 95% within {crowd['p95_s']:.1f} s, "
+                f"last {max(crowd['seconds'], default=0):.1f} s, "
+                f"{100 * crowd['overtakings']:.0f}% of pairs of visitors out of order"
+            )
         memory_mb = [_memory_mb(app)]
         if looks:
             _clicks(url, looks)
@@ -77,7 +82,8 @@ def bench_space(
         "ready_cpu_s": round(cpu_s, 2),
         "click_s": _summary(click_seconds),
         "browser_click_s": None if browser_seconds is None else _summary(browser_seconds),
-        "visitors": crowd,
+        "visitors": crowds["/compare"],
+        "encoder_visitors": crowds["/encoders"],
         "looks": looks,
         "memory_mb": memory_mb,
         "machine": machine(),
@@ -170,8 +176,8 @@ _CLICK = """() => new Promise((done) => {
 })"""
 
 
-def _crowd(url: str, visitors: int) -> dict[str, Any]:
-    """Let connected visitors request comparisons almost at the same time, each of another scene."""
+def _crowd(url: str, visitors: int, endpoint: str) -> dict[str, Any]:
+    """Let connected visitors call an endpoint almost at the same time, each with another scene."""
     from gradio_client import Client
 
     clients = [Client(url, verbose=False) for _ in range(visitors)]
@@ -185,7 +191,7 @@ def _crowd(url: str, visitors: int) -> dict[str, Any]:
         time.sleep(0.1 * number)
         requested_at[number] = time.perf_counter()
         try:
-            clients[number].predict(scene=1000 + number, api_name="/compare")
+            clients[number].predict(scene=1000 + number, api_name=endpoint)
         except Exception as error:  # any error of a visitor is counted
             errors.append(f"{type(error).__name__}: {error}")
         served_at[number] = time.perf_counter()
@@ -203,6 +209,7 @@ def _crowd(url: str, visitors: int) -> dict[str, Any]:
         "errors": errors,
         "seconds": seconds,
         "median_s": round(statistics.median(seconds), 3),
+        "p95_s": round(sorted(seconds)[math.ceil(0.95 * visitors) - 1], 3),
         "overtakings": round(overtaken / max(len(pairs), 1), 4),
     }
 

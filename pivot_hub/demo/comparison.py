@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,22 +174,6 @@ def scene_subject(dataset: ShapesDataset, number: int, kind: Kind) -> Subject:
     return Subject(rendered.image, preference.question, preference.chosen, preference.rejected, mask)
 
 
-class Cropping(Protocol):
-    """What is known of models that may crop an image to its middle square."""
-
-    @property
-    def crops(self) -> bool: ...
-
-
-def crop_for_encoders(info: Cropping, image: Image.Image) -> Image.Image:
-    """Crop an image to its middle square if one of the encoders does so itself; otherwise return it whole."""
-    if not info.crops:
-        return image
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-
 def compare(bundle: ModelBundle, subject: Subject, explain: Explain = "answer", layer: int | None = None) -> Comparison:
     """Ask both MLLMs the same question and explain the same answer.
 
@@ -227,7 +211,7 @@ def compare_tokens(bundle: ModelBundle, comparison: Comparison) -> tuple[list[To
     subject = comparison.subject
     with bundle.exclusive():
         first, second = (
-            token_maps(mllm.model, mllm.processor, subject.image, subject.question, result.explained)
+            token_maps(mllm.model, mllm.processor, mllm.with_margin(subject.image), subject.question, result.explained)
             for mllm, result in zip((bundle.first, bundle.second), comparison.results, strict=True)
         )
     return first, second
@@ -237,7 +221,8 @@ def compare_patches(bundle: ModelBundle, image: Image.Image, layer: int | None =
     """Return the patch features (H, W, D) of an image in both encoders."""
     with bundle.exclusive():
         first, second = (
-            patch_tokens(mllm.model, mllm.processor, image, layer) for mllm in (bundle.first, bundle.second)
+            patch_tokens(mllm.model, mllm.processor, mllm.with_margin(image), layer)
+            for mllm in (bundle.first, bundle.second)
         )
     return first, second
 
@@ -245,7 +230,7 @@ def compare_patches(bundle: ModelBundle, image: Image.Image, layer: int | None =
 def _model_result(
     mllm: Mllm, bundle: ModelBundle, subject: Subject, explain: Explain, layer: int | None
 ) -> ModelResult:
-    model, processor, image = mllm.model, mllm.processor, subject.image
+    model, processor, image = mllm.model, mllm.processor, mllm.with_margin(subject.image)
     answer = generate_answers(model, processor, [subject.question], [image], MOST_NEW_TOKENS)[0]
     log_probs = _log_probs(mllm, subject)
     explained = subject.right_answer or answer
@@ -278,7 +263,7 @@ def _log_probs(mllm: Mllm, subject: Subject) -> dict[str, float]:
     answers = [answer for answer in (subject.right_answer, subject.wrong_answer) if answer]
     if not answers:
         return {}
-    batch = answer_batch(mllm.processor, subject.image, subject.question, answers)
+    batch = answer_batch(mllm.processor, mllm.with_margin(subject.image), subject.question, answers)
     with torch.inference_mode():
         values = answer_log_probs(mllm.model, batch).tolist()
     return dict(zip(answers, values, strict=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps global state
 
 from pivot_hub.demo.comparison import Comparison
+from pivot_hub.demo.image_row import ImageRow, save_png
 from pivot_hub.explain.gradcam import Method
 from pivot_hub.explain.heatmaps import COLOURS, DIVERGING, densities, stretch
 
@@ -28,37 +29,44 @@ def draw_comparison(
         colours: Colour scale of the maps; the difference has a diverging scale.
     """
     subject, (first, second) = comparison.subject, comparison.results
-    image = subject.image
+    image, grey = subject.image, subject.image.convert("L")
     maps = [stretch(m, image.size) for m in densities([result.maps[method] for result in comparison.results])]
     highest = max(float(m.max()) for m in maps) or 1.0
     difference = maps[1] - maps[0]
     reach = float(np.abs(difference).max()) or 1.0
-    # Axes have fixed places: a layout that is computed takes longer than the maps.
-    figure = Figure(figsize=(12.5, 4.3))
-    axes = [figure.add_axes((0.005 + 0.25 * i, 0.17, 0.24, 0.7)) for i in range(4)]
     titles = [
         ("Image", subject.question),
         (first.name, f"says: {first.answer}"),
         (second.name, f"says: {second.answer}"),
         ("Difference", f"{second.name} minus {first.name}"),
     ]
-    for ax, (title, subtitle) in zip(axes, titles, strict=True):
-        ax.imshow(image if ax is axes[0] else image.convert("L"), cmap="gray")
-        ax.set_title(f"{_shorten(title)}\n{_shorten(subtitle)}", fontsize=9, parse_math=False)
-        if subject.mask is not None:
-            x = np.linspace(0, image.width - 1, subject.mask.shape[1])
-            y = np.linspace(0, image.height - 1, subject.mask.shape[0])
-            ax.contour(x, y, subject.mask, levels=[0.5], colors="white", linewidths=1.2)
-        ax.set_axis_off()
-    drawn_maps = [
-        ax.imshow(m, cmap=colours, alpha=MAP_OPACITY, vmin=0, vmax=highest)
-        for ax, m in zip(axes[1:3], maps, strict=True)
-    ]
-    drawn_difference = axes[3].imshow(difference, cmap=DIVERGING, alpha=MAP_OPACITY, vmin=-reach, vmax=reach)
     label = f"{method} of {comparison.explain}, 1 for an average place of the image"
-    for drawn, left, width, text in ((drawn_maps[0], 0.3, 0.4, label), (drawn_difference, 0.78, 0.19, "")):
-        figure.colorbar(drawn, cax=figure.add_axes((left, 0.12, width, 0.03)), orientation="horizontal", label=text)
-    figure.savefig(file, dpi=100, format="png", pil_kwargs={"compress_level": 1})
+    row = _row()
+    with row.emptied():
+        for ax, (title, subtitle) in zip(row.axes, titles, strict=True):
+            ax.imshow(image if ax is row.axes[0] else grey, cmap="gray")
+            ax.title.set_text(f"{_shorten(title)}\n{_shorten(subtitle)}")
+            if subject.mask is not None:
+                x = np.linspace(0, image.width - 1, subject.mask.shape[1])
+                y = np.linspace(0, image.height - 1, subject.mask.shape[0])
+                ax.contour(x, y, subject.mask, levels=[0.5], colors="white", linewidths=1.2)
+        drawn_maps = [
+            ax.imshow(m, cmap=colours, alpha=MAP_OPACITY, vmin=0, vmax=highest)
+            for ax, m in zip(row.axes[1:3], maps, strict=True)
+        ]
+        drawn_difference = row.axes[3].imshow(difference, cmap=DIVERGING, alpha=MAP_OPACITY, vmin=-reach, vmax=reach)
+        for scale, drawn, text in zip(row.scales, (drawn_maps[0], drawn_difference), (label, ""), strict=True):
+            scale.update_normal(drawn)
+            scale.set_label(text)
+        drawing = row.draw()
+    save_png(drawing, file)
+
+
+@cache
+def _row() -> ImageRow:
+    """The figure that all visitors share."""
+    places = [(0.005 + 0.25 * i, 0.17, 0.24, 0.7) for i in range(4)]
+    return ImageRow((12.5, 4.3), places, [(0.3, 0.12, 0.4, 0.03), (0.78, 0.12, 0.19, 0.03)])
 
 
 def _shorten(text: str) -> str:

@@ -5,17 +5,14 @@ Gradio publishes signature and docstring of the endpoint, so both are written fo
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from pivot_hub.demo.encoder_figure import draw_encoders
 from pivot_hub.demo.encoder_service import EncoderService
 from pivot_hub.demo.encoder_set import ENCODER_VIEWS, EncoderViewName
 from pivot_hub.demo.encoder_state import EncoderState, split_names
-from pivot_hub.demo.gradio_calls import PROGRAMS, as_gradio_error, upload_path
+from pivot_hub.demo.gradio_calls import PROGRAMS, as_gradio_error, png_path, upload_path
 from pivot_hub.demo.view_state import whole_number
 
 
@@ -77,7 +74,7 @@ class EncoderEndpoint:
         other_image: dict[str, Any] | None = None,
         scene: int = EncoderState.scene,
         other_scene: int = EncoderState.other_scene,
-    ) -> tuple[Image.Image, dict[str, Any]]:
+    ) -> tuple[str, dict[str, Any]]:
         """Compare the patch features of two to four vision encoders on one image, at any layer.
 
         Args:
@@ -108,6 +105,4 @@ class EncoderEndpoint:
             other_scene=whole_number("other_scene", other_scene),
         )
         shown = self._service.view(state, upload_path(image), upload_path(other_image))
-        file = io.BytesIO()
-        draw_encoders(shown, file)
-        return Image.open(file), self._service.numbers(shown)
+        return png_path(self._service.figure(shown)), self._service.numbers(shown)

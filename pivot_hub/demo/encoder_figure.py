@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import textwrap
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps global state
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from pivot_hub.demo.encoder_html import layer_name, limits, map_image
 from pivot_hub.demo.encoder_service import EncoderView
+from pivot_hub.demo.image_row import ImageRow, save_png
 from pivot_hub.explain.heatmaps import COLOURS
 
+NOTE_CHARACTERS = 38  # of a line of the note in place of a map
 TITLES = {
     "similarity": "similarity with the marked patch",
     "matching": "similarity with the marked patch",
@@ -34,34 +37,49 @@ def draw_encoders(view: EncoderView, file: Path | IO[bytes]) -> None:
     """
     images = [("Image", view.image), *([("Second image", view.other)] if view.other is not None else [])]
     low, high = limits(view)
-    columns = len(images) + len(view.maps)
-    figure = Figure(figsize=(3.1 * columns, 3.9), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for ax, (title, image) in zip(axes, images, strict=False):
-        ax.imshow(image)
-        ax.set_title(f"{title}\n", fontsize=9)
+    row = _row(len(images) + len(view.maps))
     finest = view.maps[view.finest]
-    _mark(axes[0], finest.position, finest.grid, view.image)
     shown_image = view.image if view.other is None else view.other
+    grey = shown_image.convert("L")
     extent = (-0.5, shown_image.width - 0.5, shown_image.height - 0.5, -0.5)
-    for ax, info, shown in zip(axes[len(images) :], view.info.encoders, view.maps, strict=True):
-        ax.imshow(shown_image.convert("L"), cmap="gray")
-        ax.set_title(f"{info.name[:40]}\n{layer_name(info, shown.layer)}", fontsize=9, parse_math=False)
-        if shown.values is None:
-            ax.text(0.5, 0.5, shown.note, wrap=True, ha="center", va="center", transform=ax.transAxes, fontsize=8)
-            continue
-        ax.imshow(map_image(view, shown.values, low, high), extent=extent, interpolation="nearest")
-        for match in shown.matches:
-            _mark(ax, (match.row, match.column), shown.values.shape[:2], shown_image)
-    for ax in axes:
-        ax.set_axis_off()
-    label: dict[str, Any] = {"label": f"{view.state.view}: {TITLES[view.state.view]}"}
-    if view.state.view in ("colours", "regions"):
-        figure.supxlabel(label["label"], fontsize=9)
-    else:
-        scale = ScalarMappable(Normalize(low, high), COLOURS[0])
-        figure.colorbar(scale, ax=axes[len(images) :], location="bottom", shrink=0.9, aspect=40, **label)
-    figure.savefig(file, dpi=130, format="png", bbox_inches="tight", pad_inches=0.1)
+    label = f"{view.state.view}: {TITLES[view.state.view]}"
+    has_scale = view.state.view not in ("colours", "regions")
+    with row.emptied():
+        for ax, (title, image) in zip(row.axes, images, strict=False):
+            ax.imshow(image)
+            ax.title.set_text(f"{title}\n")
+        _mark(row.axes[0], finest.position, finest.grid, view.image)
+        for ax, info, shown in zip(row.axes[len(images) :], view.info.encoders, view.maps, strict=True):
+            ax.imshow(grey, cmap="gray")
+            ax.title.set_text(f"{info.name[:40]}\n{layer_name(info, shown.layer)}")
+            if shown.values is None:
+                ax.imshow([[1.0]], cmap="gray", vmin=0, vmax=1, alpha=0.75, extent=extent)
+                note = textwrap.fill(shown.note, NOTE_CHARACTERS)
+                ax.text(0.5, 0.5, note, ha="center", va="center", transform=ax.transAxes, fontsize=8, parse_math=False)
+                continue
+            ax.imshow(map_image(view, shown.values, low, high), extent=extent, interpolation="nearest")
+            for match in shown.matches:
+                _mark(ax, (match.row, match.column), shown.values.shape[:2], shown_image)
+        (scale,) = row.scales
+        scale.ax.set_visible(has_scale)
+        scale.update_normal(ScalarMappable(Normalize(low, high), COLOURS[0]))
+        scale.set_label(label)
+        row.figure.texts[0].set_text("" if has_scale else label)
+        drawing = row.draw()
+    save_png(drawing, file)
+
+
+@cache
+def _row(columns: int) -> ImageRow:
+    """The figure of so many images and maps that all visitors share, with a line of text for views without a scale."""
+    width = 1 / columns
+    row = ImageRow(
+        (3.1 * columns, 4.2),
+        [((i + 0.02) * width, 0.17, 0.96 * width, 0.71) for i in range(columns)],
+        [(width, 0.12, 1 - 1.5 * width, 0.03)],
+    )
+    row.figure.text(0.5, 0.06, "", ha="center", fontsize=9)
+    return row
 
 
 def _mark(ax: Any, position: tuple[int, int], grid: tuple[int, ...], image: Image.Image) -> None:

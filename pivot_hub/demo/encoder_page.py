@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
-from gradio.context import LocalContext
 
+from pivot_hub.demo.downloads import connect_download, json_bytes
 from pivot_hub.demo.encoder_html import EncoderPanels
 from pivot_hub.demo.encoder_service import EncoderService, EncoderView
 from pivot_hub.demo.encoder_set import ENCODER_VIEWS, EncoderNames
 from pivot_hub.demo.encoder_state import MODE, EncoderState, read_encoder_state, split_names
-from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, as_gradio_error, error_message, upload_path
+from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, error_message, upload_path
 from pivot_hub.demo.html import Panels
-from pivot_hub.demo.page_events import SAVE_AS
-from pivot_hub.demo.turns import Turns
+from pivot_hub.demo.page_turns import Updates, VisitorEvents, in_turn
 from pivot_hub.demo.view_state import whole_number
 from pivot_hub.explain.patch_views import FEWEST_REGIONS, MOST_REGIONS
 
-Updates = dict[Any, Any]
 INTRO = """# Any two encoders
 One image in two to four vision encoders, at any layer: which patches are alike for each of them?"""
 VIEW_LABELS = ("Similar patches", "Matches", "Colours (PCA)", "Regions", "CLS attention", "Drift")
@@ -82,6 +78,7 @@ class EncoderPage:
         message: Place of error messages.
         panel: The maps.
         link: Link that restores the view.
+        save_figure: Button that saves the images and maps as a figure.
         save_numbers: Button that saves the numbers.
         view: The `EncoderView` that is displayed; None before the first one.
         linked: Whether the page was opened by a link to this mode.
@@ -103,6 +100,7 @@ class EncoderPage:
     message: Any
     panel: Any
     link: Any
+    save_figure: Any
     save_numbers: Any
     view: Any
     linked: Any
@@ -183,7 +181,9 @@ def build_encoder_page(script: str, local_names: list[str]) -> EncoderPage:
                     max_lines=1,
                     scale=3,
                 )
-                save_numbers = gr.Button("Save numbers (JSON)", size="sm", elem_id="save-encoder-numbers", scale=1)
+                with gr.Column(scale=1, min_width=220):
+                    save_figure = gr.Button("Save figure (PNG)", size="sm", elem_id="save-encoder-figure")
+                    save_numbers = gr.Button("Save numbers (JSON)", size="sm", elem_id="save-encoder-numbers")
     return EncoderPage(
         names=names,
         load=load,
@@ -199,6 +199,7 @@ def build_encoder_page(script: str, local_names: list[str]) -> EncoderPage:
         message=message,
         panel=panel,
         link=link,
+        save_figure=save_figure,
         save_numbers=save_numbers,
         view=gr.State(),
         linked=gr.State(False),
@@ -230,25 +231,8 @@ def _image_inputs(which: str, scene_number: int) -> tuple[Any, Any]:
     return scene, upload
 
 
-def in_turn(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a method of `EncoderEvents` to run after the visitor's earlier calls, and to show errors as messages.
-
-    Args:
-        kind: Kind of the call; a later call of the same kind replaces one that still waits.
-    """
-
-    def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(handler)
-        def run(self: EncoderEvents, *values: Any) -> Any:
-            return self.take_turn(kind, functools.partial(handler, self), values)
-
-        return run
-
-    return decorate
-
-
-class EncoderEvents:
-    """The functions behind the controls. They keep no state of a visitor, who may be one of several at a time."""
+class EncoderEvents(VisitorEvents):
+    """The functions behind the controls of the mode for any two encoders."""
 
     def __init__(
         self,
@@ -265,32 +249,13 @@ class EncoderEvents:
             panels: Renderer of the maps.
             messages: Function that renders a message of a kind, see `Panels.message`.
         """
+        super().__init__({EncoderView: page.view})
         self.page, self.service, self.panels, self._message = page, service, panels, messages
-        self._turns = Turns()
 
-    def take_turn(self, kind: str, function: Callable[..., Updates], values: Sequence[Any]) -> Any:
-        """Run a function after the visitor's earlier calls; an error becomes a message, and the maps stay.
-
-        Args:
-            kind: Kind of the call; a later call of the same kind replaces one that still waits.
-            function: Function of the values.
-            values: Values from the page. A view that an earlier call has displayed in the meantime takes the place of
-                the one that was sent.
-        """
-        page, request = self.page, LocalContext.request.get(None)
-        with self._turns.turn(getattr(request, "session_hash", None) or "", kind) as latest:
-            if latest is None:
-                return gr.skip()
-            values = [latest.get(page.view, v) if isinstance(v, EncoderView) else v for v in values]
-            try:
-                updates = function(*values)
-            except Exception as error:
-                shown = next((v.state for v in values if isinstance(v, EncoderView)), EncoderState())
-                # The control that asked for what cannot be shown returns to what is shown.
-                return {page.message: self._message(error_message(error)), page.choice: shown.view}
-            if page.view in updates:
-                latest[page.view] = updates[page.view]
-            return updates
+    def failed(self, error: Exception, values: Sequence[Any]) -> Updates:
+        """Return the message of an error; the control that asked for what cannot be shown returns to what is shown."""
+        shown = next((value.state for value in values if isinstance(value, EncoderView)), EncoderState())
+        return {self.page.message: self._message(error_message(error)), self.page.choice: shown.view}
 
     @in_turn("show")
     def show(self, view: EncoderView | None, upload: Any, other_upload: Any, *values: Any) -> Updates:
@@ -400,14 +365,6 @@ class EncoderEvents:
             page.message: self._message(problem),
         }
 
-    @as_gradio_error
-    def numbers_uri(self, view: EncoderView | None) -> str:
-        """Return the numbers as a data URI."""
-        if view is None:
-            return ""
-        text = json.dumps(self.service.numbers(view), indent=2)
-        return f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"
-
     def _state(self, view: EncoderView | None, values: Sequence[Any]) -> EncoderState:
         """The displayed view state with the current values of the controls."""
         choices = dict(zip(self.page.controls, values, strict=True))
@@ -462,8 +419,14 @@ def connect_encoder_events(
     tabs.encoders.select(events.enter, [page.linked, *inputs], displayed, **PRIVATE)
     tabs.mllms.select(None, tabs.mllms_link, js=ENTER_MLLMS)
     page.query.change(None, page.query, page.link, js=SHOW_LINK)
-    saved = page.save_numbers.click(events.numbers_uri, page.view, page.file_uri, **PRIVATE)
-    saved.then(None, page.file_uri, js=SAVE_AS % "pivot-encoders.json")
+    connect = partial(connect_download, view=page.view, file_uri=page.file_uri)
+    connect(page.save_figure, make=service.figure, media_type="image/png", name="pivot-encoders.png")
+    connect(
+        page.save_numbers,
+        make=lambda view: json_bytes(service.numbers(view)),
+        media_type="application/json",
+        name="pivot-encoders.json",
+    )
 
 
 def _opens_mode(request: gr.Request) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pivot_hub.data.synthetic import ShapesDataset
-from pivot_hub.demo.comparison import crop_for_encoders
+from pivot_hub.demo.cropping import crop_for_encoders
 from pivot_hub.demo.encoder_cache import EncoderCache
 from pivot_hub.demo.encoder_set import EncoderInfo, EncoderMap, EncoderNames, EncoderSetInfo, MapRequest
 from pivot_hub.demo.encoder_state import EncoderState
@@ -197,6 +198,14 @@ class EncoderService:
         view = EncoderView(state, info, image, other, maps, tuple(notes))
         row, column = maps[view.finest].position
         return replace(view, state=replace(state, row=row, column=column))
+
+    def figure(self, view: EncoderView) -> bytes:
+        """Draw the images and the maps as one image, colour scale included, as PNG."""
+        from pivot_hub.demo.encoder_figure import draw_encoders
+
+        file = io.BytesIO()
+        draw_encoders(view, file)
+        return file.getvalue()
 
     def numbers(self, view: EncoderView) -> dict[str, Any]:
         """Return the content of the page as numbers, with the conditions they were computed in."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from pivot_hub.demo.cropping import crop_scale, with_margin
 from pivot_hub.demo.html import same_place
 from pivot_hub.demo.model_bundle import SINGLE_THREAD_BELOW, Origin, one_thread
 from pivot_hub.encoder import PivotVisionModel
@@ -188,7 +189,9 @@ class EncoderSet:
             px = scene_px(model.config)
             encoded, _ = self._encode(number, Image.new("RGB", (px, px), "grey"))
             infos.append(
-                EncoderInfo(name, origin, encoded.labels, encoded.own, has_cls(model), _crops(model), image_px=px)
+                EncoderInfo(
+                    name, origin, encoded.labels, encoded.own, has_cls(model), _crop_scale(model) is not None, px
+                )
             )
         self.described = EncoderSetInfo(tuple(infos))
         return self.described
@@ -277,7 +280,7 @@ class EncoderSet:
         key, encoder = (number, digest), self.encoders[number]
         with self._exclusive():
             if key not in self._encoded:
-                image = _seen_whole(encoder.model, image)
+                image = with_margin(image, _crop_scale(encoder.model))
                 try:
                     encoded = encode_image(encoder.model, image)
                 except CheckpointError as error:
@@ -323,34 +326,7 @@ def _attention(encoded: EncodedImage, index: int) -> dict[str, Any]:
 
 
 def _crop_scale(model: PivotVisionModel) -> float | None:
-    """Return the side to which an encoder resizes the shorter edge, divided by the square that it crops from it.
-
-    Returns:
-        1 or more; None for an encoder that sees the whole of a wide image.
-    """
+    """Return by how much an encoder crops, see `crop_scale`; None for one that sees the whole of a wide image."""
     if backbone_of(model.config.backbone_config).maps:  # timm's transforms crop, and hide by how much
         return 1.0
-    processor = cast(Any, model.image_processor)
-    edge = (getattr(processor, "size", None) or {}).get("shortest_edge")
-    crop = (getattr(processor, "crop_size", None) or {}).get("height")
-    if model.config.image_size is None or not getattr(processor, "do_center_crop", False) or not edge or not crop:
-        return None
-    return float(max(edge / crop, 1.0))
-
-
-def _crops(model: PivotVisionModel) -> bool:
-    return _crop_scale(model) is not None
-
-
-def _seen_whole(model: PivotVisionModel, image: Image.Image) -> Image.Image:
-    """Add the margin to a square image that the encoder's image processor will cut off.
-
-    DINOv2's, for example, resizes to 256 px and cuts 16 px from each side, so that its map would show less than the
-    image that it is laid over.
-    """
-    scale = _crop_scale(model)
-    if scale is None or scale == 1 or image.width != image.height:
-        return image
-    margin = round(image.width * (scale - 1) / 2)
-    pixels = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-    return Image.fromarray(pixels)
+    return None if model.config.image_size is None else crop_scale(model.image_processor)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
 from pivot_hub.data.synthetic import DESCRIBE, KINDS, Kind
-from pivot_hub.demo.gradio_calls import PROGRAMS, as_gradio_error, upload_path
+from pivot_hub.demo.gradio_calls import PROGRAMS, as_gradio_error, png_path, upload_path
 from pivot_hub.demo.service import ComparisonView, DemoService
 from pivot_hub.demo.view_state import ViewState, whole_number
 from pivot_hub.explain.gradcam import EXPLAINS, METHODS, Explain, Method
@@ -99,7 +98,7 @@ class Endpoints:
         first: str = "",
         second: str = "",
         parent: str = "",
-    ) -> tuple[Image.Image, dict[str, Any]]:
+    ) -> tuple[str, dict[str, Any]]:
         """Show where two vision encoders, one trained by SFT and one by DPO, look for an answer on an image.
 
         Args:
@@ -135,7 +134,7 @@ class Endpoints:
             second=second,
             parent=parent,
         )
-        return self._service.figure(view), self._service.numbers(view)
+        return png_path(self._service.figure(view)), self._service.numbers(view)
 
     @as_gradio_error
     def patch_features(

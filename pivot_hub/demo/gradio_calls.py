@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
 from pivot_hub.errors import DataError, PivotError
@@ -102,3 +103,8 @@ def upload_path(value: Any) -> Path | None:
     if not isinstance(path, str) or not Path(path).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
         raise DataError("This is not an image that was uploaded here; upload it again.")
     return Path(path)
+
+
+def png_path(png: bytes) -> str:
+    """Store a PNG where Gradio serves files from and deletes them: it would decode and encode an image again."""
+    return save_bytes_to_cache(png, "figure.png", get_upload_folder())

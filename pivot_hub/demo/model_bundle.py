@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_hub.demo.cropping import crop_scale, with_margin
 from pivot_hub.encoder import PivotVisionConfig
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.errors import CheckpointError
@@ -75,6 +77,10 @@ class Mllm:
     model: PreTrainedModel
     processor: ProcessorMixin
     origin: Origin
+
+    def with_margin(self, image: Image.Image) -> Image.Image:
+        """Add the margin that the image processor cuts off, so that the maps cover the whole image."""
+        return with_margin(image, crop_scale(cast(Any, self.processor).image_processor))
 
 
 @dataclass(frozen=True)

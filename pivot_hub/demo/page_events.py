@@ -1,33 +1,27 @@
-"""The events of the page: what each control does, and which components it updates.
-
-Every function returns its updates as a dict of components; the components it leaves out stay as they are.
-"""
+"""The events of the page: what each control does, and which components it updates."""
 
 from __future__ import annotations
 
-import base64
-import functools
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
-from gradio.context import LocalContext
 
-from pivot_hub.data.image import data_uri
 from pivot_hub.data.synthetic import DESCRIBE
-from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, as_gradio_error, error_message, upload_path
+from pivot_hub.demo.downloads import connect_download, json_bytes
+from pivot_hub.demo.gradio_calls import LOADING, PRIVATE, error_message, upload_path
 from pivot_hub.demo.model_bundle import BundleNames
 from pivot_hub.demo.page_layout import Page
+from pivot_hub.demo.page_turns import Updates, VisitorEvents, in_turn
 from pivot_hub.demo.service import ComparisonView, DemoService
-from pivot_hub.demo.turns import Turns
 from pivot_hub.demo.view_state import ViewState, read_view_state, whole_number
 from pivot_hub.errors import PivotError
 
-Updates = dict[Any, Any]
 CLEARED = "The answers belonged to the former question, so they were cleared."
 
 SET_OPACITY = "(percent) => { document.documentElement.style.setProperty('--heat', percent / 100); }"
@@ -53,34 +47,10 @@ KEEP_TYPED = """(text, ...current) => {
 SHOW_MESSAGE = "() => { document.querySelector('#message .message')?.scrollIntoView({ block: 'nearest' }); }"
 # On a narrow screen the maps are above the controls.
 SHOW_MAPS = "() => { if (innerWidth <= 900) document.querySelector('#comparison').scrollIntoView(); }"
-SAVE_AS = """(uri) => {
-  if (!uri) return;
-  const link = document.createElement("a");
-  link.href = uri;
-  link.download = "%s";
-  link.click();
-}"""
 
 
-def in_turn(kind: str) -> Callable[[Callable[..., Updates]], Callable[..., Updates]]:
-    """Decorate a method of `PageEvents` to run after the visitor's earlier calls, and to show an error as a message.
-
-    Args:
-        kind: Kind of the call; a later call of the same kind replaces one that still waits.
-    """
-
-    def decorate(handler: Callable[..., Updates]) -> Callable[..., Updates]:
-        @functools.wraps(handler)
-        def run(self: PageEvents, *values: Any) -> Any:
-            return self.take_turn(kind, functools.partial(handler, self), values)
-
-        return run
-
-    return decorate
-
-
-class PageEvents:
-    """The functions behind the controls. They keep no state of a visitor, who may be one of several at a time."""
+class PageEvents(VisitorEvents):
+    """The functions behind the controls of the mode for two MLLMs."""
 
     def __init__(self, page: Page, service: DemoService, examples: Sequence[ViewState]) -> None:
         """Store the page's components, and what the functions need.
@@ -90,40 +60,13 @@ class PageEvents:
             service: Models and templates.
             examples: View states of the gallery.
         """
+        super().__init__({ViewState: page.state, ComparisonView: page.view})
         self.page, self.service, self.examples = page, service, examples
-        self._turns = Turns()
         self._serials = itertools.count()
 
-    def take_turn(self, kind: str, function: Callable[..., Updates], values: Sequence[Any]) -> Any:
-        """Run a function after the visitor's earlier calls; an error becomes a message, and the page stays as it is.
-
-        Args:
-            kind: Kind of the call; a later call of the same kind replaces one that still waits.
-            function: Function of the values.
-            values: Values from the page. A view state or a view that an earlier call has displayed in the meantime
-                takes the place of the one that was sent.
-        """
-        page = self.page
-        request = LocalContext.request.get(None)
-        with self._turns.turn(getattr(request, "session_hash", None) or "", kind) as latest:
-            if latest is None:
-                return gr.skip()
-            values = [
-                latest.get(page.state, value)
-                if isinstance(value, ViewState)
-                else latest.get(page.view, value)
-                if isinstance(value, ComparisonView)
-                else value
-                for value in values
-            ]
-            try:
-                updates = function(*values)
-            except Exception as error:
-                return {page.texts.message: self.service.panels.message(error_message(error))}
-            latest.update(
-                {component: updates[component] for component in (page.state, page.view) if component in updates}
-            )
-            return updates
+    def failed(self, error: Exception, values: Sequence[Any]) -> Updates:
+        """Return the message of an error."""
+        return {self.page.texts.message: self.service.panels.message(error_message(error))}
 
     @in_turn("compare")
     def show_comparison(self, state: ViewState, upload: Any, *values: Any) -> Updates:
@@ -268,26 +211,6 @@ class PageEvents:
             page.texts.message: self.service.panels.message(problem),
         }
 
-    @as_gradio_error
-    def figure_uri(self, view: ComparisonView | None) -> str:
-        """Return the figure as a data URI."""
-        return "" if view is None else data_uri(self.service.figure(view))
-
-    @as_gradio_error
-    def animation_uri(self, view: ComparisonView | None) -> str:
-        """Return the swipe between both maps, animated, as a data URI."""
-        if view is None:
-            return ""
-        return f"data:image/webp;base64,{base64.b64encode(self.service.animation(view)).decode()}"
-
-    @as_gradio_error
-    def numbers_uri(self, view: ComparisonView | None) -> str:
-        """Return the numbers as a data URI."""
-        if view is None:
-            return ""
-        text = json.dumps(self.service.numbers(view), indent=2)
-        return f"data:application/json;base64,{base64.b64encode(text.encode()).decode()}"
-
     def _read_controls(self, state: ViewState, values: Sequence[Any], **choices: Any) -> ViewState:
         """The visitor's view state with the current values of the controls, and with choices that replace them."""
         choices = dict(zip(self.page.controls, values, strict=True)) | choices
@@ -357,7 +280,7 @@ def connect_events(app: gr.Blocks, page: Page, service: DemoService, examples: S
     _connect_display(page, events, displayed)
     _connect_models(app, page, events, displayed)
     _connect_browser(page)
-    _connect_downloads(page, events)
+    _connect_downloads(page, service)
 
 
 def _connect_comparison(page: Page, events: PageEvents) -> list[Any]:
@@ -421,15 +344,17 @@ def _connect_browser(page: Page) -> None:
     page.query.change(None, page.query, [page.results.link, page.results.embed], js=SHOW_LINK)
 
 
-def _connect_downloads(page: Page, events: PageEvents) -> None:
-    """Connect the buttons that save the figure and the numbers."""
-    for button, make_uri, name in (
-        (page.results.save_figure, events.figure_uri, "pivot-maps.png"),
-        (page.results.save_animation, events.animation_uri, "pivot-maps.webp"),
-        (page.results.save_numbers, events.numbers_uri, "pivot-maps.json"),
-    ):
-        saved = button.click(make_uri, page.view, page.file_uri, **PRIVATE)
-        saved.then(None, page.file_uri, js=SAVE_AS % name)
+def _connect_downloads(page: Page, service: DemoService) -> None:
+    """Connect the buttons that save the figure, the animation and the numbers."""
+    results, connect = page.results, partial(connect_download, view=page.view, file_uri=page.file_uri)
+    connect(results.save_figure, make=service.figure, media_type="image/png", name="pivot-maps.png")
+    connect(results.save_animation, make=service.animation, media_type="image/webp", name="pivot-maps.webp")
+    connect(
+        results.save_numbers,
+        make=lambda view: json_bytes(service.numbers(view)),
+        media_type="application/json",
+        name="pivot-maps.json",
+    )
 
 
 def _without_former_answers(state: ViewState, chosen: ViewState) -> tuple[ViewState, bool]:

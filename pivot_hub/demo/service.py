@@ -20,9 +20,9 @@ from pivot_hub.demo.comparison import (
     compare,
     compare_patches,
     compare_tokens,
-    crop_for_encoders,
     scene_subject,
 )
+from pivot_hub.demo.cropping import crop_for_encoders
 from pivot_hub.demo.html import Panels, same_place
 from pivot_hub.demo.model_bundle import BundleInfo, BundleNames, Progress
 from pivot_hub.demo.swipe_animation import draw_swipe
@@ -189,13 +189,13 @@ class DemoService:
             return self.panels.colours(comparison, features)
         return self.panels.patches(comparison, features, _patch_position(state, features[0]), state.colours)
 
-    def figure(self, view: ComparisonView) -> Image.Image:
-        """Draw the content of the page as one image, colour scales included."""
+    def figure(self, view: ComparisonView) -> bytes:
+        """Draw the content of the page as one image, colour scales included, as PNG."""
         from pivot_hub.demo.comparison_figure import draw_comparison
 
         file = io.BytesIO()
         draw_comparison(view.comparison, file, view.state.method, view.state.colours)
-        return Image.open(file)
+        return file.getvalue()
 
     def animation(self, view: ComparisonView) -> bytes:
         """Draw the swipe between both maps as an animated WebP."""

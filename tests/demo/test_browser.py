@@ -609,6 +609,11 @@ def test_any_two_encoders(visit: Any, size: dict[str, int]) -> None:
         p.locator("#save-encoder-numbers").click()
     numbers = json.loads(Path(saved.value.path()).read_text())
     assert [e["layer"] for e in numbers["encoders"]] == ["4", "1"]
+    with p.expect_download() as saved:
+        p.locator("#save-encoder-figure").click()
+    assert saved.value.suggested_filename == "pivot-encoders.png"
+    with Image.open(saved.value.path()) as figure:
+        assert (figure.format, figure.width > 2 * figure.height > 800) == ("PNG", True)
 
 
 def test_matches_in_a_second_image_by_encoders_of_other_kinds(
@@ -779,6 +784,37 @@ def test_keyboard_alone(visit: Any) -> None:
     assert p.evaluate("document.activeElement !== null")
 
 
+# Marks each visible control of a part of the page by a number; of a group of radio buttons, Tab reaches the chosen one.
+MARK_CONTROLS = """(where) => {
+  const all = "a[href], button, input, textarea, select, summary, [tabindex]";
+  const wanted = [...document.querySelectorAll(where)].flatMap((part) => [...part.querySelectorAll(all)]).filter((e) =>
+    e.checkVisibility({ visibilityProperty: true }) && !e.disabled && e.tabIndex >= 0 && e.type !== "file" &&
+    !(e.type === "radio" && !e.checked));
+  wanted.forEach((e, i) => { e.dataset.mark = i; });
+  return wanted.map((e) => e.outerHTML.slice(0, 160));
+}"""
+
+
+def test_the_tab_key_reaches_every_control_of_any_two_encoders(visit: Any) -> None:
+    page = visit(query="?mode=encoders")
+    p = page.page
+    page.open("Second image, for matches")
+    p.evaluate("document.activeElement.blur()")
+    controls = p.evaluate(MARK_CONTROLS, "#modes")
+    assert len(controls) > 20
+    reached = set()
+    p.locator("#modes button[role=tab]").first.focus()
+    for _ in range(len(controls) + 20):
+        reached.add(p.evaluate("document.activeElement.dataset.mark ?? ''"))
+        p.keyboard.press("Tab")
+    assert [html for number, html in enumerate(controls) if str(number) not in reached] == []
+    for name in ("load-encoders", "encoder-view", "together", "save-encoder-figure", "save-encoder-numbers"):
+        marks = p.eval_on_selector_all(
+            f"#{name}, #{name} *", "all => all.map((e) => e.dataset.mark).filter((mark) => mark !== undefined)"
+        )
+        assert set(marks) & reached, name
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_dark(visit: Any, size: dict[str, int]) -> None:
     page = visit(size, "dark")
@@ -791,16 +827,31 @@ def test_dark(visit: Any, size: dict[str, int]) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_axe_finds_no_violation(visit: Any, size: dict[str, int], scheme: str) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     page = visit(size, scheme)
     for panel in ("Swipe", "Similar patches", "Patch colours", "Token attribution"):
         page.page.get_by_label(panel, exact=True).check()
         page.page.wait_for_function("() => !document.querySelector('.generating')")
-        violations = Axe().run(page.page).response["violations"]
-        # Gradio's own footer repeats the word Settings in the alternative text of its icon.
-        own = [v for v in violations if v["id"] != "image-redundant-alt"]
-        assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in own] == [], panel
+        assert axe_violations(page.page) == [], panel
+
+
+def axe_violations(page: Any) -> list[tuple[str, list[str]]]:
+    """Rule and elements of each violation that axe finds on a page."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page).response["violations"]
+    # Gradio's own footer repeats the word Settings in the alternative text of its icon.
+    own = [v for v in violations if v["id"] != "image-redundant-alt"]
+    return [(v["id"], [node["html"] for node in v["nodes"]]) for v in own]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_axe_finds_no_violation_in_any_two_encoders(visit: Any, size: dict[str, int], scheme: str) -> None:
+    page = visit(size, scheme, "?mode=encoders")
+    for view in ("Matches", "Colours (PCA)", "Regions", "CLS attention", "Drift", "Similar patches"):
+        shown(page, lambda view=view: page.page.locator("#encoder-view").get_by_label(view).check())
+        page.page.wait_for_function("() => !document.querySelector('.generating')")
+        assert axe_violations(page.page) == [], view
 
 
 def test_a_photograph_of_the_gallery_is_shown_with_a_caution(visit: Any) -> None:

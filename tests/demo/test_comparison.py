@@ -7,11 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -30,10 +31,10 @@ from pivot_hub.demo.comparison import (
     compare,
     compare_patches,
     compare_tokens,
-    crop_for_encoders,
     scene_subject,
 )
 from pivot_hub.demo.comparison_figure import draw_comparison
+from pivot_hub.demo.cropping import crop_for_encoders
 from pivot_hub.demo.html import Panels
 from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleNames, ModelBundle
@@ -351,6 +352,40 @@ def test_the_image_is_cropped_as_an_encoder_crops_it(bundle: ModelBundle) -> Non
     cropping: Any = SimpleNamespace(image_processor=CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=64))
     other = replace(bundle, second=replace(bundle.second, processor=cropping))
     assert crop_for_encoders(other.info, wide).size == (40, 40)
+
+
+def test_maps_of_a_processor_that_crops_cover_the_whole_image(bundle: ModelBundle) -> None:
+    """It resizes the shorter edge to 96 px and crops 64: without a margin, a sixth of each side would be unseen."""
+    whole = bundle.first.processor
+    own: Any = cast(Any, whole).image_processor
+    crop = CLIPImageProcessorPil(
+        size={"shortest_edge": 96},
+        crop_size={"height": 64, "width": 64},
+        **{name: getattr(own, name) for name in ("image_mean", "image_std", "rescale_factor", "resample")},
+    )
+    cropping = copy(whole)
+    cropping.image_processor = crop
+    other = replace(bundle, second=replace(bundle.first, processor=cropping))
+    assert other.info.crops
+    pixels = np.random.default_rng(0).normal(128, 40, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+    before = compare_patches(other, Image.fromarray(pixels), 1)
+    assert before[1].shape == (8, 8, before[0].shape[2])
+    for row, column in ((0, 0), (0, 7), (7, 3), (4, 4)):
+        changed = pixels.copy()
+        changed[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] ^= 255
+        for earlier, later in zip(before, compare_patches(other, Image.fromarray(changed), 1), strict=True):
+            difference = np.linalg.norm(later - earlier, axis=-1)
+            assert np.unravel_index(difference.argmax(), difference.shape) == (row, column)
+    # Answers, probabilities, maps and token maps are those of the whole image too.
+    corner = np.zeros((64, 64), bool)
+    corner[:8, :8] = True
+    subject = Subject(Image.fromarray(pixels), "What shape is there?", "A star.", "A ring.", corner)
+    comparison = compare(other, subject)
+    first, second = comparison.results
+    assert second.right_log_prob == pytest.approx(first.right_log_prob, abs=0.5)
+    assert comparison.overlap("gradient") > 0.8
+    tokens = compare_tokens(other, comparison)
+    assert overlap(tokens[0][0].maps["gradient"], tokens[1][0].maps["gradient"]) > 0.8
 
 
 # ---------------------------------------------------------------------- other families

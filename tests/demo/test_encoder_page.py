@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from pivot_hub.demo.bundle_cache import BundleCache
+from pivot_hub.demo.downloads import json_bytes
 from pivot_hub.demo.encoder_cache import EncoderCache
 from pivot_hub.demo.encoder_endpoints import EncoderEndpoint
 from pivot_hub.demo.encoder_html import EncoderPanels
@@ -195,10 +195,8 @@ def test_encoders_are_loaded_by_name_and_wrong_ones_leave_the_current(events: En
 
 def test_numbers_are_those_of_the_view(events: EncoderEvents, monkeypatch: pytest.MonkeyPatch) -> None:
     view = opened(events, encoders="siglip,clip", view="colours")[events.page.view]
-    uri = events.numbers_uri(view)
-    numbers = json.loads(base64.b64decode(uri.partition(",")[2]))
+    numbers = json.loads(json_bytes(events.service.numbers(view)))
     assert np.array_equal(numbers["encoders"][0]["values"], view.maps[0].values)
-    assert events.numbers_uri(None) == ""
 
     def fail(*arguments: Any) -> None:
         raise RuntimeError("/secret/path")
@@ -211,7 +209,8 @@ def test_the_endpoint_returns_figure_and_numbers(events: EncoderEvents) -> None:
     endpoint = EncoderEndpoint(events.service)
     for view in ("matching", "colours", "attention"):
         figure, numbers = endpoint.encoders(encoders="siglip,clip", view=view, layers="1,-1", row=2.0, column=1)
-        assert figure.width > 2 * figure.height
+        with Image.open(figure) as drawn:
+            assert drawn.width > 2 * drawn.height
         assert [e["layer"] for e in numbers["encoders"]] == ["1", "3"]
         assert numbers["encoders"][0]["row"] == 2
     for wrong, message in (

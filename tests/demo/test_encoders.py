@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from pivot_hub.demo.bundle_cache import BundleCache
+from pivot_hub.demo.cropping import with_margin
 from pivot_hub.demo.encoder_cache import EncoderCache
 from pivot_hub.demo.encoder_service import FROM_A_LINK, ON_PHOTOGRAPHS, EncoderService
-from pivot_hub.demo.encoder_set import ENCODER_VIEWS, NO_ATTENTION, NO_CLS, EncoderNames, MapRequest, _seen_whole
+from pivot_hub.demo.encoder_set import ENCODER_VIEWS, NO_ATTENTION, NO_CLS, EncoderNames, MapRequest, _crop_scale
 from pivot_hub.demo.encoder_state import EncoderState, read_encoder_state
 from pivot_hub.demo.worker import WorkerPool
 from pivot_hub.encoder.repository import read_encoder
@@ -134,10 +135,10 @@ def test_an_encoder_that_crops_sees_the_whole_square(runs: Path) -> None:
     """DINOv2's processor resizes to 36 px here and crops 32: the image gets a margin that it cuts off."""
     encoder, _ = read_encoder(runs / "dinov2")
     image = Image.effect_noise((64, 64), 90).convert("RGB")
-    whole = _seen_whole(encoder, image)
+    whole = with_margin(image, _crop_scale(encoder))
     assert whole.size == (72, 72)
     assert np.array_equal(np.asarray(whole)[4:-4, 4:-4], np.asarray(image))
-    assert _seen_whole(read_encoder(runs / "clip")[0], image) is image
+    assert with_margin(image, _crop_scale(read_encoder(runs / "clip")[0])) is image
     encoded = EncoderCache(BundleCache(runs=runs)).get(EncoderNames(("dinov2", "clip")))
     assert encoded.info.crops
     shown = encoded.maps(MapRequest("similarity", image, row=1, column=1))[0].values

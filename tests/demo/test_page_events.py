@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import time
@@ -19,8 +20,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pivot_hub.cli.app import app as command_line
+from pivot_hub.demo import comparison_figure
 from pivot_hub.demo.bundle_cache import BundleCache
 from pivot_hub.demo.comparison_figure import draw_comparison
+from pivot_hub.demo.downloads import uri_maker
 from pivot_hub.demo.gradio_calls import UNEXPECTED
 from pivot_hub.demo.launch import load_module
 from pivot_hub.demo.model_bundle import BundleNames
@@ -173,9 +176,19 @@ def test_an_unexpected_error_is_a_message_without_its_text(
     state = example[events.page.state]
     updates = events.show_comparison(state, None, *controls(events, state))
     assert UNEXPECTED in updates[events.page.texts.message]
-    monkeypatch.setattr(events.service, "figure", fail)
     with pytest.raises(gr.Error, match="for a reason that the app does not know"):
-        events.figure_uri(example[events.page.view])
+        uri_maker(fail, "image/png")(example[events.page.view])
+
+
+def test_a_download_is_a_data_uri_and_nothing_before_the_first_view(
+    events: PageEvents, example: dict[Any, Any]
+) -> None:
+    make = uri_maker(events.service.figure, "image/png")
+    assert make(None) == ""
+    media, _, content = make(example[events.page.view]).partition(",")
+    assert media == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as figure:
+        assert (figure.format, figure.size) == ("PNG", (1250, 430))
 
 
 def test_a_photograph_is_reduced_to_the_panel(events: PageEvents) -> None:
@@ -215,6 +228,31 @@ def test_the_titles_of_a_figure_are_whole(events: PageEvents) -> None:
         pixels = np.asarray(figure.convert("L"))
     for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
         assert edge.min() == 255, "the figure is cut"
+
+
+def test_a_figure_does_not_depend_on_the_one_before(events: PageEvents) -> None:
+    """The axes are made once. Images differ in size and shape, masks and answers are there or not."""
+    states = [
+        ViewState(scene=3),
+        ViewState(photo="cat", question="What animal is it?", right_answer="cat", wrong_answer="dog"),
+        ViewState(scene=5, question="What $x$ is it?", layer=2),
+    ]
+    comparisons = [events.service.compare(state).comparison for state in states]
+    settings = [("gradcam", "viridis"), ("gradient", "magma"), ("gradcam", "cividis")]
+
+    def drawn(number: int) -> bytes:
+        file = io.BytesIO()
+        arguments: Any = settings[number]
+        draw_comparison(comparisons[number], file, *arguments)
+        return file.getvalue()
+
+    fresh = []
+    for number in range(3):
+        comparison_figure._row.cache_clear()
+        fresh.append(drawn(number))
+    assert len(set(fresh)) == 3
+    for number in (0, 1, 2, 0, 2, 1, 0):
+        assert drawn(number) == fresh[number], number
 
 
 def test_the_second_encoder_shows_the_same_place(events: PageEvents, monkeypatch: pytest.MonkeyPatch) -> None:
