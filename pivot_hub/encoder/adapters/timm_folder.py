@@ -156,8 +156,8 @@ def _weights(native: Mapping[str, Tensor], depth: int, has_norm: bool) -> dict[s
 def _preprocessing(processor: Any, image_px: int) -> dict[str, Any]:
     """Describe an image processor as timm does, for `timm.data.create_transform`."""
     size = dict(processor.size)
-    edge = size.get("shortest_edge")
-    cropped = bool(getattr(processor, "do_crop", None) or getattr(processor, "do_center_crop", None)) and edge
+    edge: Any = size.get("shortest_edge")
+    cropped = edge is not None and bool(getattr(processor, "do_center_crop", None))
     return {
         "input_size": [3, image_px, image_px],
         "mean": list(processor.image_mean) if processor.do_normalize else [0.0] * 3,
