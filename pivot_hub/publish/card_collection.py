@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from pivot_hub.config.encoder_names import shipped_encoder
+from pivot_hub.config.encoder_names import CARDS, shipped_encoder
 from pivot_hub.errors import CardError
 from pivot_hub.files import PACKAGE, write_whole
 from pivot_hub.outputs import ENCODER, whole_folder
-from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata, read_prose
+from pivot_hub.publish.card_inputs import EncoderMetadata, read_metadata, read_prose
 from pivot_hub.publish.card_render import FIGURE, card_files, render_plan
 
 RECORDED = CARDS / "facts"

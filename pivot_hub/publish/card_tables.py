@@ -6,9 +6,10 @@ from typing import Any
 
 import jinja2
 
+from pivot_hub.config.encoder_names import CARDS
 from pivot_hub.encoder.configuration_pivot import LAST
 from pivot_hub.probes.result import ProbeResult
-from pivot_hub.publish.card_inputs import CARDS, LOSS_MAPS, EncoderMetadata
+from pivot_hub.publish.card_inputs import LOSS_MAPS, EncoderMetadata
 
 COLUMNS = ("base", "sft", "dpo")  # order of the encoders in a table of results
 

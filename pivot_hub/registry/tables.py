@@ -215,5 +215,18 @@ def _csv(rows: Sequence[Any]) -> str:
     return text.getvalue()
 
 
+def write_readme_table() -> bool:
+    """Write the table of encoders into the README, if it has the markers, and return whether it changed."""
+    readme = RESULTS.parent / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text:
+        return False
+    before, rest = text.split(BEGIN)
+    changed = f"{before}{BEGIN}\n{encoder_table()}\n{END}{rest.split(END)[1]}"
+    if changed != text:
+        write_whole(readme, changed)
+    return changed != text
+
+
 if __name__ == "__main__":
-    print(f"tables changed: {', '.join(write_tables()) or 'none'}")
+    print(f"tables changed: {', '.join(write_tables() + ['README.md'] * write_readme_table()) or 'none'}")

@@ -10,13 +10,20 @@ from typer.testing import CliRunner
 
 from pivot_hub import PivotVisionModel, read_encoder
 from pivot_hub.cli import app
-from pivot_hub.config.encoder_names import base_encoder, hub_repository, resolve_encoder, shipped_encoder, short_names
+from pivot_hub.config.encoder_names import (
+    CARDS,
+    base_encoder,
+    hub_repository,
+    resolve_encoder,
+    shipped_encoder,
+    short_names,
+)
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.encoder import PivotVisionBackbone, PivotVisionConfig
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.diff import diff_towers
 from pivot_hub.planner.encoding import plan_encoding
-from pivot_hub.publish.card_inputs import CARDS, read_prose
+from pivot_hub.publish.card_inputs import read_prose
 
 BASE = RECIPES / "shapes" / "base" / "vision"
 

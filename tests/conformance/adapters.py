@@ -55,9 +55,16 @@ def timm(folder: Path) -> dict[str, Any]:
         own_pixels = encoder.prepare(given)["pixel_values"]
         with torch.no_grad():
             own, tokens, pooled = encoder(own_pixels), model.forward_features(own_pixels), model(own_pixels)
+        epsilon = getattr(encoder.config.backbone_config, "layer_norm_eps", None)
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm) and epsilon is not None:
+                module.eps = epsilon
+        with torch.no_grad():
+            with_own_epsilon = model.forward_features(own_pixels)
         prefix = encoder.config.pivot["prefix_tokens"]
         outcome[layer or "feature layer"] = {
             "difference": largest(tokens[:, prefix:], own.last_hidden_state),
+            "own epsilon": largest(with_own_epsilon[:, prefix:], own.last_hidden_state),
             "pooled": largest(pooled, own.pooler_output),
             "pixels": largest(pixels, own_pixels),
         }

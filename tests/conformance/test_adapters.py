@@ -39,9 +39,10 @@ def test_timm_computes_the_same_features_and_pixels(originals: Path, overlay: Pa
     assert set(results) == kinds
     assert len(ARCHITECTURES) == 6
     for kind, outcomes in results.items():
-        # ViT's norms have another epsilon in timm.
-        allowed = 1e-4 if kind in ("vit", "mae") else 1e-5
+        # ViT's norms have another epsilon in timm, which weighs most where activations are small, as here.
+        allowed = 1e-3 if kind in ("vit", "mae") else 1e-5
         for outcome in outcomes.values():
+            assert outcome["own epsilon"] < 1e-5, kind
             assert outcome["difference"] < allowed, kind
             assert outcome["pooled"] < allowed, kind
             assert outcome["pixels"] == 0, kind

@@ -23,7 +23,6 @@ def test_the_readme_is_short() -> None:
     assert len(text.split()) < 1200
     assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
     assert {"make quickstart", "make test"} <= {line.split("  ")[0].strip() for line in text.splitlines()}
-    assert "<!-- encoders -->" in text
 
 
 @cache

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from pydantic import ValidationError
 
+from pivot_hub.config.encoder_names import CARDS
 from pivot_hub.config.recipe import recipe_files
 from pivot_hub.encoder.repository import verify_repository
 from pivot_hub.errors import CardError
@@ -25,7 +26,7 @@ from pivot_hub.probes.result import write_results
 from pivot_hub.publish import card_collection
 from pivot_hub.publish.card_check import card_problems
 from pivot_hub.publish.card_collection import RECORDED, TRAINED, recorded_metadata, render_all_cards
-from pivot_hub.publish.card_inputs import CARDS, EncoderMetadata, read_metadata, read_prose
+from pivot_hub.publish.card_inputs import EncoderMetadata, read_metadata, read_prose
 from pivot_hub.publish.card_render import FIGURE, NOT_TRAINED, card_files, render_card
 from pivot_hub.publish.staging import write_card
 from tests.local_server.card_rules import metadata_problems

@@ -25,10 +25,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
+from pivot_hub.config.encoder_names import CARDS
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.errors import PublishError
 from pivot_hub.publish import secret_scan
-from pivot_hub.publish.card_inputs import CARDS
 from pivot_hub.publish.decoded_parts import Budget
 from pivot_hub.publish.secret_scan import scan_for_secrets
 from pivot_hub.publish.staging import stage_encoder

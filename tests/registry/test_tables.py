@@ -11,7 +11,9 @@ from pivot_hub import list_encoders
 from pivot_hub.config.recipe import RECIPES
 from pivot_hub.publish.card_collection import recorded_metadata
 from pivot_hub.registry.encoders import RESULTS
-from pivot_hub.registry.tables import encoder_shape, encoder_table, render_measured, render_tables
+from pivot_hub.registry.tables import BEGIN, END, encoder_shape, encoder_table, render_measured, render_tables
+
+README = RECIPES.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +69,7 @@ def test_the_table_of_encoders_has_a_row_for_each() -> None:
     assert (
         "| [siglip2-so400m](model_cards/siglip2-so400m.md) | planned | google/siglip2-so400m-patch16-384 |" in lines[-1]
     )
+
+
+def test_the_readmes_table_is_that_of_the_registry() -> None:
+    assert README.read_text().split(BEGIN)[1].split(END)[0].strip() == encoder_table()

@@ -39,7 +39,7 @@ def mteb_model(name: str, **options: Any) -> Any:
     module.to(compute_device())
     metadata = encoder_metadata(name)
 
-    class PivotEncoder(AbsEncoder):  # type: ignore[misc]  # mteb is not typed here
+    class PivotEncoder(AbsEncoder):
         """Encodes the column `image` of MTEB's batches."""
 
         mteb_model_meta = ModelMeta.create_empty(
