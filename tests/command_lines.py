@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cache
 from typing import Any
 
 from typer.main import get_command
@@ -13,12 +14,25 @@ from pivot_hub.cli import app
 LAUNCHED = re.compile(r"^(?:accelerate launch|torchrun)\b.*? -m pivot_hub ")
 
 
+@cache
+def root_command() -> Any:
+    """The `pivot` command, with all commands below it."""
+    return get_command(app)
+
+
 def parse(arguments: list[str]) -> None:
-    """Parse the arguments of a `pivot` command; an unknown command, option or value raises click's error."""
-    command: Any = get_command(app)
+    """Parse the arguments of a `pivot` command.
+
+    Raises:
+        ValueError: There is no such command.
+        Exception: Typer's own error, for an unknown option or a value that it does not take.
+    """
+    command = root_command()
     context = command.make_context("pivot", list(arguments), resilient_parsing=True)
     while hasattr(command, "resolve_command"):
         name, command, arguments = command.resolve_command(context, arguments)
+        if command is None:
+            raise ValueError(f"there is no command {name or arguments}")
         if not hasattr(command, "resolve_command"):
             command.make_context(name, list(arguments))
 

@@ -54,7 +54,7 @@ def test_an_unknown_option_is_noticed() -> None:
     parse(arguments)
     with pytest.raises(Exception, match="No such option: --sore"):
         parse(pivot_arguments("accelerate launch --x y -m pivot_hub encode a --sore int8")[0])
-    with pytest.raises(Exception, match="No such command 'encod'"):
+    with pytest.raises(ValueError, match="there is no command"):
         parse(["encod"])
 
 
