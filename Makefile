@@ -9,7 +9,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "
 PROCESSES ?= 2
 IN_PROCESSES := -n $(PROCESSES) --dist loadfile
 
-.PHONY: setup quickstart test slow nightly browser conformance lint docs format space clean
+.PHONY: setup quickstart test slow nightly browser conformance release lint docs format space clean
 
 setup: $(VENV)/.done
 
@@ -37,6 +37,9 @@ browser: setup  ## clicks through the Space in Chromium; the default suite does 
 
 conformance: setup  ## repositories and exports in other software, each in an environment of its own
 	$(PY) -m pytest -n $(PROCESSES) --dist loadfile -m conformance -s tests/conformance
+
+release: setup  ## a dry run of a release: built, checked, installed in a clean environment, quickstart; uploads nothing
+	$(PY) -m tests.release --torch "$(TORCH)"
 
 lint: setup  ## style, types, and the order of imports
 	$(VENV)/bin/ruff check .

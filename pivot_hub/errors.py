@@ -26,6 +26,12 @@ class DataError(PivotError):
     exit_code = 2
 
 
+class SourceError(PivotError):
+    """What another machine should install cannot be installed there. Nothing was sent to it."""
+
+    exit_code = 2
+
+
 class CheckpointError(PivotError):
     """A checkpoint or an encoder repository is missing, incomplete, or does not fit."""
 

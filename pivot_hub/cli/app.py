@@ -69,6 +69,14 @@ ClassNames = Annotated[
 ]
 IgnoredIds = Annotated[str, typer.Option(help="Ids of --masks that are no class, comma-separated.")]
 Runs = Annotated[Path, typer.Option(help="Folder of all runs; a stage goes to `RUNS/<folder>/<recipe>`.")]
+PackageSource = Annotated[
+    str | None,
+    typer.Option(
+        "--package",
+        help="What is installed there: a git URL with its commit, the URL of a wheel, or a requirement; by default "
+        "this checkout's commit at its remote.",
+    ),
+]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe, as shapes/3-dpo.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes of the recipe: dotted.key=value, as in args.beta=0.2.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, Overrides, RecipeName, app, log, out, write
+from pivot_hub.cli.app import JsonPath, Overrides, PackageSource, RecipeName, app, log, out, write
 from pivot_hub.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 LENGTHS_REMEDY = "give the file that `pivot data check --json` wrote"
 LENGTHS_HELP = "The file that `pivot data check --json` wrote, in place of the recipe's `expect`."
-PACKAGE_HELP = (
-    "Requirement that installs pivot-hub in the job, as `pivot-hub @ git+https://github.com/me/pivot-hub@v1`; "
-    "checked before a job is submitted."
-)
 HFU_HELP = "Share of the GPU's peak that all FLOPs run at, recomputed ones too; 0.35 by default."
 
 
@@ -104,7 +100,7 @@ def jobs(
     recipe: RecipeName,
     overrides: Overrides = None,
     bucket: Annotated[str | None, typer.Option(help="owner/name of the bucket that keeps runs.")] = None,
-    package: Annotated[str | None, typer.Option(help=PACKAGE_HELP)] = None,
+    package: PackageSource = None,
     flavor: Annotated[str, typer.Option(help="Hardware, as `hf jobs hardware` lists it.")] = "a100x8",
     accelerate_config: Annotated[
         str | None,
@@ -115,7 +111,9 @@ def jobs(
 ) -> None:
     """Print the command that trains a stage on rented GPUs, as a Hugging Face Job; `--submit` runs it.
 
-    Example: `pivot jobs siglip2-so400m/3-dpo --bucket me/runs --package pivot-hub==1.0`
+    The job installs this package from the checkout's remote, at its commit. `--package` names another source.
+
+    Example: `pivot jobs siglip2-so400m/3-dpo --bucket me/runs`
     """
     from pivot_hub.config.recipe import load_recipe
 
@@ -185,23 +183,21 @@ def print_job(
     """Print the command of a stage's Hugging Face Job, and run it if `submit` is set.
 
     Raises:
-        RecipeError: No bucket or no package is given, or the package cannot be installed.
+        RecipeError: No bucket is given.
+        SourceError: The package cannot be installed by a job.
         typer.Exit: The submitted command has ended; the code is its own.
     """
-    from pivot_hub.training.jobs import check_package, hf_job_command
+    from pivot_hub.package_source import check_installable, package_requirement
+    from pivot_hub.training.jobs import hf_job_command
 
     if bucket is None:
         raise RecipeError("give --bucket owner/name, which keeps runs and checkpoints after the job ends.")
-    if package is None:
-        raise RecipeError(
-            "give --package, a requirement that installs pivot-hub in the job, as "
-            "`pivot-hub @ git+https://github.com/me/pivot-hub@v1`."
-        )
+    package = package_requirement(package)
     command = hf_job_command(
         loaded, overrides or [], flavor=flavor, bucket=bucket, package=package, accelerate_config=accelerate_config
     )
     if submit:
-        check_package(package)
+        check_installable(package)
     log(shlex.join(command))
     write(json_path, {"command": command})
     if submit:

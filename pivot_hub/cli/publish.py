@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pivot_hub.cli.app import JsonPath, app, bar, log, write
+from pivot_hub.cli.app import JsonPath, PackageSource, app, bar, log, write
 from pivot_hub.errors import CardError, PublishError, RecipeError
 
 
@@ -138,6 +138,7 @@ def push(
             help="With --space: publish the page without a server, over two encoders pushed with --also onnx.",
         ),
     ] = False,
+    package: PackageSource = None,
     collection: Annotated[
         str | None, typer.Option(help="Title of a collection for the SFT, the DPO and the base encoder.")
     ] = None,
@@ -149,6 +150,7 @@ def push(
     `pivot push me/shapes-sft me/shapes-dpo me/gradcam --space`; the page without a server:
     `pivot push me/shapes-sft me/shapes-dpo me/page --space --static`
     """
+    from pivot_hub.package_source import package_requirement
     from pivot_hub.publish.extracted_card import choose_prose
     from pivot_hub.publish.push import add_to_collection, plan_push
     from pivot_hub.publish.push import push as carry_out
@@ -159,12 +161,15 @@ def push(
         raise PublishError("push takes ENCODER REPO, or ENCODER ... SPACE with --space.", exit_code=2)
     if static and not (space and len(targets) == 3):
         raise PublishError("push --static takes LEFT RIGHT SPACE with --space.", exit_code=2)
+    if package is not None and (static or not space):
+        raise PublishError("--package is what the app of push --space installs; leave it out.", exit_code=2)
     repo = targets[-1]
     if static:
         left, right = targets[:-1]
         staged = stage_static_space(repo, left, right, check_exports([left, right]))
     elif space:
-        staged = stage_space(repo, targets[:-1], find_mllms(targets[:-1]))
+        requirement = package_requirement(package, extra="space")
+        staged = stage_space(repo, targets[:-1], requirement, find_mllms(targets[:-1]))
     else:
         card_prose = choose_prose(targets[0], prose, repo)
         staged = stage_encoder(targets[0], repo, card_prose, also.split(",") if also else (), log)

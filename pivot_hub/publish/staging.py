@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import SpaceCard
 
 from pivot_hub.errors import PublishError
-from pivot_hub.files import shipped_folder, write_json, write_whole
+from pivot_hub.files import shipped_folder, write_whole
 from pivot_hub.outputs import scratch_folder
 from pivot_hub.probes.result import ProbeResult, read_results, results_text
 from pivot_hub.provenance import source_commit, versions, write_manifest
@@ -150,12 +150,15 @@ def stage_encoder(
 
 
 @contextmanager
-def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -> Iterator[Publication]:
+def stage_space(
+    repo: str, encoders: Sequence[str], requirement: str, mllms: Sequence[str] = ()
+) -> Iterator[Publication]:
     """Stage the Space: the app, whose card lists the models it shows.
 
     Args:
         repo: Name of the Space on the Hub.
         encoders: Hub names of all models, encoders or MLLMs.
+        requirement: What the Space installs, as `package_requirement` returns it.
         mllms: Hub names of those that are MLLMs. The app starts with two or three of them, as the first, the second
             and their parent; with fewer it starts with the bundle that it ships.
 
@@ -163,7 +166,8 @@ def stage_space(repo: str, encoders: Sequence[str], mllms: Sequence[str] = ()) -
         PublishError: The secret scan has findings.
     """
     pair = dict(zip(("first", "second", "parent"), mllms, strict=False)) if len(mllms) >= 2 else None
-    with _stage_copy(repo, "gradcam", encoders, {"pair.json": pair} if pair else {}) as folder:
+    files = {"requirements.txt": f"{requirement}\n", **({"pair.json": json.dumps(pair, indent=2)} if pair else {})}
+    with _stage_copy(repo, "gradcam", encoders, files) as folder:
         yield Publication(folder, repo, "space", f"The app over {', '.join(encoders)}", sdk="gradio")
 
 
@@ -182,21 +186,21 @@ def stage_static_space(repo: str, left: str, right: str, hub: str) -> Iterator[P
     """
     shipped = json.loads((shipped_folder("spaces") / "browser" / "settings.json").read_text())
     settings = {**shipped, "left": left, "right": right, "hub": hub}
-    with _stage_copy(repo, "browser", [left, right], {"settings.json": settings}) as folder:
+    with _stage_copy(repo, "browser", [left, right], {"settings.json": json.dumps(settings, indent=2)}) as folder:
         yield Publication(folder, repo, "space", f"The page over {left} and {right}", sdk="static")
 
 
 @contextmanager
-def _stage_copy(repo: str, name: str, encoders: Sequence[str], settings: Mapping[str, Any]) -> Iterator[Path]:
-    """Copy a shipped Space, and add the encoders that it shows to its card and settings, by file, beside its files."""
+def _stage_copy(repo: str, name: str, encoders: Sequence[str], files: Mapping[str, str]) -> Iterator[Path]:
+    """Copy a shipped Space, add the encoders that it shows to its card, and write files of its own beside those."""
     with scratch_folder("pivot-push") as temporary:
         folder = temporary / "space"
         shutil.copytree(shipped_folder("spaces") / name, folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         card = SpaceCard.load(folder / "README.md")
         card.data["models"] = list(dict.fromkeys(encoders))
         card.save(folder / "README.md")
-        for file, values in settings.items():
-            write_json(folder / file, values)
+        for file, text in files.items():
+            (folder / file).write_text(text)
         write_manifest(folder, {"encoders": list(encoders), "commit": source_commit(), "versions": versions()})
         _refuse_secrets(folder, repo)
         yield folder

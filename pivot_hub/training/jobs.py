@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 
 from pivot_hub.config.accelerate import ACCELERATE_CONFIGS
 from pivot_hub.config.accelerate import accelerate_config as find_accelerate_config
 from pivot_hub.config.recipe import LoadedRecipe
-from pivot_hub.errors import RecipeError, shown_text
+from pivot_hub.errors import RecipeError
+from pivot_hub.package_source import package_requirement
 
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"  # the image of `hf jobs uv run`; torch's wheels contain CUDA
 
@@ -24,7 +21,7 @@ def hf_job_command(
     *,
     flavor: str,
     bucket: str,
-    package: str,
+    package: str | None = None,
     timeout: str = "24h",
     accelerate_config: str | None = None,
     secrets: Sequence[str] = ("HF_TOKEN",),
@@ -36,24 +33,20 @@ def hf_job_command(
         overrides: Overrides of the recipe, as `pivot train` takes them.
         flavor: Hardware, as `hf jobs hardware` lists it; `a100x4` has four GPUs.
         bucket: `owner/name` of the bucket for runs, checkpoints and downloads, in which parents are looked up too.
-        package: Requirement that installs this package in the job: with a version from an index, or from a
-            repository, as in `pivot-hub @ git+https://github.com/me/pivot-hub@v1`.
+        package: What the job installs: a git URL, the URL of a wheel, or a requirement. By default the commit of this
+            checkout at its remote, as `package_requirement` finds it.
         timeout: Time after which the job is ended.
         accelerate_config: Name of the Accelerate config in recipes/accelerate. By default ddp if the flavor has
             several GPUs, else single.
         secrets: Names of environment variables whose values `hf` sends; never the values.
 
     Raises:
-        RecipeError: A data file, a part or the package is where a job cannot see it, a secret is a value and not a
-            name, or there is no such Accelerate config.
+        RecipeError: A data file or a part is where a job cannot see it, a secret is a value and not a name, or there is
+            no such Accelerate config.
+        SourceError: The package is not where a job can install it from.
     """
     folder = loaded.path.parent
     _check_reach(loaded, folder)
-    if not package.strip() or package.startswith("-") or Path(package).exists():
-        raise RecipeError(
-            f"--package {package!r} is nothing that a job can install: it has none of this machine's files. Give a "
-            "requirement, as pivot-hub==1.0 or pivot-hub @ git+https://github.com/me/pivot-hub@v1."
-        )
     not_names = [name for name in secrets if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name)]
     if not_names:
         hidden = f"{not_names[0][:2]}..."
@@ -61,7 +54,7 @@ def hf_job_command(
     count = re.search(r"x(\d+)$", flavor)
     gpus = int(count[1]) if count else 1
     config = find_accelerate_config(accelerate_config or ("ddp" if gpus > 1 else "single"))
-    requirements = ["--with", package] + (["--with", "deepspeed"] if config.deepspeed else [])
+    requirements = ["--with", package_requirement(package)] + (["--with", "deepspeed"] if config.deepspeed else [])
     launch = ["accelerate", "launch", "--config_file", f"/accelerate/{config.path.name}", "--num_processes", str(gpus)]
     train = ["-m", "pivot_hub", "train", f"/recipes/{loaded.name}.yaml", *overrides, "--runs", "/runs"]
     return [
@@ -73,32 +66,6 @@ def hf_job_command(
         *("--volume", f"{ACCELERATE_CONFIGS}:/accelerate"),
         *(IMAGE, "uv", "run", "--no-project", *requirements, *launch, *train),
     ]
-
-
-def check_package(package: str) -> None:
-    """Resolve a requirement without installing it, as the job will, so that no GPU is rented for a missing package.
-
-    Args:
-        package: The requirement.
-
-    Raises:
-        RecipeError: It cannot be found, or installs another package.
-    """
-    # find_spec("pip") would turn off setuptools' distutils in this process.
-    if any(distributions(name="pip")):
-        command = [sys.executable, "-m", "pip", "install", "--ignore-installed"]
-    elif uv := shutil.which("uv"):
-        command = [uv, "pip", "install", "--python", sys.executable, "--reinstall"]
-    else:
-        raise RecipeError("--package is checked by pip or uv before a job is submitted; install one of them.")
-    done = subprocess.run(
-        [*command, "--dry-run", "--no-deps", package], capture_output=True, text=True, check=False, timeout=600
-    )
-    if done.returncode:
-        reason = shown_text((done.stderr.strip().splitlines() or ["no reason given"])[-1])
-        raise RecipeError(f"--package {package!r} cannot be installed ({reason}). Nothing was submitted.")
-    if "pivot-hub" not in (done.stdout + done.stderr).replace("_", "-").lower():
-        raise RecipeError(f"--package {package!r} installs no pivot-hub. Nothing was submitted.")
 
 
 def _check_reach(loaded: LoadedRecipe, folder: Path) -> None:

@@ -25,6 +25,7 @@ from tests.publish.hub_faults import PAGE, SCENARIOS, insert_table, refuse_from_
 from tests.publish.hub_server import ROOT, HubServer, hub_server, state
 from tests.publish.publishable import PROSE, make_publishable
 
+PACKAGE = ["--package", "https://files.example/pivot_hub-0.1.0-py3-none-any.whl"]  # of the Spaces that are pushed
 NAME = "pivot/siglip2-so400m"  # a small encoder under the name of one that is not trained yet
 
 
@@ -156,7 +157,7 @@ def test_without_access_the_message_names_the_remedy(
     (answer,) = commands(server, work, ["verify", NAME], user="bob")
     assert answer["code"] == 1
     assert "there is no such repository, or your login may not see it" in answer["err"]
-    (answer,) = commands(server, work, ["push", NAME, "bob/app", "--space"], user="")
+    (answer,) = commands(server, work, ["push", NAME, "bob/app", "--space", *PACKAGE], user="")
     assert answer["code"] == 1
     (answer,) = commands(server, work, ["pull", NAME], HF_HUB_OFFLINE="1")
     assert "offline mode is on; unset HF_HUB_OFFLINE" in answer["err"]
@@ -265,8 +266,8 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     server.store.create("model", "pivot/tiny-base", False, None, "ada")
     push = ["push", str(encoder), "pivot/tiny-dpo", "--yes", "--prose", "0.1.0.yaml"]
     sft = ["push", str(encoder), "pivot/tiny-sft", "--yes", "--prose", "0.1.0.yaml"]
-    missing = ["push", "pivot/none", "pivot/app", "--space", "--yes"]
-    space = ["push", "pivot/tiny-sft", "pivot/tiny-dpo", "pivot/app", "--space", "--yes"]
+    missing = ["push", "pivot/none", "pivot/app", "--space", "--yes", *PACKAGE]
+    space = ["push", "pivot/tiny-sft", "pivot/tiny-dpo", "pivot/app", "--space", "--yes", *PACKAGE]
     page = ["push", "pivot/tiny-dpo", "pivot/tiny-dpo", "pivot/page", "--space", "--static", "--yes"]
     answers = commands(
         server, work, sft, [*push, "--also", "onnx", "--collection", "PIVOT tiny"], missing, space, space, page, page
@@ -289,8 +290,10 @@ def test_exports_collection_and_space(server: HubServer, encoder: Path, work: Pa
     app = server.repo("pivot/app", "space")
     assert app is not None
     assert len(app.commits) == 2
-    assert {"app.py", "requirements.txt", "README.md"} <= app.commit_at("main").tree.keys()
-    header = SpaceCard(server.store.path(app, app.commit_at("main").tree["README.md"]).read_text())
+    tree = app.commit_at("main").tree
+    assert {"app.py", "requirements.txt", "README.md"} <= tree.keys()
+    assert server.store.path(app, tree["requirements.txt"]).read_text() == f"pivot-hub[space] @ {PACKAGE[1]}\n"
+    header = SpaceCard(server.store.path(app, tree["README.md"]).read_text())
     assert header.data.get("models") == ["pivot/tiny-sft", "pivot/tiny-dpo"]
     assert header.data.get("sdk") == "gradio"
     assert "pair.json" not in app.commit_at("main").tree  # without MLLMs, the app starts with the bundle that it ships
@@ -355,13 +358,14 @@ def test_a_space_starts_with_the_mllms_it_is_pushed_for(tmp_path: Path, monkeypa
     monkeypatch.setattr(remote, "hf_hub_download", download_config)
     mllms = remote.find_mllms(["me/sft", "me/dpo", "me/encoder", "me/parent"])
     assert mllms == ["me/sft", "me/dpo", "me/parent"]
-    with stage_space("me/app", ["me/sft", "me/dpo", "me/encoder", "me/parent"], mllms) as publication:
+    everything = ["me/sft", "me/dpo", "me/encoder", "me/parent"]
+    with stage_space("me/app", everything, "pivot-hub[space]==9", mllms) as publication:
         app = load_module(publication.folder / "app.py")
         names, _ = app.names_from_environment()
         assert (names.first, names.second, names.parent) == ("me/sft", "me/dpo", "me/parent")
         monkeypatch.setenv("PIVOT_FIRST", "you/sft")
         assert app.names_from_environment()[0].first == "you/sft"
-    with stage_space("me/app", ["me/encoder"]) as publication:
+    with stage_space("me/app", ["me/encoder"], "pivot-hub[space]==9") as publication:
         assert not (publication.folder / "pair.json").exists()
 
 
@@ -380,6 +384,7 @@ def test_bad_input_is_one_line(server: HubServer, encoder: Path, work: Path) -> 
         (["push", "nowhere"], 2, "push takes ENCODER REPO"),
         (["push", "a", "b", "c"], 2, "push takes ENCODER REPO"),
         (["push", "ada/sft", "ada/page", "--space", "--static"], 2, "push --static takes LEFT RIGHT SPACE"),
+        (["push", "ada/sft", "ada/app", "--space", "--package", "torch==2.13.0"], 2, "is not pivot-hub"),
         (["push", "ada/none", "ada/none", "ada/page", "--space", "--static"], 1, "no such repository"),
         (["push", "nowhere", "ada/x", *prose], 1, "there is no such folder"),
         (["push", mine, "ada/x/y", *prose], 1, "is not a valid repository name"),

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pivot_hub.config.recipe import load_recipe
-from pivot_hub.errors import CheckpointError, RecipeError, TrainingError
+from pivot_hub.errors import CheckpointError, RecipeError, SourceError, TrainingError
 from pivot_hub.mllm.blank_image import encode_blank_images
 from pivot_hub.mllm.build import build_mllm
 from pivot_hub.mllm.extract import extract_encoder
@@ -421,6 +421,7 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
         app(command[1:], standalone_mode=False)
     assert sent["secrets"] == {"HF_TOKEN": "hf_secret"}
     assert sent["flavor"] == "a100x4"
+    assert sent["command"][sent["command"].index("--with") + 1] == "pivot-hub==9"
     places = {v.mount_path: (v.source, bool(v.read_only)) for v in sent["volumes"]}
     assert places == {"/runs": ("me/runs", False), "/recipes/tiny": ("me/jobs", True), "/accelerate": ("me/jobs", True)}
     tail = "--num_processes 4 -m pivot_hub train /recipes/tiny/1-align.yaml args.max_steps=3 --runs /runs"
@@ -431,7 +432,7 @@ def test_a_job_is_what_the_hub_command_takes(recipes: Path, tmp_path: Path, monk
     far = load_recipe(recipes / "1-align.yaml", [f"model.vision={tmp_path}"])
     with pytest.raises(RecipeError, match="lies outside of the recipe's folder"):
         hf_job_command(far, flavor="a10g-small", bucket="me/runs", package="pivot-hub")
-    with pytest.raises(RecipeError, match="none of this machine's files"):
+    with pytest.raises(SourceError, match="is on this machine, of whose files the other has none"):
         hf_job_command(loaded, flavor="a10g-small", bucket="me/runs", package=str(tmp_path))
 
 
@@ -449,12 +450,11 @@ def test_a_job_is_submitted_only_if_its_package_can_be_installed(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # an index that has none
     command = ["jobs", str(recipes / "1-align.yaml"), "--bucket", "me/runs", "--submit"]
-    for more, message in (([], "give --package"), (["--package", "pivot-hub==99"], "Nothing was submitted")):
-        result = CliRunner().invoke(app, [*command, *more])
-        assert isinstance(result.exception, RecipeError)
-        assert message in str(result.exception)
-        assert not submitted.exists()
-    monkeypatch.setattr("pivot_hub.training.jobs.check_package", lambda package: None)
+    result = CliRunner().invoke(app, [*command, "--package", "pivot-hub==99"])
+    assert isinstance(result.exception, SourceError)
+    assert "pivot-hub==99 cannot be installed" in str(result.exception)
+    assert not submitted.exists()
+    monkeypatch.setattr("pivot_hub.package_source.check_installable", lambda package: None)
     assert CliRunner().invoke(app, [*command, "--package", "pivot-hub==99"]).exit_code == 0
     assert submitted.exists()
 
