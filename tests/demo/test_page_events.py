@@ -169,7 +169,7 @@ def _texts(state: ViewState) -> dict[str, Any]:
 def test_an_unexpected_error_is_a_message_without_its_text(
     events: PageEvents, example: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any) -> Any:
         raise RuntimeError("/secret/path")
 
     monkeypatch.setattr(events.service, "compare", fail)
