@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -44,21 +43,22 @@ def build(dist: Path) -> tuple[Path, Path]:
     """Build the sdist from the checkout and the wheel from the sdist, so that the sdist is known to be complete.
 
     Args:
-        dist: Folder that both are written to; other versions in it are deleted.
+        dist: Folder that both are written to; earlier builds of this package in it are deleted, and nothing else.
 
     Returns:
         The sdist and the wheel.
     """
-    shutil.rmtree(dist, ignore_errors=True)
-    dist.mkdir(parents=True)
+    dist.mkdir(parents=True, exist_ok=True)
+    for earlier in (*dist.glob("pivot_hub-*.tar.gz"), *dist.glob("pivot_hub-*.whl")):
+        earlier.unlink()
     _run([sys.executable, "-m", "hatchling", "build", "--target", "sdist", "--directory", str(dist)], ROOT)
-    (sdist,) = dist.glob("*.tar.gz")
+    (sdist,) = dist.glob("pivot_hub-*.tar.gz")
     with tempfile.TemporaryDirectory() as temporary:
         with tarfile.open(sdist) as archive:
             archive.extractall(temporary, filter="data")
         (source,) = Path(temporary).iterdir()
         _run([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(dist)], source)
-    (wheel,) = dist.glob("*.whl")
+    (wheel,) = dist.glob("pivot_hub-*.whl")
     _run([sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], dist)
     return sdist, wheel
 

@@ -72,7 +72,11 @@ def test_there_are_templates_for_bugs_models_and_ideas() -> None:
 
 @pytest.mark.slow
 def test_sdist_and_wheel_are_built_and_pass_twine(tmp_path: Path) -> None:
+    (tmp_path / "dist").mkdir()
+    for name in ("notes.txt", "pivot_hub-0.0.1-py3-none-any.whl"):
+        (tmp_path / "dist" / name).touch()
     sdist, wheel = build(tmp_path / "dist")
+    assert {file.name for file in (tmp_path / "dist").iterdir()} == {"notes.txt", sdist.name, wheel.name}
     assert sdist.name == f"pivot_hub-{pivot_hub.__version__}.tar.gz"
     assert wheel.name == f"pivot_hub-{pivot_hub.__version__}-py3-none-any.whl"
     with tarfile.open(sdist) as archive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from pivot_hub.demo.turns import Turns
 Updates = dict[Any, Any]
 
 
-class VisitorEvents:
+class VisitorEvents(ABC):
     """Base of the functions behind the controls of a mode. They keep no state of a visitor, one of several at a time.
 
     Every function returns its updates as a dict of components; the components it leaves out stay as they are.
@@ -29,9 +30,9 @@ class VisitorEvents:
         self._kept = kept
         self._turns = Turns()
 
+    @abstractmethod
     def failed(self, error: Exception, values: Sequence[Any]) -> Updates:
         """Return the updates that show the error of a function of these values."""
-        raise NotImplementedError
 
     def take_turn(self, kind: str, function: Callable[..., Updates], values: Sequence[Any]) -> Any:
         """Run a function after the visitor's earlier calls; an error becomes a message, and the page stays as it is.
@@ -49,7 +50,7 @@ class VisitorEvents:
             values = [latest.get(self._kept.get(type(value)), value) for value in values]
             try:
                 updates = function(*values)
-            except Exception as error:
+            except Exception as error:  # `failed` shows it, and logs one that is not of this package
                 return self.failed(error, values)
             latest.update({component: updates[component] for component in self._kept.values() if component in updates})
             return updates
