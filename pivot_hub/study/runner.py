@@ -31,7 +31,7 @@ from pivot_hub.study.learning_rate import best_learning_rate, score_candidate
 from pivot_hub.study.measures import measure_run
 from pivot_hub.training.stage import run_stage
 
-FORMAT = 1  # version of the measures of a cell: a change of it measures every cell again
+FORMAT = 2  # version of the measures of a cell: a change of it measures every cell again
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 

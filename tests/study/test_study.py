@@ -32,19 +32,14 @@ from pivot_hub.probes import ranking
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
+from pivot_hub.study.comparisons import factor_rows, frontier_points
+from pivot_hub.study.counterfactuals import probe_counterfactuals, rank_counterfactuals, sensitivity
 from pivot_hub.study.design import Cell, Study, load_study
-from pivot_hub.study.measures import (
-    _kinds_of_words,
-    feature_drift,
-    hidden_states,
-    probe_counterfactuals,
-    rank_counterfactuals,
-    sensitivity,
-    word_gradients,
-)
-from pivot_hub.study.report import factor_rows, frontier_points, write_report
+from pivot_hub.study.movement import feature_drift, hidden_states
+from pivot_hub.study.report import write_report
 from pivot_hub.study.runner import chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
+from pivot_hub.study.word_gradients import _kinds_of_words, word_gradients
 
 SHAPES = RECIPES / "shapes"
 TINY = {
