@@ -50,6 +50,7 @@ def draw_frontier(frontier: Frontier, lines: Mapping[str, Sequence[FrontierPoint
         path: PNG file that is written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7.6, 4.6))
     ax = figure.subplots()
@@ -59,6 +60,9 @@ def draw_frontier(frontier: Frontier, lines: Mapping[str, Sequence[FrontierPoint
         ax.fill_between(x, y - half, y + half, color=colour, alpha=0.12, linewidth=0)
         ax.errorbar(x, y, half, color=colour, label=line, marker="o", markersize=4, linewidth=1.3, capsize=2)
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.minorticks_off()
     ax.set_xlabel(f"{frontier.x}, percent", fontsize=8)
     ax.set_ylabel(f"{frontier.y}: points above {baseline}", fontsize=8)
     ax.tick_params(labelsize=8)
