@@ -338,4 +338,10 @@ def test_the_pages_figures_of_the_space_are_those_of_the_record() -> None:
     assert (crowd["count"], crowd["errors"], len(record["browser_click_s"]["all"])) == (20, [], 20)
     assert f"ready in {record['ready_s']:.1f} s, of which {record['ready_cpu_s']:.1f} s computing" in page
     assert f"{record['browser_click_s']['median']:.2f} s from a click" in page
-    assert f"the last after {max(crowd['seconds']):.1f} s" in page
+    assert crowd["p95_s"] < 6
+    assert f"95% of them within {crowd['p95_s']:.1f} s and the last after {max(crowd['seconds']):.1f} s" in page
+    others = record["encoder_visitors"]
+    assert (others["count"], others["errors"]) == (20, [])
+    assert f"20 visitors of `/encoders`, no error, 95% within {others['p95_s']:.1f} s" in page
+    before, after = record["memory_mb"]
+    assert f"memory {before:.0f} MB before, {after:.0f} MB after {record['looks']} further looks" in page
