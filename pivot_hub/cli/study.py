@@ -17,6 +17,10 @@ def study(
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at a time; they share the cores, or take the GPUs in turn.")
     ] = 1,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Run these of the study's seeds only, comma-separated; a table in OUTPUT keeps its others."),
+    ] = None,
     report: Annotated[
         bool,
         typer.Option(
@@ -31,7 +35,7 @@ def study(
     from pivot_hub.study.design import load_study
     from pivot_hub.study.report import write_report
     from pivot_hub.study.runner import run_study
-    from pivot_hub.study.table import collect_table, read_table, write_table
+    from pivot_hub.study.table import collect_table, earlier_table, read_table, write_table
 
     design = load_study(study)
     if report:
@@ -39,11 +43,13 @@ def study(
         table = read_table(folder / f"{design.path.stem}.parquet")
     else:
         folder = output or Path("study")
+        file = folder / f"{design.path.stem}.parquet"
+        earlier = earlier_table(design, folder, file)
         try:
-            run_study(design.path, folder, jobs, log=log)
+            run_study(design.path, folder, jobs, log, None if seeds is None else numbers("--seeds", seeds, int))
         finally:
-            table = collect_table(design, folder)
-            write_table(table, folder / f"{design.path.stem}.parquet")
+            table = collect_table(design, folder, earlier)
+            write_table(table, file)
     text = folder / f"{design.path.stem.upper()}.md"
     write_report(design, table, text)
     log(f"report: {text}")

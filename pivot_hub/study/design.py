@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,9 +212,21 @@ class Study:
         stage = self.stage(run)
         return stage is None or stage_of(stage).base_part
 
-    def cells(self) -> list[Cell]:
-        """All cells in the order of the runs: base parts, candidates of searches, and final ones."""
-        return [cell for run in self.spec.runs for cell in (*self.candidates(run), *self.finals(run))]
+    def cells(self, seeds: Sequence[int] | None = None) -> list[Cell]:
+        """The cells in the order of the runs: base parts, candidates of searches, and final ones.
+
+        Args:
+            seeds: Seeds whose cells are listed, besides those that all seeds share; all by default.
+
+        Raises:
+            RecipeError: The study has no such seed.
+        """
+        if unknown := set(seeds or ()) - set(self.spec.seeds):
+            known = ", ".join(map(str, self.spec.seeds))
+            raise RecipeError(f"{self.path}: no seed {min(unknown)}; the study's seeds are {known}.")
+        cells = [cell for run in self.spec.runs for cell in (*self.candidates(run), *self.finals(run))]
+        left_out = set() if seeds is None else set(self.spec.seeds) - set(seeds)
+        return [cell for cell in cells if cell.seed not in left_out]
 
     def finals(self, run: str) -> list[Cell]:
         """The cells of a run that are reported, one a seed or one in all.

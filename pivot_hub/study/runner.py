@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -40,6 +40,7 @@ def run_study(
     output: Path,
     jobs: int = 1,
     log: Callable[[str], None] = print,
+    seeds: Sequence[int] | None = None,
 ) -> Study:
     """Train and measure every cell of a study; cells that are finished are left as they are.
 
@@ -52,19 +53,21 @@ def run_study(
         jobs: Number of cells that run at a time, each in a process of its own. Processes take the GPUs in turn, or
             share the CPU cores.
         log: Callback that receives progress, one line at a time.
+        seeds: The study's seeds whose cells are run, with the cells that they need; all by default.
 
     Raises:
-        RecipeError: The study's file is wrong, or a recipe with its overrides is.
+        RecipeError: The study's file is wrong, or a recipe with its overrides is; or the study has no such seed.
         TrainingError: Cells failed (the message names the first), or a process was killed.
     """
     study = load_study(path)
+    cells = study.cells(seeds)
     context = multiprocessing.get_context("spawn")
     try:
         with (
             _share_of_cores(jobs),
             ProcessPoolExecutor(jobs, context, _set_up_process, (context.Value("i", 0),)) as pool,
         ):
-            done = _run_cells(study, output, pool, jobs, log)
+            done = _run_cells(study, cells, output, pool, jobs, log)
     except BrokenProcessPool:
         raise TrainingError(
             "a process of the study was killed from outside, perhaps because memory ran out. What is finished is kept: "
@@ -80,10 +83,10 @@ def run_study(
 
 
 def _run_cells(
-    study: Study, output: Path, pool: ProcessPoolExecutor, jobs: int, log: Callable[[str], None]
+    study: Study, cells: Sequence[Cell], output: Path, pool: ProcessPoolExecutor, jobs: int, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Give each cell to the pool as soon as those it needs are done, and return the metadata of all cells by name."""
-    waiting = study.cells()
+    waiting = list(cells)
     progress = _Progress(len(waiting), log)
     done: dict[str, dict[str, Any]] = {}
     running: dict[Future[dict[str, Any]], Cell] = {}

@@ -20,7 +20,7 @@ from pivot_hub.errors import ProbeError
 from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import resample
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from pivot_hub.provenance import source_commit, versions
-from pivot_hub.study.design import Study
+from pivot_hub.study.design import Cell, Study
 from pivot_hub.study.runner import cell_metadata
 
 DRAWS = 200  # resamples of the test items; the standard errors they give are accurate to 5%
@@ -77,15 +77,26 @@ class StudyTable:
         }
 
 
-def collect_table(study: Study, output: Path) -> StudyTable:
+def collect_table(study: Study, output: Path, earlier: StudyTable | None = None) -> StudyTable:
     """Read the results of a study so far, in the study's order.
 
     Args:
         study: Study whose results are read.
         output: Folder of the study's output.
+        earlier: Table of the same plan, such as that of other seeds on another machine; its rows of cells that the
+            output does not have are kept.
     """
-    rows, machines = [], []
-    for cell, metadata in cell_metadata(study, output):
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for row in earlier.rows if earlier else ():
+        kept.setdefault(_cell_of(row).name, []).append(row)
+    known = dict(cell_metadata(study, output))
+    rows: list[dict[str, Any]] = []
+    machines = []
+    for cell in study.cells():
+        if cell not in known:
+            rows += kept.get(cell.name, [])
+            continue
+        metadata = known[cell]
         training = metadata.get("training", {})
         common = {
             **dict.fromkeys(SCHEMA.names),
@@ -105,8 +116,32 @@ def collect_table(study: Study, output: Path) -> StudyTable:
             "study_sha256": study.sha256,
             "commit": source_commit(),
             "versions": versions(),
-            "machine": machines[0] if machines else None,
+            "machine": machines[0] if machines else earlier.metadata["machine"] if earlier else None,
         },
+    )
+
+
+def earlier_table(study: Study, output: Path, path: Path) -> StudyTable | None:
+    """Read the table that a study's command is about to write anew; None where it has nothing to keep.
+
+    Args:
+        study: Study that is about to run.
+        output: Folder of the study's output, whose own results are collected again.
+        path: File of the table.
+
+    Raises:
+        ProbeError: The table is that of another plan and has rows that the output has not, which would be lost.
+    """
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    if table.metadata["study_sha256"] == study.sha256:
+        return table
+    if all((output / "cells" / f"{cell.name}.json").is_file() for cell in map(_cell_of, table.rows)):
+        return None
+    raise ProbeError(
+        f"{path} has rows of another plan than {study.path} that are only there, and nothing was run: move it away, "
+        "or give another --output."
     )
 
 
@@ -134,6 +169,10 @@ def read_table(path: Path) -> StudyTable:
     except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ProbeError(f"{path} is not the table of a study ({error}); `pivot study` writes one.") from error
     return StudyTable(table.to_pylist(), metadata)
+
+
+def _cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(row["run"], row["seed"], row["candidate"])
 
 
 def _result_columns(result: ProbeResult) -> dict[str, Any]:

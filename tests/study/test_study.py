@@ -263,6 +263,41 @@ def test_the_command_reports_and_seeds_are_compared(finished: tuple[Path, Path],
     assert "holds no seed-<n>.json" in str(run.exception)
 
 
+@pytest.mark.slow
+def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
+    """The second machine has the first one's table only, and trains its own parents."""
+    study = miniature(tmp_path, {"instruct"})
+    spec = yaml.safe_load(study.read_text())
+    spec["factors"] = [{"title": "a", "question": "b", "pairs": [["align", "instruct"]], "measures": ["colour"]}]
+    del spec["runs"]["instruct"]["measure"]
+    study.write_text(yaml.safe_dump(spec, sort_keys=False))
+    for machine, seed in (("a", "0"), ("b", "1")):
+        (tmp_path / machine).mkdir()
+        if machine == "b":
+            shutil.copy2(tmp_path / "a" / "study.parquet", tmp_path / "b")
+        run = CliRunner().invoke(app, ["study", str(study), "--seeds", seed, "--output", str(tmp_path / machine)])
+        assert run.exit_code == 0, run.output
+        trained = {folder.name for folder in (tmp_path / machine / "runs" / "instruct").glob("seed-?")}
+        assert trained == {f"seed-{seed}"}
+    first, both = (read_table(tmp_path / machine / "study.parquet").rows for machine in ("a", "b"))
+    assert {(row["run"], row["seed"]) for row in both} == {(run, s) for run in ("align", "instruct") for s in (0, 1)}
+    assert [row for row in both if row["seed"] == 0] == first
+    # A changed plan would lose the other machine's rows.
+    study.write_text(yaml.safe_dump(spec | {"seeds": [0, 1, 2]}, sort_keys=False))
+    run = CliRunner().invoke(app, ["study", str(study), "--output", str(tmp_path / "b")])
+    assert isinstance(run.exception, ProbeError)
+    assert "rows of another plan" in str(run.exception)
+    assert "that are only there" in str(run.exception)
+    assert read_table(tmp_path / "b" / "study.parquet").rows == both
+
+
+def test_an_unknown_seed_is_an_error_message(tmp_path: Path) -> None:
+    study = load_study(miniature(tmp_path, {"base", "sft"}))
+    assert {cell.seed for cell in study.cells([1])} == {None, 100, 1}
+    with pytest.raises(RecipeError, match=r"no seed 7; the study's seeds are 0, 1\."):
+        study.cells([7])
+
+
 def test_a_missing_table_is_an_error_message(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="`pivot study` writes one"):
         read_table(tmp_path / "study.parquet")
