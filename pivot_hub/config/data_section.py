@@ -67,6 +67,8 @@ class ShapesData(Strict):
             `question`, a question with its answer; both by default.
         wrong_images: Whether each row shows the image of another row, so that its text is wrong: noise as a control,
             which should make an encoder worse.
+        wrong_answers: JSON file of wrong answers, relative to the recipe, as `study.on_policy` writes an MLLM's own:
+            rows of `pairs` ask the questions of content `questions`, and those without a wrong answer are left out.
         world: Settings of the dataset.
     """
 
@@ -80,6 +82,7 @@ class ShapesData(Strict):
     counterfactual: bool | None = None
     forms: list[Literal["describe", "question"]] | None = Field(None, min_length=1)
     wrong_images: bool | None = None
+    wrong_answers: str | None = None
     world: ShapesSettings = ShapesSettings()
 
 

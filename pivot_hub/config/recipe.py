@@ -442,6 +442,15 @@ def _check_sources(recipe: Recipe, where: Where, stage: Stage) -> None:
             raise RecipeError(
                 f"{where('data', i, 'wrong_images')}: `wrong_images` needs two rows or more, without counterfactual."
             )
+        if (
+            isinstance(source, ShapesData)
+            and source.wrong_answers
+            and (source.content != "pairs" or source.slip or source.counterfactual or source.forms)
+        ):
+            raise RecipeError(
+                f"{where('data', i, 'wrong_answers')}: `wrong_answers` is for content: pairs, without slip, "
+                "counterfactual and forms."
+            )
         if isinstance(source, ShapesData) and source.kinds and source.content != "questions":
             raise RecipeError(f"{where('data', i, 'kinds')}: `kinds` is for content: questions.")
         if isinstance(source, FileData) and source.answer_words and source.format != "vqa":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
@@ -95,9 +95,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ShapesSource:
-    """Rows of the synthetic Shapes dataset; see `data.synthetic`."""
+    """Rows of the synthetic Shapes dataset; see `data.synthetic`.
+
+    Args:
+        spec: Source of a recipe.
+        wrong_answers: Wrong answers by the number of their scene, of a source that takes them from a file.
+    """
 
     spec: ShapesData
+    wrong_answers: Mapping[int, str] | None = None
 
     @property
     def dataset(self) -> ShapesDataset:
@@ -116,7 +122,10 @@ class ShapesSource:
                 continue
             scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
             kind, form = self._kind_and_form(i)
-            if spec.content == "questions":
+            if self.wrong_answers is not None:
+                if i in self.wrong_answers:
+                    yield replace(_verifiable(scene, name, image, kind, rng), rejected=self.wrong_answers[i])
+            elif spec.content == "questions":
                 kinds: Sequence[QuestionKind] = spec.kinds or KINDS
                 yield _verifiable(scene, name, image, kinds[i % len(kinds)], rng)
             elif spec.content == "captions":
@@ -493,7 +502,9 @@ def _message(role: str, text: str, image: bool = False) -> dict[str, Any]:
 
 def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     if isinstance(spec, ShapesData):
-        return ShapesSource(spec)
+        if spec.wrong_answers is None:
+            return ShapesSource(spec)
+        return ShapesSource(spec, _read_wrong_answers(Path(loaded.locate(spec.wrong_answers))))
     path = _resolve(loaded, "path", spec.path, spec)
     images = None if spec.images is None else _resolve(loaded, "images", spec.images, spec)
     if images is not None and images.is_file() and images.suffix not in ARCHIVES:
@@ -507,6 +518,17 @@ def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     store = FileStore(images) if images is not None else None
     files = tuple(_annotation_files(path, spec, images))
     return FileSource(spec.format, files, folder, store, spec.answer_words or ANSWER_WORDS)
+
+
+def _read_wrong_answers(file: Path) -> dict[int, str]:
+    """Read a file of wrong answers, `{"answers": {"SCENE": "ANSWER"}}`."""
+    try:
+        answers = json.loads(file.read_text(encoding="utf-8"))["answers"]
+        return {int(scene): str(answer) for scene, answer in answers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: no file of wrong answers ({type(error).__name__}); it holds {{'answers': {{'SCENE': 'ANSWER'}}}}."
+        ) from error
 
 
 def _resolve(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Path:

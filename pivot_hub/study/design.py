@@ -22,6 +22,8 @@ from pivot_hub.probes.run import Sizes
 
 Measure = Literal["encoder", "maps", "answers", "harder", "distance", "gradients", "counterfactuals", "blind"]
 
+WRONG_ANSWERS = "data.0.wrong_answers"  # key of the recipe of a run with a policy
+
 
 class RunSpec(Strict):
     """One run of a study. It is trained once for each seed; a base part is trained once in all.
@@ -36,6 +38,8 @@ class RunSpec(Strict):
         frozen: Parts that the recipe trains and this run does not.
         rates: Candidates for the learning rate of every trained part; the one with the best validation score is used.
         rate_of: Run whose learning rate this one shares.
+        policy: Run whose MLLM's own wrong answers are the rejected ones: it answers each question of the recipe's first
+            source once, and the rows that it answers right are left out.
         measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers, the
             probability of true ones, and ranked pairs), `harder` (probes and answers on the harder datasets too),
             `distance` (of the weights, and of each layer's features, from the parent), `gradients` (of words and of
@@ -53,6 +57,7 @@ class RunSpec(Strict):
     frozen: list[Literal["vision", "projector", "language"]] = Field([])
     rates: list[LearningRate] | None = Field(None, min_length=2)
     rate_of: str | None = None
+    policy: str | None = None
     measure: list[Measure] = Field([])
 
 
@@ -189,6 +194,9 @@ class Study:
         for factor in plan["factors"]:
             if factor["frontier"] is None:
                 del factor["frontier"]
+        for run in plan["runs"].values():
+            if run["policy"] is None:
+                del run["policy"]
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -245,7 +253,7 @@ class Study:
     def needs(self, cell: Cell) -> list[Cell]:
         """The cells that must be finished before a cell starts."""
         spec = self.spec.runs[cell.run]
-        needed = [self.same_seed(run, cell) for run in (spec.parent, spec.vision, spec.language) if run]
+        needed = [self.same_seed(run, cell) for run in (spec.parent, spec.vision, spec.language, spec.policy) if run]
         if cell.learning_rate is None:
             needed += self.candidates(spec.rate_of or cell.run)
         return needed
@@ -254,13 +262,13 @@ class Study:
         """The cell of another run that a cell builds on."""
         return Cell(run, None if self.shared_by_seeds(run) else cell.seed)
 
-    def overrides(self, cell: Cell, learning_rate: float | None, parts: Mapping[str, str]) -> list[str]:
+    def overrides(self, cell: Cell, learning_rate: float | None, files: Mapping[str, str]) -> list[str]:
         """Overrides of a cell's recipe.
 
         Args:
             cell: Cell of a run with a recipe.
             learning_rate: Learning rate of every trained part; None keeps the recipe's own.
-            parts: Folders of the encoder and language model that replace the base parts, by their name in `model`.
+            files: Files and folders of the study's output that the recipe reads, by their keys in it.
         """
         spec = self.spec.runs[cell.run]
         seed = 0 if cell.seed is None else cell.seed
@@ -270,13 +278,13 @@ class Study:
             trained = self._recipes[cell.run].recipe.learning_rate.trained()
             overrides += [f"learning_rate.{part}={learning_rate}" for part in trained]
         overrides += [f"learning_rate.{part}=null" for part in spec.frozen]
-        return overrides + [f"model.{part}={folder}" for part, folder in parts.items()]
+        return overrides + [f"{key}={path}" for key, path in files.items()]
 
-    def load(self, cell: Cell, learning_rate: float | None = None, parts: Mapping[str, str] = {}) -> LoadedRecipe:
+    def load(self, cell: Cell, learning_rate: float | None = None, files: Mapping[str, str] = {}) -> LoadedRecipe:
         """Load the recipe of a cell; see `overrides` for the arguments."""
         recipe = self.spec.runs[cell.run].recipe
         assert recipe is not None
-        return load_recipe(self.path.parent / f"{recipe}.yaml", self.overrides(cell, learning_rate, parts))
+        return load_recipe(self.path.parent / f"{recipe}.yaml", self.overrides(cell, learning_rate, files))
 
     @cached_property
     def _recipes(self) -> dict[str, LoadedRecipe]:
@@ -294,7 +302,7 @@ class Study:
         pending = [run for run, spec in self.spec.runs.items() if spec.rates]
         while pending:
             spec = self.spec.runs[pending.pop()]
-            new = {run for run in (spec.parent, spec.vision) if run} - parents
+            new = {run for run in (spec.parent, spec.vision, spec.policy) if run} - parents
             pending += new
             parents |= new
         return parents
@@ -331,7 +339,7 @@ def _problems(study: Study) -> Iterator[str]:
     for place, (name, run) in enumerate(spec.runs.items()):
         if (run.recipe is None) == (run.encoder is None):
             yield f"`runs.{name}` needs either `recipe` or `encoder`."
-        for key in ("parent", "vision", "language", "rate_of"):
+        for key in ("parent", "vision", "language", "rate_of", "policy"):
             other = getattr(run, key)
             if other is not None and other not in known[:place]:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
@@ -358,4 +366,4 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"`factors.{i}.measures` names {measure!r}, which is not a measure{hint}."
     for cell in study.cells():
         if spec.runs[cell.run].recipe is not None:
-            study.load(cell, cell.learning_rate)
+            study.load(cell, cell.learning_rate, {WRONG_ANSWERS: "answers"} if spec.runs[cell.run].policy else {})

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.config.stages import stage_of
 from pivot_hub.encoder.repository import encoder_metadata
@@ -26,9 +27,10 @@ from pivot_hub.files import write_json
 from pivot_hub.mllm.extract import extract_once
 from pivot_hub.probes.result import read_results, write_results
 from pivot_hub.provenance import machine
-from pivot_hub.study.design import Cell, Study, load_study
+from pivot_hub.study.design import WRONG_ANSWERS, Cell, Study, load_study
 from pivot_hub.study.learning_rate import best_learning_rate, score_candidate
 from pivot_hub.study.measures import measure_run
+from pivot_hub.study.on_policy import write_wrong_answers
 from pivot_hub.training.stage import run_stage
 
 FORMAT = 2  # version of the measures of a cell: a change of it measures every cell again
@@ -157,7 +159,7 @@ def run_cell(path: str, cell: Cell, output: Path) -> dict[str, Any]:
     try:
         is_candidate = cell.learning_rate is not None
         learning_rate = cell.learning_rate if is_candidate else chosen_learning_rate(study, cell, output)
-        loaded = None if recipe is None else study.load(cell, learning_rate, _replaced_parts(study, cell, output))
+        loaded = None if recipe is None else study.load(cell, learning_rate, _files(study, cell, output))
         key = _key(study, cell, loaded, output)
         earlier = _read(output / "cells" / f"{cell.name}.json")
         results = output / "results" / f"{cell.name}.json"
@@ -200,6 +202,11 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
     """Train a cell unless its checkpoint is finished, extract and measure it, and return its part of the metadata."""
     spec, results_file = study.spec.runs[cell.run], output / "results" / f"{cell.name}.json"
     parent = None if spec.parent is None else output / "runs" / study.same_seed(spec.parent, cell).name
+    if spec.policy is not None:
+        source = loaded.recipe.data[0]
+        assert isinstance(source, ShapesData)
+        policy = output / "runs" / study.same_seed(spec.policy, cell).name
+        write_wrong_answers(policy, source, output / "answers" / f"{cell.name}.json")
     checkpoint = run_stage(loaded, output=output / "runs" / cell.name, parent=parent, log=lambda line: None)
     report = _read(checkpoint / "report.json")
     metadata = {
@@ -226,17 +233,24 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
     return metadata
 
 
-def _replaced_parts(study: Study, cell: Cell, output: Path) -> dict[str, str]:
-    """Folders of the encoder and language model that replace the base parts, in this cell or in one it starts from."""
+def _files(study: Study, cell: Cell, output: Path) -> dict[str, str]:
+    """Files and folders of the output that a cell's recipe reads, by their keys in it.
+
+    They are the encoder and language model that replace the base parts, in this cell or in one it starts from, and the
+    wrong answers of a policy.
+    """
     spec = study.spec.runs[cell.run]
-    parts = {} if spec.parent is None else _replaced_parts(study, study.same_seed(spec.parent, cell), output)
+    files = {} if spec.parent is None else _files(study, study.same_seed(spec.parent, cell), output)
+    files.pop(WRONG_ANSWERS, None)
     if spec.vision:
         source = study.same_seed(spec.vision, cell)
         folder = "runs" if source.seed is None else "encoders"
-        parts["vision"] = study.spec.runs[spec.vision].encoder or str(output / folder / source.name)
+        files["model.vision"] = study.spec.runs[spec.vision].encoder or str(output / folder / source.name)
     if spec.language:
-        parts["language"] = str(output / "runs" / study.same_seed(spec.language, cell).name)
-    return parts
+        files["model.language"] = str(output / "runs" / study.same_seed(spec.language, cell).name)
+    if spec.policy:
+        files[WRONG_ANSWERS] = str((output / "answers" / f"{cell.name}.json").resolve())
+    return files
 
 
 def _key(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) -> str:
@@ -251,7 +265,13 @@ def _key(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) ->
         "worlds": [study.dataset.to_dict(), *(dataset.to_dict() for dataset in study.harder.values())],
         "sizes": asdict(study.sizes),
     }
-    recipe = None if loaded is None else loaded.recipe.model_copy(update={"model": None}).sha256()
+    recipe = None
+    if loaded is not None:  # without the paths of the output: what is there follows from the cells that are needed
+        data = [
+            each.model_copy(update={"wrong_answers": None}) if isinstance(each, ShapesData) else each
+            for each in loaded.recipe.data
+        ]
+        recipe = loaded.recipe.model_copy(update={"model": None, "data": data}).sha256()
     sources = [FORMAT, cell.name, recipe, needed, measured]
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from pivot_hub.data.index import index_rows
 from pivot_hub.data.llava import parse_conversation
 from pivot_hub.data.report import CheckResult
 from pivot_hub.data.row import ImageSize, Row
-from pivot_hub.data.source import ShapesSource, example
+from pivot_hub.data.source import ShapesSource, example, sources_of
 from pivot_hub.data.synthetic import DESCRIBE, KINDS, draw_counterfactual
 from pivot_hub.errors import DataError, RecipeError
 
@@ -317,12 +317,32 @@ def test_a_counterfactual_row_shows_the_scene_that_its_chosen_answer_is_right_fo
     [
         ("content: pairs, counterfactual: true, wrong_images: true, rows: 4", "`wrong_images` needs two rows or more"),
         ("content: pairs, wrong_images: true, rows: 1", "`wrong_images` needs two rows or more"),
+        (
+            "content: pairs, counterfactual: true, wrong_answers: a.json, rows: 4",
+            "`wrong_answers` is for content: pairs",
+        ),
+        ("content: pairs, forms: [describe], wrong_answers: a.json, rows: 4", "without slip, counterfactual and forms"),
     ],
 )
-def test_sources_that_cannot_have_wrong_images_are_refused(data: str, message: str, recipes: Path) -> None:
+def test_sources_whose_settings_exclude_each_other_are_refused(data: str, message: str, recipes: Path) -> None:
     file = recipes / "3-dpo.yaml"
     with pytest.raises(RecipeError, match=message):
         load_recipe(file, [f"data=[{{format: shapes, {data}}}]"])
+
+
+@pytest.mark.parametrize(
+    "text", [None, "[", '{"1": "It is red."}', '{"answers": {"one": "It is red."}}', '{"answers": []}']
+)
+def test_a_file_that_holds_no_wrong_answers_is_an_error_message(
+    text: str | None, recipes: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "answers.json"
+    if text is not None:
+        file.write_text(text)
+    data = f"data=[{{format: shapes, content: pairs, rows: 4, wrong_answers: {file}}}]"
+    loaded = load_recipe(recipes / "3-dpo.yaml", [data])
+    with pytest.raises(DataError, match=r"answers\.json: no file of wrong answers .*'SCENE': 'ANSWER'"):
+        sources_of(loaded)
 
 
 def test_forms_of_captions_are_refused(recipes: Path) -> None:

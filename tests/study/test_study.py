@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from pivot_hub.cli import app
+from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import RECIPES
+from pivot_hub.data.row import Row
+from pivot_hub.data.source import ShapesSource
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.demo.packed_bundle import shipped_bundle
 from pivot_hub.encoder import PivotVisionModel
@@ -36,6 +39,7 @@ from pivot_hub.study.comparisons import factor_rows, frontier_points
 from pivot_hub.study.counterfactuals import probe_counterfactuals, rank_counterfactuals, sensitivity
 from pivot_hub.study.design import Cell, Study, load_study
 from pivot_hub.study.movement import feature_drift, hidden_states
+from pivot_hub.study.on_policy import write_wrong_answers
 from pivot_hub.study.report import write_report
 from pivot_hub.study.runner import chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
@@ -289,6 +293,52 @@ def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
     assert "rows of another plan" in str(run.exception)
     assert "that are only there" in str(run.exception)
     assert read_table(tmp_path / "b" / "study.parquet").rows == both
+
+
+def test_wrong_answers_of_a_policy_are_its_own(tmp_path: Path, trained: Path) -> None:
+    """Every question has one answer; the rows are those answered wrong, with the right answer as the chosen one."""
+    spec = ShapesData(format="shapes", content="pairs", rows=12, start=50)
+    file = tmp_path / "answers.json"
+    write_wrong_answers(trained / "2-instruct", spec, file)
+    written = json.loads(file.read_text())
+    assert written["asked"] == 12
+    # A random model answers nothing right, or nothing complete: the rows are read from a file that is known.
+    written["answers"] = {"51": "It is a moon.", "60": "Nine."}
+    file.write_text(json.dumps(written))
+    before = file.stat().st_mtime_ns
+    write_wrong_answers(trained / "2-instruct", spec, file)
+    assert file.stat().st_mtime_ns == before
+    rows = list(ShapesSource(spec, {51: "It is a moon.", 60: "Nine."}).rows())
+    questions = list(ShapesSource(spec.model_copy(update={"content": "questions"})).rows())
+    assert [(r.id, r.rejected) for r in rows if isinstance(r, Row)] == [
+        ("train/51", "It is a moon."),
+        ("train/60", "Nine."),
+    ]
+    assert [(r.prompt, r.chosen, r.image) for r in rows if isinstance(r, Row)] == [
+        (q.prompt, q.chosen, q.image) for q in (questions[1], questions[10]) if isinstance(q, Row)
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_on_the_wrong_answers_of_its_parent(tmp_path: Path) -> None:
+    study = miniature(tmp_path, {"instruct", "dpo"})
+    spec = yaml.safe_load(study.read_text())
+    spec["runs"]["dpo"] |= {"policy": "instruct", "measure": []}
+    del spec["runs"]["dpo"]["rates"]
+    spec["runs"]["instruct"]["measure"] = []
+    spec["runs"] = {name: spec["runs"][name] for name in ("align", "instruct", "dpo")}
+    spec["factors"] = [{"title": "a", "question": "b", "pairs": [["instruct", "dpo"]], "measures": ["colour"]}]
+    study.write_text(yaml.safe_dump(spec, sort_keys=False))
+    out = tmp_path / "out"
+    run_study(study, out, seeds=[1], log=print)
+    report = json.loads((out / "runs" / "dpo" / "seed-1" / "report.json").read_text())
+    answers = json.loads((out / "answers" / "dpo" / "seed-1.json").read_text())
+    assert answers["asked"] == 8
+    assert report["data"]["rows"] == len(answers["answers"]) > 0
+    spec["runs"]["dpo"]["recipe"] = "2-instruct"
+    study.write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.raises(RecipeError, match="`wrong_answers` is for content: pairs"):
+        load_study(study)
 
 
 def test_an_unknown_seed_is_an_error_message(tmp_path: Path) -> None:
