@@ -217,9 +217,13 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
         "args": loaded.recipe.args,
         "training": {key: report[key] for key in ("steps", "duration_s", "peak_memory_mb", "train_loss")},
     }
-    if stage_of(loaded.recipe.stage).base_part:
-        return metadata
     sizes = study.sizes
+    if stage_of(loaded.recipe.stage).base_part:
+        if spec.measure:
+            results = measure_run(checkpoint, None, None, cell.run, spec.measure, study.dataset, study.harder, sizes)
+            write_results(results_file, results)
+            metadata["encoder_sha256"] = encoder_metadata(str(checkpoint))["encoder_sha256"]
+        return metadata
     if cell.learning_rate is not None:
         scores = score_candidate(checkpoint, cell.run, sizes.pairs, sizes.questions, study.dataset)
         write_results(results_file, list(scores))
