@@ -80,6 +80,8 @@ def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES)
         if "recipe" in run:
             small = ["args.per_device_train_batch_size=4", "data.0.rows=8", "args.save_strategy='no'"]
             small.append("args.dataloader_num_workers=0")
+            if run["recipe"] in ("3-grpo", "3-rloo"):
+                small[0] = "args.per_device_train_batch_size=8"
             small += ["architecture.num_hidden_layers=2"] if run["recipe"].startswith("0-") else []
             run["change"] = [*run.get("change", []), *small]
     for factor in spec["factors"]:
@@ -438,7 +440,13 @@ def test_an_unknown_study_is_refused_with_the_names_of_the_shipped_ones() -> Non
 
 @pytest.mark.parametrize(
     ("name", "seeds"),
-    [("shapes/study", 5), ("shapes-224/study", 5), ("shapes/study-images", 3), ("shapes/study-grpo", 3)],
+    [
+        ("shapes/study", 5),
+        ("shapes-224/study", 5),
+        ("shapes/study-images", 3),
+        ("shapes/study-grpo", 3),
+        ("shapes-few/study", 5),
+    ],
 )
 def test_shipped_studies_are_right(name: str, seeds: int) -> None:
     study = load_study(name)
@@ -654,9 +662,9 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"})], ids=["shapes", "224"])
+@pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"}), ("shapes-few", None)])
 def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
-    """All of the study on CPU; of the study for a GPU the primary comparison, with its base parts."""
+    """All of the studies on CPU; of the study for a GPU the primary comparison, with its base parts."""
     study = miniature(tmp_path, runs, source=RECIPES / name)
     run_study(study, tmp_path / "out", jobs=2, log=print)
     table = collect_table(load_study(study), tmp_path / "out")
