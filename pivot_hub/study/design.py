@@ -102,6 +102,7 @@ class FactorSpec(Strict):
         frontier: Plane of two measures that is drawn besides the differences.
         levels: Means that are listed besides the differences.
         note: Note that a reader of the section needs.
+        change_of_mind: Result that would change the section's conclusion, written before the runs.
     """
 
     title: str
@@ -112,6 +113,7 @@ class FactorSpec(Strict):
     frontier: Frontier | None = None
     levels: Levels | None = None
     note: str = ""
+    change_of_mind: str = ""
 
 
 class StudySpec(Strict):
@@ -131,6 +133,8 @@ class StudySpec(Strict):
         composites: Further measures, each the mean of some of `measures`.
         runs: Runs by name; each comes after those it needs.
         factors: Sections of the report; the first is the primary comparison.
+        brief: Whether the report begins with the comparisons and the figure of the first section, and has the method
+            and all else behind them, as details.
         remarks: Remarks written after the runs; they are not part of the plan and its hash.
     """
 
@@ -148,6 +152,7 @@ class StudySpec(Strict):
     composites: dict[str, Annotated[list[str], Field(min_length=1)]] = Field({})
     runs: dict[str, RunSpec]
     factors: list[FactorSpec] = Field(min_length=1)
+    brief: bool = False
     remarks: list[str] = Field([])
 
 
@@ -189,14 +194,11 @@ class Study:
         """Hash of the plan: everything in the file except the remarks."""
         plan = self.spec.model_dump(mode="json", exclude={"remarks"})
         # Keys that came later are left out where they are not used, so that older plans keep their hashes.
-        if not plan["composites"]:
-            del plan["composites"]
-        for factor in plan["factors"]:
-            if factor["frontier"] is None:
-                del factor["frontier"]
-        for run in plan["runs"].values():
-            if run["policy"] is None:
-                del run["policy"]
+        unused = [(plan, "composites"), (plan, "brief"), *((run, "policy") for run in plan["runs"].values())]
+        unused += [(factor, key) for factor in plan["factors"] for key in ("frontier", "change_of_mind")]
+        for section, key in unused:
+            if not section[key]:
+                del section[key]
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pivot_hub.files import write_whole
@@ -56,7 +57,7 @@ def report_text(study: Study, table: StudyTable, rows: Sequence[Sequence[Row]], 
     """
     spec = study.spec
     labels = {name: run.label for name, run in spec.runs.items()}
-    lines = [
+    head = [
         f"# {spec.title}",
         "",
         f"Made by `pivot study {study.name} --report` from `{study.path.stem}.parquet` and `{study.path.name}`; the "
@@ -66,52 +67,69 @@ def report_text(study: Study, table: StudyTable, rows: Sequence[Sequence[Row]], 
         "",
         "**Answer.** " + _answer(study, rows[0], labels),
         "",
-        "## Method",
-        "",
     ]
+    method = ["## Method", ""]
     for paragraph in spec.method:
-        lines += [paragraph.strip(), ""]
-    lines += [*_runs(study, table), *_learning_rates(study, table, labels)]
+        method += [paragraph.strip(), ""]
+    method += [*_runs(study, table), *_learning_rates(study, table, labels)]
+    sections, details = [], []
     for factor, compared in zip(spec.factors, rows, strict=True):
-        lines += _section(study, table, factor, compared, labels, figures)
-    lines += ["## What was not shown", ""]
+        section = _section(study, table, factor, compared, labels, figures)
+        sections += section.comparison
+        details += section.details
+    not_shown = ["## What was not shown", ""]
     for factor, compared in zip(spec.factors, rows, strict=True):
-        not_shown = [row for row in compared if row.verdict == NOT_SHOWN]
-        widest = max((max(abs(row.low), abs(row.high)) for row in not_shown), default=0.0)
-        reach = f"; the widest of their intervals ends {widest:.1f} points from zero" if not_shown else ""
-        lines.append(f"- {factor.title}: {len(not_shown)} of {len(compared)} differences{reach}.")
-    lines += ["", "## Threats to validity", ""]
-    lines += [f"- {threat.strip()}" for threat in spec.threats]
+        same = [row for row in compared if row.verdict == NOT_SHOWN]
+        widest = max((max(abs(row.low), abs(row.high)) for row in same), default=0.0)
+        reach = f"; the widest of their intervals ends {widest:.1f} points from zero" if same else ""
+        not_shown.append(f"- {factor.title}: {len(same)} of {len(compared)} differences{reach}.")
+    tail = ["", "## Threats to validity", ""]
+    tail += [f"- {threat.strip()}" for threat in spec.threats]
     if spec.remarks:
-        lines += ["", "## Remarks, written after the runs", ""]
-        lines += [f"- {remark.strip()}" for remark in spec.remarks]
-    return "\n".join([*lines, ""])
+        tail += ["", "## Remarks, written after the runs", ""]
+        tail += [f"- {remark.strip()}" for remark in spec.remarks]
+    if spec.brief:
+        return "\n".join([*head, *sections, *method, *details, *not_shown, *tail, ""])
+    return "\n".join([*head, *method, *sections, *not_shown, *tail, ""])
+
+
+@dataclass(frozen=True)
+class _Section:
+    """The lines of a factor: its comparison, and what a brief report has behind all comparisons."""
+
+    comparison: list[str]
+    details: list[str]
 
 
 def _section(
     study: Study, table: StudyTable, factor: FactorSpec, rows: Sequence[Row], labels: Labels, figures: str
-) -> list[str]:
+) -> _Section:
     """The section of a factor: its question, figures and tables, and the pairs that are missing."""
+    brief = study.spec.brief
+    figure = f"{figures}/{_slug(factor)}"
     lines = [f"## {factor.title}", "", factor.question, ""]
     if factor.note:
         lines += [factor.note.strip(), ""]
+    drawn = []
     if rows:
-        figure = f"{figures}/{_slug(factor)}"
-        lines += [_summary(rows, labels), "", f"![{factor.title}: differences]({figure}.png)", ""]
+        drawn += [f"![{factor.title}: differences]({figure}.png)", ""]
         if factor.curve and curve_points(table, study, factor, factor.curve):
-            lines += [f"![{factor.title}: along {factor.curve.axis}]({figure}-curve.png)", ""]
-        if factor.frontier and frontier_points(table, study, factor.frontier):
-            lines += [f"![{factor.title}: gain against distance]({figure}-frontier.png)", ""]
-        lines += _table(rows, labels)
-    if factor.levels:
-        lines += _levels(study, table, factor.levels, labels)
+            drawn += [f"![{factor.title}: along {factor.curve.axis}]({figure}-curve.png)", ""]
+        frontier = factor.frontier and frontier_points(table, study, factor.frontier)
+        plane = [f"![{factor.title}: gain against distance]({figure}-frontier.png)", ""] if frontier else []
+        lines += [_summary(rows, labels), "", *(plane if brief else [*drawn, *plane]), *_table(rows, labels)]
+    if factor.change_of_mind:
+        lines += [f"**What would change our mind.** {factor.change_of_mind.strip()}", ""]
+    levels = _levels(study, table, factor.levels, labels) if factor.levels else []
     compared = {(row.first, row.other) for row in rows}
     missing = [
         f"{labels[other]} against {labels[first]}" for first, other in factor.pairs if (first, other) not in compared
     ]
-    if missing:
-        lines += [f"Not run yet, or in fewer than two seeds: {'; '.join(missing)}.", ""]
-    return lines
+    absent = [f"Not run yet, or in fewer than two seeds: {'; '.join(missing)}.", ""] if missing else []
+    if not brief:
+        return _Section([*lines, *levels, *absent], [])
+    behind = [*drawn, *levels]
+    return _Section([*lines, *absent], [f"## Details: {factor.title}", "", *behind] if behind else [])
 
 
 def _answer(study: Study, rows: Sequence[Row], labels: Labels) -> str:

@@ -607,6 +607,23 @@ def test_a_frontier_has_the_gain_over_the_baseline_at_each_distance(tmp_path: Pa
     write_report(study, table, tmp_path / "REPORT.md")
     assert "t-frontier.png" in (tmp_path / "REPORT.md").read_text()
     assert (tmp_path / "study" / "t-frontier.png").is_file()
+    # A brief report has the comparisons before the method, and the other figures behind it.
+    spec = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    spec["factors"][0]["change_of_mind"] = "A larger difference."
+    plain = load_study(tmp_path / "study.yaml").sha256
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec | {"brief": True}))
+    brief = load_study(tmp_path / "study.yaml")
+    assert brief.sha256 != plain
+    write_report(brief, table, tmp_path / "REPORT.md")
+    text = (tmp_path / "REPORT.md").read_text()
+    parts = [
+        "t-frontier.png",
+        "**What would change our mind.** A larger difference.",
+        "## Method",
+        "## Details",
+        "(study/t.png)",
+    ]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
 @pytest.mark.parametrize(
