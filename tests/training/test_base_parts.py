@@ -20,30 +20,35 @@ from pivot_hub.study.learning_rate import METRIC
 from pivot_hub.study.table import read_table
 
 BASE = RECIPES / "shapes" / "base"
+FOLDERS = ["shapes", "shapes-few"]  # recipes that ship with their base parts
 CHANCE = {"colour": 50.0, "shape": 50.0, "position": 50.0}
 
 
-def test_parts_are_small_and_without_pickles() -> None:
-    files = [f for f in BASE.rglob("*") if f.is_file()]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_parts_are_small_and_without_pickles(folder: str) -> None:
+    files = [f for f in (RECIPES / folder / "base").rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 8_000_000
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
 @pytest.mark.parametrize("part", ["vision", "language"])
-def test_parts_are_complete_and_from_their_recipe(part: str) -> None:
-    provenance = json.loads((BASE / part / "provenance.json").read_text())
-    assert weights_sha256(BASE / part) == provenance["weights_sha256"]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_parts_are_complete_and_from_their_recipe(folder: str, part: str) -> None:
+    base = RECIPES / folder / "base" / part
+    provenance = json.loads((base / "provenance.json").read_text())
+    assert weights_sha256(base) == provenance["weights_sha256"]
     for name, sha256 in provenance["files"].items():
-        assert file_sha256(BASE / part / name) == sha256, name
+        assert file_sha256(base / name) == sha256, name
     if part == "vision":
-        assert verify_repository(BASE / part) == []
-    assert load_recipe(f"shapes/0-{part}").recipe.has_sha256(provenance["recipe_sha256"])
+        assert verify_repository(base) == []
+    assert load_recipe(f"{folder}/0-{part}").recipe.has_sha256(provenance["recipe_sha256"])
 
 
-def test_the_encoder_carries_the_code_of_this_version() -> None:
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_encoder_carries_the_code_of_this_version(folder: str) -> None:
     for name in REMOTE_CODE:
         ours = Path(pivot_hub.__file__).parent / "encoder" / name
-        assert (BASE / "vision" / name).read_bytes() == ours.read_bytes()
+        assert (RECIPES / folder / "base" / "vision" / name).read_bytes() == ours.read_bytes()
         assert file_sha256(ours) in KNOWN_CODE[name], (
             "later versions must know this one: add its hash to known_code.json"
         )
