@@ -19,7 +19,7 @@ def study(
     ] = 1,
     seeds: Annotated[
         str | None,
-        typer.Option(help="Run these of the study's seeds only, comma-separated; a table in OUTPUT keeps its others."),
+        typer.Option(help="Run these of the study's seeds only, comma-separated; the table keeps the others' rows."),
     ] = None,
     report: Annotated[
         bool,
@@ -32,12 +32,17 @@ def study(
 
     Example: `pivot study shapes/study --jobs 2`, then `pivot study shapes/study --report --output study`
     """
+    from pivot_hub.errors import RecipeError
     from pivot_hub.study.design import load_study
     from pivot_hub.study.report import write_report
     from pivot_hub.study.runner import run_study
     from pivot_hub.study.table import collect_table, earlier_table, read_table, write_table
 
     design = load_study(study)
+    chosen = None if seeds is None else numbers("--seeds", seeds, int)
+    design.cells(chosen)  # an unknown seed is an error before anything is written
+    if report and chosen is not None:
+        raise RecipeError("--seeds chooses what is run, and --report runs nothing; leave one of them out.")
     if report:
         folder = output or design.path.parent
         table = read_table(folder / f"{design.path.stem}.parquet")
@@ -46,7 +51,7 @@ def study(
         file = folder / f"{design.path.stem}.parquet"
         earlier = earlier_table(design, folder, file)
         try:
-            run_study(design.path, folder, jobs, log, None if seeds is None else numbers("--seeds", seeds, int))
+            run_study(design.path, folder, jobs, log, chosen)
         finally:
             table = collect_table(design, folder, earlier)
             write_table(table, file)

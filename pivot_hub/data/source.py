@@ -161,7 +161,10 @@ class ShapesSource:
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        return {}
+        if self.wrong_answers is None:
+            return {}
+        text = json.dumps(sorted(self.wrong_answers.items()))
+        return {"wrong_answers_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def _counterfactual(self, index: int) -> Counterfactual:
         return draw_counterfactual(self.dataset, self.spec.split, index, *self._kind_and_form(index))
@@ -504,7 +507,7 @@ def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     if isinstance(spec, ShapesData):
         if spec.wrong_answers is None:
             return ShapesSource(spec)
-        return ShapesSource(spec, _read_wrong_answers(Path(loaded.locate(spec.wrong_answers))))
+        return ShapesSource(spec, _read_wrong_answers(Path(loaded.locate(spec.wrong_answers)), spec))
     path = _resolve(loaded, "path", spec.path, spec)
     images = None if spec.images is None else _resolve(loaded, "images", spec.images, spec)
     if images is not None and images.is_file() and images.suffix not in ARCHIVES:
@@ -520,15 +523,21 @@ def _open(loaded: LoadedRecipe, spec: ShapesData | FileData) -> Source:
     return FileSource(spec.format, files, folder, store, spec.answer_words or ANSWER_WORDS)
 
 
-def _read_wrong_answers(file: Path) -> dict[int, str]:
-    """Read a file of wrong answers, `{"answers": {"SCENE": "ANSWER"}}`."""
+def _read_wrong_answers(file: Path, spec: ShapesData) -> dict[int, str]:
+    """Read a file of wrong answers, `{"answers": {"SCENE": "ANSWER"}}`, each about a scene of the source."""
     try:
-        answers = json.loads(file.read_text(encoding="utf-8"))["answers"]
-        return {int(scene): str(answer) for scene, answer in answers.items()}
+        answers = {int(scene): answer for scene, answer in json.loads(file.read_text("utf-8"))["answers"].items()}
+        if not all(isinstance(answer, str) for answer in answers.values()):
+            raise TypeError("an answer is no text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{file}: no file of wrong answers ({type(error).__name__}); it holds {{'answers': {{'SCENE': 'ANSWER'}}}}."
+            f'{file}: no file of wrong answers ({type(error).__name__}); it holds {{"answers": {{"SCENE": "ANSWER"}}}}.'
         ) from error
+    if other := answers.keys() - set(range(spec.start, spec.start + spec.rows)):
+        raise DataError(
+            f"{file}: scene {min(other)} is none of the source, whose rows are {spec.rows} from {spec.start}."
+        )
+    return answers
 
 
 def _resolve(loaded: LoadedRecipe, key: str, reference: str, spec: FileData) -> Path:

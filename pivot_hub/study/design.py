@@ -133,8 +133,8 @@ class StudySpec(Strict):
         composites: Further measures, each the mean of some of `measures`.
         runs: Runs by name; each comes after those it needs.
         factors: Sections of the report; the first is the primary comparison.
-        brief: Whether the report begins with the comparisons and the figure of the first section, and has the method
-            and all else behind them, as details.
+        brief: Whether the report begins with the comparisons, with the frontiers as their only figures, and has the
+            method and all else behind them, as details.
         remarks: Remarks written after the runs; they are not part of the plan and its hash.
     """
 
@@ -194,12 +194,18 @@ class Study:
         """Hash of the plan: everything in the file except the remarks."""
         plan = self.spec.model_dump(mode="json", exclude={"remarks"})
         # Keys that came later are left out where they are not used, so that older plans keep their hashes.
-        unused = [(plan, "composites"), (plan, "brief"), *((run, "policy") for run in plan["runs"].values())]
-        unused += [(factor, key) for factor in plan["factors"] for key in ("frontier", "change_of_mind")]
-        for section, key in unused:
+        optional = [(plan, "composites"), (plan, "brief"), *((run, "policy") for run in plan["runs"].values())]
+        optional += [(factor, key) for factor in plan["factors"] for key in ("frontier", "change_of_mind")]
+        for section, key in optional:
             if not section[key]:
                 del section[key]
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def recipes_sha256(self) -> str:
+        """Hash of the recipes that the runs change."""
+        recipes = {run: loaded.recipe.sha256() for run, loaded in self._recipes.items()}
+        return hashlib.sha256(json.dumps(recipes, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -226,7 +232,8 @@ class Study:
         """The cells in the order of the runs: base parts, candidates of searches, and final ones.
 
         Args:
-            seeds: Seeds whose cells are listed, besides those that all seeds share; all by default.
+            seeds: Seeds whose cells are listed, besides those that all seeds share and those of the search; all by
+                default.
 
         Raises:
             RecipeError: The study has no such seed.
@@ -345,6 +352,11 @@ def _problems(study: Study) -> Iterator[str]:
             other = getattr(run, key)
             if other is not None and other not in known[:place]:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
+        if run.policy and (run.recipe is None or study.stage(run.policy) is None or study.shared_by_seeds(run.policy)):
+            yield f"`runs.{name}.policy` {run.policy!r} must be a run that trains an MLLM, of a run with a recipe."
+        measured = (study.stage(name), run.measure) if run.measure else None
+        if run.recipe is not None and study.shared_by_seeds(name) and measured not in (None, ("vision", ["encoder"])):
+            yield f"`runs.{name}.measure` is {run.measure}: of base parts only encoders are measured, as [encoder]."
         if run.rate_of and not spec.runs[run.rate_of].rates:
             yield f"`runs.{name}.rate_of` {run.rate_of!r} has no `rates`."
     for name, parts in spec.composites.items():

@@ -20,20 +20,23 @@ BATCH = 64  # questions in one forward pass
 def write_wrong_answers(checkpoint: Path, spec: ShapesData, file: Path) -> None:
     """Let an MLLM answer each question of a source once, at temperature 1, and write its wrong answers.
 
-    The seed of an answer is the number of its scene. A file that the same weights wrote is kept.
+    The seed of an answer is the number of its scene. A file that the same weights wrote for the same source is kept.
 
     Args:
         checkpoint: Folder of the MLLM.
         spec: Source of the pairs; its questions are those of content `questions` about the same scenes.
-        file: JSON file with `weights_sha256` of the MLLM, `asked`, the number of questions, and `answers`, the wrong
-            answers by the number of their scene. Answers that were not complete after 32 tokens are left out.
+        file: JSON file with `weights_sha256` of the MLLM, the `source`, and `answers`, the wrong answers by the number
+            of their scene. Empty answers, and those not complete after 32 tokens, are left out.
     """
-    weights = weights_sha256(checkpoint)
-    if file.is_file() and json.loads(file.read_text())["weights_sha256"] == weights:
-        return
+    questions = spec.model_copy(update={"content": "questions", "wrong_answers": None})
+    asked = {"weights_sha256": weights_sha256(checkpoint), "source": questions.model_dump(mode="json")}
+    if file.is_file():
+        earlier = json.loads(file.read_text())
+        if {key: earlier.get(key) for key in asked} == asked:
+            return
     model, processor = load_llava(checkpoint)
     model.to(compute_device()).eval()  # type: ignore[arg-type]
-    source = ShapesSource(spec.model_copy(update={"content": "questions", "wrong_answers": None}))
+    source = ShapesSource(questions)
     rows = [row for row in source.rows() if not isinstance(row, Exception)]
     answers: dict[str, str] = {}
     for start in range(0, len(rows), BATCH):
@@ -44,4 +47,4 @@ def write_wrong_answers(checkpoint: Path, spec: ShapesData, file: Path) -> None:
         for scene, row, (answer,) in zip(scenes, part, sampled, strict=True):
             if answer and exact_match([answer], solution=[row.chosen], prompts=[row.prompt]) == [0.0]:
                 answers[str(scene)] = answer
-    write_json(file, {"weights_sha256": weights, "asked": len(rows), "answers": answers})
+    write_json(file, {**asked, "answers": answers})

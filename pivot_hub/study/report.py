@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pivot_hub.files import write_whole
 from pivot_hub.study.comparisons import (
@@ -68,6 +69,8 @@ def report_text(study: Study, table: StudyTable, rows: Sequence[Sequence[Row]], 
         "**Answer.** " + _answer(study, rows[0], labels),
         "",
     ]
+    if table.metadata["study_sha256"] != study.sha256:
+        head += [f"**The table was made with another version of `{study.path.name}`.**", ""]
     method = ["## Method", ""]
     for paragraph in spec.method:
         method += [paragraph.strip(), ""]
@@ -79,10 +82,10 @@ def report_text(study: Study, table: StudyTable, rows: Sequence[Sequence[Row]], 
         details += section.details
     not_shown = ["## What was not shown", ""]
     for factor, compared in zip(spec.factors, rows, strict=True):
-        same = [row for row in compared if row.verdict == NOT_SHOWN]
-        widest = max((max(abs(row.low), abs(row.high)) for row in same), default=0.0)
-        reach = f"; the widest of their intervals ends {widest:.1f} points from zero" if same else ""
-        not_shown.append(f"- {factor.title}: {len(same)} of {len(compared)} differences{reach}.")
+        undecided = [row for row in compared if row.verdict == NOT_SHOWN]
+        widest = max((max(abs(row.low), abs(row.high)) for row in undecided), default=0.0)
+        reach = f"; the widest of their intervals ends {widest:.1f} points from zero" if undecided else ""
+        not_shown.append(f"- {factor.title}: {len(undecided)} of {len(compared)} differences{reach}.")
     tail = ["", "## Threats to validity", ""]
     tail += [f"- {threat.strip()}" for threat in spec.threats]
     if spec.remarks:
@@ -110,14 +113,19 @@ def _section(
     lines = [f"## {factor.title}", "", factor.question, ""]
     if factor.note:
         lines += [factor.note.strip(), ""]
-    drawn = []
+    figure_lines = []
     if rows:
-        drawn += [f"![{factor.title}: differences]({figure}.png)", ""]
+        figure_lines += [f"![{factor.title}: differences]({figure}.png)", ""]
         if factor.curve and curve_points(table, study, factor, factor.curve):
-            drawn += [f"![{factor.title}: along {factor.curve.axis}]({figure}-curve.png)", ""]
+            figure_lines += [f"![{factor.title}: along {factor.curve.axis}]({figure}-curve.png)", ""]
         frontier = factor.frontier and frontier_points(table, study, factor.frontier)
-        plane = [f"![{factor.title}: gain against distance]({figure}-frontier.png)", ""] if frontier else []
-        lines += [_summary(rows, labels), "", *(plane if brief else [*drawn, *plane]), *_table(rows, labels)]
+        frontier_line = [f"![{factor.title}: gain against distance]({figure}-frontier.png)", ""] if frontier else []
+        lines += [
+            _summary(rows, labels),
+            "",
+            *(frontier_line if brief else [*figure_lines, *frontier_line]),
+            *_table(rows, labels),
+        ]
     if factor.change_of_mind:
         lines += [f"**What would change our mind.** {factor.change_of_mind.strip()}", ""]
     levels = _levels(study, table, factor.levels, labels) if factor.levels else []
@@ -125,11 +133,13 @@ def _section(
     missing = [
         f"{labels[other]} against {labels[first]}" for first, other in factor.pairs if (first, other) not in compared
     ]
-    absent = [f"Not run yet, or in fewer than two seeds: {'; '.join(missing)}.", ""] if missing else []
+    missing_lines = [f"Not run yet, or in fewer than two seeds: {'; '.join(missing)}.", ""] if missing else []
     if not brief:
-        return _Section([*lines, *levels, *absent], [])
-    behind = [*drawn, *levels]
-    return _Section([*lines, *absent], [f"## Details: {factor.title}", "", *behind] if behind else [])
+        return _Section([*lines, *levels, *missing_lines], [])
+    detail_lines = [*figure_lines, *levels]
+    return _Section(
+        [*lines, *missing_lines], [f"## Details: {factor.title}", "", *detail_lines] if detail_lines else []
+    )
 
 
 def _answer(study: Study, rows: Sequence[Row], labels: Labels) -> str:
@@ -162,24 +172,30 @@ def _runs(study: Study, table: StudyTable) -> list[str]:
     runs = {(row["run"], row["seed"], row["candidate"]): row for row in table.rows}
     states = [row["status"] for row in runs.values()]
     hours = sum(row["duration_s"] or 0 for row in runs.values()) / 3600
-    versions, machine = table.metadata["versions"], table.metadata["machine"] or {}
+    conditions = list(dict.fromkeys(_condition(each) for each in (table.metadata, *table.metadata.get("earlier", []))))
     lines = [
         f"Started: {len(states)} of {len(study.cells())} runs; done {states.count('done')}, failed "
         f"{states.count('failed')}, not started because of those {states.count('not started')}. {hours:.1f} hours of "
-        f"processes with {machine.get('threads', '?')} thread(s) each, {machine.get('cpu_cores', '?')} CPU cores, GPU "
-        f"{machine.get('gpu') or 'none'}; torch {versions['torch']}, transformers {versions['transformers']}, TRL "
-        f"{versions['trl']}.",
+        f"processes with {'; others with '.join(conditions)}.",
         "",
         "A difference is the mean over seeds of paired differences on the same test items. Its interval (95%) and p "
         f"are a t-test's, whose variance is that between seeds plus that of {DRAWS} resamples of the items. p is "
         "corrected by Holm's method over all differences of a section; `shown` means below 0.05.",
         "",
     ]
-    if table.metadata["study_sha256"] != study.sha256:
-        lines += [f"**The table was made with another version of `{study.path.name}`.**", ""]
     unfinished = [row for row in runs.values() if row["status"] != "done"]
     lines += [f"- {row['run']}, seed {row['seed']}: {row['reason']}" for row in unfinished]
     return [*lines, ""] if unfinished else lines
+
+
+def _condition(metadata: Mapping[str, Any]) -> str:
+    """Machine and versions of a table's own runs."""
+    versions, machine = metadata["versions"], metadata["machine"] or {}
+    return (
+        f"{machine.get('threads', '?')} thread(s) each, {machine.get('cpu_cores', '?')} CPU cores, GPU "
+        f"{machine.get('gpu') or 'none'}; torch {versions['torch']}, transformers {versions['transformers']}, TRL "
+        f"{versions['trl']}"
+    )
 
 
 def _learning_rates(study: Study, table: StudyTable, labels: Labels) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,17 +22,18 @@ import torch
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
 from pivot_hub.config.stages import stage_of
+from pivot_hub.data.source import sources_of
 from pivot_hub.encoder.repository import encoder_metadata
-from pivot_hub.errors import PivotError, TrainingError
+from pivot_hub.errors import PivotError, ProbeError, TrainingError
 from pivot_hub.files import write_json
 from pivot_hub.mllm.extract import extract_once
 from pivot_hub.probes.result import read_results, write_results
-from pivot_hub.provenance import machine
+from pivot_hub.provenance import machine, weights_sha256
 from pivot_hub.study.design import WRONG_ANSWERS, Cell, Study, load_study
 from pivot_hub.study.learning_rate import best_learning_rate, score_candidate
 from pivot_hub.study.measures import measure_run
 from pivot_hub.study.on_policy import write_wrong_answers
-from pivot_hub.training.stage import run_stage
+from pivot_hub.training.stage import part_hashes, run_stage
 
 FORMAT = 2  # version of the measures of a cell: a change of it measures every cell again
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -55,7 +57,7 @@ def run_study(
         jobs: Number of cells that run at a time, each in a process of its own. Processes take the GPUs in turn, or
             share the CPU cores.
         log: Callback that receives progress, one line at a time.
-        seeds: The study's seeds whose cells are run, with the cells that they need; all by default.
+        seeds: The study's seeds whose cells are run, besides those that all seeds share; all by default.
 
     Raises:
         RecipeError: The study's file is wrong, or a recipe with its overrides is; or the study has no such seed.
@@ -207,6 +209,8 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
         assert isinstance(source, ShapesData)
         policy = output / "runs" / study.same_seed(spec.policy, cell).name
         write_wrong_answers(policy, source, output / "answers" / f"{cell.name}.json")
+    if _is_stale(output / "runs" / cell.name, loaded, parent):
+        shutil.rmtree(output / "runs" / cell.name)
     checkpoint = run_stage(loaded, output=output / "runs" / cell.name, parent=parent, log=lambda line: None)
     report = _read(checkpoint / "report.json")
     metadata = {
@@ -235,6 +239,18 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
         results = measure_run(encoder, checkpoint, parent, cell.run, spec.measure, study.dataset, study.harder, sizes)
         write_results(results_file, results)
     return metadata
+
+
+def _is_stale(checkpoint: Path, loaded: LoadedRecipe, parent: Path | None) -> bool:
+    """Whether a finished checkpoint was trained from other weights, or on other wrong answers, than there are now."""
+    provenance = _read(checkpoint / "provenance.json")
+    if not provenance:
+        return False
+    if parent is None:
+        return provenance["parts"] is not None and provenance["parts"] != part_hashes(loaded)
+    answers = sources_of(loaded)[0].to_dict().get("wrong_answers_sha256")
+    same_answers = provenance["data"][0].get("wrong_answers_sha256") == answers
+    return not same_answers or provenance["parent"]["weights_sha256"] != weights_sha256(parent)
 
 
 def _files(study: Study, cell: Cell, output: Path) -> dict[str, str]:
@@ -271,10 +287,9 @@ def _key(study: Study, cell: Cell, loaded: LoadedRecipe | None, output: Path) ->
     }
     recipe = None
     if loaded is not None:  # without the paths of the output: what is there follows from the cells that are needed
-        data = [
-            each.model_copy(update={"wrong_answers": None}) if isinstance(each, ShapesData) else each
-            for each in loaded.recipe.data
-        ]
+        data = loaded.recipe.data
+        if study.spec.runs[cell.run].policy:
+            data = [data[0].model_copy(update={"wrong_answers": None}), *data[1:]]
         recipe = loaded.recipe.model_copy(update={"model": None, "data": data}).sha256()
     sources = [FORMAT, cell.name, recipe, needed, measured]
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
@@ -328,10 +343,25 @@ def _write_metadata(output: Path, cell: Cell, metadata: dict[str, Any]) -> None:
 
 
 def cell_metadata(study: Study, output: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Yield each cell that was started with its metadata, in the study's order."""
+    """Yield each cell that was started with its metadata, in the study's order.
+
+    A cell that was finished under another recipe, parent or measures is left out: it has to run again.
+    """
     for cell in study.cells():
-        if metadata := _read(output / "cells" / f"{cell.name}.json"):
+        metadata = _read(output / "cells" / f"{cell.name}.json")
+        if metadata and (metadata["status"] != "done" or metadata["key"] == _current_key(study, cell, output)):
             yield cell, metadata
+
+
+def _current_key(study: Study, cell: Cell, output: Path) -> str | None:
+    """The key that a cell would have if it ran now; None where the search for its learning rate is not finished."""
+    if study.spec.runs[cell.run].recipe is None:
+        return _key(study, cell, None, output)
+    try:
+        rate = cell.learning_rate if cell.learning_rate is not None else chosen_learning_rate(study, cell, output)
+    except ProbeError:
+        return None
+    return _key(study, cell, study.load(cell, rate, _files(study, cell, output)), output)
 
 
 def _read(path: Path) -> dict[str, Any]:

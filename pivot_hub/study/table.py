@@ -21,7 +21,7 @@ from pivot_hub.metrics.paired_bootstrap.paired_bootstrap import resample
 from pivot_hub.probes.result import ProbeResult, read_results, statistic_of
 from pivot_hub.provenance import source_commit, versions
 from pivot_hub.study.design import Cell, Study
-from pivot_hub.study.runner import cell_metadata
+from pivot_hub.study.runner import FORMAT, cell_metadata
 
 DRAWS = 200  # resamples of the test items; the standard errors they give are accurate to 5%
 STEP = 0.01  # percent; resampled values are rounded to multiples of it
@@ -83,8 +83,8 @@ def collect_table(study: Study, output: Path, earlier: StudyTable | None = None)
     Args:
         study: Study whose results are read.
         output: Folder of the study's output.
-        earlier: Table of the same plan, such as that of other seeds on another machine; its rows of cells that the
-            output does not have are kept.
+        earlier: Table of the same plan, such as that of other seeds on another machine; its rows of cells that are not
+            finished in the output are kept.
     """
     kept: dict[str, list[dict[str, Any]]] = {}
     for row in earlier.rows if earlier else ():
@@ -92,11 +92,15 @@ def collect_table(study: Study, output: Path, earlier: StudyTable | None = None)
     known = dict(cell_metadata(study, output))
     rows: list[dict[str, Any]] = []
     machines = []
+    from_earlier = False
     for cell in study.cells():
-        if cell not in known:
-            rows += kept.get(cell.name, [])
+        earlier_rows = kept.get(cell.name, [])
+        finished_earlier = any(row["status"] == "done" for row in earlier_rows)
+        metadata = known.get(cell, {})
+        if not metadata or (finished_earlier and metadata["status"] != "done"):
+            rows += earlier_rows
+            from_earlier |= finished_earlier
             continue
-        metadata = known[cell]
         training = metadata.get("training", {})
         common = {
             **dict.fromkeys(SCHEMA.names),
@@ -114,11 +118,20 @@ def collect_table(study: Study, output: Path, earlier: StudyTable | None = None)
         {
             "study": study.name,
             "study_sha256": study.sha256,
+            "format": FORMAT,
+            "recipes_sha256": study.recipes_sha256,
             "commit": source_commit(),
             "versions": versions(),
-            "machine": machines[0] if machines else earlier.metadata["machine"] if earlier else None,
+            "machine": machines[0] if machines else None,
+            "earlier": _conditions(earlier) if earlier and from_earlier else [],
         },
     )
+
+
+def _conditions(table: StudyTable) -> list[dict[str, Any]]:
+    """Commit, versions and machine of a table's own runs, and of those that it took from earlier tables."""
+    own = {key: table.metadata[key] for key in ("commit", "versions", "machine")}
+    return [*table.metadata["earlier"], *([own] if own["machine"] else [])]
 
 
 def earlier_table(study: Study, output: Path, path: Path) -> StudyTable | None:
@@ -135,13 +148,14 @@ def earlier_table(study: Study, output: Path, path: Path) -> StudyTable | None:
     if not path.is_file():
         return None
     table = read_table(path)
-    if table.metadata["study_sha256"] == study.sha256:
+    same = {"study_sha256": study.sha256, "format": FORMAT, "recipes_sha256": study.recipes_sha256}
+    if all(table.metadata.get(key) == value for key, value in same.items()):
         return table
     if all((output / "cells" / f"{cell.name}.json").is_file() for cell in map(_cell_of, table.rows)):
         return None
     raise ProbeError(
-        f"{path} has rows of another plan than {study.path} that are only there, and nothing was run: move it away, "
-        "or give another --output."
+        f"{path} has rows of another plan than {study.path}, of other recipes or of other measures, and they are only "
+        "there. Nothing was run: move it away, or give another --output."
     )
 
 

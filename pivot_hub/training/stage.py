@@ -481,7 +481,7 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata
     for spec, source in zip(recipe.data, sources or [{}] * len(recipe.data), strict=True):
         entry = spec.model_dump(mode="json", exclude_none=True)
         # A local folder is recorded by its name without its path; a repository on the Hub by its full name.
-        for key in {"path", "images"} & entry.keys():
+        for key in {"path", "images", "wrong_answers"} & entry.keys():
             path = Path(loaded.locate(entry[key]))
             entry[key] = path.resolve().name if path.exists() else entry[key]
         data.append({**entry, **source})
@@ -498,7 +498,7 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata
         "recipe": loaded.name,
         "recipe_sha256": recipe.sha256(),
         "model": recipe.model.model_dump(exclude_none=True) if recipe.model else None,
-        "parts": _part_hashes(loaded) if parent is None and recipe.model else None,
+        "parts": part_hashes(loaded) if parent is None and recipe.model else None,
         "parent": parent_entry,
         "data": data,
         "cost": {
@@ -514,7 +514,7 @@ def _provenance(loaded: LoadedRecipe, parent: Path | None, whole: Path, metadata
     }
 
 
-def _part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
+def part_hashes(loaded: LoadedRecipe) -> dict[str, str]:
     """Return what identifies the parts that were joined, or the MLLM that training started from.
 
     It is the hash of a folder's weights, or the commit of a Hub repository.

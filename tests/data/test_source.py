@@ -341,7 +341,21 @@ def test_a_file_that_holds_no_wrong_answers_is_an_error_message(
         file.write_text(text)
     data = f"data=[{{format: shapes, content: pairs, rows: 4, wrong_answers: {file}}}]"
     loaded = load_recipe(recipes / "3-dpo.yaml", [data])
-    with pytest.raises(DataError, match=r"answers\.json: no file of wrong answers .*'SCENE': 'ANSWER'"):
+    with pytest.raises(DataError, match=r'answers\.json: no file of wrong answers .*"SCENE": "ANSWER"'):
+        sources_of(loaded)
+
+
+def test_rows_follow_the_content_of_the_file_of_wrong_answers(recipes: Path, tmp_path: Path) -> None:
+    """A file that is written again at the same path is read again."""
+    file = tmp_path / "answers.json"
+    loaded = load_recipe(
+        recipes / "3-dpo.yaml", [f"data=[{{format: shapes, content: pairs, rows: 4, wrong_answers: {file}}}]"]
+    )
+    for answers in ({"1": "It is a moon."}, {"1": "It is a tree.", "3": "Ten."}):
+        file.write_text(json.dumps({"answers": answers}))
+        assert [row.rejected for row in index_rows(loaded, Unchecked()).rows()] == list(answers.values())
+    file.write_text(json.dumps({"answers": {"4": "Ten."}}))
+    with pytest.raises(DataError, match="scene 4 is none of the source, whose rows are 4 from 0"):
         sources_of(loaded)
 
 

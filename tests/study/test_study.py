@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,8 @@ from pivot_hub.probes import ranking
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
+from pivot_hub.provenance import weights_sha256
+from pivot_hub.study import on_policy
 from pivot_hub.study.comparisons import factor_rows, frontier_points
 from pivot_hub.study.counterfactuals import probe_counterfactuals, rank_counterfactuals, sensitivity
 from pivot_hub.study.design import Cell, Study, load_study
@@ -72,7 +74,7 @@ def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES)
     for name in reversed(spec["runs"]):
         if name in needed:
             run = spec["runs"][name]
-            needed |= {run[key] for key in ("parent", "vision", "language", "rate_of") if key in run}
+            needed |= {run[key] for key in ("parent", "vision", "language", "rate_of", "policy") if key in run}
     spec["runs"] = {name: run for name, run in spec["runs"].items() if name in needed}
     for run in spec["runs"].values():
         if run.get("rates"):
@@ -288,7 +290,26 @@ def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
     first, both = (read_table(tmp_path / machine / "study.parquet").rows for machine in ("a", "b"))
     assert {(row["run"], row["seed"]) for row in both} == {(run, s) for run in ("align", "instruct") for s in (0, 1)}
     assert [row for row in both if row["seed"] == 0] == first
-    # A changed plan would lose the other machine's rows.
+    # A run that failed here does not take the place of the other machine's result.
+    cell = tmp_path / "b" / "cells" / "align" / "seed-0.json"
+    cell.write_text(json.dumps({"run": "align", "seed": 0, "candidate": None, "status": "failed", "reason": "full"}))
+    table = collect_table(load_study(study), tmp_path / "b", read_table(tmp_path / "b" / "study.parquet"))
+    assert [row for row in table.rows if row["seed"] == 0] == first
+    assert len(table.metadata["earlier"]) == 1
+    cell.unlink()
+    # Nothing is written where the seeds are wrong.
+    modified = (tmp_path / "b" / "study.parquet").stat().st_mtime_ns
+    for seeds in ("7", "x"):
+        run = CliRunner().invoke(app, ["study", str(study), "--seeds", seeds, "--output", str(tmp_path / "b")])
+        assert isinstance(run.exception, RecipeError)
+    assert (tmp_path / "b" / "study.parquet").stat().st_mtime_ns == modified
+    # Another recipe under the same plan, and a changed plan, would mix rows or lose the other machine's.
+    recipe = study.parent / "2-instruct.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace("weight_decay: 0.0", "weight_decay: 0.1"))
+    run = CliRunner().invoke(app, ["study", str(study), "--seeds", "1", "--output", str(tmp_path / "b")])
+    assert isinstance(run.exception, ProbeError)
+    recipe.write_text(text)
     study.write_text(yaml.safe_dump(spec | {"seeds": [0, 1, 2]}, sort_keys=False))
     run = CliRunner().invoke(app, ["study", str(study), "--output", str(tmp_path / "b")])
     assert isinstance(run.exception, ProbeError)
@@ -297,28 +318,37 @@ def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
     assert read_table(tmp_path / "b" / "study.parquet").rows == both
 
 
-def test_wrong_answers_of_a_policy_are_its_own(tmp_path: Path, trained: Path) -> None:
-    """Every question has one answer; the rows are those answered wrong, with the right answer as the chosen one."""
-    spec = ShapesData(format="shapes", content="pairs", rows=12, start=50)
+def test_wrong_answers_are_kept_by_scene_and_asked_again_for_another_source(
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each five answers one is right, one wrong, one is not complete, one empty, and one wrong."""
+    spec = ShapesData(format="shapes", content="pairs", rows=10, start=50)
+    questions = list(ShapesSource(spec.model_copy(update={"content": "questions"})).rows())
+    right = {row.prompt + str(row.image): row.chosen for row in questions if isinstance(row, Row)}
+    calls = []
+
+    def answers(model: Any, processor: Any, prompts: list[str], images: Any, scenes: list[int], answers: int) -> Any:
+        calls.append(scenes)
+        given = {0: None, 1: "It is a moon.", 2: None, 3: "", 4: "Ten thousand."}
+        return [
+            [right[f"{prompt}train/{scene}"] if scene % 5 == 0 else given[scene % 5]]
+            for prompt, scene in zip(prompts, scenes, strict=True)
+        ]
+
+    monkeypatch.setattr(on_policy, "sample_answers", answers)
     file = tmp_path / "answers.json"
     write_wrong_answers(trained / "2-instruct", spec, file)
-    written = json.loads(file.read_text())
-    assert written["asked"] == 12
-    # A random model answers nothing right, or nothing complete: the rows are read from a file that is known.
-    written["answers"] = {"51": "It is a moon.", "60": "Nine."}
-    file.write_text(json.dumps(written))
-    before = file.stat().st_mtime_ns
+    expected = {"51": "It is a moon.", "54": "Ten thousand.", "56": "It is a moon.", "59": "Ten thousand."}
+    assert json.loads(file.read_text())["answers"] == expected
     write_wrong_answers(trained / "2-instruct", spec, file)
-    assert file.stat().st_mtime_ns == before
-    rows = list(ShapesSource(spec, {51: "It is a moon.", 60: "Nine."}).rows())
-    questions = list(ShapesSource(spec.model_copy(update={"content": "questions"})).rows())
-    assert [(r.id, r.rejected) for r in rows if isinstance(r, Row)] == [
-        ("train/51", "It is a moon."),
-        ("train/60", "Nine."),
-    ]
-    assert [(r.prompt, r.chosen, r.image) for r in rows if isinstance(r, Row)] == [
-        (q.prompt, q.chosen, q.image) for q in (questions[1], questions[10]) if isinstance(q, Row)
-    ]
+    assert calls == [list(range(50, 60))]
+    write_wrong_answers(trained / "2-instruct", spec.model_copy(update={"rows": 5}), file)
+    assert calls[1] == list(range(50, 55))
+    write_wrong_answers(trained / "3-dpo", spec.model_copy(update={"rows": 5}), file)
+    assert len(calls) == 3
+    rows = list(ShapesSource(spec, {int(scene): answer for scene, answer in expected.items()}).rows())
+    assert [(r.id, r.rejected) for r in rows if isinstance(r, Row)] == [(f"train/{s}", a) for s, a in expected.items()]
+    assert all(right[f"{r.prompt}{r.image}"] == r.chosen for r in rows if isinstance(r, Row))
 
 
 @pytest.mark.slow
@@ -334,9 +364,22 @@ def test_a_run_is_trained_on_the_wrong_answers_of_its_parent(tmp_path: Path) -> 
     out = tmp_path / "out"
     run_study(study, out, seeds=[1], log=print)
     report = json.loads((out / "runs" / "dpo" / "seed-1" / "report.json").read_text())
-    answers = json.loads((out / "answers" / "dpo" / "seed-1.json").read_text())
-    assert answers["asked"] == 8
-    assert report["data"]["rows"] == len(answers["answers"]) > 0
+    answers = json.loads((out / "answers" / "dpo" / "seed-1.json").read_text())["answers"]
+    assert report["data"]["rows"] == len(answers) > 0
+    # The parent is trained again with other weights: its answers are asked for again, and the run trained on them.
+    shutil.rmtree(out / "runs" / "instruct")
+    spec["runs"]["instruct"]["change"] += ["learning_rate.language=5.0e-3"]
+    study.write_text(yaml.safe_dump(spec, sort_keys=False))
+    before = collect_table(load_study(study), out)
+    assert {row["run"] for row in before.rows} == {"align"}  # the others are of another recipe, or of another parent
+    run_study(study, out, seeds=[1], log=print)
+    checkpoint = out / "runs" / "dpo" / "seed-1"
+    provenance = json.loads((checkpoint / "provenance.json").read_text())
+    assert provenance["parent"]["weights_sha256"] == weights_sha256(out / "runs" / "instruct" / "seed-1")
+    assert provenance["data"][0]["wrong_answers"] == "seed-1.json"
+    again = json.loads((out / "answers" / "dpo" / "seed-1.json").read_text())
+    assert again["weights_sha256"] == provenance["parent"]["weights_sha256"]
+    assert json.loads((checkpoint / "report.json").read_text())["data"]["rows"] == len(again["answers"])
     spec["runs"]["dpo"]["recipe"] = "2-instruct"
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
     with pytest.raises(RecipeError, match="`wrong_answers` is for content: pairs"):
@@ -391,6 +434,18 @@ def test_a_run_that_fails_is_reported_and_the_others_are_run(tmp_path: Path) -> 
     assert states["dpo", 100, 3e-5][0] == "failed"
 
 
+def _with_base_part(
+    recipe: str, policy_of: str | None = None, measure: Sequence[str] = ()
+) -> Callable[[dict[str, Any]], None]:
+    def change(spec: dict[str, Any]) -> None:
+        part = {"label": "part", "recipe": recipe, "measure": list(measure)}
+        spec["runs"] = {"part": part, **spec["runs"]}
+        if policy_of is not None:
+            spec["runs"][policy_of]["policy"] = "part"
+
+    return change
+
+
 def _without(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda spec: spec.pop(key)
 
@@ -406,6 +461,9 @@ def _without(key: str) -> Callable[[dict[str, Any]], None]:
         (lambda s: s["runs"]["dpo"].update(recipe=None), "needs either `recipe` or `encoder`"),
         (lambda s: s["runs"]["dpo"]["change"].append("args.betta=1"), "did you mean `beta`"),
         (lambda s: s["runs"]["dpo"].update(rats=[1e-5]), "unknown key `runs.dpo.rats` (did you mean `rates`?)"),
+        (_with_base_part("0-vision", policy_of="dpo"), "`runs.dpo.policy` 'part' must be a run that trains an MLLM"),
+        (_with_base_part("0-language", measure=["encoder"]), "only encoders are measured, as [encoder]"),
+        (_with_base_part("0-vision", measure=["answers"]), "only encoders are measured, as [encoder]"),
         (lambda s: s["sizes"].update(scenes=4), "`sizes.scenes` is not known"),
         (_without("seeds"), "`seeds` is missing; add it"),
     ],
