@@ -347,10 +347,17 @@ def cell_metadata(study: Study, output: Path) -> Iterator[tuple[Cell, dict[str, 
 
     A cell that was finished under another recipe, parent or measures is left out: it has to run again.
     """
+    current = set()
     for cell in study.cells():
         metadata = _read(output / "cells" / f"{cell.name}.json")
-        if metadata and (metadata["status"] != "done" or metadata["key"] == _current_key(study, cell, output)):
-            yield cell, metadata
+        if not metadata:
+            continue
+        if metadata["status"] == "done":
+            needed = all(other in current for other in study.needs(cell))
+            if not needed or metadata["key"] != _current_key(study, cell, output):
+                continue
+            current.add(cell)
+        yield cell, metadata
 
 
 def _current_key(study: Study, cell: Cell, output: Path) -> str | None:

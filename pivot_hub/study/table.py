@@ -113,19 +113,10 @@ def collect_table(study: Study, output: Path, earlier: StudyTable | None = None)
         file = output / "results" / f"{cell.name}.json"
         results = read_results(file) if metadata["status"] == "done" and file.is_file() else []
         rows += [common | _result_columns(result) for result in results] or [common]
-    return StudyTable(
-        rows,
-        {
-            "study": study.name,
-            "study_sha256": study.sha256,
-            "format": FORMAT,
-            "recipes_sha256": study.recipes_sha256,
-            "commit": source_commit(),
-            "versions": versions(),
-            "machine": machines[0] if machines else None,
-            "earlier": _conditions(earlier) if earlier and from_earlier else [],
-        },
-    )
+    own = {"commit": source_commit(), "versions": versions(), "machine": machines[0] if machines else None}
+    others = _conditions(earlier) if earlier and from_earlier else []
+    plan = {"study_sha256": study.sha256, "format": FORMAT, "recipes_sha256": study.recipes_sha256}
+    return StudyTable(rows, {"study": study.name, **plan, **own, "earlier": [each for each in others if each != own]})
 
 
 def _conditions(table: StudyTable) -> list[dict[str, Any]]:

@@ -293,9 +293,12 @@ def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
     # A run that failed here does not take the place of the other machine's result.
     cell = tmp_path / "b" / "cells" / "align" / "seed-0.json"
     cell.write_text(json.dumps({"run": "align", "seed": 0, "candidate": None, "status": "failed", "reason": "full"}))
-    table = collect_table(load_study(study), tmp_path / "b", read_table(tmp_path / "b" / "study.parquet"))
+    earlier = read_table(tmp_path / "b" / "study.parquet")
+    assert earlier.metadata["earlier"] == []  # both ran here
+    earlier.metadata["machine"] |= {"threads": 96}
+    table = collect_table(load_study(study), tmp_path / "b", earlier)
     assert [row for row in table.rows if row["seed"] == 0] == first
-    assert len(table.metadata["earlier"]) == 1
+    assert "; others with 96 thread(s) each" in report_of(table, study, tmp_path)
     cell.unlink()
     # Nothing is written where the seeds are wrong.
     modified = (tmp_path / "b" / "study.parquet").stat().st_mtime_ns
@@ -314,7 +317,7 @@ def test_seeds_of_two_machines_give_one_table(tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["study", str(study), "--output", str(tmp_path / "b")])
     assert isinstance(run.exception, ProbeError)
     assert "rows of another plan" in str(run.exception)
-    assert "that are only there" in str(run.exception)
+    assert "they are only there" in str(run.exception)
     assert read_table(tmp_path / "b" / "study.parquet").rows == both
 
 
