@@ -237,8 +237,8 @@ def test_first_lines_say_where_hours_and_expected_values_are_from(path: Path) ->
 @pytest.mark.parametrize(
     "name",
     [
-        "siglip2-base/1-align",
-        pytest.param("mae-large/3-sft", marks=pytest.mark.slow),
+        pytest.param("siglip2-base/1-align", marks=pytest.mark.slow),
+        pytest.param("mae-large/3-sft", marks=pytest.mark.nightly),
         *(
             pytest.param(f"{p.parent.name}/{p.stem}", marks=pytest.mark.nightly)
             for p in (*MLLM_RECIPES, *WITH_REWARDS, *OF_TWO_IMAGES)

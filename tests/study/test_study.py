@@ -519,16 +519,18 @@ def test_shipped_studies_are_right(name: str, seeds: int) -> None:
             assert len(tried - {0}) <= 1
 
 
-@pytest.mark.parametrize("name", ["study", "study-images", "study-grpo"])
+@pytest.mark.parametrize("name", ["shapes/study", "shapes/study-images", "shapes/study-grpo", "shapes-few/study"])
 def test_the_committed_report_is_that_of_the_committed_table(name: str, tmp_path: Path) -> None:
-    study = load_study(f"shapes/{name}")
-    table = read_table(SHAPES / f"{name}.parquet")
+    study, committed = load_study(name), (RECIPES / name).parent
+    file = RECIPES / f"{name}.parquet"
+    table = read_table(file)
     assert table.metadata["study_sha256"] == study.sha256
-    report = tmp_path / f"{name.upper()}.md"
+    report = tmp_path / f"{study.path.stem.upper()}.md"
     write_report(study, table, report)
-    assert report.read_text() == (SHAPES / report.name).read_text()
-    assert {f.name for f in (tmp_path / name).iterdir()} == {f.name for f in (SHAPES / name).iterdir()}
-    assert sum(f.stat().st_size for f in [SHAPES / f"{name}.parquet", *(SHAPES / name).iterdir()]) < 3_000_000
+    assert report.read_text() == (committed / report.name).read_text()
+    figures = RECIPES / name
+    assert {f.name for f in (tmp_path / figures.name).iterdir()} == {f.name for f in figures.iterdir()}
+    assert sum(f.stat().st_size for f in [file, *figures.iterdir()]) < 3_000_000
 
 
 def test_words_that_differ_are_told_from_the_others() -> None:
