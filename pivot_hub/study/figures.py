@@ -13,6 +13,7 @@ import numpy as np
 from pivot_hub.study.comparisons import SHOWN, FrontierPoint, Points, Row
 from pivot_hub.study.design import Curve, FactorSpec, Frontier, Study
 
+MARKERS = ("o", "s", "^")  # of the first eight lines, of the next eight, and so on
 COLOURS = ("#33608c", "#c2622d", "#5b8a3a", "#7d4f96", "#8c7a33", "#3d8a86", "#a23b56", "#666666")
 
 
@@ -55,10 +56,11 @@ def draw_frontier(frontier: Frontier, lines: Mapping[str, Sequence[FrontierPoint
     figure = Figure(figsize=(7.6, 4.6))
     ax = figure.subplots()
     ax.axhline(0, color="#888888", linewidth=0.8)
-    for (line, points), colour in zip(lines.items(), itertools.cycle(COLOURS), strict=False):
+    styles = itertools.cycle(itertools.product(MARKERS, COLOURS))
+    for (line, points), (marker, colour) in zip(lines.items(), styles, strict=False):
         x, y, half = np.array([(point.x, point.y, point.half) for point in points]).T
         ax.fill_between(x, y - half, y + half, color=colour, alpha=0.12, linewidth=0)
-        ax.errorbar(x, y, half, color=colour, label=line, marker="o", markersize=4, linewidth=1.3, capsize=2)
+        ax.errorbar(x, y, half, color=colour, label=line, marker=marker, markersize=4, linewidth=1.3, capsize=2)
     ax.set_xscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

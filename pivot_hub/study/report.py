@@ -159,7 +159,9 @@ def _answer(study: Study, rows: Sequence[Row], labels: Labels) -> str:
             clauses.append(f"above it on {', '.join(above)}")
         if below:
             clauses.append(f"below it on {', '.join(below)}")
-        if len(differing) < len(compared):
+        if not differing and len(compared) == 1:
+            clauses.append(f"not shown to differ on {compared[0].measure}")
+        elif len(differing) < len(compared):
             clauses.append(f"not shown to differ on {len(compared) - len(differing)} of {len(compared)} measures")
         sentences.append(
             f"Compared with {labels[first]}, {labels[other]} is {'; '.join(clauses)} ({compared[0].seeds} seeds)."
