@@ -5,10 +5,9 @@ PYTHON ?= python3
 # The CPU build where no GPU is visible; with one, the newest build that PyPI serves.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch" || echo "torch==2.13.0")
 
-# Processes that run tests, of one thread and about 2 GB each. The tests of a file share its fixtures; tests/conftest.py
-# orders the files.
+# Processes that run tests, of one thread and about 2 GB each. The tests of a file share its fixtures.
 PROCESSES ?= 2
-IN_PROCESSES := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+IN_PROCESSES := -n $(PROCESSES) --dist loadfile
 
 .PHONY: setup quickstart test slow nightly browser conformance release lint docs format space clean
 

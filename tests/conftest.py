@@ -26,19 +26,8 @@ from pivot_hub.training.language import train_tokenizer  # noqa: E402
 from pivot_hub.training.stage import run_lineage  # noqa: E402
 from tests.encoder.originals import IMAGE_PX, make_vision  # noqa: E402
 
-# Files that take longest start first, so that no process is left with one of them when the others have finished.
-LONG_FILES = (
-    "test_quickstart.py",
-    "test_notebooks.py",
-    "test_study.py",
-    "test_fuzz.py",
-    "test_processes.py",
-    "test_run.py",
-)
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
     for marker in {"slow", "nightly"} - set(re.findall(r"\w+", str(config.option.markexpr))):
         for item in items:
             if item.get_closest_marker(marker):
