@@ -361,7 +361,9 @@ def test_a_run_is_trained_on_the_wrong_answers_of_its_parent(tmp_path: Path) -> 
     spec["runs"]["dpo"] |= {"policy": "instruct", "measure": []}
     del spec["runs"]["dpo"]["rates"]
     spec["runs"]["instruct"]["measure"] = []
-    spec["runs"] = {name: spec["runs"][name] for name in ("align", "instruct", "dpo")}
+    part = {"label": "part", "recipe": "0-vision", "measure": ["encoder"]}
+    part["change"] = ["data.0.rows=8", "args.per_device_train_batch_size=4", "args.dataloader_num_workers=0"]
+    spec["runs"] = {"part": part, **{name: spec["runs"][name] for name in ("align", "instruct", "dpo")}}
     spec["factors"] = [{"title": "a", "question": "b", "pairs": [["instruct", "dpo"]], "measures": ["colour"]}]
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
     out = tmp_path / "out"
@@ -374,7 +376,9 @@ def test_a_run_is_trained_on_the_wrong_answers_of_its_parent(tmp_path: Path) -> 
     spec["runs"]["instruct"]["change"] += ["learning_rate.language=5.0e-3"]
     study.write_text(yaml.safe_dump(spec, sort_keys=False))
     before = collect_table(load_study(study), out)
-    assert {row["run"] for row in before.rows} == {"align"}  # the others are of another recipe, or of another parent
+    # The others are of another recipe, or of another parent. The encoder that the study trains is measured too.
+    assert {row["run"] for row in before.rows} == {"part", "align"}
+    assert "shapes/segmentation" in {row["task"] for row in before.rows if row["run"] == "part"}
     run_study(study, out, seeds=[1], log=print)
     checkpoint = out / "runs" / "dpo" / "seed-1"
     provenance = json.loads((checkpoint / "provenance.json").read_text())
