@@ -108,7 +108,8 @@ def text_processor(image_px: int, patch_px: int) -> LlavaProcessor:
         image_px: Side of the images in pixels.
         patch_px: Side of a patch in pixels.
     """
-    processor = read_processor(str(RECIPES / "shapes/base/vision"), str(RECIPES / "shapes/base/language"))
+    base = RECIPES / "shapes/base"
+    processor = cast(LlavaProcessor, read_processor(str(base / "vision"), str(base / "language")))
     processor.image_processor.size = {"height": image_px, "width": image_px}
     processor.patch_size = patch_px
     return processor

@@ -26,7 +26,7 @@ from trl import SFTConfig
 from pivot_hub.bench.models import random_mllm
 from pivot_hub.bench.utilisation import utilisation
 from pivot_hub.config.recipe import LoadedRecipe, MllmSpec
-from pivot_hub.errors import ProbeError
+from pivot_hub.errors import ProbeError, RecipeError
 from pivot_hub.mllm.inputs import placeholder_of
 from pivot_hub.mllm.processor import load_processor
 from pivot_hub.mllm.published_configs import part_config, whole_config
@@ -174,6 +174,11 @@ def _random_model(loaded: LoadedRecipe) -> tuple[PreTrainedModel, ProcessorMixin
             model = AutoModelForImageTextToText.from_config(whole_config(name, revision), dtype=torch.float32)
         return model, load_processor(name, revision), np.array(["a"])
     spec = loaded.parts("the benchmark")
+    if spec.family is not None:
+        raise RecipeError(
+            f"{loaded.path}: the benchmark joins parts to a LLaVA model only; train the align stage, and give its "
+            "folder as `model.mllm`."
+        )
     vision = part_config(loaded.locate(spec.vision), spec.vision_revision)
     language: Any = part_config(loaded.locate(spec.language), spec.language_revision)
     words = np.array([f"w{i}" for i in range(language.vocab_size - 8)])

@@ -63,8 +63,9 @@ class ShapesData(Strict):
             for a description, `box` for the box of an object.
         counterfactual: Whether the rejected answer of a pair is the right one of another scene, which differs in one
             thing and is the row's rejected image; see `data.synthetic.counterfactual`.
-        forms: Forms of instructions and preference pairs, in turn: `describe`, a description of the scene, and
-            `question`, a question with its answer; both by default.
+        forms: Forms of instructions and preference pairs, in turn: `describe`, a description of the scene, `question`,
+            a question with its answer, and `with_facts`, a description between six facts that need no image, about
+            100 tokens; the first two by default.
         wrong_images: Whether each row shows the image of another row, so that its text is wrong: noise as a control,
             which should make an encoder worse.
         wrong_answers: JSON file of wrong answers, relative to the recipe, as `study.on_policy` writes an MLLM's own:
@@ -80,7 +81,7 @@ class ShapesData(Strict):
     slip: Literal["visual", "fact", "format"] | None = None
     kinds: list[QuestionKind] | None = Field(None, min_length=1)
     counterfactual: bool | None = None
-    forms: list[Literal["describe", "question"]] | None = Field(None, min_length=1)
+    forms: list[Literal["describe", "question", "with_facts"]] | None = Field(None, min_length=1)
     wrong_images: bool | None = None
     wrong_answers: str | None = None
     world: ShapesSettings = ShapesSettings()

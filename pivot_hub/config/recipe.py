@@ -37,6 +37,7 @@ from pivot_hub.files import shipped_folder
 
 RECIPES = shipped_folder("recipes")
 PARTS = ("vision", "projector", "language")
+JoinedFamily = Literal["internvl", "qwen2_5_vl"]  # families besides LLaVA that an align stage builds from two parts
 NO_COMPILE = "nothing: batches differ in length and layout, so torch compiles again and again"
 # The runner sets these arguments from other keys of the recipe; two values of one argument could contradict.
 RESERVED_ARGS = {
@@ -63,7 +64,9 @@ class ModelSpec(Strict):
     Args:
         vision: Folder or Hub name of the encoder, of any backbone.
         language: Folder or Hub name of the language model.
-        feature_layer: Hidden state of the encoder that the projector reads.
+        feature_layer: Hidden state of the encoder that LLaVA's projector reads; those of other families read the last.
+        family: Model type of the MLLM: LLaVA's by default; `internvl`, whose projector merges 2x2 patches to one token;
+            or `qwen2_5_vl`, which does so too and takes an encoder of Qwen2.5-VL's architecture.
         vision_revision: Commit or branch of a Hub encoder.
         language_revision: Commit or branch of a Hub language model.
     """
@@ -71,8 +74,15 @@ class ModelSpec(Strict):
     vision: str
     language: str
     feature_layer: int = -2
+    family: JoinedFamily | None = None
     vision_revision: str | None = None
     language_revision: str | None = None
+
+    @model_validator(mode="after")
+    def _check_feature_layer(self) -> ModelSpec:
+        if self.family is not None and self.feature_layer != -2:
+            raise ValueError(f"the projector of {self.family} reads the last hidden state; remove `feature_layer`")
+        return self
 
 
 class MllmSpec(Strict):

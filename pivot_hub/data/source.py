@@ -26,6 +26,7 @@ from pivot_hub.data.preference import parse_preference, parse_question_pair, par
 from pivot_hub.data.row import IMAGE_TAG, SUFFIXES, Box, ImageSize, Row, bad_character, read_records
 from pivot_hub.data.synthetic import (
     DESCRIBE,
+    DESCRIBE_WITH_FACTS,
     KINDS,
     Counterfactual,
     Form,
@@ -33,6 +34,7 @@ from pivot_hub.data.synthetic import (
     Scene,
     ShapesDataset,
     draw_counterfactual,
+    put_between_facts,
 )
 from pivot_hub.errors import DataError, shown_text
 
@@ -118,7 +120,8 @@ class ShapesSource:
             if spec.counterfactual:
                 pair = self._counterfactual(i).pair
                 chosen, rejected = f"{name}/{SCENE}", f"{name}/{OTHER}"
-                yield Row(name, chosen, pair.question, pair.chosen, pair.rejected, rejected_image=rejected)
+                row = Row(name, chosen, pair.question, pair.chosen, pair.rejected, rejected_image=rejected)
+                yield self._with_facts(row, i)
                 continue
             scene, rng = dataset.scene(spec.split, i), dataset.scene_rng(spec.split, i, 1)
             kind, form = self._kind_and_form(i)
@@ -136,9 +139,9 @@ class ShapesSource:
                     pair = scene.pair_with_fact(kind, form, spec.slip, rng, fact_rng)
                 else:
                     pair = scene.pair(kind, form, rng)
-                yield Row(name, image, pair.question, pair.chosen, pair.rejected)
+                yield self._with_facts(Row(name, image, pair.question, pair.chosen, pair.rejected), i)
             elif form == "describe":
-                yield Row(name, image, DESCRIBE, scene.caption())
+                yield self._with_facts(Row(name, image, DESCRIBE, scene.caption()), i)
             else:
                 question = scene.question(kind, rng)
                 yield Row(name, image, question.text, question.answer)
@@ -171,8 +174,21 @@ class ShapesSource:
 
     def _kind_and_form(self, index: int) -> tuple[Kind, Form]:
         """Return kind and form of a row: by default any ten consecutive rows hold each combination once."""
-        forms: Sequence[Form] = self.spec.forms or ("describe", "question")
-        return KINDS[index % 5], forms[index // 5 % len(forms)]
+        form = self._form(index)
+        return KINDS[index % 5], "describe" if form == "with_facts" else form
+
+    def _form(self, index: int) -> Form | Literal["with_facts"]:
+        forms: Sequence[Form | Literal["with_facts"]] = self.spec.forms or ("describe", "question")
+        return forms[index // 5 % len(forms)]
+
+    def _with_facts(self, row: Row, index: int) -> Row:
+        """Return a row of descriptions with facts around them, if that is its form."""
+        if self._form(index) != "with_facts":
+            return row
+        answers = [row.chosen] if row.rejected is None else [row.chosen, row.rejected]
+        rng = self.dataset.scene_rng(self.spec.split, index, 11)
+        chosen, *rejected = put_between_facts(answers, rng)
+        return replace(row, prompt=DESCRIBE_WITH_FACTS, chosen=chosen, rejected=rejected[0] if rejected else None)
 
 
 def _verifiable(scene: Scene, name: str, image: str, kind: QuestionKind, rng: np.random.Generator) -> Row:

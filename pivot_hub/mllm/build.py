@@ -1,8 +1,9 @@
-"""Build an MLLM of LLaVA's classes from a vision encoder, a new projector and a language model."""
+"""Build an MLLM from a vision encoder, a new projector and a language model."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Mapping
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
@@ -10,23 +11,48 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
-from pivot_hub.encoder.configuration_pivot import backbone_of, check_feature_layer
+from pivot_hub.config.recipe import JoinedFamily
+from pivot_hub.encoder import PivotVisionConfig
 from pivot_hub.encoder.image_shapes import refuse_native
 from pivot_hub.encoder.modeling_pivot import read_image_processor
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem, read_encoder
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.chat_templates import ChatFormat, chat_format
 from pivot_hub.mllm.families import family_of
+from pivot_hub.mllm.joined_families import JOINED
 from pivot_hub.mllm.load import SQUARES_ONLY, load_complete
+from pivot_hub.mllm.published_configs import meta_model
+
+
+@overload
+def build_mllm(
+    vision: str,
+    language: str,
+    feature_layer: int = -2,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
+    seed: int = 0,
+    family: None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]: ...
+
+
+@overload
+def build_mllm(
+    vision: str,
+    language: str,
+    feature_layer: int = -2,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
+    seed: int = 0,
+    family: JoinedFamily | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]: ...
 
 
 def build_mllm(
@@ -36,68 +62,57 @@ def build_mllm(
     vision_revision: str | None = None,
     language_revision: str | None = None,
     seed: int = 0,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    family: JoinedFamily | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Join a vision encoder and a causal language model with a new projector.
 
     Args:
         vision: Folder, Hub name or short name of the encoder. A two-tower model contributes its vision tower.
         language: Folder or Hub name of the causal language model.
-        feature_layer: Hidden state that enters the projector, -2 in the paper.
+        feature_layer: Hidden state that enters the projector, -2 in the paper. Qwen2.5-VL's takes the last one.
         vision_revision: Hub revision of the encoder.
         language_revision: Hub revision of the language model.
         seed: Seed of the projector's weights, the only new ones.
+        family: Model type of the MLLM; LLaVA's by default.
 
     Returns:
         The model in float32 and its processor, which includes the chat template.
 
     Raises:
-        CheckpointError: A part does not exist, some of its weights are missing, or the encoder is a tower of native
-            resolution.
+        CheckpointError: A part does not exist, some of its weights are missing, or the family does not take it.
     """
-    refuse_native(vision, *SQUARES_ONLY, vision_revision)
-    encoder, image_processor = _load_encoder(vision, vision_revision)
-    try:
-        check_feature_layer(feature_layer, encoder.config.num_hidden_layers)
-    except ValueError as error:
-        raise CheckpointError(f"{vision}: {error}") from error
+    joined = JOINED[family]
+    if family != "qwen2_5_vl":  # before the weights are read
+        refuse_native(vision, *SQUARES_ONLY, vision_revision)
+    encoder, image_processor = read_encoder(vision, revision=vision_revision)
     tower = encoder.backbone
+    joined.check(vision, tower.config, feature_layer)
     language_model = load_complete(AutoModelForCausalLM, language, language_revision)
-    tokenizer = _load_tokenizer(language, language_revision)
+    joined.check_language(language, language_model.config)
+    tokenizer = _load_tokenizer(language, language_revision, joined.tokens)
     chat = chat_format(tokenizer)
-    _add_tokens(tokenizer, language_model, chat)
-    prefix = encoder.config.pivot["prefix_tokens"]
-    strategy: Literal["default", "full"] = "default" if prefix else "full"
-    patches = (encoder.config.image_size // encoder.config.patch_size) ** 2
-    config = LlavaConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(chat.image_token)),
-        projector_hidden_act="gelu",
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy=strategy,
-        # LLaVA's classes drop one prefix token, CLS; registers enter the language model.
-        image_seq_length=patches + max(prefix - 1, 0),
-        tie_word_embeddings=language_model.config.tie_word_embeddings,
-    )
-    with torch.device("meta"):  # the parts bring their weights, so none are initialised here
-        model = LlavaForConditionalGeneration(config)
+    _add_tokens(tokenizer, language_model, chat, joined.tokens)
+    image_token = cast(int, tokenizer.convert_tokens_to_ids(joined.image_token(chat)))
+    config = joined.config(tower.config, language_model.config, feature_layer, image_token)
+    model: Any = meta_model(config)  # the parts bring their weights, so none are initialised here
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = LlavaMultiModalProjector(config)
-    model.model.vision_tower = tower
-    model.model.multi_modal_projector = projector
-    model.model.language_model = language_model.model
+        joined.set_vision(model.model, tower, config)
+    joined.set_language(model.model, language_model.model, config)
     model.lm_head = language_model.lm_head
     model.tie_weights()
     stop = tokenizer.convert_tokens_to_ids(chat.turn_end)
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
-    processor = _processor(cast(PivotVisionConfig, encoder.config), image_processor, tokenizer, chat)
-    return model, processor
+    return model, joined.processor(tower.config, image_processor, tokenizer, chat)
 
 
 def read_processor(
-    vision: str, language: str, vision_revision: str | None = None, language_revision: str | None = None
-) -> LlavaProcessor:
+    vision: str,
+    language: str,
+    vision_revision: str | None = None,
+    language_revision: str | None = None,
+    family: JoinedFamily | None = None,
+) -> ProcessorMixin:
     """Build the processor that `build_mllm` returns, without loading any weights.
 
     Args:
@@ -105,22 +120,26 @@ def read_processor(
         language: Folder or Hub name of the causal language model.
         vision_revision: Hub revision of the encoder.
         language_revision: Hub revision of the language model.
+        family: Model type of the MLLM; LLaVA's by default.
 
     Raises:
-        CheckpointError: A part's config, image processor or tokenizer cannot be read, or the encoder is a tower of
-            native resolution.
+        CheckpointError: A part's config, image processor or tokenizer cannot be read, or the family does not take the
+            encoder.
     """
-    refuse_native(vision, *SQUARES_ONLY, vision_revision)
+    joined = JOINED[family]
+    if family != "qwen2_5_vl":
+        refuse_native(vision, *SQUARES_ONLY, vision_revision)
     try:
-        config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main")
-        image_processor = read_image_processor(vision, config.backbone_config, revision=vision_revision)
+        config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main").backbone_config
+        image_processor = read_image_processor(vision, config, revision=vision_revision)
     except LOADING_ERRORS as error:
         problem = loading_problem(vision, error)
         raise CheckpointError(f"{vision}: its configuration cannot be read: {problem}.") from error
-    tokenizer = _load_tokenizer(language, language_revision)
+    joined.check(vision, config, -1)
+    tokenizer = _load_tokenizer(language, language_revision, joined.tokens)
     chat = chat_format(tokenizer)
-    _add_tokens(tokenizer, None, chat)
-    return _processor(config, image_processor, tokenizer, chat)
+    _add_tokens(tokenizer, None, chat, joined.tokens)
+    return joined.processor(config, image_processor, tokenizer, chat)
 
 
 def randomise_vision(model: PreTrainedModel, seed: int) -> None:
@@ -139,43 +158,24 @@ def randomise_vision(model: PreTrainedModel, seed: int) -> None:
     tower.load_state_dict(own, strict=False)
 
 
-def _processor(
-    config: PivotVisionConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
-) -> LlavaProcessor:
-    prefix = config.pivot["prefix_tokens"]
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=config.patch_size,
-        vision_feature_select_strategy="default" if prefix else "full",
-        num_additional_image_tokens=prefix,
-        image_token=chat.image_token,
-        chat_template=chat.template,
-    )
-
-
-def _load_encoder(name: str, revision: str | None) -> tuple[PivotVisionModel, Any]:
-    """Load an encoder and its image processor; refuse one whose hidden states are maps, which LLaVA cannot use."""
-    encoder, image_processor = read_encoder(name, revision=revision)
-    if backbone_of(encoder.config.backbone_config).maps:
-        raise CheckpointError(
-            f"{name}: timm models give feature maps, which transformers' LLaVA does not take; give the same encoder "
-            "in its transformers format, or use it as a feature extractor."
-        )
-    return encoder, image_processor
-
-
-def _load_tokenizer(name: str, revision: str | None) -> PreTrainedTokenizerBase:
+def _load_tokenizer(name: str, revision: str | None, tokens: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    own = {"extra_special_tokens": dict(tokens)} if tokens else {}
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **own)
     except LOADING_ERRORS as error:
         raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {loading_problem(name, error)}.") from error
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None, chat: ChatFormat) -> None:
+def _add_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    language_model: PreTrainedModel | None,
+    chat: ChatFormat,
+    tokens: Mapping[str, str],
+) -> None:
     """Add the image and turn tokens that the tokenizer lacks, and enlarge the embedding where it is too small."""
     vocabulary = tokenizer.get_vocab()
-    absent = [token for token in (chat.image_token, chat.turn_start, chat.turn_end) if token not in vocabulary]
+    needed = (chat.image_token, chat.turn_start, chat.turn_end, *tokens.values())
+    absent = [token for token in needed if token not in vocabulary]
     if absent:
         tokenizer.add_special_tokens({"extra_special_tokens": absent})
     if tokenizer.pad_token is None:

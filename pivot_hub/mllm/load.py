@@ -34,7 +34,7 @@ from pivot_hub.mllm.processor import load_processor
 SQUARES_ONLY = (
     "an MLLM of transformers' LLaVA classes, as this package builds them from parts,",
     "give one of the other backbones; a tower of native resolution is used alone, by PivotVisionModel, `pivot encode` "
-    "and `pivot probe`",
+    "and `pivot probe`, and that of Qwen2.5-VL also with `model.family: qwen2_5_vl`",
 )
 
 

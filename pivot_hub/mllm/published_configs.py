@@ -11,24 +11,17 @@ import yaml
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from pivot_hub.config.recipe import RECIPES
-from pivot_hub.encoder.configuration_pivot import (
-    BACKBONES,
-    backbone_of,
-    check_feature_layer,
-    check_sizes,
-    native_config,
-    prefix_tokens,
-)
+from pivot_hub.config.recipe import RECIPES, JoinedFamily
+from pivot_hub.encoder.configuration_pivot import BACKBONES, backbone_of, check_sizes, native_config, prefix_tokens
 from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
+from pivot_hub.mllm.joined_families import JOINED
 from pivot_hub.mllm.load import SQUARES_ONLY, mllm_config
 
 
@@ -48,19 +41,20 @@ def published_mllms() -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in _published().items() if "vision_config" in entry["config"]}
 
 
-def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+def part_config(name: str, revision: str | None = None, squares: bool = True) -> PreTrainedConfig:
     """Find the config of an encoder or a language model, without its weights.
 
     Args:
         name: Folder or Hub name. A Hub name is looked up in `recipes/parts.yaml` first, and on the Hub second.
         revision: Revision of the Hub repository; if given, the config is always read from the Hub.
+        squares: Whether an encoder of square images is needed.
 
     Returns:
         The native config. For a two-tower model it is the config of the vision tower.
 
     Raises:
         CheckpointError: There is no config, transformers does not know its architecture, or it is of a tower of native
-            resolution.
+            resolution where square images are needed.
     """
     try:
         if revision is None and not Path(name).is_dir() and name in published_parts():
@@ -75,7 +69,7 @@ def part_config(name: str, revision: str | None = None) -> PreTrainedConfig:
             "holds its config.json, connect to the "
             f"Hub, or give one of: {', '.join(published_parts())}."
         ) from error
-    if is_vision:
+    if is_vision and squares:
         require_squares(part, name, *SQUARES_ONLY)
     return part
 
@@ -96,12 +90,17 @@ def whole_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def image_tokens(vision: PreTrainedConfig) -> int:
-    """Number of tokens that an image takes in the language model: patches and registers; LLaVA's classes drop CLS."""
+    """Number of tokens that an image takes in LLaVA's classes: patches and registers; they drop CLS."""
     side = backbone_of(vision).image_px(vision) // int(cast(Any, vision).patch_size)
     return side**2 + max(prefix_tokens(vision) - 1, 0)
 
 
-def joined_config(vision_config: PreTrainedConfig, text_config: PreTrainedConfig, feature_layer: int) -> LlavaConfig:
+def joined_config(
+    vision_config: PreTrainedConfig,
+    text_config: PreTrainedConfig,
+    feature_layer: int,
+    family: JoinedFamily | None = None,
+) -> PreTrainedConfig:
     """Return the config of the MLLM of two parts.
 
     It describes the model that `mllm.build.build_mllm` builds, except that the vocabulary is the language model's own,
@@ -111,28 +110,19 @@ def joined_config(vision_config: PreTrainedConfig, text_config: PreTrainedConfig
         vision_config: Native config of the encoder.
         text_config: Config of the language model.
         feature_layer: Hidden state of the encoder that enters the projector.
+        family: Model type of the MLLM; LLaVA's by default.
 
     Raises:
-        CheckpointError: transformers' LLaVA classes cannot combine the parts.
+        CheckpointError: The family cannot combine the parts.
     """
-    if backbone_of(vision_config).maps:
-        raise CheckpointError("timm models give feature maps, which transformers' LLaVA does not take.")
+    joined = JOINED[family]
+    joined.check("the encoder", vision_config, feature_layer)
+    joined.check_language("the language model", text_config)
     try:
-        check_feature_layer(feature_layer, getattr(vision_config, "num_hidden_layers", None))
         check_sizes(text_config)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    text: Any = text_config
-    return LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=text.vocab_size - 1,
-        projector_hidden_act="gelu",
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="default" if prefix_tokens(vision_config) else "full",
-        image_seq_length=image_tokens(vision_config),
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    return joined.config(vision_config, text_config, feature_layer, cast(Any, text_config).vocab_size - 1)
 
 
 def meta_mllm(

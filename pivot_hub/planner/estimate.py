@@ -563,9 +563,9 @@ def _mllm_config(loaded: LoadedRecipe) -> PreTrainedConfig:
     if isinstance(model, MllmSpec):
         return whole_config(loaded.locate(model.mllm), model.revision)
     spec = loaded.parts("the planner")
-    vision = part_config(loaded.locate(spec.vision), spec.vision_revision)
+    vision = part_config(loaded.locate(spec.vision), spec.vision_revision, squares=spec.family != "qwen2_5_vl")
     language = part_config(loaded.locate(spec.language), spec.language_revision)
-    return joined_config(vision, language, spec.feature_layer)
+    return joined_config(vision, language, spec.feature_layer, spec.family)
 
 
 def _extrapolated(few: StepProfile, more: StepProfile, distance: float) -> StepProfile:

@@ -16,6 +16,7 @@ from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, MllmSpec, ModelSpec, RewardSpec
 from pivot_hub.config.stages import stage_of
 from pivot_hub.encoder.configuration_pivot import backbone_of
+from pivot_hub.errors import RehearsalError
 from pivot_hub.mllm.build import build_mllm
 from pivot_hub.mllm.extract import extract_encoder
 from pivot_hub.mllm.published_configs import part_config, whole_config
@@ -36,9 +37,15 @@ def write_narrow_model(loaded: LoadedRecipe, folder: Path) -> None:
         folder: Folder that receives `vision`, `parent` and, for an MLLM of two parts, `language`.
 
     Raises:
-        RehearsalError: The recipe starts from a whole MLLM whose processor cannot be put together.
+        RehearsalError: The recipe starts from a whole MLLM whose processor cannot be put together, or joins parts to
+            another MLLM than LLaVA's.
     """
     spec = loaded.recipe.model
+    if isinstance(spec, ModelSpec) and spec.family is not None:
+        raise RehearsalError(
+            f"{loaded.path}: parts are rehearsed as a LLaVA model only; train the align stage, and give its folder as "
+            "`model.mllm`."
+        )
     if isinstance(spec, MllmSpec):
         write_narrow_mllm(whole_config(loaded.locate(spec.mllm), spec.revision), folder / PARENT)
         extract_encoder(folder / PARENT, folder / VISION, compare_with_base=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from pivot_hub.data.synthetic import KINDS, Counterfactual, Form, ShapesDataset,
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult, measure
 from pivot_hub.probes.run import FIRST_SCENE
-from pivot_hub.study.movement import hidden_states
+from pivot_hub.study.movement import features
 
 
 def probe_counterfactuals(dataset: ShapesDataset, split: Split, count: int) -> list[Counterfactual]:
@@ -45,9 +45,8 @@ def sensitivity(
         counterfactuals: Pairs of scenes that differ in one thing.
         conditions: Values of encoder, encoder_sha256, feature_layer and partner in the results.
     """
-    layer = cast(Any, model.config).vision_feature_layer
     first, second = (
-        hidden_states(model, processor, [scene.render().image for scene in scenes])[layer]
+        features(model, processor, [scene.render().image for scene in scenes])
         for scenes in ([c.scene for c in counterfactuals], [c.other for c in counterfactuals])
     )
     side = math.isqrt(first.shape[1])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pivot_hub.config.recipe import load_recipe
 from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.encoder import PivotVisionConfig
+from pivot_hub.encoder.configuration_pivot import native_config
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.errors import RecipeError
 from pivot_hub.files import write_json
-from pivot_hub.mllm.load import image_px, load_llava
+from pivot_hub.mllm.families import family_of
+from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.ranking import rank_pairs
 from pivot_hub.probes.result import ProbeResult
 from pivot_hub.probes.run import probe_pairs, probe_questions
@@ -43,11 +47,14 @@ def score_candidate(
         The share of pairs that are ranked right, which is the criterion; and the share of questions that are answered
         right, which is reported beside it.
     """
-    model, processor = load_llava(checkpoint)
+    model, processor = load_mllm(checkpoint)
     model.to(compute_device())  # type: ignore[arg-type]
-    dataset = ShapesDataset(image_px=image_px(model)) if dataset is None else dataset
+    if dataset is None:
+        dataset = ShapesDataset()
+        own_px = PivotVisionConfig(native_config(model.config)).image_size  # None for a tower of native resolution
+        dataset = replace(dataset, image_px=own_px or dataset.image_px)
     conditions: dict[str, Any] = {
-        "feature_layer": model.config.vision_feature_layer,
+        "feature_layer": family_of(model.config).feature_layer(model.config),
         "encoder": name,
         "encoder_sha256": weights_sha256(checkpoint),
         "partner": name,

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.encoder.repository import encoder_metadata, read_encoder
-from pivot_hub.mllm.load import load_llava
+from pivot_hub.mllm.families import family_of
+from pivot_hub.mllm.load import load_mllm
 from pivot_hub.probes.localization.gradient_maps import localize
 from pivot_hub.probes.ranking import rank_pairs, true_answer_probability
 from pivot_hub.probes.result import ProbeResult
@@ -55,10 +56,10 @@ def measure_run(
         results += probe_shapes(model, image_processor, name, sha256, sizes, dataset=dataset, harder=harder)
     if checkpoint is None:
         return results
-    mllm, processor = load_llava(checkpoint)
+    mllm, processor = load_mllm(checkpoint)
     mllm.to(compute_device()).eval()  # type: ignore[arg-type]
     conditions = {
-        "feature_layer": mllm.config.vision_feature_layer,
+        "feature_layer": family_of(mllm.config).feature_layer(mllm.config),
         "encoder": name,
         "encoder_sha256": sha256,
         "partner": name,
@@ -80,7 +81,7 @@ def measure_run(
         results += sensitivity(mllm, processor, counterfactuals, conditions)
         results += rank_counterfactuals(mllm, processor, counterfactuals, conditions)
     if "distance" in measures and parent is not None:
-        parent_mllm = load_llava(parent)[0]
+        parent_mllm = load_mllm(parent)[0]
         results += distances(mllm.cpu(), parent_mllm, conditions)
         images = [rendered.image for rendered in probe_scenes(dataset, "test", sizes.pairs).rendered]
         results += feature_drift(mllm, parent_mllm, processor, images, conditions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
+from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.trainable import parts_of
 from pivot_hub.probes.result import ProbeResult, measure
 
@@ -41,22 +43,58 @@ def distances(model: PreTrainedModel, parent: PreTrainedModel, conditions: dict[
     return results
 
 
-@torch.no_grad()
 def hidden_states(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Image.Image]) -> list[np.ndarray]:
     """Compute the patch tokens of every hidden state of an MLLM's encoder, from the embeddings on.
+
+    Args:
+        model: MLLM of any family whose tower takes a whole image.
+        processor: Processor of the MLLM.
+        images: Images of one size.
 
     Returns:
         For each hidden state (N, H*W, D) float32.
     """
-    encoder: Any = cast(Any, model).get_submodule("model.vision_tower")
-    image_processor: Any = cast(Any, processor).image_processor
-    prefix = prefix_tokens(encoder.config)
+    encoder = _encoder_of(model, processor)
+    prefix = prefix_tokens(encoder.backbone.config)
     batches = []
-    for start in range(0, len(images), BATCH):
-        pixels = image_processor(images=list(images[start : start + BATCH]), return_tensors="pt")["pixel_values"]
-        output = encoder(pixels.to(model.device), output_hidden_states=True)
-        batches.append([state[:, prefix:].float().cpu().numpy() for state in output.hidden_states])
+    for outputs, shapes in _outputs(encoder, images):
+        if shapes:
+            layers = range(len(outputs.hidden_states))
+            states = [torch.stack(encoder.maps(outputs, layer, shapes)).flatten(1, 2) for layer in layers]
+        else:
+            states = [state[:, prefix:] for state in outputs.hidden_states]
+        batches.append([state.float().cpu().numpy() for state in states])
     return [np.concatenate(states) for states in zip(*batches, strict=True)]
+
+
+def features(model: PreTrainedModel, processor: ProcessorMixin, images: Sequence[Image.Image]) -> np.ndarray:
+    """Compute the patch tokens that enter an MLLM's projector, (N, H*W, D) float32; see `hidden_states`."""
+    encoder = _encoder_of(model, processor)
+    batches = []
+    for outputs, shapes in _outputs(encoder, images):
+        tokens = outputs.last_hidden_state
+        batches.append((torch.stack(tokens).flatten(1, 2) if shapes else tokens).float().cpu().numpy())
+    return np.concatenate(batches)
+
+
+def _encoder_of(model: PreTrainedModel, processor: ProcessorMixin) -> PivotVisionModel:
+    """Return the tower of an MLLM, which is not copied, with its feature layer and image processor."""
+    family = family_of(model.config)
+    tower = getattr(model.model, family.tower)
+    encoder = PivotVisionModel(
+        PivotVisionConfig(tower.config, {"feature_layer": family.feature_layer(model.config)}), tower
+    )
+    encoder.image_processor = cast(Any, processor).image_processor
+    return encoder
+
+
+@torch.no_grad()
+def _outputs(encoder: PivotVisionModel, images: Sequence[Image.Image]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield an encoder's outputs batch by batch, with the images' shapes for a tower of native resolution."""
+    for start in range(0, len(images), BATCH):
+        inputs = encoder.prepare(list(images[start : start + BATCH]))
+        outputs = encoder(**inputs, output_hidden_states=True)
+        yield outputs, {name: value for name, value in inputs.items() if name != "pixel_values"}
 
 
 def feature_drift(

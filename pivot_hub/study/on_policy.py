@@ -9,7 +9,7 @@ from pivot_hub.config.data_section import ShapesData
 from pivot_hub.data.source import ShapesSource
 from pivot_hub.encoder.device import compute_device
 from pivot_hub.files import write_json
-from pivot_hub.mllm.load import load_llava
+from pivot_hub.mllm.load import load_mllm
 from pivot_hub.mllm.sampling import sample_answers
 from pivot_hub.provenance import weights_sha256
 from pivot_hub.training.rewards import exact_match
@@ -34,7 +34,7 @@ def write_wrong_answers(checkpoint: Path, spec: ShapesData, file: Path) -> None:
         earlier = json.loads(file.read_text())
         if {key: earlier.get(key) for key in asked} == asked:
             return
-    model, processor = load_llava(checkpoint)
+    model, processor = load_mllm(checkpoint)
     model.to(compute_device()).eval()  # type: ignore[arg-type]
     source = ShapesSource(questions)
     rows = [row for row in source.rows() if not isinstance(row, Exception)]

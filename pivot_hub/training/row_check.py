@@ -97,7 +97,7 @@ def _processor(loaded: LoadedRecipe) -> ProcessorMixin:
         return load_processor(*start)
     spec = loaded.parts("the check")
     vision, language = loaded.locate(spec.vision), loaded.locate(spec.language)
-    return read_processor(vision, language, spec.vision_revision, spec.language_revision)
+    return read_processor(vision, language, spec.vision_revision, spec.language_revision, spec.family)
 
 
 class RowCheck:

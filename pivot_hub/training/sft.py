@@ -111,6 +111,7 @@ def build_trainer(
             spec.vision_revision,
             spec.language_revision,
             recipe.seed,
+            spec.family,
         )
     learning_rates = recipe.learning_rate.trained()
     freeze_parts(model, learning_rates)

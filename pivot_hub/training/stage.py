@@ -445,14 +445,16 @@ def _check_parent(loaded: LoadedRecipe, model: ModelSpec | MllmSpec, folder: Pat
     remedy = "give the checkpoint of this recipe's parent with --parent, or change `model` where it is named"
     config = json.loads((folder / "config.json").read_text())
     joined = isinstance(model, ModelSpec)
-    if config.get("model_type") not in (("llava",) if joined else FAMILIES):
+    families = (model.family or "llava",) if isinstance(model, ModelSpec) else tuple(FAMILIES)
+    if config.get("model_type") not in families:
         kind = config.get("model_type", "nameless")
-        raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not an MLLM; {remedy}.")
+        wanted = "an MLLM" if len(families) > 1 or kind not in FAMILIES else f"a {families[0]} one"
+        raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not {wanted}; {remedy}.")
     provenance = folder / "provenance.json"
     recorded = json.loads(provenance.read_text()).get("model") if provenance.is_file() else None
     parent_model = dict(recorded or {})
-    if joined:
-        parent_model["feature_layer"] = config.get("vision_feature_layer")
+    if joined and "vision_feature_layer" in config:  # Qwen2.5-VL's projector takes the last hidden state
+        parent_model["feature_layer"] = config["vision_feature_layer"]
     for key, expected in model.model_dump().items():
         if (recorded or key == "feature_layer") and parent_model.get(key) != expected:
             raise CheckpointError(

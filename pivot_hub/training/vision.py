@@ -1,4 +1,4 @@
-"""Stage vision: a small encoder of SigLIP's architecture, trained on images with captions.
+"""Stage vision: a small encoder of SigLIP's, InternVL's or Qwen2.5-VL's architecture, trained on captioned images.
 
 It has the role of SigLIP2 in the paper. There are two losses on captions: each patch names the words of the object on
 it (region captions, as in LocCa, Wan et al. 2024), and the mean patch names the words of the whole caption
@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    GotOcr2ImageProcessorPil,
+    PreTrainedConfig,
+    Qwen2VLImageProcessorPil,
     SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -26,10 +29,13 @@ from transformers import (
 
 from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe
+from pivot_hub.config.yaml_loader import nearest
 from pivot_hub.data.report import RowReport
 from pivot_hub.data.source import ShapesSource
 from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, RenderedScene, Scene
-from pivot_hub.encoder import PivotVisionModel
+from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
+from pivot_hub.encoder.configuration_pivot import LAST, backbone_of
+from pivot_hub.encoder.modeling_pivot import native_class
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
 
@@ -44,6 +50,9 @@ WORD_WEIGHTS = {**dict.fromkeys(COLOUR_NAMES, 0.1), **dict.fromkeys(POSITIONS, 0
 COUNT_WEIGHT = 0.5
 REGION_WEIGHT, CAPTION_WEIGHT = 3.0, 6.0
 COVERED = 0.25  # share of a patch that an object must cover to be named there
+SIGLIP = "siglip_vision_model"
+MODEL_TYPES = (SIGLIP, "internvl_vision", "qwen2_5_vl_vision")
+NORMALISED: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 class CaptionedEncoder(nn.Module):
@@ -52,26 +61,36 @@ class CaptionedEncoder(nn.Module):
     word_weights: Tensor
     slot_weights: Tensor
 
-    def __init__(self, config: SiglipVisionConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.encoder = SiglipVisionModel(config)
-        _set_sincos_positions(self.encoder)
-        self.region_head = nn.Linear(config.hidden_size, len(SLOTS) * len(WORDS))
-        self.caption_head = nn.Linear(config.hidden_size, len(WORDS) - 1 + COUNTS)
+        model_class = native_class(config)
+        tower = (model_class.from_config if model_class is AutoModel else model_class._from_config)(config)
+        _set_sincos_positions(tower)
+        self.encoder = PivotVisionModel(PivotVisionConfig(config, {"feature_layer": LAST}), tower)
+        width = self.encoder.config.hidden_size
+        self.region_head = nn.Linear(width, len(SLOTS) * len(WORDS))
+        self.caption_head = nn.Linear(width, len(WORDS) - 1 + COUNTS)
         words = [WORD_WEIGHTS.get(w, 1.0) for w in WORDS[1:]] + [COUNT_WEIGHT] * COUNTS
         self.register_buffer("word_weights", torch.tensor(words), persistent=False)
         slots = torch.tensor([SLOT_WEIGHTS[s] for s in SLOTS])
         self.register_buffer("slot_weights", slots, persistent=False)
 
-    def forward(self, pixel_values: Tensor, regions: Tensor, words: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, regions: Tensor, words: Tensor, image_grid_thw: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Compute the weighted sum of both losses.
 
         Args:
-            pixel_values: Images, (B, 3, image_px, image_px).
+            pixel_values: Images, (B, 3, image_px, image_px); for a tower of native resolution, patches (B, H*W, N).
             regions: Ids into WORDS, (B, H*W, 3); `nothing` where a patch has no object.
             words: Words of the caption and then its number of objects, 0 or 1 each, (B, len(WORDS) - 1 + COUNTS).
+            image_grid_thw: Of a tower of native resolution, 1, H and W of each image, (B, 3).
         """
-        tokens = self.encoder(pixel_values).last_hidden_state  # (B, H*W, D)
+        if image_grid_thw is None:
+            tokens = self.encoder(pixel_values).last_hidden_state  # (B, H*W, D)
+        else:
+            maps = self.encoder(pixel_values.flatten(0, 1), image_grid_thw=image_grid_thw).last_hidden_state
+            tokens = torch.stack(maps).flatten(1, 2)
         region_logits = self.region_head(tokens).unflatten(-1, (len(SLOTS), len(WORDS)))
         region = nn.functional.cross_entropy(region_logits.flatten(0, 2), regions.flatten(), reduction="none")
         region = (region.unflatten(0, (-1, len(SLOTS))) * self.slot_weights).mean()
@@ -97,34 +116,50 @@ def build_trainer(
         callbacks: Callbacks of the trainer.
 
     Raises:
-        RecipeError: The architecture has a setting that SiglipVisionConfig does not know, or sizes that do not fit
-            together.
+        RecipeError: The architecture has a setting that its config does not know, or sizes that do not fit together.
     """
     recipe = loaded.recipe
     assert recipe.architecture is not None
     torch.manual_seed(recipe.seed)
+    architecture = dict(recipe.architecture)
+    model_type = architecture.pop("model_type", SIGLIP)
+    if model_type not in MODEL_TYPES:
+        raise RecipeError(
+            f"{loaded.path}: `architecture.model_type` {model_type!r} is not trained from captions"
+            f"{nearest(str(model_type), MODEL_TYPES)}; give one of {', '.join(MODEL_TYPES)}."
+        )
     try:
-        config = SiglipVisionConfig(**recipe.architecture, vision_use_head=False)
+        further = {"vision_use_head": False} if model_type == SIGLIP else {}
+        config: Any = AutoConfig.for_model(model_type, **architecture, **further)
         model = CaptionedEncoder(config)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"{loaded.path}: `architecture` does not give a SigLIP encoder: {error}") from error
+        raise RecipeError(f"{loaded.path}: `architecture` does not give a {model_type} encoder: {error}") from error
     sources = [ShapesSource(spec) for spec in recipe.data if isinstance(spec, ShapesData)]
+    image_px = sources[0].dataset.image_px
+    own_px = model.encoder.config.image_size or image_px
     for source in sources:
-        if source.dataset.image_px != config.image_size:
+        if source.dataset.image_px != own_px:
             raise RecipeError(
-                f"{loaded.path}: images of {source.dataset.image_px} px for an encoder of {config.image_size} px: set "
+                f"{loaded.path}: images of {source.dataset.image_px} px for an encoder of {own_px} px: set "
                 "`architecture.image_size` and `data.world.image_px` alike."
             )
-    side = cast(int, config.image_size) // cast(int, config.patch_size)
+    model.encoder.image_processor = _image_processor(config, image_px)
+    side = image_px // model.encoder.config.patch_size
     rows = [(source, i) for source in sources for i in range(source.spec.rows)]
     report.rows = len(rows)
+    layout = backbone_of(config).layout
 
     def render(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         examples = []
         for number in batch["row"]:
             source, i = rows[number]
             scene = source.dataset.scene(source.spec.split, source.spec.start + i)
-            examples.append(labelled(scene, scene.render(), side))
+            rendered = scene.render()
+            example = labelled(scene, rendered, side)
+            if layout is not None:  # one image's patches, and 1, H and W
+                prepared = model.encoder.prepare([rendered.image])
+                example |= {"pixel_values": prepared["pixel_values"], "image_grid_thw": prepared["image_grid_thw"][0]}
+            examples.append(example)
         return {key: [example[key] for example in examples] for key in examples[0]}
 
     return Trainer(
@@ -163,24 +198,42 @@ def labelled(scene: Scene, rendered: RenderedScene, side: int) -> dict[str, Tens
 def save(trainer: Trainer, folder: Path) -> None:
     """Write the encoder, without the training heads, as an encoder repository."""
     assert isinstance(trainer.model, CaptionedEncoder)
-    encoder = trainer.model.encoder.eval().cpu()
-    config = encoder.config
-    model = PivotVisionModel(PivotVisionModel.config_class(config), encoder)
-    model.image_processor = SiglipImageProcessorPil(
-        size={"height": config.image_size, "width": config.image_size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    trained = trainer.model.encoder.eval().cpu()
+    model = PivotVisionModel(PivotVisionConfig(trained.backbone.config), trained.backbone)
+    model.image_processor = trained.image_processor
     fill_repository(folder, model)
 
 
-def _set_sincos_positions(encoder: SiglipVisionModel) -> None:
+def _image_processor(config: Any, image_px: int) -> Any:
+    """Return the image processor of an encoder, which leaves images of `image_px` at their size."""
+    size = {"height": image_px, "width": image_px}
+    if config.model_type == SIGLIP:
+        return SiglipImageProcessorPil(size=size, **NORMALISED)
+    if backbone_of(config).layout is None:
+        return GotOcr2ImageProcessorPil(size=size, **NORMALISED)
+    return Qwen2VLImageProcessorPil(
+        patch_size=config.patch_size,
+        merge_size=config.spatial_merge_size,
+        temporal_patch_size=config.temporal_patch_size,
+        size={"shortest_edge": image_px**2, "longest_edge": 16_777_216},  # pixels of the image, as Qwen's
+        **NORMALISED,
+    )
+
+
+def _set_sincos_positions(tower: Any) -> None:
     """Initialise position embeddings with 2-D sines and cosines (big_vision's posemb_sincos_2d).
 
     SigLIP initialises them with normal noise that is a sixth as strong as the patches. A short run does not learn
-    positions from it: after 250 steps 6% of the position words were right, and with sines 82%.
+    positions from it: after 250 steps 6% of the position words were right, and with sines 82%. InternVL's are zeros,
+    of which the first is that of CLS. Qwen2.5-VL's tower has rotary ones, which are no weights.
     """
-    weight = encoder.embeddings.position_embedding.weight
+    model_type = tower.config.model_type
+    if model_type == SIGLIP:
+        weight = tower.embeddings.position_embedding.weight
+    elif model_type == "internvl_vision":
+        weight = tower.embeddings.position_embeddings.detach()[0, 1:]
+    else:
+        return
     side, width = round(weight.shape[0] ** 0.5), weight.shape[1]
     if width % 4:
         raise ValueError(f"hidden_size {width} is not a multiple of 4")

@@ -13,6 +13,7 @@ from pivot_hub.data.synthetic.objects import COLOUR_NAMES, COLOURS, POSITIONS, S
 from pivot_hub.data.synthetic.scene import SPLITS, Combinations, Scene, ShapesDataset, Split, is_unseen
 from pivot_hub.data.synthetic.text import (
     DESCRIBE,
+    DESCRIBE_WITH_FACTS,
     ERROR_TYPES,
     KINDS,
     NUMBERS,
@@ -25,12 +26,14 @@ from pivot_hub.data.synthetic.text import (
     Question,
     describe,
     draw_fact,
+    put_between_facts,
 )
 
 __all__ = [
     "COLOURS",
     "COLOUR_NAMES",
     "DESCRIBE",
+    "DESCRIBE_WITH_FACTS",
     "ERROR_TYPES",
     "KINDS",
     "NUMBERS",
@@ -56,4 +59,5 @@ __all__ = [
     "draw_counterfactual",
     "draw_fact",
     "is_unseen",
+    "put_between_facts",
 ]

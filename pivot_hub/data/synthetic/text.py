@@ -29,6 +29,8 @@ SHAPE_PARTS = {  # general knowledge about shapes, which needs no image
 }
 DARK_COLOURS = ("maroon", "brown", "olive", "green", "teal", "blue", "navy", "purple")  # all others are light
 DESCRIBE = "Describe the image."
+DESCRIBE_WITH_FACTS = "Describe the image, between facts about shapes and colours."
+FACTS = 3  # facts on either side of a description, which make an answer of about 100 tokens
 SCAN_SIDE = 8  # words along the edge of a scan: as many as the base encoder has patches
 
 
@@ -249,6 +251,17 @@ def draw_fact(rng: np.random.Generator) -> Fact:
     colour = pick(COLOUR_NAMES, rng)
     shades = ("dark", "light") if colour in DARK_COLOURS else ("light", "dark")
     return Fact(*(f"{colour.capitalize()} is a {shade} colour." for shade in shades))
+
+
+def put_between_facts(answers: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """Put each answer between the same true facts, which need no image.
+
+    Args:
+        answers: Answers about a scene, such as the two of a preference pair.
+        rng: Generator that draws the facts, FACTS on either side.
+    """
+    facts = [draw_fact(rng).true for _ in range(2 * FACTS)]
+    return [" ".join([*facts[:FACTS], answer, *facts[FACTS:]]) for answer in answers]
 
 
 def _refer(objects: Sequence[SceneObject], subject: SceneObject, by: Literal["shape", "colour"]) -> str:
