@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pivot_hub.config.accelerate import accelerate_config as find_accelerate_config
-from pivot_hub.config.data_section import FileData, ShapesData
+from pivot_hub.config.data_section import ShapesData
 from pivot_hub.config.recipe import LoadedRecipe, MllmSpec
 from pivot_hub.config.stages import argument_defaults, stage_of
 from pivot_hub.errors import RecipeError
@@ -27,7 +27,7 @@ from pivot_hub.mllm.trainable import freeze_parts, parts_of
 from pivot_hub.planner.fake_step import Batch, StepProfile, profile_step
 from pivot_hub.planner.generation import Decoding, Schedule, weight_traffic
 from pivot_hub.planner.gpus import GPUS, HFU, RESERVE, Gpu
-from pivot_hub.planner.image_inputs import planned_image
+from pivot_hub.planner.image_inputs import planned_image, tokens_of_scene
 from pivot_hub.planner.memory import OPTIMIZERS, MemoryModel
 from pivot_hub.planner.report import GENERATING, MACHINE, PHASES, Device, GpuEstimate, MemoryPeak, Plan, Precision
 from pivot_hub.planner.settings import RunSettings, candidates
@@ -251,8 +251,15 @@ class _Planner:
         """Return the mean tokens of an image, as measured or as the sources expect them; None if one says nothing."""
         if lengths is not None and lengths.get("image_tokens"):
             return round(lengths["image_tokens"])
-        expected = [source.expect for source in self.recipe.data if isinstance(source, FileData)]
-        counts = [(each.rows, each.image_tokens) for each in expected if each is not None and each.image_tokens]
+        counts: list[tuple[int, int]] = []
+        for source in self.recipe.data:
+            if isinstance(source, ShapesData):
+                tokens, rows = tokens_of_scene(self.config, source.world.image_px), source.rows
+            else:
+                expect = source.expect
+                tokens, rows = (None, 0) if expect is None else (expect.image_tokens, expect.rows)
+            if tokens:
+                counts.append((rows, tokens))
         if len(counts) < len(self.recipe.data):
             return None
         return round(sum(rows * tokens for rows, tokens in counts) / sum(rows for rows, _ in counts))

@@ -67,6 +67,21 @@ def planned_image(model: PreTrainedModel, tokens: int | None) -> PlannedImage:
     )
 
 
+def tokens_of_scene(config: Any, image_px: int) -> int | None:
+    """Return the tokens of a square image whose size is known, or None where the family's count is not its area's.
+
+    Args:
+        config: Config of the MLLM.
+        image_px: Side of the image in pixels; one that InternVL does not cut into tiles.
+    """
+    family, vision = family_of(config), config.vision_config
+    if family.pixels not in ("grid", "tiles"):
+        return None
+    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    side = image_px if family.pixels == "grid" else backbone_of(native_config(config)).image_px(native_config(config))
+    return int(side // (patch * family.merge(config))) ** 2
+
+
 def _assumed(tokens: int, what: str, given: int | None) -> str:
     if given is None:
         return f"images of {WIDTH_PX}x{HEIGHT_PX} px, each {what} and {tokens} tokens"

@@ -448,15 +448,16 @@ def _check_parent(loaded: LoadedRecipe, model: ModelSpec | MllmSpec, folder: Pat
     families = (model.family or "llava",) if isinstance(model, ModelSpec) else tuple(FAMILIES)
     if config.get("model_type") not in families:
         kind = config.get("model_type", "nameless")
-        wanted = "an MLLM" if len(families) > 1 or kind not in FAMILIES else f"a {families[0]} one"
+        wanted = "an MLLM" if len(families) > 1 or kind not in FAMILIES else f"{families[0]}, which the recipe joins"
         raise CheckpointError(f"{loaded.path}: the parent at {folder} is a {kind} model, not {wanted}; {remedy}.")
     provenance = folder / "provenance.json"
     recorded = json.loads(provenance.read_text()).get("model") if provenance.is_file() else None
     parent_model = dict(recorded or {})
-    if joined and "vision_feature_layer" in config:  # Qwen2.5-VL's projector takes the last hidden state
-        parent_model["feature_layer"] = config["vision_feature_layer"]
+    if joined and config["model_type"] == "llava":  # the projectors of other families read the last hidden state
+        parent_model["feature_layer"] = config.get("vision_feature_layer")
     for key, expected in model.model_dump().items():
-        if (recorded or key == "feature_layer") and parent_model.get(key) != expected:
+        known = recorded or (key == "feature_layer" and config["model_type"] == "llava")
+        if known and parent_model.get(key) != expected:
             raise CheckpointError(
                 f"{loaded.path}: the parent at {folder} has `model.{key}` {parent_model.get(key)}, not {expected}; "
                 f"{remedy}."

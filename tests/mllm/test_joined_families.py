@@ -1,0 +1,175 @@
+"""MLLMs of InternVL's and Qwen2.5-VL's classes from two parts: trained, extracted, and loaded by plain transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from pivot_hub import PivotVisionModel
+from pivot_hub.config.recipe import load_recipe
+from pivot_hub.data.synthetic import ShapesDataset
+from pivot_hub.errors import CheckpointError, RecipeError
+from pivot_hub.mllm.build import build_mllm, read_processor
+from pivot_hub.mllm.extract import extract_encoder
+from pivot_hub.mllm.load import load_mllm
+from pivot_hub.planner.estimate import plan_stage
+from pivot_hub.probes.run import Sizes
+from pivot_hub.study.measures import measure_run
+from pivot_hub.study.movement import features, hidden_states
+from pivot_hub.training.stage import run_stage
+
+SIDE = 4  # tokens a side of an image of 64 px: patches of 8 px, 2x2 to a token
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "internvl": {
+        "model_type": "internvl_vision",
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 8,
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl_vision",
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 8,
+        "window_size": 32,
+        "fullatt_block_indexes": [2],
+    },
+}
+SMALL = ["data.0.rows=8", "args.per_device_train_batch_size=4", "args.save_strategy='no'"]
+MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+
+
+@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def runs(family: str, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage of a family, trained for two steps: vision, align, instruct, dpo."""
+    folder = tmp_path_factory.mktemp(family)
+    vision = load_recipe("shapes/0-vision", [*SMALL, f"architecture={ARCHITECTURES[family]}"])
+    run_stage(vision, output=folder / "vision", log=lambda line: None)
+    joined = [f"model.vision={folder / 'vision'}", f"model.language={parts / 'language'}", f"model.family={family}"]
+    parent = None
+    for stage, name in (("align", "1-align"), ("instruct", "2-instruct"), ("dpo", "3-dpo")):
+        layer = ["model.feature_layer=-2"]  # the shipped recipe's, which is LLaVA's and this one's default
+        loaded = load_recipe(f"shapes/{name}", [*SMALL, *joined, *layer])
+        run_stage(loaded, output=folder / stage, parent=parent, log=lambda line: None)
+        parent = folder / stage
+    return folder
+
+
+def asked(processor: Any) -> Any:
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
+    return processor(text=[text], images=[scene_image()], return_tensors="pt")
+
+
+def scene_image() -> Image.Image:
+    return ShapesDataset().scene("test", 0).render().image
+
+
+def test_plain_transformers_loads_the_encoder_of_stage_vision(family: str, runs: Path) -> None:
+    model, info = AutoModel.from_pretrained(runs / "vision", output_loading_info=True)
+    assert (info["missing_keys"], info["unexpected_keys"]) == (set(), set())
+    assert model.config.model_type == ARCHITECTURES[family]["model_type"]
+    tokens = PivotVisionModel.from_pretrained(runs / "vision").forward_features([scene_image()]).last_hidden_state
+    grid = tokens[0].shape if family == "internvl" else tokens[0].flatten(0, 1).shape
+    assert grid == (64, 32)
+
+
+def test_training_moves_every_part(runs: Path) -> None:
+    before, after = (dict(load_mllm(runs / stage)[0].named_parameters()) for stage in ("instruct", "dpo"))
+    assert before.keys() == after.keys()
+    moved = {name.split(".")[1] for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert {"language_model"} < moved
+
+
+def test_an_image_takes_a_token_for_four_patches(family: str, runs: Path) -> None:
+    model, processor = load_mllm(runs / "align")
+    assert model.config.model_type == family
+    inputs = asked(processor)
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == SIDE**2
+    plain = AutoModelForImageTextToText.from_pretrained(runs / "align")
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_the_processor_without_weights_is_that_of_the_mllm(family: str, runs: Path, parts: Path) -> None:
+    alone: Any = read_processor(str(runs / "vision"), str(parts / "language"), family=family)  # type: ignore[arg-type]
+    ours, theirs = asked(alone), asked(load_mllm(runs / "align")[1])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_features_of_the_extracted_encoder_are_those_inside_the_mllm(family: str, runs: Path, tmp_path: Path) -> None:
+    extract_encoder(runs / "dpo", tmp_path / "encoder", compare_with_base=False)
+    alone = PivotVisionModel.from_pretrained(tmp_path / "encoder").forward_features([scene_image()]).last_hidden_state
+    model, processor = load_mllm(runs / "dpo")
+    entered: list[torch.Tensor] = []
+    inner: Any = model.model
+    projector = inner.multi_modal_projector if family == "internvl" else inner.visual.merger
+    projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    with torch.no_grad():
+        model.eval()(**asked(processor))
+    inside = features(model, processor, [scene_image()])[0]
+    expected = (alone[0] if family == "internvl" else alone[0].flatten(0, 1)).detach().numpy()
+    assert np.allclose(inside, expected, atol=1e-6)
+    # What enters is in blocks of four patches, so that its tokens are compared as a set.
+    assert np.allclose(np.sort(entered[0].numpy().ravel()), np.sort(inside.ravel()), atol=1e-6)
+    assert np.allclose(hidden_states(model, processor, [scene_image()])[-1][0], inside, atol=1e-6)
+
+
+def test_a_study_measures_its_runs(runs: Path, tmp_path: Path) -> None:
+    extract_encoder(runs / "dpo", tmp_path / "encoder", compare_with_base=False)
+    sizes = Sizes(train=40, validation=30, test=40, questions=10, pairs=6, harder=10)
+    measures: Any = ["encoder", "answers", "blind", "counterfactuals", "distance"]
+    results = measure_run(
+        tmp_path / "encoder", runs / "dpo", runs / "instruct", "dpo", measures, ShapesDataset(), {}, sizes
+    )
+    tasks = {result.task for result in results}
+    assert {"shapes/shape", "shapes/vqa/all", "shapes/distance/vision", "shapes/drift/layer 1"} <= tasks
+    assert {"shapes/counterfactuals/image", "shapes/sensitivity/object"} <= tasks
+    assert all(np.isfinite(result.value) for result in results)
+
+
+def test_the_planner_counts_the_weights_of_the_mllm(family: str, runs: Path, parts: Path) -> None:
+    joined = [f"model.vision={runs / 'vision'}", f"model.language={parts / 'language'}", f"model.family={family}"]
+    plan = plan_stage(load_recipe("shapes/2-instruct", joined))
+    model, processor = load_mllm(runs / "instruct")
+    added = len(processor.tokenizer) - AutoConfig.from_pretrained(parts / "language").vocab_size
+    weights = sum(p.numel() for p in model.parameters()) - added * 32
+    planned = sum(sum(counts.values()) for counts in plan.parameters.values())
+    assert planned == weights
+    assert plan.image_tokens == SIDE**2
+
+
+def test_an_encoder_of_another_architecture_is_refused(family: str, runs: Path, parts: Path) -> None:
+    siglip, language = str(parts / "vision"), str(parts / "language")
+    wanted = ARCHITECTURES[family]["model_type"]
+    with pytest.raises(CheckpointError, match=f"is a siglip_vision_model encoder, .* takes a {wanted} one; make one"):
+        build_mllm(siglip, language, family=family)  # type: ignore[call-overload]
+    with pytest.raises(CheckpointError, match="tower of native resolution" if family == "qwen2_5_vl" else "."):
+        build_mllm(str(runs / "vision"), language if family == "qwen2_5_vl" else str(parts / "nothing"))
+
+
+def test_a_layer_besides_the_last_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the projector of internvl reads the last hidden state; remove"):
+        load_recipe("shapes/1-align", ["model.family=internvl", "model.feature_layer=-3"])
+
+
+def test_a_parent_of_another_family_is_refused(runs: Path, trained: Path, recipes: Path) -> None:
+    loaded = load_recipe(recipes / "2-instruct.yaml", ["model.family=internvl"])
+    with pytest.raises(CheckpointError, match="is a llava model, not internvl, which the recipe joins"):
+        run_stage(loaded, output=runs / "other", parent=trained / "1-align", log=lambda line: None)
