@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast, overload
 
 import torch
@@ -89,7 +89,7 @@ def build_mllm(
     joined.check(vision, tower.config, feature_layer)
     language_model = load_complete(AutoModelForCausalLM, language, language_revision)
     joined.check_language(language, language_model.config)
-    tokenizer = _load_tokenizer(language, language_revision, joined.tokens)
+    tokenizer = _load_tokenizer(language, language_revision, joined.attributes)
     chat = chat_format(tokenizer)
     _add_tokens(tokenizer, language_model, chat, joined.tokens)
     image_token = cast(int, tokenizer.convert_tokens_to_ids(joined.image_token(chat)))
@@ -136,7 +136,7 @@ def read_processor(
         problem = loading_problem(vision, error)
         raise CheckpointError(f"{vision}: its configuration cannot be read: {problem}.") from error
     joined.check(vision, config, -1)
-    tokenizer = _load_tokenizer(language, language_revision, joined.tokens)
+    tokenizer = _load_tokenizer(language, language_revision, joined.attributes)
     chat = chat_format(tokenizer)
     _add_tokens(tokenizer, None, chat, joined.tokens)
     return joined.processor(config, image_processor, tokenizer, chat)
@@ -158,8 +158,8 @@ def randomise_vision(model: PreTrainedModel, seed: int) -> None:
     tower.load_state_dict(own, strict=False)
 
 
-def _load_tokenizer(name: str, revision: str | None, tokens: Mapping[str, str]) -> PreTrainedTokenizerBase:
-    own = {"extra_special_tokens": dict(tokens)} if tokens else {}
+def _load_tokenizer(name: str, revision: str | None, attributes: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    own = {"extra_special_tokens": dict(attributes)} if attributes else {}
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False, **own)
     except LOADING_ERRORS as error:
@@ -170,11 +170,11 @@ def _add_tokens(
     tokenizer: PreTrainedTokenizerBase,
     language_model: PreTrainedModel | None,
     chat: ChatFormat,
-    tokens: Mapping[str, str],
+    tokens: Sequence[str],
 ) -> None:
     """Add the image and turn tokens that the tokenizer lacks, and enlarge the embedding where it is too small."""
     vocabulary = tokenizer.get_vocab()
-    needed = (chat.image_token, chat.turn_start, chat.turn_end, *tokens.values())
+    needed = (chat.image_token, chat.turn_start, chat.turn_end, *tokens)
     absent = [token for token in needed if token not in vocabulary]
     if absent:
         tokenizer.add_special_tokens({"extra_special_tokens": absent})

@@ -39,11 +39,13 @@ class JoinedLlava:
 
     Attributes:
         tower: Model type of the only encoders that the family takes; None if it takes all of squares.
-        tokens: Tokens of the family's own by their attribute of the tokenizer.
+        tokens: Further tokens that the family writes around an image, or in the place of one.
+        attributes: Those of them that the family's processor reads from the tokenizer, by the tokenizer's attribute.
     """
 
     tower: ClassVar[str | None] = None
-    tokens: ClassVar[dict[str, str]] = {}
+    tokens: ClassVar[tuple[str, ...]] = ()
+    attributes: ClassVar[dict[str, str]] = {}
 
     def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
         """Refuse an encoder that the family does not take.
@@ -144,12 +146,13 @@ class JoinedInternvl(JoinedLlava):
     """An MLLM of InternVL's classes: 2x2 patches of InternViT become a token, and large images are tiled."""
 
     tower = "internvl_vision"
-    tokens: ClassVar[dict[str, str]] = {
+    attributes: ClassVar[dict[str, str]] = {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
+    tokens = tuple(attributes.values())
 
     def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
         self.check_tower(name, vision)
@@ -186,19 +189,14 @@ class JoinedInternvl(JoinedLlava):
         return whole(image_processor, tokenizer, None, image_seq_length=sequence, chat_template=template)
 
     def image_token(self, chat: ChatFormat) -> str:
-        return self.tokens["context_image_token"]
+        return self.attributes["context_image_token"]
 
 
 class JoinedQwen(JoinedLlava):
     """An MLLM of Qwen2.5-VL's classes: its own encoder, whose last blocks' 2x2 patches become a token."""
 
     tower = "qwen2_5_vl_vision"
-    tokens: ClassVar[dict[str, str]] = {
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-    }
+    tokens = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 
     def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
         self.check_tower(name, vision)
@@ -244,12 +242,11 @@ class JoinedQwen(JoinedLlava):
     def processor(
         self, vision: PreTrainedConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
     ) -> ProcessorMixin:
-        image = "".join(self.tokens[key] for key in ("vision_start_token", "image_token", "vision_end_token"))
-        template = chat.template.replace(chat.image_token, image)
+        template = chat.template.replace(chat.image_token, "".join(self.tokens[:3]))
         return images_only(Qwen2_5_VLProcessor)(image_processor, tokenizer, None, chat_template=template)
 
     def image_token(self, chat: ChatFormat) -> str:
-        return self.tokens["image_token"]
+        return self.tokens[1]
 
 
 JOINED: dict[JoinedFamily | None, JoinedLlava] = {

@@ -60,15 +60,16 @@ TINY = {
 }
 
 
-def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES) -> Path:
+def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES, file: str = "study.yaml") -> Path:
     """Write a shipped study with two seeds, two candidates in each search, two steps a run, and few scenes.
 
     Args:
         folder: Folder that the study's file and its recipes are written to.
         runs: Runs that are kept, with those they need; all runs if None.
         source: Folder of the shipped study and its recipes.
+        file: File of the shipped study.
     """
-    spec: dict[str, Any] = yaml.safe_load((source / "study.yaml").read_text())
+    spec: dict[str, Any] = yaml.safe_load((source / file).read_text())
     spec |= {"seeds": [0, 1], "sizes": TINY}
     needed = set(spec["runs"]) if runs is None else set(runs)
     for name in reversed(spec["runs"]):
@@ -84,13 +85,18 @@ def miniature(folder: Path, runs: set[str] | None = None, source: Path = SHAPES)
             small.append("args.dataloader_num_workers=0")
             if run["recipe"] in ("3-grpo", "3-rloo"):
                 small[0] = "args.per_device_train_batch_size=8"
-            small += ["architecture.num_hidden_layers=2"] if run["recipe"].startswith("0-") else []
+            if run["recipe"] == "0-qwen-vision":
+                small.append("architecture.depth=3")
+            elif run["recipe"].startswith("0-"):
+                small.append("architecture.num_hidden_layers=2")
             run["change"] = [*run.get("change", []), *small]
     for factor in spec["factors"]:
         factor["pairs"] = [pair for pair in factor["pairs"] if set(pair) <= needed]
         for line in factor.get("curve", {}).get("lines", {}).values():
             for position in [position for position, run in line.items() if run not in needed]:
                 del line[position]
+        for line in factor.get("frontier", {}).get("lines", {}).values():
+            line[:] = [run for run in line if run in needed]
         if "levels" in factor:
             factor["levels"]["runs"] = [run for run in factor["levels"]["runs"] if run in needed]
     spec["factors"] = [factor for factor in spec["factors"] if factor["pairs"]]
@@ -511,6 +517,7 @@ def test_an_unknown_study_is_refused_with_the_names_of_the_shipped_ones() -> Non
         ("shapes/study-images", 3),
         ("shapes/study-grpo", 3),
         ("shapes-few/study", 5),
+        ("shapes-few/study-factors", 5),
     ],
 )
 def test_shipped_studies_are_right(name: str, seeds: int) -> None:
@@ -746,10 +753,19 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "runs"), [("shapes", None), ("shapes-224", {"sft", "dpo"}), ("shapes-few", None)])
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        ("shapes/study", None),
+        ("shapes-224/study", {"sft-10", "dpo-10", "image", "grpo", "half-captions"}),
+        ("shapes-few/study", None),
+        ("shapes-few/study-factors", None),
+    ],
+)
 def test_a_miniature_of_the_whole_study(name: str, runs: set[str] | None, tmp_path: Path) -> None:
-    """All of the studies on CPU; of the study for a GPU the primary comparison, with its base parts."""
-    study = miniature(tmp_path, runs, source=RECIPES / name)
+    """All of the studies on CPU; of the study for a GPU the primary comparison and a control, with its base parts."""
+    folder, file = name.split("/")
+    study = miniature(tmp_path, runs, RECIPES / folder, f"{file}.yaml")
     run_study(study, tmp_path / "out", jobs=2, log=print)
     table = collect_table(load_study(study), tmp_path / "out")
     assert {r["status"] for r in table.rows} == {"done"}
