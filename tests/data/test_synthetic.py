@@ -6,14 +6,21 @@ import hashlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from transformers import AutoTokenizer
 
+from pivot_hub.config.data_section import ShapesData
+from pivot_hub.config.recipe import RECIPES
+from pivot_hub.data.row import Row
+from pivot_hub.data.source import ShapesSource
 from pivot_hub.data.synthetic import (
     COLOUR_NAMES,
+    DESCRIBE_WITH_FACTS,
     ERROR_TYPES,
     KINDS,
     NUMBERS,
@@ -264,6 +271,36 @@ def test_error_types_share_the_chosen_answer_and_hold_one_error(kind: Kind) -> N
         chosen_words, rejected_words = ([w.strip(".").lower() for w in t.split()] for t in (chosen, rejected))
         without_one = [[*rejected_words[:k], *rejected_words[k + 1 :]] for k in range(len(rejected_words))]
         assert chosen_words in [rejected_words, *without_one]
+
+
+@pytest.mark.parametrize("counterfactual", [None, True])
+def test_both_long_answers_of_a_pair_have_the_same_facts_and_differ_in_the_description(
+    counterfactual: bool | None,
+) -> None:
+    options: dict[str, Any] = {"format": "shapes", "content": "pairs", "rows": 40, "counterfactual": counterfactual}
+    options["world"] = {"things": (1, 2)}
+    plain = _rows(ShapesData(**options, forms=["describe"]))
+    long = _rows(ShapesData(**options, forms=["with_facts"]))
+    for short, row in zip(plain, long, strict=True):
+        assert row.prompt == DESCRIBE_WITH_FACTS
+        before, _, after = row.chosen.partition(short.chosen)
+        assert row.rejected == f"{before}{short.rejected}{after}"
+        assert before.count(".") == after.count(".") == 3
+        assert (row.image, row.rejected_image) == (short.image, short.rejected_image)
+    assert len({row.chosen.split(".")[0] for row in long}) > 10
+    tokenizer = AutoTokenizer.from_pretrained(RECIPES / "shapes-few/base/language")
+    tokens = [len(ids) for ids in tokenizer([row.chosen for row in long])["input_ids"]]
+    assert 80 < np.mean(tokens) < 120
+
+
+def test_long_answers_alternate_with_questions() -> None:
+    source = ShapesData(format="shapes", content="instruct", rows=20, forms=["with_facts", "question"])
+    prompts = [row.prompt == DESCRIBE_WITH_FACTS for row in _rows(source)]
+    assert prompts == ([True] * 5 + [False] * 5) * 2
+
+
+def _rows(spec: ShapesData) -> list[Row]:
+    return [row for row in ShapesSource(spec).rows() if isinstance(row, Row)]
 
 
 def test_every_fact_is_drawn() -> None:

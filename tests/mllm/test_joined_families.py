@@ -164,6 +164,15 @@ def test_an_encoder_of_another_architecture_is_refused(family: str, runs: Path, 
         build_mllm(str(runs / "vision"), language if family == "qwen2_5_vl" else str(parts / "nothing"))
 
 
+def test_an_architecture_that_is_not_trained_from_captions_is_refused(tmp_path: Path) -> None:
+    loaded = load_recipe("shapes/0-vision", ["architecture={model_type: internvl_visoin}"])
+    with pytest.raises(RecipeError, match=r"did you mean `internvl_vision`\?\); give one of siglip_vision_model, "):
+        run_stage(loaded, output=tmp_path / "out", log=lambda line: None)
+    loaded = load_recipe("shapes/0-vision", ["architecture={model_type: internvl_vision, image_size: 32}"])
+    with pytest.raises(RecipeError, match="images of 64 px for an encoder of 32 px"):
+        run_stage(loaded, output=tmp_path / "out2", log=lambda line: None)
+
+
 def test_a_layer_besides_the_last_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the projector of internvl reads the last hidden state; remove"):
         load_recipe("shapes/1-align", ["model.family=internvl", "model.feature_layer=-3"])
