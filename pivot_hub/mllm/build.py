@@ -94,6 +94,7 @@ def build_mllm(
     _add_tokens(tokenizer, language_model, chat, joined.tokens)
     image_token = cast(int, tokenizer.convert_tokens_to_ids(joined.image_token(chat)))
     config = joined.config(tower.config, language_model.config, feature_layer, image_token)
+    joined.set_token_ids(config, tokenizer)
     model: Any = meta_model(config)  # the parts bring their weights, so none are initialised here
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -113,6 +113,9 @@ class JoinedLlava:
             tie_word_embeddings=cast(Any, text).tie_word_embeddings,
         )
 
+    def set_token_ids(self, config: Any, tokenizer: Any) -> None:
+        """Write the ids of the family's further tokens into the config of the MLLM."""
+
     def set_vision(self, inner: Any, tower: nn.Module, config: Any) -> None:
         """Put the encoder and a new projector into the inner module of an MLLM."""
         inner.vision_tower = tower
@@ -193,7 +196,7 @@ class JoinedInternvl(JoinedLlava):
 
 
 class JoinedQwen(JoinedLlava):
-    """An MLLM of Qwen2.5-VL's classes: its own encoder, whose last blocks' 2x2 patches become a token."""
+    """An MLLM of Qwen2.5-VL's classes: 2x2 patches of its own encoder become a token, and images keep their shape."""
 
     tower = "qwen2_5_vl_vision"
     tokens = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
@@ -223,6 +226,10 @@ class JoinedQwen(JoinedLlava):
             image_token_id=image_token,
             tie_word_embeddings=values["tie_word_embeddings"],
         )
+
+    def set_token_ids(self, config: Any, tokenizer: Any) -> None:
+        ids = tokenizer.convert_tokens_to_ids(list(self.tokens))
+        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, config.video_token_id = ids
 
     def set_vision(self, inner: Any, tower: nn.Module, config: Any) -> None:
         inner.visual = tower

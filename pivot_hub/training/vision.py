@@ -36,6 +36,7 @@ from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, Ren
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import LAST, backbone_of
 from pivot_hub.encoder.modeling_pivot import native_class
+from pivot_hub.encoder.native_resolution import merge_side
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
 
@@ -143,6 +144,12 @@ def build_trainer(
                 f"{loaded.path}: images of {source.dataset.image_px} px for an encoder of {own_px} px: set "
                 "`architecture.image_size` and `data.world.image_px` alike."
             )
+    unit = model.encoder.config.patch_size * merge_side(config, backbone_of(config).merge)
+    if image_px % unit:
+        raise RecipeError(
+            f"{loaded.path}: images of {image_px} px are not whole tokens of {unit} px: change `data.world.image_px`, "
+            "or the patches of `architecture`."
+        )
     model.encoder.image_processor = _image_processor(config, image_px)
     side = image_px // model.encoder.config.patch_size
     rows = [(source, i) for source in sources for i in range(source.spec.rows)]

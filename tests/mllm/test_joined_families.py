@@ -101,6 +101,10 @@ def test_an_image_takes_a_token_for_four_patches(family: str, runs: Path) -> Non
     assert model.config.model_type == family
     inputs = asked(processor)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == SIDE**2
+    if family == "qwen2_5_vl":
+        start, end = (processor.tokenizer.convert_tokens_to_ids(f"<|vision_{side}|>") for side in ("start", "end"))
+        assert (model.config.vision_start_token_id, model.config.vision_end_token_id) == (start, end)
+        assert start in inputs["input_ids"]
     plain = AutoModelForImageTextToText.from_pretrained(runs / "align")
     with torch.no_grad():
         assert torch.equal(plain.eval()(**inputs).logits, model.eval()(**inputs).logits)
@@ -171,6 +175,9 @@ def test_an_architecture_that_is_not_trained_from_captions_is_refused(tmp_path: 
     loaded = load_recipe("shapes/0-vision", ["architecture={model_type: internvl_vision, image_size: 32}"])
     with pytest.raises(RecipeError, match="images of 64 px for an encoder of 32 px"):
         run_stage(loaded, output=tmp_path / "out2", log=lambda line: None)
+    loaded = load_recipe("shapes/0-vision", [f"architecture={ARCHITECTURES['qwen2_5_vl'] | {'patch_size': 7}}"])
+    with pytest.raises(RecipeError, match="images of 64 px are not whole tokens of 14 px"):
+        run_stage(loaded, output=tmp_path / "out3", log=lambda line: None)
 
 
 def test_a_layer_besides_the_last_is_refused(tmp_path: Path) -> None:
