@@ -69,7 +69,7 @@ def build_mllm(
     Args:
         vision: Folder, Hub name or short name of the encoder. A two-tower model contributes its vision tower.
         language: Folder or Hub name of the causal language model.
-        feature_layer: Hidden state that enters the projector, -2 in the paper. Qwen2.5-VL's takes the last one.
+        feature_layer: Hidden state that enters LLaVA's projector, -2 in the paper; other families' take the last one.
         vision_revision: Hub revision of the encoder.
         language_revision: Hub revision of the language model.
         seed: Seed of the projector's weights, the only new ones.
@@ -79,11 +79,14 @@ def build_mllm(
         The model in float32 and its processor, which includes the chat template.
 
     Raises:
-        CheckpointError: A part does not exist, some of its weights are missing, or the family does not take it.
+        CheckpointError: A part does not exist, some of its weights are missing, or the family does not take it
+            or the feature layer.
     """
     joined = JOINED[family]
-    if family != "qwen2_5_vl":  # before the weights are read
+    if family is None:  # before the weights are read
         refuse_native(vision, *SQUARES_ONLY, vision_revision)
+    elif feature_layer != -2:
+        raise CheckpointError(f"the projector of {family} reads the last hidden state; leave out `feature_layer`.")
     encoder, image_processor = read_encoder(vision, revision=vision_revision)
     tower = encoder.backbone
     joined.check(vision, tower.config, feature_layer)
@@ -128,7 +131,7 @@ def read_processor(
             encoder.
     """
     joined = JOINED[family]
-    if family != "qwen2_5_vl":
+    if family is None:
         refuse_native(vision, *SQUARES_ONLY, vision_revision)
     try:
         config = PivotVisionConfig.from_pretrained(vision, revision=vision_revision or "main").backbone_config

@@ -32,6 +32,10 @@ from pivot_hub.mllm.load import SQUARES_ONLY
 from pivot_hub.mllm.processor import images_only
 
 MERGE = 2  # patches a side that InternVL joins to one token
+# Settings of an image processor that the family's video processor has too. They are saved, because transformers' own
+# classes of processors ask for them; this package reads no videos.
+SHARED_WITH_VIDEOS = ("image_mean", "image_std")
+QWEN_VIDEOS = "Qwen2VLVideoProcessor"
 
 
 class JoinedLlava:
@@ -187,9 +191,17 @@ class JoinedInternvl(JoinedLlava):
         self, vision: PreTrainedConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
     ) -> ProcessorMixin:
         template = chat.template.replace(chat.image_token, self.image_token(chat))
-        whole = images_only(InternVLProcessor)
-        sequence = (_patches(vision) // MERGE) ** 2
-        return whole(image_processor, tokenizer, None, image_seq_length=sequence, chat_template=template)
+        own = image_processor.to_dict()
+        videos = {"video_processor_type": "InternVLVideoProcessor", **{key: own[key] for key in SHARED_WITH_VIDEOS}}
+        processor: Any = images_only(InternVLProcessor)(
+            image_processor,
+            tokenizer,
+            None,
+            image_seq_length=(_patches(vision) // MERGE) ** 2,
+            chat_template=template,
+        )
+        processor.video_settings = videos | {"size": own["size"]}
+        return cast(ProcessorMixin, processor)
 
     def image_token(self, chat: ChatFormat) -> str:
         return self.attributes["context_image_token"]
@@ -209,6 +221,13 @@ class JoinedQwen(JoinedLlava):
             raise CheckpointError(
                 f"{name} is a {text.model_type} model, and the language model of Qwen2.5-VL is of Qwen2's "
                 "architecture; give such a one, or leave out `model.family`."
+            )
+        config: Any = text
+        width = config.hidden_size // config.num_attention_heads
+        if (getattr(config, "head_dim", None) or width) != width:
+            raise CheckpointError(
+                f"{name} has attention heads of {config.head_dim} channels, and those of Qwen2.5-VL divide the "
+                f"{config.hidden_size} of its hidden states; give another language model, or leave out `model.family`."
             )
 
     def config(
@@ -250,7 +269,11 @@ class JoinedQwen(JoinedLlava):
         self, vision: PreTrainedConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
     ) -> ProcessorMixin:
         template = chat.template.replace(chat.image_token, "".join(self.tokens[:3]))
-        return images_only(Qwen2_5_VLProcessor)(image_processor, tokenizer, None, chat_template=template)
+        own = image_processor.to_dict()
+        shared = (*SHARED_WITH_VIDEOS, "patch_size", "merge_size", "temporal_patch_size")
+        processor: Any = images_only(Qwen2_5_VLProcessor)(image_processor, tokenizer, None, chat_template=template)
+        processor.video_settings = {"video_processor_type": QWEN_VIDEOS, **{key: own[key] for key in shared}}
+        return cast(ProcessorMixin, processor)
 
     def image_token(self, chat: ChatFormat) -> str:
         return self.tokens[1]

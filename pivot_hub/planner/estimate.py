@@ -36,6 +36,7 @@ from pivot_hub.training.tree_layout import Tree
 
 # Mean tokens of prompt and answer of a row of the synthetic Shapes dataset, chat format included.
 SHAPES_TOKENS = (40.0, 25.0)
+WITH_FACTS_TOKENS = 95.0  # of an answer of form `with_facts`
 FEW_ROWS = 4
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": None}
 
@@ -269,6 +270,9 @@ class _Planner:
         spec = self.recipe.data[i]
         if isinstance(spec, ShapesData):
             prompt, answer = SHAPES_TOKENS
+            if spec.forms and spec.content in ("instruct", "pairs"):
+                tokens = [WITH_FACTS_TOKENS if form == "with_facts" else answer for form in spec.forms]
+                answer = sum(tokens) / len(tokens)
             self.assumptions.append(f"{prompt:g} prompt and {answer:g} answer tokens a row of shapes")
             return spec.rows, prompt, answer
         if spec.expect is None:
@@ -570,7 +574,7 @@ def _mllm_config(loaded: LoadedRecipe) -> PreTrainedConfig:
     if isinstance(model, MllmSpec):
         return whole_config(loaded.locate(model.mllm), model.revision)
     spec = loaded.parts("the planner")
-    vision = part_config(loaded.locate(spec.vision), spec.vision_revision, squares=spec.family != "qwen2_5_vl")
+    vision = part_config(loaded.locate(spec.vision), spec.vision_revision, squares=spec.family is None)
     language = part_config(loaded.locate(spec.language), spec.language_revision)
     return joined_config(vision, language, spec.feature_layer, spec.family)
 

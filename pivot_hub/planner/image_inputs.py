@@ -68,18 +68,21 @@ def planned_image(model: PreTrainedModel, tokens: int | None) -> PlannedImage:
 
 
 def tokens_of_scene(config: Any, image_px: int) -> int | None:
-    """Return the tokens of a square image whose size is known, or None where the family's count is not its area's.
+    """Return the tokens of a square image whose size is known, or None where they do not follow from the config.
 
     Args:
         config: Config of the MLLM.
-        image_px: Side of the image in pixels; one that InternVL does not cut into tiles.
+        image_px: Side of the image in pixels, which Qwen's processors are taken to leave as it is. InternVL's tiles are
+            not counted: of an image that is not of the encoder's size, the tokens are unknown.
     """
     family, vision = family_of(config), config.vision_config
-    if family.pixels not in ("grid", "tiles"):
-        return None
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    side = image_px if family.pixels == "grid" else backbone_of(native_config(config)).image_px(native_config(config))
-    return int(side // (patch * family.merge(config))) ** 2
+    if family.pixels == "grid":
+        return int(image_px // (vision.patch_size * family.merge(config))) ** 2
+    if config.model_type == "internvl" and image_px == backbone_of(native_config(config)).image_px(
+        native_config(config)
+    ):
+        return int(image_px // vision.patch_size[0] // family.merge(config)) ** 2 + 2  # <img> and </img>
+    return None
 
 
 def _assumed(tokens: int, what: str, given: int | None) -> str:

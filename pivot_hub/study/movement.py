@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import prefix_tokens
+from pivot_hub.errors import ProbeError
 from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.trainable import parts_of
 from pivot_hub.probes.result import ProbeResult, measure
@@ -53,6 +54,9 @@ def hidden_states(model: PreTrainedModel, processor: ProcessorMixin, images: Seq
 
     Returns:
         For each hidden state (N, H*W, D) float32.
+
+    Raises:
+        ProbeError: The MLLM cuts images into tiles.
     """
     encoder = _encoder_of(model, processor)
     prefix = prefix_tokens(encoder.backbone.config)
@@ -93,6 +97,11 @@ def _outputs(encoder: PivotVisionModel, images: Sequence[Image.Image]) -> Iterat
     """Yield an encoder's outputs batch by batch, with the images' shapes for a tower of native resolution."""
     for start in range(0, len(images), BATCH):
         inputs = encoder.prepare(list(images[start : start + BATCH]))
+        if inputs["pixel_values"].ndim == 5:
+            raise ProbeError(
+                "the MLLM cuts images into tiles, of which features cannot be compared patch by patch; leave out the "
+                "measures distance and counterfactuals."
+            )
         outputs = encoder(**inputs, output_hidden_states=True)
         yield outputs, {name: value for name, value in inputs.items() if name != "pixel_values"}
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     AutoModel,
     GotOcr2ImageProcessorPil,
     PreTrainedConfig,
@@ -35,7 +37,7 @@ from pivot_hub.data.source import ShapesSource
 from pivot_hub.data.synthetic import COLOUR_NAMES, POSITIONS, SHAPES, SIZES, RenderedScene, Scene
 from pivot_hub.encoder import PivotVisionConfig, PivotVisionModel
 from pivot_hub.encoder.configuration_pivot import LAST, backbone_of
-from pivot_hub.encoder.modeling_pivot import native_class
+from pivot_hub.encoder.modeling_pivot import native_class, prepare_images
 from pivot_hub.encoder.native_resolution import merge_side
 from pivot_hub.encoder.repository import fill_repository
 from pivot_hub.errors import RecipeError
@@ -129,11 +131,16 @@ def build_trainer(
             f"{loaded.path}: `architecture.model_type` {model_type!r} is not trained from captions"
             f"{nearest(str(model_type), MODEL_TYPES)}; give one of {', '.join(MODEL_TYPES)}."
         )
+    config_class: Any = CONFIG_MAPPING[model_type]
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    if unknown := set(architecture) - known:
+        key = min(unknown)
+        raise RecipeError(f"{loaded.path}: a {model_type} has no `architecture.{key}`{nearest(key, known)}.")
     try:
         further = {"vision_use_head": False} if model_type == SIGLIP else {}
-        config: Any = AutoConfig.for_model(model_type, **architecture, **further)
+        config = config_class(**architecture, **further)
         model = CaptionedEncoder(config)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise RecipeError(f"{loaded.path}: `architecture` does not give a {model_type} encoder: {error}") from error
     sources = [ShapesSource(spec) for spec in recipe.data if isinstance(spec, ShapesData)]
     image_px = sources[0].dataset.image_px
@@ -150,7 +157,14 @@ def build_trainer(
             f"{loaded.path}: images of {image_px} px are not whole tokens of {unit} px: change `data.world.image_px`, "
             "or the patches of `architecture`."
         )
-    model.encoder.image_processor = _image_processor(config, image_px)
+    model.encoder.image_processor = processor = _image_processor(config, image_px)
+    try:
+        with torch.no_grad():
+            model.encoder(
+                **prepare_images(processor, [Image.new("RGB", (image_px, image_px))], model.encoder.config, "cpu")
+            )
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise RecipeError(f"{loaded.path}: `architecture` gives no {model_type} encoder that runs: {error}") from error
     side = image_px // model.encoder.config.patch_size
     rows = [(source, i) for source in sources for i in range(source.spec.rows)]
     report.rows = len(rows)
@@ -164,7 +178,7 @@ def build_trainer(
             rendered = scene.render()
             example = labelled(scene, rendered, side)
             if layout is not None:  # one image's patches, and 1, H and W
-                prepared = model.encoder.prepare([rendered.image])
+                prepared = prepare_images(processor, [rendered.image], model.encoder.config, "cpu")
                 example |= {"pixel_values": prepared["pixel_values"], "image_grid_thw": prepared["image_grid_thw"][0]}
             examples.append(example)
         return {key: [example[key] for example in examples] for key in examples[0]}

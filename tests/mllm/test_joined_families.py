@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pivot_hub.data.synthetic import ShapesDataset
 from pivot_hub.errors import CheckpointError, RecipeError
 from pivot_hub.mllm.build import build_mllm, read_processor
 from pivot_hub.mllm.extract import extract_encoder
+from pivot_hub.mllm.families import family_of
+from pivot_hub.mllm.image_tokens import ImageTokens
 from pivot_hub.mllm.load import load_mllm
 from pivot_hub.planner.estimate import plan_stage
 from pivot_hub.probes.run import Sizes
@@ -71,7 +74,7 @@ def runs(family: str, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def asked(processor: Any) -> Any:
+def question(processor: Any) -> Any:
     text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     return processor(text=[text], images=[scene_image()], return_tensors="pt")
 
@@ -90,16 +93,18 @@ def test_plain_transformers_loads_the_encoder_of_stage_vision(family: str, runs:
 
 
 def test_training_moves_every_part(runs: Path) -> None:
-    before, after = (dict(load_mllm(runs / stage)[0].named_parameters()) for stage in ("instruct", "dpo"))
+    model = load_mllm(runs / "dpo")[0]
+    before, after = dict(load_mllm(runs / "instruct")[0].named_parameters()), dict(model.named_parameters())
     assert before.keys() == after.keys()
-    moved = {name.split(".")[1] for name, weight in before.items() if not torch.equal(weight, after[name])}
-    assert {"language_model"} < moved
+    family = family_of(model.config)
+    moved = {family.part_of(name) for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved == {"vision", "projector", "language"}
 
 
 def test_an_image_takes_a_token_for_four_patches(family: str, runs: Path) -> None:
     model, processor = load_mllm(runs / "align")
     assert model.config.model_type == family
-    inputs = asked(processor)
+    inputs = question(processor)
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == SIDE**2
     if family == "qwen2_5_vl":
         start, end = (processor.tokenizer.convert_tokens_to_ids(f"<|vision_{side}|>") for side in ("start", "end"))
@@ -112,7 +117,7 @@ def test_an_image_takes_a_token_for_four_patches(family: str, runs: Path) -> Non
 
 def test_the_processor_without_weights_is_that_of_the_mllm(family: str, runs: Path, parts: Path) -> None:
     alone: Any = read_processor(str(runs / "vision"), str(parts / "language"), family=family)  # type: ignore[arg-type]
-    ours, theirs = asked(alone), asked(load_mllm(runs / "align")[1])
+    ours, theirs = question(alone), question(load_mllm(runs / "align")[1])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -126,7 +131,7 @@ def test_features_of_the_extracted_encoder_are_those_inside_the_mllm(family: str
     projector = inner.multi_modal_projector if family == "internvl" else inner.visual.merger
     projector.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
     with torch.no_grad():
-        model.eval()(**asked(processor))
+        model.eval()(**question(processor))
     inside = features(model, processor, [scene_image()])[0]
     expected = (alone[0] if family == "internvl" else alone[0].flatten(0, 1)).detach().numpy()
     assert np.allclose(inside, expected, atol=1e-6)
@@ -156,7 +161,9 @@ def test_the_planner_counts_the_weights_of_the_mllm(family: str, runs: Path, par
     weights = sum(p.numel() for p in model.parameters()) - added * 32
     planned = sum(sum(counts.values()) for counts in plan.parameters.values())
     assert planned == weights
-    assert plan.image_tokens == SIDE**2
+    assert plan.image_tokens == ImageTokens(processor).count(64, 64)
+    facts = plan_stage(load_recipe("shapes/2-instruct", [*joined, "data.0.forms=[with_facts]"]))
+    assert facts.answer_tokens > 3 * plan.answer_tokens
 
 
 def test_an_encoder_of_another_architecture_is_refused(family: str, runs: Path, parts: Path) -> None:
@@ -164,8 +171,26 @@ def test_an_encoder_of_another_architecture_is_refused(family: str, runs: Path, 
     wanted = ARCHITECTURES[family]["model_type"]
     with pytest.raises(CheckpointError, match=f"is a siglip_vision_model encoder, .* takes a {wanted} one; make one"):
         build_mllm(siglip, language, family=family)  # type: ignore[call-overload]
-    with pytest.raises(CheckpointError, match="tower of native resolution" if family == "qwen2_5_vl" else "."):
-        build_mllm(str(runs / "vision"), language if family == "qwen2_5_vl" else str(parts / "nothing"))
+    with pytest.raises(CheckpointError, match="reads the last hidden state; leave out `feature_layer`"):
+        build_mllm(str(runs / "vision"), language, feature_layer=-3, family=family)  # type: ignore[call-overload]
+    other: Any = next(name for name in ARCHITECTURES if name != family)
+    with pytest.raises(CheckpointError, match=f"is a {wanted} encoder, .* takes a {other}_vision one"):
+        read_processor(str(runs / "vision"), language, family=other)
+
+
+def test_llava_takes_the_encoder_of_internvl_and_refuses_that_of_qwen(family: str, runs: Path, parts: Path) -> None:
+    if family == "internvl":
+        model, _ = build_mllm(str(runs / "vision"), str(parts / "language"))
+        assert model.config.model_type == "llava"
+    else:
+        with pytest.raises(CheckpointError, match="tower of native resolution"):
+            build_mllm(str(runs / "vision"), str(parts / "language"))
+
+
+def test_a_processor_has_the_video_settings_that_transformers_asks_for(family: str, runs: Path) -> None:
+    settings = json.loads((runs / "align" / "processor_config.json").read_text())["video_processor"]
+    kind = "InternVLVideoProcessor" if family == "internvl" else "Qwen2VLVideoProcessor"
+    assert (settings["video_processor_type"], settings["image_mean"]) == (kind, [0.5] * 3)
 
 
 def test_an_architecture_that_is_not_trained_from_captions_is_refused(tmp_path: Path) -> None:
@@ -175,9 +200,22 @@ def test_an_architecture_that_is_not_trained_from_captions_is_refused(tmp_path: 
     loaded = load_recipe("shapes/0-vision", ["architecture={model_type: internvl_vision, image_size: 32}"])
     with pytest.raises(RecipeError, match="images of 64 px for an encoder of 32 px"):
         run_stage(loaded, output=tmp_path / "out2", log=lambda line: None)
-    loaded = load_recipe("shapes/0-vision", [f"architecture={ARCHITECTURES['qwen2_5_vl'] | {'patch_size': 7}}"])
-    with pytest.raises(RecipeError, match="images of 64 px are not whole tokens of 14 px"):
-        run_stage(loaded, output=tmp_path / "out3", log=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 7}, "images of 64 px are not whole tokens of 14 px"),
+        ({"window_size": 8}, "`architecture` gives no qwen2_5_vl_vision encoder that runs: "),
+        ({"num_heads": 5}, "`architecture` gives no qwen2_5_vl_vision encoder that runs: "),
+        ({"depth": "x"}, "`architecture` does not give a qwen2_5_vl_vision encoder: "),
+        ({"image_size": 32}, "a qwen2_5_vl_vision has no `architecture.image_size`"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    loaded = load_recipe("shapes/0-vision", [f"architecture={ARCHITECTURES['qwen2_5_vl'] | change}"])
+    with pytest.raises(RecipeError, match=message):
+        run_stage(loaded, output=tmp_path / "out", log=lambda line: None)
 
 
 def test_a_layer_besides_the_last_is_refused(tmp_path: Path) -> None:

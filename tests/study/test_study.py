@@ -39,7 +39,7 @@ from pivot_hub.provenance import weights_sha256
 from pivot_hub.study import on_policy
 from pivot_hub.study.comparisons import factor_rows, frontier_points
 from pivot_hub.study.counterfactuals import probe_counterfactuals, rank_counterfactuals, sensitivity
-from pivot_hub.study.design import Cell, Study, load_study
+from pivot_hub.study.design import WRONG_ANSWERS, Cell, Study, load_study
 from pivot_hub.study.movement import feature_drift, hidden_states
 from pivot_hub.study.on_policy import write_wrong_answers
 from pivot_hub.study.report import write_report
@@ -528,6 +528,23 @@ def test_shipped_studies_are_right(name: str, seeds: int) -> None:
             # Runs that are compared were chosen from equally many candidates.
             tried = {len(study.candidates(study.spec.runs[run].rate_of or run)) for run in pair}
             assert len(tried - {0}) <= 1
+    for cell in study.cells():
+        own = _scenes(study, cell)
+        for ancestor in _ancestors(study, cell):
+            assert not own & _scenes(study, ancestor), f"{cell.name} trains on scenes of {ancestor.name}"
+
+
+def _ancestors(study: Study, cell: Cell) -> list[Cell]:
+    parent = study.spec.runs[cell.run].parent
+    return [] if parent is None else [study.same_seed(parent, cell), *_ancestors(study, study.same_seed(parent, cell))]
+
+
+def _scenes(study: Study, cell: Cell) -> set[int]:
+    if study.spec.runs[cell.run].recipe is None:
+        return set()
+    files = {WRONG_ANSWERS: "answers"} if study.spec.runs[cell.run].policy else {}
+    sources = cast(list[ShapesData], study.load(cell, None, files).recipe.data)
+    return {i for source in sources for i in range(source.start, source.start + source.rows)}
 
 
 @pytest.mark.parametrize("name", ["shapes/study", "shapes/study-images", "shapes/study-grpo", "shapes-few/study"])
