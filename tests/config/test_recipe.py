@@ -30,7 +30,7 @@ def test_shipped_recipes_are_found() -> None:
     names = [str(p.relative_to(RECIPES)) for p in SHIPPED]
     # The synthetic Shapes dataset with one to five shapes, with one or two, and at 224 px; eight encoders in five
     # stages, eight MLLMs in two, two of grpo and two of losses of two images: tests/test_full_scale.py.
-    assert len(names) == 10 + 10 + 7 + 8 * 5 + 8 * 2 + 2 + 2
+    assert len(names) == 10 + 12 + 10 + 8 * 5 + 8 * 2 + 2 + 2
     assert [name for name in names if name.startswith("shapes/")] == [
         "shapes/0-language.yaml",
         "shapes/0-vision.yaml",
