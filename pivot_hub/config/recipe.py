@@ -65,8 +65,8 @@ class ModelSpec(Strict):
         vision: Folder or Hub name of the encoder, of any backbone.
         language: Folder or Hub name of the language model.
         feature_layer: Hidden state of the encoder that LLaVA's projector reads; those of other families read the last.
-        family: Model type of the MLLM: LLaVA's by default; `internvl`, whose projector merges 2x2 patches to one token;
-            or `qwen2_5_vl`, which does so too and takes an encoder of Qwen2.5-VL's architecture.
+        family: Model type of the MLLM: LLaVA's by default; `internvl` or `qwen2_5_vl`, which take an encoder of their
+            own architecture and join 2x2 patches to a token.
         vision_revision: Commit or branch of a Hub encoder.
         language_revision: Commit or branch of a Hub language model.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,8 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -29,30 +27,6 @@ from pivot_hub.mllm.families import family_of
 from pivot_hub.mllm.joined_families import JOINED
 from pivot_hub.mllm.load import SQUARES_ONLY, load_complete
 from pivot_hub.mllm.published_configs import meta_model
-
-
-@overload
-def build_mllm(
-    vision: str,
-    language: str,
-    feature_layer: int = -2,
-    vision_revision: str | None = None,
-    language_revision: str | None = None,
-    seed: int = 0,
-    family: None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]: ...
-
-
-@overload
-def build_mllm(
-    vision: str,
-    language: str,
-    feature_layer: int = -2,
-    vision_revision: str | None = None,
-    language_revision: str | None = None,
-    seed: int = 0,
-    family: JoinedFamily | None = None,
-) -> tuple[PreTrainedModel, ProcessorMixin]: ...
 
 
 def build_mllm(

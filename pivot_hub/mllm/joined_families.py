@@ -112,8 +112,7 @@ class JoinedLlava:
             projector_hidden_act="gelu",
             vision_feature_layer=feature_layer,
             vision_feature_select_strategy="default" if prefix else "full",
-            # LLaVA's classes drop one prefix token, CLS; registers enter the language model.
-            image_seq_length=_patches(vision) ** 2 + max(prefix - 1, 0),
+            image_seq_length=image_tokens(vision),
             tie_word_embeddings=cast(Any, text).tie_word_embeddings,
         )
 
@@ -284,6 +283,11 @@ JOINED: dict[JoinedFamily | None, JoinedLlava] = {
     "internvl": JoinedInternvl(),
     "qwen2_5_vl": JoinedQwen(),
 }
+
+
+def image_tokens(vision: PreTrainedConfig) -> int:
+    """Number of tokens that an image takes in LLaVA's classes: patches and registers; they drop CLS."""
+    return _patches(vision) ** 2 + max(prefix_tokens(vision) - 1, 0)
 
 
 def _patches(vision: PreTrainedConfig) -> int:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pivot_hub.config.recipe import RECIPES, JoinedFamily
-from pivot_hub.encoder.configuration_pivot import BACKBONES, backbone_of, check_sizes, native_config, prefix_tokens
+from pivot_hub.encoder.configuration_pivot import BACKBONES, check_sizes, native_config
 from pivot_hub.encoder.image_shapes import require_squares
 from pivot_hub.encoder.repository import LOADING_ERRORS, loading_problem
 from pivot_hub.errors import CheckpointError
@@ -87,12 +87,6 @@ def whole_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if revision is None and not Path(name).is_dir() and name in published_mllms():
         return AutoConfig.for_model(**published_mllms()[name]["config"])
     return mllm_config(name, revision)
-
-
-def image_tokens(vision: PreTrainedConfig) -> int:
-    """Number of tokens that an image takes in LLaVA's classes: patches and registers; they drop CLS."""
-    side = backbone_of(vision).image_px(vision) // int(cast(Any, vision).patch_size)
-    return side**2 + max(prefix_tokens(vision) - 1, 0)
 
 
 def joined_config(

@@ -14,7 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from pivot_hub.encoder.configuration_pivot import backbone_of, native_config
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.families import FAMILIES, family_of
-from pivot_hub.mllm.published_configs import image_tokens as tokens_of_square
+from pivot_hub.mllm.joined_families import image_tokens as tokens_of_square
 
 HEIGHT_PX, WIDTH_PX = 480, 640  # the image that is assumed where the recipe gives no number of tokens
 # With their published settings, InternVL3, SmolVLM2 and Idefics3 make 4 by 3 tiles of that image, and a small copy.

@@ -226,6 +226,7 @@ def test_registers_are_left_out_of_the_map_and_counted_as_tokens(
 ) -> None:
     """Registers of an encoder enter the language model, but they have no place on the image."""
     vision = make_vision(tmp_path / "vision", "dinov2-registers")
+    processor: Any
     model, processor = build_mllm(str(vision), str(parts / "language"))
     explanation = gradient_map(model.eval(), processor, image, QUESTION, RIGHT)
     assert {grid.shape for grid in explanation.maps.values()} == {(4, 4)}

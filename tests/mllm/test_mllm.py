@@ -34,6 +34,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": [{"type": "image"}, {"type": 
 @pytest.mark.parametrize("kind", ORIGINALS)
 def test_patch_tokens_enter_at_the_feature_layer_without_cls(kind: str, parts: Path, tmp_path: Path) -> None:
     vision = make_vision(tmp_path / kind, kind)
+    processor: Any
     model, processor = build_mllm(str(vision), str(parts / "language"))
     model.eval()
     prefix = ORIGINALS[kind].prefix_tokens
@@ -183,6 +184,7 @@ def test_other_language_models_use_their_own_format_and_train(
     chat: ChatFormat, own_recipes: Path, tmp_path: Path, parts: Path
 ) -> None:
     language = make_other_language(own_recipes / "other-language", chat)
+    processor: Any
     model, processor = build_mllm(str(parts / "vision"), str(language))
     assert processor.image_token == chat.image_token
     assert model.lm_head.out_features == len(processor.tokenizer)  # the vocabulary had all tokens of the format

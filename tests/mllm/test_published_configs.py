@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from pivot_hub.encoder.configuration_pivot import native_config
 from pivot_hub.errors import CheckpointError
 from pivot_hub.mllm.build import build_mllm
+from pivot_hub.mllm.joined_families import image_tokens
 from pivot_hub.mllm.published_configs import (
-    image_tokens,
     meta_mllm,
     meta_model,
     part_config,

@@ -83,7 +83,7 @@ def learnt(processor: LlavaProcessor, batch: dict[str, Any]) -> str:
     ("stage", "columns"), [("1-align", "plain"), ("2-instruct", "conversation"), ("3-sft", "conversation")]
 )
 def test_batches_of_single_answers_are_trls_own(recipes: Path, parts: Path, stage: str, columns: Columns) -> None:
-    processor = build_mllm(str(parts / "vision"), str(parts / "language"))[1]
+    processor: Any = build_mllm(str(parts / "vision"), str(parts / "language"))[1]
     check = RowCheck(processor, 70, columns, pairs=False)
     rows = index_rows(load_recipe(recipes / f"{stage}.yaml", ["data.0.rows=12"]), check)
     examples = [rows.as_dataset(columns, processor.image_token)[i] for i in range(len(rows.table))]
