@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,18 +39,22 @@ SHARED_WITH_VIDEOS = ("image_mean", "image_std")
 QWEN_VIDEOS = "Qwen2VLVideoProcessor"
 
 
-class JoinedLlava:
-    """An MLLM of LLaVA's classes: every patch of an encoder of squares becomes a token.
+class Joined(ABC):
+    """What a family of MLLMs makes of an encoder and a language model.
 
     Attributes:
         tower: Model type of the only encoders that the family takes; None if it takes all of squares.
         tokens: Further tokens that the family writes around an image, or in the place of one.
         attributes: Those of them that the family's processor reads from the tokenizer, by the tokenizer's attribute.
+        ids: Those of them whose ids are in the config of the MLLM, by its keys.
+        language: Model type of the only language models that the family takes; None if it takes all.
     """
 
     tower: ClassVar[str | None] = None
+    language: ClassVar[str | None] = None
     tokens: ClassVar[tuple[str, ...]] = ()
     attributes: ClassVar[dict[str, str]] = {}
+    ids: ClassVar[dict[str, str]] = {}
 
     def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
         """Refuse an encoder that the family does not take.
@@ -61,23 +66,6 @@ class JoinedLlava:
 
         Raises:
             CheckpointError: The family does not take it; the message has the remedy.
-        """
-        require_squares(vision, name, *SQUARES_ONLY)
-        if backbone_of(vision).maps:
-            raise CheckpointError(
-                f"{name}: timm models give feature maps, which transformers' LLaVA does not take; give the same "
-                "encoder in its transformers format, or use it as a feature extractor."
-            )
-        try:
-            check_feature_layer(feature_layer, getattr(vision, "num_hidden_layers", None))
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-
-    def check_tower(self, name: str, vision: PreTrainedConfig) -> None:
-        """Refuse an encoder of another architecture than the family's only one.
-
-        Raises:
-            CheckpointError: It is of another architecture; the message has the remedy.
         """
         if vision.model_type != self.tower:
             raise CheckpointError(
@@ -92,7 +80,13 @@ class JoinedLlava:
         Raises:
             CheckpointError: The family does not take it; the message has the remedy.
         """
+        if self.language and text.model_type != self.language:
+            raise CheckpointError(
+                f"{name} is a {text.model_type} model, and this family of MLLMs takes a {self.language} one; give "
+                "such a one, or leave out `model.family`."
+            )
 
+    @abstractmethod
     def config(
         self, vision: PreTrainedConfig, text: PreTrainedConfig, feature_layer: int, image_token: int
     ) -> PreTrainedConfig:
@@ -104,6 +98,49 @@ class JoinedLlava:
             feature_layer: Hidden state of the encoder that enters the projector.
             image_token: Id that stands for one token of an image.
         """
+
+    def set_token_ids(self, config: Any, tokenizer: Any) -> None:
+        """Write the ids of the family's further tokens into the config of the MLLM."""
+        for key, token in self.ids.items():
+            setattr(config, key, tokenizer.convert_tokens_to_ids(token))
+
+    @abstractmethod
+    def set_vision(self, inner: Any, tower: nn.Module, config: Any) -> None:
+        """Put the encoder and a new projector into the inner module of an MLLM."""
+
+    def set_language(self, inner: Any, language: Any, config: Any) -> None:
+        """Put the language model, without its head, into the inner module of an MLLM."""
+        inner.language_model = language
+
+    @abstractmethod
+    def processor(
+        self, vision: PreTrainedConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
+    ) -> ProcessorMixin:
+        """Return the processor of the MLLM."""
+
+    @abstractmethod
+    def image_token(self, chat: ChatFormat) -> str:
+        """Return the token that stands for one token of an image."""
+
+
+class JoinedLlava(Joined):
+    """An MLLM of LLaVA's classes: every patch of an encoder of squares becomes a token."""
+
+    def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
+        require_squares(vision, name, *SQUARES_ONLY)
+        if backbone_of(vision).maps:
+            raise CheckpointError(
+                f"{name}: timm models give feature maps, which transformers' LLaVA does not take; give the same "
+                "encoder in its transformers format, or use it as a feature extractor."
+            )
+        try:
+            check_feature_layer(feature_layer, getattr(vision, "num_hidden_layers", None))
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def config(
+        self, vision: PreTrainedConfig, text: PreTrainedConfig, feature_layer: int, image_token: int
+    ) -> PreTrainedConfig:
         prefix = prefix_tokens(vision)
         return LlavaConfig(
             vision_config=vision,
@@ -116,22 +153,13 @@ class JoinedLlava:
             tie_word_embeddings=cast(Any, text).tie_word_embeddings,
         )
 
-    def set_token_ids(self, config: Any, tokenizer: Any) -> None:
-        """Write the ids of the family's further tokens into the config of the MLLM."""
-
     def set_vision(self, inner: Any, tower: nn.Module, config: Any) -> None:
-        """Put the encoder and a new projector into the inner module of an MLLM."""
         inner.vision_tower = tower
         inner.multi_modal_projector = LlavaMultiModalProjector(config)
-
-    def set_language(self, inner: Any, language: Any, config: Any) -> None:
-        """Put the language model, without its head, into the inner module of an MLLM."""
-        inner.language_model = language
 
     def processor(
         self, vision: PreTrainedConfig, image_processor: Any, tokenizer: PreTrainedTokenizerBase, chat: ChatFormat
     ) -> ProcessorMixin:
-        """Return the processor of the MLLM."""
         prefix = prefix_tokens(vision)
         return LlavaProcessor(
             image_processor=image_processor,
@@ -144,11 +172,10 @@ class JoinedLlava:
         )
 
     def image_token(self, chat: ChatFormat) -> str:
-        """Return the token that stands for one token of an image."""
         return chat.image_token
 
 
-class JoinedInternvl(JoinedLlava):
+class JoinedInternvl(Joined):
     """An MLLM of InternVL's classes: 2x2 patches of InternViT become a token, and large images are tiled."""
 
     tower = "internvl_vision"
@@ -161,7 +188,7 @@ class JoinedInternvl(JoinedLlava):
     tokens = tuple(attributes.values())
 
     def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
-        self.check_tower(name, vision)
+        super().check(name, vision, feature_layer)
         if _patches(vision) % MERGE:
             raise CheckpointError(
                 f"{name} has {_patches(vision)} patches a side, and InternVL joins {MERGE}x{MERGE} of them; give an "
@@ -206,21 +233,21 @@ class JoinedInternvl(JoinedLlava):
         return self.attributes["context_image_token"]
 
 
-class JoinedQwen(JoinedLlava):
+class JoinedQwen(Joined):
     """An MLLM of Qwen2.5-VL's classes: 2x2 patches of its own encoder become a token, and images keep their shape."""
 
     tower = "qwen2_5_vl_vision"
-    tokens = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-
-    def check(self, name: str, vision: PreTrainedConfig, feature_layer: int) -> None:
-        self.check_tower(name, vision)
+    language = "qwen2"
+    ids: ClassVar[dict[str, str]] = {
+        "vision_start_token_id": "<|vision_start|>",
+        "image_token_id": "<|image_pad|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "video_token_id": "<|video_pad|>",
+    }
+    tokens = tuple(ids.values())
 
     def check_language(self, name: str, text: PreTrainedConfig) -> None:
-        if text.model_type != "qwen2":
-            raise CheckpointError(
-                f"{name} is a {text.model_type} model, and the language model of Qwen2.5-VL is of Qwen2's "
-                "architecture; give such a one, or leave out `model.family`."
-            )
+        super().check_language(name, text)
         config: Any = text
         width = config.hidden_size // config.num_attention_heads
         if (getattr(config, "head_dim", None) or width) != width:
@@ -244,10 +271,6 @@ class JoinedQwen(JoinedLlava):
             image_token_id=image_token,
             tie_word_embeddings=values["tie_word_embeddings"],
         )
-
-    def set_token_ids(self, config: Any, tokenizer: Any) -> None:
-        ids = tokenizer.convert_tokens_to_ids(list(self.tokens))
-        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, config.video_token_id = ids
 
     def set_vision(self, inner: Any, tower: nn.Module, config: Any) -> None:
         inner.visual = tower
@@ -275,10 +298,10 @@ class JoinedQwen(JoinedLlava):
         return cast(ProcessorMixin, processor)
 
     def image_token(self, chat: ChatFormat) -> str:
-        return self.tokens[1]
+        return self.ids["image_token_id"]
 
 
-JOINED: dict[JoinedFamily | None, JoinedLlava] = {
+JOINED: dict[JoinedFamily | None, Joined] = {
     None: JoinedLlava(),
     "internvl": JoinedInternvl(),
     "qwen2_5_vl": JoinedQwen(),
