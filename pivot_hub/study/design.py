@@ -350,7 +350,9 @@ def _problems(study: Study) -> Iterator[str]:
             yield f"`runs.{name}` needs either `recipe` or `encoder`."
         for key in ("parent", "vision", "language", "rate_of", "policy"):
             other = getattr(run, key)
-            if other is not None and other not in known[:place]:
+            if other in known[place:]:
+                yield f"`runs.{name}.{key}` {other!r} is not above it; move that run above `{name}`."
+            elif other is not None and other not in known:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
         if run.policy and (run.recipe is None or study.stage(run.policy) is None or study.shared_by_seeds(run.policy)):
             yield f"`runs.{name}.policy` {run.policy!r} must be a run that trains an MLLM, of a run with a recipe."

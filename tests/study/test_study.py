@@ -738,6 +738,23 @@ def test_a_mistake_in_a_frontier_is_named(tmp_path: Path) -> None:
         compared(tmp_path, frontier=frontier)
 
 
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [
+        ("alin", r"`runs.instruct.parent` 'alin' is not the name of an earlier run \(did you mean `align`\?\)"),
+        ("align", "`runs.instruct.parent` 'align' is not above it; move that run above `instruct`"),
+    ],
+)
+def test_a_run_that_starts_from_none_above_it_is_named(tmp_path: Path, parent: str, message: str) -> None:
+    compared(tmp_path)
+    spec = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    align = {"label": "align", "recipe": str(SHAPES / "1-align.yaml")}
+    spec["runs"] |= {"instruct": {"label": "instruct", "recipe": "2-instruct", "parent": parent}, "align": align}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.raises(RecipeError, match=message):
+        load_study(tmp_path / "study.yaml")
+
+
 @pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     study, out = miniature(tmp_path, {"sft", "instruct"}), tmp_path / "out"
