@@ -26,7 +26,7 @@ WRONG_ANSWERS = "data.0.wrong_answers"  # key of the recipe of a run with a poli
 
 
 class RunSpec(Strict):
-    """One run of a study. It is trained once for each seed; a base part is trained once in all.
+    """One run of a study. It is trained once for each seed; a base part and a shared run are trained once in all.
 
     Args:
         label: Name of the run in figures and tables.
@@ -40,6 +40,8 @@ class RunSpec(Strict):
         rate_of: Run whose learning rate this one shares.
         policy: Run whose MLLM's own wrong answers are the rejected ones: it answers each question of the recipe's first
             source once, and the rows that it answers right are left out.
+        shared: Whether all seeds start from one checkpoint of this run, as where its training would take most of the
+            study's time. Intervals then say nothing of other ones. What it needs is shared, too.
         measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers, the
             probability of true ones, and ranked pairs), `harder` (probes and answers on the harder datasets too),
             `distance` (of the weights, and of each layer's features, from the parent), `gradients` (of words and of
@@ -58,6 +60,7 @@ class RunSpec(Strict):
     rates: list[LearningRate] | None = Field(None, min_length=2)
     rate_of: str | None = None
     policy: str | None = None
+    shared: bool = False
     measure: list[Measure] = Field([])
 
 
@@ -194,7 +197,8 @@ class Study:
         """Hash of the plan: everything in the file except the remarks."""
         plan = self.spec.model_dump(mode="json", exclude={"remarks"})
         # Keys that came later are left out where they are not used, so that older plans keep their hashes.
-        optional = [(plan, "composites"), (plan, "brief"), *((run, "policy") for run in plan["runs"].values())]
+        optional = [(plan, "composites"), (plan, "brief")]
+        optional += [(run, key) for run in plan["runs"].values() for key in ("policy", "shared")]
         optional += [(factor, key) for factor in plan["factors"] for key in ("frontier", "change_of_mind")]
         for section, key in optional:
             if not section[key]:
@@ -224,9 +228,13 @@ class Study:
         return None if self.spec.runs[run].recipe is None else self._recipes[run].recipe.stage
 
     def shared_by_seeds(self, run: str) -> bool:
-        """Whether all seeds share one cell of a run, as they do for a base part and an encoder that exists already."""
+        """Whether all seeds share one cell of a run: a base part, an encoder that exists already, or a shared run."""
+        return self.spec.runs[run].shared or not self.trains_mllm(run)
+
+    def trains_mllm(self, run: str) -> bool:
+        """Whether a run trains an MLLM; otherwise it is a base part, or an encoder that exists already."""
         stage = self.stage(run)
-        return stage is None or stage_of(stage).base_part
+        return stage is not None and not stage_of(stage).base_part
 
     def cells(self, seeds: Sequence[int] | None = None) -> list[Cell]:
         """The cells in the order of the runs: base parts, candidates of searches, and final ones.
@@ -354,10 +362,15 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"`runs.{name}.{key}` {other!r} is not above it; move that run above `{name}`."
             elif other is not None and other not in known:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
-        if run.policy and (run.recipe is None or study.stage(run.policy) is None or study.shared_by_seeds(run.policy)):
+            elif run.shared and other is not None and not study.shared_by_seeds(other):
+                yield f"`runs.{name}` is shared by all seeds, and its `{key}` {other!r} is not; share that run too."
+        if run.shared and run.rates:
+            yield f"`runs.{name}` is shared by all seeds and has `rates`; give it a learning rate by `change`."
+        if run.policy and (run.recipe is None or not study.trains_mllm(run.policy)):
             yield f"`runs.{name}.policy` {run.policy!r} must be a run that trains an MLLM, of a run with a recipe."
         measured = (study.stage(name), run.measure) if run.measure else None
-        if run.recipe is not None and study.shared_by_seeds(name) and measured not in (None, ("vision", ["encoder"])):
+        is_base_part = run.recipe is not None and not study.trains_mllm(name)
+        if is_base_part and measured not in (None, ("vision", ["encoder"])):
             yield f"`runs.{name}.measure` is {run.measure}: of base parts only encoders are measured, as [encoder]."
         if run.rate_of and not spec.runs[run.rate_of].rates:
             yield f"`runs.{name}.rate_of` {run.rate_of!r} has no `rates`."

@@ -235,7 +235,7 @@ def _train(study: Study, cell: Cell, loaded: LoadedRecipe, output: Path) -> dict
     encoder = output / "encoders" / cell.name
     extract_once(checkpoint, encoder)
     metadata["encoder_sha256"] = encoder_metadata(str(encoder))["encoder_sha256"]
-    if spec.measure and cell.seed in study.spec.seeds:
+    if spec.measure and cell.seed != study.spec.search_seed:
         results = measure_run(encoder, checkpoint, parent, cell.run, spec.measure, study.dataset, study.harder, sizes)
         write_results(results_file, results)
     return metadata
@@ -264,7 +264,7 @@ def _files(study: Study, cell: Cell, output: Path) -> dict[str, str]:
     files.pop(WRONG_ANSWERS, None)
     if spec.vision:
         source = study.same_seed(spec.vision, cell)
-        folder = "runs" if source.seed is None else "encoders"
+        folder = "encoders" if study.trains_mllm(spec.vision) else "runs"
         files["model.vision"] = study.spec.runs[spec.vision].encoder or str(output / folder / source.name)
     if spec.language:
         files["model.language"] = str(output / "runs" / study.same_seed(spec.language, cell).name)

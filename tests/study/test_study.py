@@ -738,6 +738,40 @@ def test_a_mistake_in_a_frontier_is_named(tmp_path: Path) -> None:
         compared(tmp_path, frontier=frontier)
 
 
+def test_seeds_start_from_one_checkpoint_of_a_shared_run(tmp_path: Path) -> None:
+    file = miniature(tmp_path, {"sft"})
+    plain = load_study(file)
+    spec = yaml.safe_load(file.read_text())
+    spec["runs"]["align"]["shared"] = spec["runs"]["instruct"]["shared"] = True
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    study = load_study(file)
+    assert study.sha256 != plain.sha256
+    trained = [cell.name for cell in study.cells() if cell.learning_rate is None]
+    assert trained == ["align/once", "instruct/once", "sft/seed-0", "sft/seed-1"]
+    for seed in study.spec.seeds:
+        assert Cell("instruct", None) in study.needs(Cell("sft", seed))
+    worlds = [study.load(Cell(*cell)).recipe.data[0].world.seed for cell in (("instruct", None), ("sft", 1))]  # type: ignore[union-attr]
+    assert worlds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("instruct", "`runs.instruct` is shared by all seeds, and its `parent` 'align' is not; share that run too"),
+        ("sft", "`runs.sft` is shared by all seeds and has `rates`; give it a learning rate by `change`"),
+    ],
+)
+def test_a_shared_run_that_differs_by_seed_is_refused(tmp_path: Path, run: str, message: str) -> None:
+    file = miniature(tmp_path, {"sft"})
+    spec = yaml.safe_load(file.read_text())
+    spec["runs"][run]["shared"] = True
+    if run == "sft":
+        spec["runs"]["align"]["shared"] = spec["runs"]["instruct"]["shared"] = True
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    with pytest.raises(RecipeError, match=message):
+        load_study(file)
+
+
 @pytest.mark.parametrize(
     ("parent", "message"),
     [
