@@ -43,11 +43,11 @@ class Joined(ABC):
     """What a family of MLLMs makes of an encoder and a language model.
 
     Attributes:
-        tower: Model type of the only encoders that the family takes; None if it takes all of squares.
-        tokens: Further tokens that the family writes around an image, or in the place of one.
-        attributes: Those of them that the family's processor reads from the tokenizer, by the tokenizer's attribute.
-        ids: Those of them whose ids are in the config of the MLLM, by its keys.
+        tower: Model type of the only encoders that the family takes; None if it takes others.
         language: Model type of the only language models that the family takes; None if it takes all.
+        tokens: Further tokens that the family writes around an image, or in the place of one.
+        attributes: Tokens that the family's processor reads from the tokenizer, by the tokenizer's attribute.
+        ids: Tokens whose ids are in the config of the MLLM, by its keys.
     """
 
     tower: ClassVar[str | None] = None
@@ -67,7 +67,7 @@ class Joined(ABC):
         Raises:
             CheckpointError: The family does not take it; the message has the remedy.
         """
-        if vision.model_type != self.tower:
+        if self.tower and vision.model_type != self.tower:
             raise CheckpointError(
                 f"{name} is a {vision.model_type} encoder, and this family of MLLMs takes a {self.tower} one; make one "
                 f"with a recipe of stage vision and `architecture.model_type: {self.tower}`, or leave out "
@@ -82,8 +82,8 @@ class Joined(ABC):
         """
         if self.language and text.model_type != self.language:
             raise CheckpointError(
-                f"{name} is a {text.model_type} model, and this family of MLLMs takes a {self.language} one; give "
-                "such a one, or leave out `model.family`."
+                f"{name} is a {text.model_type} model, and this family of MLLMs takes a {self.language} one; give a "
+                f"language model of architecture {self.language}, or leave out `model.family`."
             )
 
     @abstractmethod
@@ -238,7 +238,7 @@ class JoinedQwen(Joined):
 
     tower = "qwen2_5_vl_vision"
     language = "qwen2"
-    ids: ClassVar[dict[str, str]] = {
+    ids: ClassVar[dict[str, str]] = {  # the first three in the order in which they stand for an image
         "vision_start_token_id": "<|vision_start|>",
         "image_token_id": "<|image_pad|>",
         "vision_end_token_id": "<|vision_end|>",

@@ -200,22 +200,28 @@ def compare_seeds(
 def read_seeds(folders: Sequence[str]) -> dict[str, dict[str, list[ProbeResult]]] | None:
     """Read results of encoders that were trained once per seed, from a study's folders of `seed-<n>.json`.
 
+    A folder with `once.json` instead, of a run that all seeds share, has these results for each of the others' seeds.
+
     Returns:
-        Results by the folder's name and by the file's name; None if no folder holds such files.
+        Results by the folder's name and by the file's name; None if no folder holds files of seeds.
 
     Raises:
         ProbeError: Only some of the folders hold such files, or two folders have the same name.
     """
-    seed_files = {folder: sorted(Path(folder).glob("seed-*.json")) for folder in folders}
+    seed_files = {folder: {file.stem: file for file in sorted(Path(folder).glob("seed-*.json"))} for folder in folders}
     if not any(seed_files.values()):
         return None
+    all_seeds = sorted(set().union(*seed_files.values()))
+    for folder in folders:
+        if not seed_files[folder] and (shared := Path(folder) / "once.json").is_file():
+            seed_files[folder] = dict.fromkeys(all_seeds, shared)
     if lacking := [folder for folder, files in seed_files.items() if not files]:
         raise ProbeError(f"{lacking[0]} holds no seed-<n>.json, as the others do; compare folders of one kind.")
     names = [Path(folder).name for folder in folders]
     if len(set(names)) < len(names):
         raise ProbeError("two folders have the same name; rename one, so that a table can tell them apart.")
     return {
-        name: {file.stem: read_results(file) for file in seed_files[folder]}
+        name: {seed: read_results(file) for seed, file in seed_files[folder].items()}
         for name, folder in zip(names, folders, strict=True)
     }
 

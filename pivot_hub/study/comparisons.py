@@ -111,7 +111,7 @@ def curve_points(table: StudyTable, study: Study, factor: FactorSpec, curve: Cur
         for line, runs in curve.lines.items():
             for position, run in sorted(runs.items()):
                 scores = run_scores(study, table, run, measure)
-                if len(scores) < 2:
+                if len(scores) < 2 and not (scores and study.shared_by_seeds(run)):
                     continue
                 points.setdefault(measure, {}).setdefault(line, []).append((position, *mean_and_half(scores)))
     return points

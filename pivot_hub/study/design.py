@@ -40,8 +40,9 @@ class RunSpec(Strict):
         rate_of: Run whose learning rate this one shares.
         policy: Run whose MLLM's own wrong answers are the rejected ones: it answers each question of the recipe's first
             source once, and the rows that it answers right are left out.
-        shared: Whether all seeds start from one checkpoint of this run, as where its training would take most of the
-            study's time. Intervals then say nothing of other ones. What it needs is shared, too.
+        shared: Whether this run is trained once, with seed 0, and all seeds share its checkpoint, as where its training
+            would take most of the study's time. Intervals then say nothing of other checkpoints of it. The runs that it
+            starts from are shared, too.
         measure: Names of what is measured: `encoder` (probes), `maps` (gradient maps), `answers` (answers, the
             probability of true ones, and ranked pairs), `harder` (probes and answers on the harder datasets too),
             `distance` (of the weights, and of each layer's features, from the parent), `gradients` (of words and of
@@ -279,6 +280,11 @@ class Study:
         """The cell of another run that a cell builds on."""
         return Cell(run, None if self.shared_by_seeds(run) else cell.seed)
 
+    def changes(self, run: str) -> list[str]:
+        """Overrides of a run's recipe by the study's file, with {seed} for the seed, which is 0 in a shared run."""
+        own = self.spec.runs[run].change
+        return [*self.spec.change, *own] if self.trains_mllm(run) else own
+
     def overrides(self, cell: Cell, learning_rate: float | None, files: Mapping[str, str]) -> list[str]:
         """Overrides of a cell's recipe.
 
@@ -288,9 +294,8 @@ class Study:
             files: Files and folders of the study's output that the recipe reads, by their keys in it.
         """
         spec = self.spec.runs[cell.run]
-        seed = 0 if cell.seed is None else cell.seed
-        shared = [] if cell.seed is None else self.spec.change
-        overrides = [change.replace("{seed}", str(seed)) for change in (*shared, *spec.change)] + [f"seed={seed}"]
+        seed = cell.seed or 0
+        overrides = [change.replace("{seed}", str(seed)) for change in self.changes(cell.run)] + [f"seed={seed}"]
         if learning_rate is not None:
             trained = self._recipes[cell.run].recipe.learning_rate.trained()
             overrides += [f"learning_rate.{part}={learning_rate}" for part in trained]
@@ -358,11 +363,13 @@ def _problems(study: Study) -> Iterator[str]:
             yield f"`runs.{name}` needs either `recipe` or `encoder`."
         for key in ("parent", "vision", "language", "rate_of", "policy"):
             other = getattr(run, key)
-            if other in known[place:]:
-                yield f"`runs.{name}.{key}` {other!r} is not above it; move that run above `{name}`."
+            if other == name:
+                yield f"`runs.{name}.{key}` names the run itself; give an earlier run."
+            elif other in known[place:]:
+                yield f"`runs.{name}.{key}` {other!r} stands below `{name}`, which needs it; move it up."
             elif other is not None and other not in known:
                 yield f"`runs.{name}.{key}` {other!r} is not the name of an earlier run{nearest(other, known)}."
-            elif run.shared and other is not None and not study.shared_by_seeds(other):
+            elif run.shared and key != "rate_of" and other is not None and not study.shared_by_seeds(other):
                 yield f"`runs.{name}` is shared by all seeds, and its `{key}` {other!r} is not; share that run too."
         if run.shared and run.rates:
             yield f"`runs.{name}` is shared by all seeds and has `rates`; give it a learning rate by `change`."

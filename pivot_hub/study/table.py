@@ -106,7 +106,7 @@ def collect_table(study: Study, output: Path, earlier: StudyTable | None = None)
             **dict.fromkeys(SCHEMA.names),
             **{k: metadata.get(k) for k in ("run", "seed", "candidate", "status", "reason", "recipe", "recipe_sha256")},
             **{k: metadata.get(k) for k in ("stage", "rate", "rows", "duration_s")},
-            "change": json.dumps([*study.spec.change, *study.spec.runs[cell.run].change]),
+            "change": json.dumps(study.changes(cell.run)),
             **{k: training.get(k) for k in ("steps", "train_loss")},
         }
         machines.append(metadata.get("machine"))

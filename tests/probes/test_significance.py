@@ -195,6 +195,12 @@ def test_folders_of_seeds_are_read_by_name_or_refused(tmp_path: Path) -> None:
         read_seeds([both[0], str(tmp_path / "other" / "sft")])
     with pytest.raises(ProbeError, match=r"holds no seed-<n>\.json"):
         read_seeds([both[0], str(tmp_path)])
+    shared = tmp_path / "parent" / "once.json"
+    write_results(shared, trainings(0.6, 0.0, 0)["seed-0"])
+    with_parent = read_seeds([str(shared.parent), *both])
+    assert with_parent is not None
+    assert list(with_parent["parent"]) == list(seeds["sft"])
+    assert {results[0].value for results in with_parent["parent"].values()} == {seeds["sft"]["seed-0"][0].value}
     one = {"sft": seeds["sft"], "dpo": {"seed-0": seeds["dpo"]["seed-0"]}}
     with pytest.raises(ProbeError, match=r"share 1 seed\(s\)"):
         compare_seeds(one)

@@ -37,13 +37,13 @@ from pivot_hub.probes.result import read_results
 from pivot_hub.probes.run import probe_pairs
 from pivot_hub.provenance import weights_sha256
 from pivot_hub.study import on_policy
-from pivot_hub.study.comparisons import factor_rows, frontier_points
+from pivot_hub.study.comparisons import curve_points, factor_rows, frontier_points
 from pivot_hub.study.counterfactuals import probe_counterfactuals, rank_counterfactuals, sensitivity
 from pivot_hub.study.design import WRONG_ANSWERS, Cell, Study, load_study
 from pivot_hub.study.movement import feature_drift, hidden_states
 from pivot_hub.study.on_policy import write_wrong_answers
 from pivot_hub.study.report import write_report
-from pivot_hub.study.runner import chosen_learning_rate, run_study
+from pivot_hub.study.runner import _files, chosen_learning_rate, run_study
 from pivot_hub.study.table import STEP, StudyTable, collect_table, read_table, write_table
 from pivot_hub.study.word_gradients import _kinds_of_words, word_gradients
 
@@ -743,6 +743,7 @@ def test_seeds_start_from_one_checkpoint_of_a_shared_run(tmp_path: Path) -> None
     plain = load_study(file)
     spec = yaml.safe_load(file.read_text())
     spec["runs"]["align"]["shared"] = spec["runs"]["instruct"]["shared"] = True
+    spec["change"] = ["data.0.world.seed=1{seed}"]
     file.write_text(yaml.safe_dump(spec, sort_keys=False))
     study = load_study(file)
     assert study.sha256 != plain.sha256
@@ -751,7 +752,24 @@ def test_seeds_start_from_one_checkpoint_of_a_shared_run(tmp_path: Path) -> None
     for seed in study.spec.seeds:
         assert Cell("instruct", None) in study.needs(Cell("sft", seed))
     worlds = [study.load(Cell(*cell)).recipe.data[0].world.seed for cell in (("instruct", None), ("sft", 1))]  # type: ignore[union-attr]
-    assert worlds == [0, 1]
+    assert worlds == [10, 11]
+    # A new MLLM on the encoder of a shared run reads the one that was extracted once.
+    spec["runs"]["new"] = {"label": "new", "recipe": "1-align", "vision": "instruct"}
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    files = _files(load_study(file), Cell("new", 1), tmp_path)
+    assert files["model.vision"] == str(tmp_path / "encoders" / "instruct" / "once")
+
+
+def test_a_shared_run_is_a_point_of_a_curve_without_an_interval(tmp_path: Path) -> None:
+    curve = {"axis": "rate", "lines": {"DPO": {0: "none", 1: "low"}}}
+    study, table = compared(tmp_path, curve=curve)
+    factor = study.spec.factors[0]
+    assert factor.curve is not None
+    once = [row | {"seed": None} for row in table.rows if row["run"] == "none" and row["seed"] == 0]
+    each = [row for row in table.rows if row["run"] == "low"]
+    points = curve_points(StudyTable([*once, *each], {}), study, factor, factor.curve)["seeing"]["DPO"]
+    assert points[0] == (0, 60.0, 0.0)
+    assert len(points) == 2
 
 
 @pytest.mark.parametrize(
@@ -776,7 +794,8 @@ def test_a_shared_run_that_differs_by_seed_is_refused(tmp_path: Path, run: str, 
     ("parent", "message"),
     [
         ("alin", r"`runs.instruct.parent` 'alin' is not the name of an earlier run \(did you mean `align`\?\)"),
-        ("align", "`runs.instruct.parent` 'align' is not above it; move that run above `instruct`"),
+        ("align", "`runs.instruct.parent` 'align' stands below `instruct`, which needs it; move it up"),
+        ("instruct", "`runs.instruct.parent` names the run itself; give an earlier run"),
     ],
 )
 def test_a_run_that_starts_from_none_above_it_is_named(tmp_path: Path, parent: str, message: str) -> None:
